@@ -1,0 +1,45 @@
+# Own virtual environment in .venv, made once: a second `make` finds the stamp and goes on at once.
+#
+#   make demo                     the whole path on this computer
+#   make test                     the tests (make test-all: the slow ones as well)
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu     PyTorch's CPU build instead of the CUDA one of several GB
+
+PYTHON ?= python3
+TORCH_VERSION := 2.13.0
+TORCH_INDEX ?=
+WORKERS ?= 2
+
+BIN := .venv/bin
+STAMP := .venv/installed
+# One thread a worker: two that share two cores are slower with more.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: install demo test test-all lint clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt install python3-venv"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quant]'
+	@touch $@
+
+demo: install
+	$(BIN)/qwhisper demo
+
+test: install
+	$(PYTEST) -m "not slow"
+
+test-all: install
+	$(PYTEST)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,63 @@
+"""Writes the flag table of `qwhisper train` into README.md, between its two marks: python docs/make_flag_table.py
+
+The text comes from qwhisper/train/flags.py. README.zh-CN.md has its reasons in Chinese, written by hand; tests/test_docs.py
+checks that both tables have the flags and defaults that the code has.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from qwhisper.parsing import sections_of
+from qwhisper.train.arguments import TrainArguments
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"
+STATED_DEFAULT = re.compile(r" ?\(default: (?P<short>[^;,)]*)(?P<rest>[;,][^)]*)?\)")
+
+
+def default_and_reason(field: dataclasses.Field) -> tuple[str, str]:
+    """The table's last two columns. A default that hangs on other flags is stated in the help text: its first words."""
+    reason = field.metadata["help"]
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return "required", reason
+    stated = STATED_DEFAULT.search(reason)
+    if stated:
+        short = stated["short"]
+        if not stated["rest"]:
+            reason = reason.replace(stated[0], "")
+        return (f"`{short}`" if re.fullmatch(r"[\w./-]*[\d/_][\w./-]*", short) else short), reason
+    if isinstance(field.default, bool):
+        return ("on" if field.default else "off"), reason
+    return ("–" if field.default is None else f"`{field.default}`"), reason
+
+
+def flag_label(field: dataclasses.Field) -> str:
+    return f"`--{field.name}`" + (f" `--no_{field.name}`" if field.default is True else "")
+
+
+def flag_table() -> str:
+    """The whole table as Markdown, one part a section."""
+    parts = []
+    for title, fields in sections_of(TrainArguments):
+        rows = [f"**{title}**", "", "| flag | default | why |", "|---|---|---|"]
+        for field in fields:
+            default, reason = default_and_reason(field)
+            rows.append(f"| {flag_label(field)} | {default} | {reason} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def between_marks(text: str) -> str:
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{flag_table()}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

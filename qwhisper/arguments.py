@@ -1,0 +1,108 @@
+"""What the verbs other than `train` are told, and how a flag is declared. Cheap to import: no torch, no transformers.
+
+A field listed as positional in `cli.VERBS` is given without a flag: `qwhisper verify CHECKPOINT`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qwhisper.errors import UsageError
+
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+CHECKPOINT_HELP = "Folder of a checkpoint, or of a run (its best checkpoint, or else its newest)."
+DEVICE_HELP = "cpu, cuda, cuda:1 and so on (default: the first GPU if there is one)."
+DTYPE_HELP = "Number format of the two base models (auto: bf16 on a GPU, fp32 on a CPU)."
+
+
+def flag(default: Any, help: str, **argparse_options: Any) -> Any:
+    """A dataclass field with what HfArgumentParser hands on to argparse."""
+    metadata = {"help": help, **argparse_options}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(help: str) -> Any:
+    """A field that must be given."""
+    return field(metadata={"help": help})
+
+
+def _at_least_one(arguments: object, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    output_dir: str = flag("demo-output", "Folder for speech, models, run and results.")
+    seed: int = flag(0, "Decides voices, dialogues and weights.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckArguments:
+    file: str = required("JSONL of dialogues, one a line.")
+    data_root: str | None = flag(
+        None,
+        "Folder that absolute audio paths must lie in (default: the file's own folder). Nothing outside it is read.",
+    )
+    text_model: str | None = flag(
+        None, "Hub id or folder: its tokenizer is loaded as well, and labels and lengths are checked turn by turn."
+    )
+    audio_model: str | None = flag(
+        None, "Hub id or folder: its configuration decides how long audio is cut into windows."
+    )
+    max_length: int | None = flag(None, "Tokens a dialogue may have: reports what would be cut. Needs --text_model.")
+    hub: Literal["huggingface", "modelscope"] = flag("huggingface", "Where hub ids are fetched from.")
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    checkpoint: str = required(CHECKPOINT_HELP)
+    device: str | None = flag(None, DEVICE_HELP)
+    dtype: Dtype = flag("auto", DTYPE_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    checkpoint: str = required(CHECKPOINT_HELP)
+    eval_file: str = required("JSONL of dialogues whose assistant turns are the reference answers.")
+    data_root: str | None = flag(
+        None,
+        "Folder that absolute audio paths must lie in (default: the file's own folder). Nothing outside it is read.",
+    )
+    max_samples: int | None = flag(None, "Use only the first N dialogues.")
+    swap_audio: bool = flag(
+        True,
+        "Answer everything once more with another sample's audio whose right answer differs: what the model still "
+        "gets right then, it guessed from the text.",
+    )
+    batch_size: int = flag(8, "Dialogues answered at once; the result does not depend on it.")
+    max_new_tokens: int = flag(128, "Tokens an answer may have.")
+    output_json: str | None = flag(None, "File for all numbers and answers as JSON (default: none is written).")
+    output_md: str | None = flag(None, "File for the result as a Markdown table (default: none; it is printed anyway).")
+    device: str | None = flag(None, DEVICE_HELP)
+    dtype: Dtype = flag("auto", DTYPE_HELP)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "max_samples", "batch_size", "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatArguments:
+    checkpoint: str = required(CHECKPOINT_HELP)
+    audio: list[str] = flag([], "Audio files of the first turn.")
+    text: str | None = flag(
+        None, "Text of the first turn. With --audio or --text one answer is given and the command ends."
+    )
+    system: str | None = flag(None, "System prompt.")
+    max_new_tokens: int = flag(256, "Tokens an answer may have.")
+    device: str | None = flag(None, DEVICE_HELP)
+    dtype: Dtype = flag("auto", DTYPE_HELP)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "max_new_tokens")

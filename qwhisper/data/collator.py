@@ -1,0 +1,190 @@
+"""ConversationCollator: dialogues to samples, samples to batches, and generation's prompts by the same path."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qwhisper.data.conversation import Conversation, Message, parse_conversation
+from qwhisper.data.encode import (
+    IGNORE,
+    TRAIN_ON,
+    NoLabelsError,
+    PartEncoder,
+    Row,
+    Sample,
+    cut_row,
+    fit_last_exchange,
+    join_parts,
+)
+from qwhisper.data.packing import pack_samples, pad_samples
+from qwhisper.data.template import encode_text, listening_template, supports_reasoning, template_fault
+from qwhisper.errors import BadClipError, DataError, UsageError
+from qwhisper.frames import FrameArithmetic
+
+__all__ = ["ConversationCollator", "NoLabelsError", "Sample", "pack_samples", "pad_samples"]
+
+
+class ConversationCollator:
+    """Turns dialogues into samples (`encode`, `encode_rows`, `encode_prompt`) and lists of them into batches (a call).
+
+    audio_token_id: the token that stands once for every projected audio frame. train_on: "assistant" supervises every
+    answer, "last" the last one, "all" what users typed as well. max_length: tokens a row may have. packed: batches are
+    one packed row instead of a padded row a sample. `rejected` collects (id, reason) of samples that a call left out.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        frames: FrameArithmetic,
+        *,
+        audio_token_id: int,
+        chat_template: str | None = None,
+        train_on: str = "assistant",
+        max_length: int | None = None,
+        packed: bool = False,
+    ):
+        if train_on not in TRAIN_ON:
+            raise UsageError(f"train_on is {train_on!r}; it can be {', '.join(TRAIN_ON)}")
+        if max_length is not None and max_length < 2:
+            raise UsageError(f"max_length is {max_length}; a row needs 2 tokens at least to learn one")
+        if chat_template is None:
+            chat_template = listening_template(tokenizer)[0]
+        elif fault := template_fault(tokenizer, chat_template):
+            raise UsageError(f"this chat template can't be trained with: {fault}; leave it out to have one made")
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.train_on = train_on
+        self.max_length = max_length
+        self.packed = packed
+        self.rejected: list[tuple[str, str]] = []
+        self.pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        self._encoder = PartEncoder(tokenizer, frames, audio_token_id, chat_template)
+        self._keeps_reasoning = supports_reasoning(tokenizer, chat_template)
+
+    def encode(self, conversation: Conversation | dict) -> Sample:
+        """The whole dialogue as one row. Raises BadClipError, NoLabelsError, DataError, with the dialogue's source.
+
+        An earlier answer whose reasoning the template drops from the history is masked: `encode_rows` gives it its row.
+        """
+        conversation, events = self._prepare(conversation)
+        answers = _answers(conversation.messages)
+        supervised = {k for k in answers if k == answers[-1] or not conversation.messages[k].reasoning}
+        if len(supervised) < len(answers):
+            events.append(f"masked {len(answers) - len(supervised)} of {len(answers)} turns, which have reasoning")
+        return self._encode(conversation, supervised, 0, events)
+
+    def encode_rows(self, conversation: Conversation | dict) -> list[Sample]:
+        """One row, or one for every answer where any of them has reasoning (the history then drops it, as Qwen does).
+
+        Raises as `encode` does.
+        """
+        conversation, events = self._prepare(conversation)
+        answers = _answers(conversation.messages)
+        if not any(message.reasoning for message in conversation.messages) or len(answers) == 1:
+            return [self._encode(conversation, set(answers), 0, events)]
+        rows = []
+        for previous, answer in zip([-1, *answers], answers, strict=False):
+            if self.train_on == "last" and answer != answers[-1]:
+                continue
+            messages = conversation.messages[: answer + 1]
+            row = Conversation(f"{conversation.id}#{len(rows) + 1}", messages, conversation.source)
+            rows.append(self._encode(row, {answer}, previous + 1, list(events)))
+        return rows
+
+    def encode_prompt(self, messages: Sequence[Message], *, reply_with: str | None = None) -> Sample:
+        """What `generate` continues: dialogue and generation prompt, and `reply_with` as the reply's beginning."""
+        row = join_parts(self._encoder.parts(messages, True), messages, self._encoder.added_ids)
+        ids = row.input_ids + (encode_text(self.tokenizer, reply_with) if reply_with else [])
+        labels = np.full(len(ids), IGNORE, dtype=np.int64)
+        return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, [window for _, window in row.windows])
+
+    def __call__(self, features: Sequence[Sample | Conversation | dict]) -> dict[str, torch.Tensor | int]:
+        """A batch of all that can be encoded; the rest goes to `rejected`. Raises DataError if nothing is left."""
+        samples: list[Sample] = []
+        rejected: list[tuple[str, str]] = []
+        for feature in features:
+            try:
+                rows = [feature] if isinstance(feature, Sample) else self.encode_rows(feature)
+                samples += [self._with_labels(row) for row in rows]
+            except (BadClipError, NoLabelsError) as error:
+                name = feature.get("id", "?") if isinstance(feature, dict) else feature.id
+                rejected.append((str(name), str(error)))
+        self.rejected += rejected
+        if not samples:
+            reasons = "; ".join(reason for _, reason in rejected[:3])
+            raise DataError(f"none of {len(features)} samples of this batch can be trained on: {reasons}")
+        return pack_samples(samples) if self.packed else pad_samples(samples, self.pad_token_id)
+
+    def _prepare(self, conversation: Conversation | dict) -> tuple[Conversation, list[str]]:
+        """The dialogue without what nothing is learned from, and the events of leaving it out."""
+        if isinstance(conversation, dict):
+            source = str(conversation.get("id", "a dialogue given as a dict"))
+            conversation = parse_conversation(conversation, source, Path.cwd())
+        messages, events = conversation.messages, []
+        answers = _answers(messages)
+        if not answers:
+            raise NoLabelsError(f"{conversation.source}: no assistant message, so nothing to learn from")
+        if self.train_on != "all" and len(messages) > answers[-1] + 1:
+            events.append(f"left out {len(messages) - answers[-1] - 1} messages after the last answer")
+            messages = messages[: answers[-1] + 1]
+        if not self._keeps_reasoning and any(message.reasoning for message in messages):
+            events.append("left out the reasoning: the chat template has no place for it")
+            messages = tuple(Message(m.role, m.content, m.kind) for m in messages)
+        return Conversation(conversation.id, messages, conversation.source), events
+
+    def _encode(self, conversation: Conversation, supervised: set[int], first_own: int, events: list[str]) -> Sample:
+        """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
+        try:
+            row, offset = self._fitting_row(conversation.messages, events)
+        except BadClipError as error:
+            raise BadClipError(f"{conversation.source}: {error}") from error
+        except DataError as error:
+            raise DataError(f"{conversation.source}: {error}") from error
+        spans = {index + offset: span for index, span in row.answers.items() if index + offset in supervised}
+        if self.train_on == "last":
+            spans = dict(sorted(spans.items())[-1:])
+        ids = np.array(row.input_ids, dtype=np.int64)
+        labels = np.full(len(ids), IGNORE, dtype=np.int64)
+        learned = list(spans.values())
+        if self.train_on == "all":
+            learned += self._user_texts(conversation.messages, row, offset, first_own)
+        for start, end in learned:
+            labels[start:end] = ids[start:end]
+        labels[:1] = IGNORE
+        windows = [window for _, window in row.windows]
+        sample = Sample(conversation.id, conversation.source, ids, labels, windows, sorted(spans.values()), events)
+        return self._with_labels(sample)
+
+    def _fitting_row(self, messages: Sequence[Message], events: list[str]) -> tuple[Row, int]:
+        """The row within max_length, and how many messages it lacks at the front."""
+        added_ids = self._encoder.added_ids
+        row = cut_row(join_parts(self._encoder.parts(messages), messages, added_ids), self.max_length, events)
+        if row is not None:
+            return row, 0
+        answers = _answers(messages)
+        first = answers[-2] + 1 if len(answers) > 1 else 0
+        while first < answers[-1] and messages[first].role == "system":
+            first += 1
+        exchange = messages[first : answers[-1] + 1]
+        return fit_last_exchange(self._encoder.parts(exchange), exchange, self.max_length, added_ids, events), first
+
+    @staticmethod
+    def _user_texts(messages: Sequence[Message], row: Row, offset: int, first_own: int) -> list[tuple[int, int]]:
+        return [
+            (start, end)
+            for index, start, end in row.texts
+            if index + offset >= first_own and messages[index + offset].role == "user"
+        ]
+
+    @staticmethod
+    def _with_labels(sample: Sample) -> Sample:
+        if sample.num_supervised == 0:
+            reasons = f" ({'; '.join(sample.events)})" if sample.events else ""
+            raise NoLabelsError(f"{sample.source}: no supervised token is left{reasons}; raise max_length or drop it")
+        return sample
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message.role == "assistant" and message.text.strip()]

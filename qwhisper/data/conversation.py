@@ -1,0 +1,273 @@
+"""The canonical form of a dialogue, and the one place that reads it and finds its faults.
+
+Whatever is wrong with a file is found here, without tokenizer or model; a fault is a sentence with file and line.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qwhisper.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+AUDIO_MARKS = ("<audio>", "<|audio_pad|>")  # ms-swift's placeholder, and the token that a rendered text has for audio
+MAX_FAULTS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class AudioClip:
+    """A file or a stretch of one. `path` is absolute; `start` and `end` are seconds; None is the file's own edge."""
+
+    path: str
+    start: float | None = None
+    end: float | None = None
+    transcript: str | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `kind` is an optional type of question, by which evaluation groups; `reasoning` precedes the answer."""
+
+    role: str
+    content: tuple[str | AudioClip, ...]
+    kind: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def clips(self) -> tuple[AudioClip, ...]:
+        return tuple(part for part in self.content if isinstance(part, AudioClip))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One dialogue; `source` says where it stands, as in `train.jsonl:12`."""
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str
+
+    @property
+    def clips(self) -> tuple[AudioClip, ...]:
+        return tuple(clip for message in self.messages for clip in message.clips)
+
+
+def read_conversations(
+    path: str | Path, *, data_root: str | Path | None = None, max_samples: int | None = None
+) -> list[Conversation]:
+    """Read a JSONL file of dialogues, one a line, and refuse it as a whole if anything in it is wrong.
+
+    Relative audio paths start at the file's folder; other paths must lie under `data_root` (default: the same folder).
+    `max_samples` reads no further than that many dialogues. Raises DataError with file and line of the first 20 faults.
+    """
+    conversations, faults = scan_conversations(path, data_root=data_root, max_samples=max_samples)
+    if faults:
+        shown = faults[:MAX_FAULTS_SHOWN]
+        if len(faults) > len(shown):
+            shown.append(f"... and {len(faults) - len(shown)} more; `qwhisper data check {path}` lists them all")
+        raise DataError("\n".join(shown))
+    return conversations
+
+
+def scan_conversations(
+    path: str | Path, *, data_root: str | Path | None = None, max_samples: int | None = None
+) -> tuple[list[Conversation], list[str]]:
+    """The good dialogues of a file and every fault in it, each fault as `file:line: sentence`.
+
+    Raises DataError only if there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {what}: give a JSONL file with one dialogue a line")
+    conversations, faults, first_seen = [], [], {}
+    for source, record in _records(path):
+        if isinstance(record, str):
+            faults.append(f"{source}: {record}")
+            continue
+        conversation, found = _parse(record, source, path.parent, data_root)
+        faults += [f"{source}: {fault}" for fault in found]
+        if conversation is None:
+            continue
+        if conversation.id in first_seen:
+            faults.append(f"{source}: id {conversation.id!r} was used before, at {first_seen[conversation.id]}")
+            continue
+        first_seen[conversation.id] = source
+        conversations.append(conversation)
+        if len(conversations) == max_samples:
+            break
+    if not conversations and not faults:
+        faults.append(f"{path}: no dialogue in it; each line should be a JSON object with `messages`")
+    return conversations, faults
+
+
+def parse_conversation(
+    record: dict, source: str, root: str | Path, data_root: str | Path | None = None
+) -> Conversation:
+    """One record in canonical form; `root` is the folder that relative audio paths start at. Raises DataError."""
+    conversation, faults = _parse(record, source, Path(root), data_root)
+    if conversation is None:
+        raise DataError("\n".join(f"{source}: {fault}" for fault in faults))
+    return conversation
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict | str]]:
+    """(source, record) of each line that is not blank; a line that is no JSON object gives its fault instead."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            source = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                record = json.loads(text) if text else None
+            except UnicodeDecodeError as error:
+                yield source, f"not UTF-8 (byte {error.start + 1}): save the file as UTF-8"
+            except ValueError as error:
+                yield source, f"not valid JSON ({error})"
+            else:
+                if text:
+                    yield source, record if isinstance(record, dict) else "not a JSON object with `messages`"
+
+
+def _parse(record: dict, source: str, root: Path, data_root) -> tuple[Conversation | None, list[str]]:
+    """The conversation, or None and what is wrong with it."""
+    raw = record.get("messages")
+    if not isinstance(raw, list):
+        return None, ["no `messages` list: the canonical form is {'messages': [{'role': …, 'content': …}, …]}"]
+    if not raw:
+        return None, ["the dialogue is empty: `messages` has no entry"]
+    roots = [root] if data_root is None else [root, Path(data_root)]
+    faults: list[str] = []
+    messages = [_parse_message(message, f"message {n}", roots, faults) for n, message in enumerate(raw, 1)]
+    if not any(message.role == "assistant" for message in messages) and not faults:
+        faults.append("no assistant message: there is nothing to learn from")
+    messages = _place_audios(messages, record.get("audios"), roots, faults)
+    if faults:
+        return None, faults
+    identity = record.get("id")
+    return Conversation(source if identity is None else str(identity), tuple(messages), source), []
+
+
+def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]) -> Message:
+    if not isinstance(raw, dict):
+        faults.append(f"{where} is not an object with `role` and `content`")
+        return Message("?", ())
+    role, content = raw.get("role"), raw.get("content")
+    if role not in ROLES:
+        faults.append(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
+    if isinstance(content, str):
+        parts = [content]
+    elif isinstance(content, list):
+        parts = [_parse_part(part, f"{where}, part {n}", roots, faults) for n, part in enumerate(content, 1)]
+    else:
+        faults.append(f"{where}: `content` must be a text or a list of parts, not {type(content).__name__}")
+        return Message(str(role), ())
+    kind = raw.get("kind")
+    message = Message(str(role), tuple(parts), kind=None if kind is None else str(kind))
+    if role == "assistant":
+        return _parse_answer(message, raw.get("reasoning_content"), where, faults)
+    if role == "user" and not message.clips and not message.text.strip():
+        faults.append(f"{where}: the user message is empty")
+    return message
+
+
+def _parse_answer(message: Message, reasoning: object, where: str, faults: list[str]) -> Message:
+    """An assistant message, its reasoning apart from the reply; a leading <think> block counts as reasoning."""
+    if message.clips:
+        faults.append(f"{where}: an assistant message holds audio, but answers are text")
+    text = message.text.strip()
+    if text.startswith("<think>") and "</think>" in text:
+        thought, text = text.removeprefix("<think>").split("</think>", 1)
+        reasoning = reasoning or thought
+    text = text.strip()
+    if not text:
+        faults.append(f"{where}: the assistant's reply is empty")
+    if reasoning is not None and not isinstance(reasoning, str):
+        faults.append(f"{where}: `reasoning_content` must be a text, not {type(reasoning).__name__}")
+        reasoning = None
+    return replace(message, content=(text,), reasoning=(reasoning or "").strip() or None)
+
+
+def _parse_part(part: object, where: str, roots: list[Path], faults: list[str]) -> str | AudioClip:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind != "audio":
+        example = "{'type': 'text', 'text': …} or {'type': 'audio', 'audio': …}"
+        faults.append(f"{where}: neither a text nor an audio part; write {example}")
+        return ""
+    location = part.get("audio", part.get("path"))
+    if not isinstance(location, str) or not location:
+        faults.append(f"{where}: an audio placeholder without audio; give its file as `audio` or `path`")
+        return ""
+    start, end = part.get("start"), part.get("end")
+    if not _is_stretch(start, end):
+        faults.append(f"{where}: start {start!r} and end {end!r} must be seconds with 0 <= start < end")
+    transcript = part.get("transcript")
+    if transcript is not None and not isinstance(transcript, str):
+        faults.append(f"{where}: `transcript` must be a text, not {type(transcript).__name__}")
+    return AudioClip(_resolve(location, where, roots, faults), start, end, transcript)
+
+
+def _is_stretch(start: object, end: object) -> bool:
+    for edge in (start, end):
+        if edge is not None and (isinstance(edge, bool) or not isinstance(edge, int | float)):
+            return False
+    first = 0 if start is None else start
+    return 0 <= first < float("inf") and (end is None or first < end < float("inf"))
+
+
+def _resolve(location: str, where: str, roots: list[Path], faults: list[str]) -> str:
+    """The absolute path of an audio file; symbolic links are followed before it is asked where the file lies."""
+    if location.rstrip().endswith("|"):
+        faults.append(f"{where}: {location!r} is a Kaldi pipe, and commands are never run: write the audio to a file")
+        return ""
+    path = os.path.realpath(roots[0] / location)
+    if not any(Path(path).is_relative_to(os.path.realpath(root)) for root in roots):
+        faults.append(f"{where}: {location} lies outside {roots[-1]}: move it there or give --data_root")
+    elif not os.path.isfile(path):
+        faults.append(f"{where}: audio file {location} does not exist (looked at {path})")
+    return path
+
+
+def _place_audios(messages: list[Message], audios: object, roots: list[Path], faults: list[str]) -> list[Message]:
+    """Put ms-swift's `audios` where `<audio>` stands in the text; without `audios` no mark may stand there.
+
+    What an assistant writes is never searched: an answer may speak of HTML's <audio>.
+    """
+    if audios is None:
+        for number, message in enumerate(messages, 1):
+            mark = next((mark for mark in AUDIO_MARKS if message.role != "assistant" and mark in message.text), None)
+            if mark:
+                faults.append(
+                    f"message {number}: the text holds the placeholder {mark} without audio; "
+                    "write {'type': 'audio', 'audio': …} or give `audios`"
+                )
+        return messages
+    audios = [audios] if isinstance(audios, str) else audios
+    if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
+        faults.append("`audios` must be a list of file names")
+        return messages
+    marks = sum(message.text.count("<audio>") for message in messages if message.role != "assistant")
+    if marks != len(audios):
+        lack = "audio without a placeholder" if marks < len(audios) else "a placeholder without audio"
+        faults.append(f"{marks} <audio> in the text but {len(audios)} in `audios`: {lack}")
+        return messages
+    clips = iter([AudioClip(_resolve(audio, f"audio {n}", roots, faults)) for n, audio in enumerate(audios, 1)])
+    return [message if message.role == "assistant" else _fill_marks(message, clips) for message in messages]
+
+
+def _fill_marks(message: Message, clips: Iterator[AudioClip]) -> Message:
+    parts: list[str | AudioClip] = []
+    for part in message.content:
+        texts = part.split("<audio>") if isinstance(part, str) else []
+        parts += [part] if not texts else texts[:1]
+        for text in texts[1:]:
+            parts += [next(clips), text]
+    return replace(message, content=tuple(part for part in parts if part != ""))

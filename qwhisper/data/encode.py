@@ -1,0 +1,173 @@
+"""One dialogue to one row of tokens with its labels and audio windows.
+
+Where each answer stands is known from the pieces that the dialogue was rendered into; no text is ever searched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from qwhisper.data.audio import clip_windows, load_audio
+from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.data.template import Piece, added_token_ids, encode_text, render_pieces
+from qwhisper.errors import DataError
+from qwhisper.frames import FrameArithmetic
+
+IGNORE = -100  # a position that no loss is taken at
+TRAIN_ON = ("assistant", "last", "all")
+
+
+class NoLabelsError(DataError):
+    """Nothing of a sample is left to learn from."""
+
+
+@dataclass(eq=False)
+class Sample:
+    """One training row.
+
+    input_ids, labels: int64 [tokens], labels unshifted with -100 where nothing is learned. windows: float32 [samples]
+    each, in the order of their placeholders. answer_spans: (start, end) of every supervised answer with the token that
+    ends its turn; the tokens before start are the generation prompt at that turn. events: what was cut or left out.
+    """
+
+    id: str
+    source: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    windows: list[np.ndarray] = field(default_factory=list)
+    answer_spans: list[tuple[int, int]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions that the loss is taken at, after the shift by one."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+
+@dataclass(eq=False)
+class Part:
+    """A piece with its tokens; an audio piece has its windows and their token counts."""
+
+    piece: Piece
+    ids: list[int]
+    windows: list[np.ndarray] = field(default_factory=list)
+    window_tokens: list[int] = field(default_factory=list)
+
+
+class PartEncoder:
+    """Tokenises pieces; the scaffold's few texts are remembered."""
+
+    def __init__(self, tokenizer, frames: FrameArithmetic, audio_token_id: int, chat_template: str):
+        self.tokenizer = tokenizer
+        self.frames = frames
+        self.audio_token_id = audio_token_id
+        self.chat_template = chat_template
+        self.added_ids = added_token_ids(tokenizer)
+        self._scaffold_ids: dict[str, list[int]] = {}
+
+    def parts(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Part]:
+        """All parts of a dialogue, audio decoded. Raises BadClipError, and DataError where the template refuses it."""
+        return [self._part(piece) for piece in self.pieces(messages, add_generation_prompt)]
+
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Piece]:
+        return render_pieces(messages, self.tokenizer, self.chat_template, add_generation_prompt)
+
+    def _part(self, piece: Piece) -> Part:
+        if piece.kind == "audio":
+            return self._audio_part(piece, piece.clip)
+        if piece.kind == "text":
+            return Part(piece, encode_text(self.tokenizer, piece.text))
+        if piece.text not in self._scaffold_ids:
+            self._scaffold_ids[piece.text] = self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
+        return Part(piece, self._scaffold_ids[piece.text])
+
+    def _audio_part(self, piece: Piece, clip: AudioClip) -> Part:
+        windows = clip_windows(load_audio(clip.path, clip.start, clip.end), self.frames)
+        tokens = [self.frames.window_tokens(len(window)) for window in windows]
+        return Part(piece, [self.audio_token_id] * sum(tokens), windows, tokens)
+
+
+@dataclass(eq=False)
+class Row:
+    """Parts joined: tokens, where each assistant message's answer stands, where user text and windows stand."""
+
+    input_ids: list[int]
+    answers: dict[int, tuple[int, int]]  # message index -> (start, end with the end-of-turn token)
+    texts: list[tuple[int, int, int]]  # (message index, start, end) of the text pieces
+    windows: list[tuple[int, np.ndarray]]  # (first placeholder, window)
+
+
+def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: set[int]) -> Row:
+    """Put parts end to end; an assistant's answer ends with the first added token of the scaffold after it."""
+    row = Row([], {}, [], [])
+    open_answer = None
+    for part in parts:
+        index, start = part.piece.message_index, len(row.input_ids)
+        row.input_ids += part.ids
+        end = len(row.input_ids)
+        if index is not None and messages[index].role == "assistant":
+            open_answer = index
+            row.answers[index] = (row.answers.get(index, (start,))[0], end)
+        elif open_answer is not None:
+            closing = next((n for n, i in enumerate(part.ids, 1) if i in added_ids), 0)
+            row.answers[open_answer] = (row.answers[open_answer][0], start + closing)
+            open_answer = None
+        if part.piece.kind == "text":
+            row.texts.append((index, start, end))
+        for window, tokens in zip(part.windows, part.window_tokens, strict=True):
+            row.windows.append((start, window))
+            start += tokens
+    return row
+
+
+def cut_row(row: Row, max_length: int | None, events: list[str]) -> Row | None:
+    """Drop whole turns from the end until the row fits; None if not even the first answer fits."""
+    length = len(row.input_ids)
+    if max_length is None or length <= max_length:
+        return row
+    fitting = [end for _, end in row.answers.values() if end <= max_length]
+    if not fitting:
+        return None
+    if len(fitting) < len(row.answers):
+        events.append(f"cut to {len(fitting)} of {len(row.answers)} turns: {length} > {max_length} tokens")
+    return _cut_at(row, max(fitting))
+
+
+def fit_last_exchange(
+    parts: Sequence[Part], messages: Sequence[Message], max_length: int, added_ids: set[int], events: list[str]
+) -> Row:
+    """One exchange made to fit: its prompt's text is shortened from the front; if that is not enough, all of the
+    prompt's content goes, audio with it; at worst the reply's tail.
+    """
+
+    def is_prompt(part: Part) -> bool:
+        return part.piece.kind != "scaffold" and messages[part.piece.message_index].role != "assistant"
+
+    row = join_parts(parts, messages, added_ids)
+    excess = row.answers[len(messages) - 1][1] - max_length
+    text_tokens = sum(len(part.ids) for part in parts if is_prompt(part) and part.piece.kind == "text")
+    if excess > text_tokens:
+        events.append("kept the last reply alone")
+        row = join_parts([part for part in parts if not is_prompt(part)], messages, added_ids)
+    elif excess > 0:
+        events.append(f"kept the last exchange alone, without the first {excess} tokens of its prompt's text")
+        shortened = []
+        for part in parts:
+            drop = min(excess, len(part.ids)) if is_prompt(part) and part.piece.kind == "text" else 0
+            shortened.append(replace(part, ids=part.ids[drop:]))
+            excess -= drop
+        row = join_parts(shortened, messages, added_ids)
+    else:
+        events.append("kept the last exchange alone")
+    end = row.answers[len(messages) - 1][1]
+    if end > max_length:
+        events.append(f"cut the tail of the reply: {end} > {max_length} tokens")
+    return _cut_at(row, min(end, max_length))
+
+
+def _cut_at(row: Row, end: int) -> Row:
+    """The first `end` tokens; an answer that they cut is shortened, one that lies behind is gone."""
+    answers = {index: (start, min(stop, end)) for index, (start, stop) in row.answers.items() if start < end}
+    texts = [text for text in row.texts if text[2] <= end]
+    return Row(row.input_ids[:end], answers, texts, [window for window in row.windows if window[0] < end])

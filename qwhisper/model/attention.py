@@ -1,0 +1,129 @@
+"""Attention over packed rows, under the name `qwhisper_packed` in transformers' attention registry.
+
+Samples lie end to end in one row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses. CUDA uses
+`torch.nn.attention.varlen`; where that cannot run (CPU, fp32, dropout, heads wider than 256) the same result comes from one SDPA call a
+segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own SDPA, with its mask.
+
+cuDNN's attention is switched off at import: its masked backward gives NaN in grad_q where length % 128 = 64 and a row's
+log-sum-exp is under -88.7 (pytorch#196678), and on some cards gradients that are wrong by up to 960 times.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED_ATTENTION = "qwhisper_packed"
+
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def packed_row_mask(hidden_states: Tensor) -> Tensor:
+    """The 4-D stand-in that tells transformers' mask creation to make none for a packed row.
+
+    A 4-D mask is passed through untouched by every model; without it a mask of tokens × tokens would be built and thrown away.
+    """
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=hidden_states.device)
+
+
+def _varlen_keywords(num_key_value_groups: int) -> dict:
+    """torch 2.11 repeats key heads by itself; from 2.12 on it wants to be told."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return {"enable_gqa": True} if takes_gqa and num_key_value_groups > 1 else {}
+
+
+def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window) -> Tensor:
+    """[tokens, heads, head_dim] each, bf16 or fp16 on CUDA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    left = window - 1 if window else -1
+    return varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_lens,
+        cu_seq_lens,
+        max_length,
+        max_length,
+        scale=scale,
+        window_size=(left, 0 if causal else -1),
+        **_varlen_keywords(query.shape[1] // key.shape[1]),
+    )
+
+
+def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
+    """[length, length], True where a query may look; None where plain causal attention says the same."""
+    if window is None or length <= window:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _sdpa_per_segment(query, key, value, cu_seq_lens, *, scale, causal, window, dropout) -> Tensor:
+    """[1, heads, tokens, head_dim] each; the exact, slower twin of `_varlen`. Returns [tokens, heads, head_dim]."""
+    bounds = cu_seq_lens.tolist()
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    outputs = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        mask = _segment_mask(end - start, window, query.device) if causal else None
+        out = nn.functional.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal and mask is None,
+            scale=scale,
+        )
+        outputs.append(out)
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def varlen_can_run(query: Tensor, dropout: float) -> bool:
+    """Whether `torch.nn.attention.varlen` takes these tensors; otherwise one SDPA call a segment does the same."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0 and query.shape[-1] <= 256
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface. query [batch, heads, tokens, head_dim], key and value with their own, fewer heads.
+
+    cu_seq_lens_q: [segments + 1] int32 borders of the segments of a packed row (batch 1); None for an ordinary batch.
+    Returns ([batch, tokens, heads, head_dim], None).
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("packed rows support neither attention soft-capping nor attention sinks: train with --no_packing")
+    causal = module.is_causal if is_causal is None else is_causal
+    common = {"scale": scaling, "causal": causal, "window": sliding_window}
+    if varlen_can_run(query, dropout):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, **common)
+    else:
+        out = _sdpa_per_segment(query, key, value, cu_seq_lens_q, dropout=dropout, **common)
+    return out[None], None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -1,0 +1,48 @@
+"""Configuration of the joined model: the two bases' own configurations and what the projector between them needs."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from qwhisper.frames import FrameArithmetic
+
+
+@strict
+class Qwen3AudioConfig(PreTrainedConfig):
+    """Whisper encoder + AudioProjection + causal LM.
+
+    audio_config: a Whisper configuration (its encoder part is used). text_config: any causal LM's.
+    audio_token_id: the placeholder's id; it may lie outside the LM's vocabulary, since it is never looked up.
+    projector_stack: encoder frames (20 ms each) joined into one token. projector_hidden_act: activation between its layers.
+    projector_scale: factor on the projector's output. projector_init_scale: factor on its Xavier initialisation.
+    audio_lead_silence, audio_tail_silence: seconds of silence around every clip, see docs/silence.md for the measurement.
+    audio_base, text_base: {"name", "fingerprint"} of the bases whose weights are not saved with this model; None when they are.
+    """
+
+    model_type = "qwen3_audio"
+    sub_configs_defaults = {
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
+    }
+
+    audio_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int = 151669
+    projector_stack: int = 4
+    projector_hidden_act: str = "gelu"
+    projector_scale: float = 1.0
+    projector_init_scale: float = 0.1
+    audio_lead_silence: float = 0.25
+    audio_tail_silence: float = 1.0
+    audio_base: dict | None = None
+    text_base: dict | None = None
+
+    @property
+    def frames(self) -> FrameArithmetic:
+        """The length arithmetic that data and model share."""
+        return FrameArithmetic(
+            stack=self.projector_stack,
+            max_encoder_frames=self.audio_config.max_source_positions,
+            lead_silence_s=self.audio_lead_silence,
+            tail_silence_s=self.audio_tail_silence,
+        )

@@ -1,0 +1,113 @@
+"""LoRA (Hu et al., 2021) on the language model's linears: PEFT injects, names and saves; the forward pass is ours.
+
+A and B are kept in fp32 and cast to the compute dtype where they are used. PEFT casts the activations up instead, which keeps a second,
+fp32 copy of every layer's input for the backward pass.
+"""
+
+import re
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from qwhisper.errors import UsageError
+
+LANGUAGE_MODEL = "model.language_model"
+ADAPTER = "default"
+
+
+def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    """base(x) + scaling * B A x, computed in the base layer's output dtype.
+
+    Anything but one plain, unmerged adapter goes PEFT's own way.
+    """
+    plain = (
+        not kwargs and not self.disable_adapters and not self.merged and self.active_adapters == [ADAPTER]
+        and ADAPTER in self.lora_A and ADAPTER not in self.lora_variant
+    )  # fmt: skip
+    if not plain:
+        return super(type(self), self).forward(x, *args, **kwargs)
+    result = self.base_layer(x, *args)
+    x = self.lora_dropout[ADAPTER](x).to(result.dtype)
+    low_rank = nn.functional.linear(x, self.lora_A[ADAPTER].weight.to(x.dtype))
+    update = nn.functional.linear(low_rank, self.lora_B[ADAPTER].weight.to(x.dtype))
+    return result + update * self.scaling[ADAPTER]
+
+
+class LoraLinear(PeftLinear):
+    """LoRA on `nn.Linear`."""
+
+    forward = _forward
+
+
+def _layer_types(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+    """Base layer type to LoRA layer type; the 4-bit layer first, since it is a subclass of `nn.Linear`."""
+    types: dict[type[nn.Module], type[nn.Module]] = {}
+    if getattr(model, "is_loaded_in_4bit", False):
+        import bitsandbytes as bnb
+        from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+
+        types[bnb.nn.Linear4bit] = type("LoraLinear4bit", (PeftLinear4bit,), {"forward": _forward})
+    return types | {nn.Linear: LoraLinear}
+
+
+def lm_linear_names(model: nn.Module) -> list[str]:
+    """Last name parts of the language model's linears (q_proj, …), sorted; its head is not among them."""
+    language_model = model.get_submodule(LANGUAGE_MODEL)
+    names = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
+    return sorted(names - {"base_layer"})
+
+
+def target_regex(suffixes: list[str]) -> str:
+    """Anchored at the language model: the encoder and the projector have linears of the same names."""
+    return rf"{re.escape(LANGUAGE_MODEL)}\..+\.({'|'.join(map(re.escape, sorted(suffixes)))})"
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    target_modules: list[str] | None = None,
+    init_scale: float = 0.1,
+    fp32: bool = True,
+) -> None:
+    """Injects a fresh adapter: A Kaiming uniform × `init_scale`, B zero, so that the model's output does not change yet.
+
+    target_modules: names of linears of the LM (None: all of them). Everything else keeps its `requires_grad`.
+    """
+    known = lm_linear_names(model)
+    wanted = known if target_modules is None else list(target_modules)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UsageError(f"--lora_target_modules {' '.join(unknown)}: the language model has {', '.join(known)}")
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_regex(wanted), bias="none", task_type="CAUSAL_LM"
+    )
+    inject(model, config)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model):
+            parameter.data = parameter.data.to(torch.float32 if fp32 else model.dtype)
+            if "lora_A" in name:
+                parameter.mul_(init_scale)
+
+
+def inject(model: nn.Module, config: LoraConfig) -> None:
+    """Puts the adapter that `config` describes into the language model, with our forward pass."""
+    config._register_custom_module(_layer_types(model))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    inject_adapter_in_model(config, model, ADAPTER)
+    model.peft_config = {ADAPTER: config}
+    for name, parameter in model.named_parameters():
+        # PEFT freezes all that is not its own; the projector and an unfrozen encoder stay as they were.
+        parameter.requires_grad_("lora_" in name or name in trainable)
+    outside = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not n.startswith(LANGUAGE_MODEL + ".")]
+    assert not outside, f"LoRA outside the language model: {outside[:3]}"
+
+
+def lora_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every A and B, in module order."""
+    return [(name, p) for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]

@@ -1,0 +1,302 @@
+"""Qwen3Audio: a Whisper encoder, an AudioProjection and a causal LM as one Hugging Face model.
+
+Architecture only: nothing here knows of files, dialogues or training.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+from qwhisper.frames import encoder_frames
+from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
+from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+from qwhisper.model.encoder import TrueLengthWhisperEncoder
+from qwhisper.model.loss import IGNORE_INDEX, head_logits, reference_loss, supervised_loss
+from qwhisper.model.mel import packed_log_mel
+from qwhisper.model.projector import AudioProjection, ProjectorLinear
+
+AUDIO_INPUTS = ("audio_waveforms", "input_features", "audio_features")
+
+
+class Qwen3AudioPreTrainedModel(PreTrainedModel):
+    config: Qwen3AudioConfig
+    base_model_prefix = "model"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["WhisperEncoderLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ProjectorLinear):
+            module.reset_to_small_xavier(self.config.projector_init_scale)
+        else:
+            super()._init_weights(module)
+
+
+class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
+    """Audio tower, projector and language model without its head."""
+
+    def __init__(self, config: Qwen3AudioConfig):
+        super().__init__(config)
+        # The encoder hands its layers packed windows, which only our attention reads.
+        config.audio_config._attn_implementation = PACKED_ATTENTION
+        if config.text_config._attn_implementation in (None, "sdpa"):
+            config.text_config._attn_implementation = PACKED_ATTENTION
+        self.audio_tower = TrueLengthWhisperEncoder(config.audio_config)
+        self.multi_modal_projector = AudioProjection(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @property
+    def encoder_is_trained(self) -> bool:
+        return self.audio_tower.conv1.weight.requires_grad
+
+    def train(self, mode: bool = True) -> "Qwen3AudioModel":
+        """A frozen encoder stays in evaluation mode: its dropout and layer-drop would blur features that nothing learns from."""
+        super().train(mode)
+        if not self.encoder_is_trained:
+            self.audio_tower.eval()
+        return self
+
+    def encode_audio(self, waveforms: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
+        """waveforms: [sum(lengths)] float32 at 16 kHz, windows end to end. Returns ([frames, d_model], frames of each window)."""
+        device = self.audio_tower.conv1.weight.device
+        mel, mel_lengths = packed_log_mel(waveforms.to(device), lengths, self.config.audio_config.num_mel_bins)
+        return self.encode_mel(mel, mel_lengths)
+
+    def encode_mel(self, mel: Tensor, mel_lengths: list[int]) -> tuple[Tensor, list[int]]:
+        """mel: [sum(mel_lengths), num_mel_bins]. Returns ([frames, d_model], frames of each window)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
+            hidden_states = self.audio_tower(mel.to(self.audio_tower.conv1.weight.device), mel_lengths)
+        return hidden_states, [encoder_frames(n) for n in mel_lengths]
+
+    def get_audio_features(
+        self,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        audio_waveforms: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Projected audio tokens of all windows, in order; exactly one of the three inputs.
+
+        input_features: [windows, num_mel_bins, mel_frames] with input_features_mask [windows, mel_frames], the processor's.
+        audio_waveforms: [samples] float32, windows end to end, audio_lengths [windows] their samples, the collator's.
+        audio_features: [frames, d_model], cached encoder output, audio_lengths [windows] their frames.
+        Returns last_hidden_state [frames, d_model] and pooler_output [tokens, hidden_size] in the projector's dtype.
+        """
+        if audio_waveforms is not None:
+            frames, lengths = self.encode_audio(audio_waveforms, audio_lengths.tolist())
+        elif input_features is not None:
+            if input_features_mask is None:
+                input_features_mask = input_features.new_ones(input_features.shape[::2], dtype=torch.bool)
+            mask = input_features_mask.bool()
+            frames, lengths = self.encode_mel(input_features.transpose(1, 2)[mask], mask.sum(-1).tolist())
+        else:
+            frames, lengths = audio_features, audio_lengths.tolist()
+        projector_device = self.multi_modal_projector.linear_1.weight.device
+        tokens = self.multi_modal_projector(frames.to(projector_device), lengths)
+        return BaseModelOutputWithPooling(last_hidden_state=frames, pooler_output=tokens)
+
+    def get_placeholder_mask(self, input_ids: Tensor, audio_tokens: Tensor | None) -> Tensor:
+        """[batch, tokens], True at placeholders; their number must be that of the audio tokens."""
+        mask = input_ids == self.config.audio_token_id
+        found, wanted = int(mask.sum()), 0 if audio_tokens is None else audio_tokens.shape[0]
+        if found != wanted:
+            raise ValueError(
+                f"{found} audio placeholders in input_ids, but the audio gives {wanted} tokens: "
+                "both must come from the same processor (silence, stack and audio_token_id are part of its configuration)"
+            )
+        return mask
+
+    def embed(self, input_ids: Tensor, **audio) -> Tensor:
+        """Text embeddings with the audio tokens put in at the placeholders: [batch, tokens, hidden_size], the LM's dtype."""
+        given = [name for name in AUDIO_INPUTS if audio.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"pass one of {', '.join(AUDIO_INPUTS)}, not {' and '.join(given)}")
+        tokens = self.get_audio_features(**audio).pooler_output if given else None
+        placeholders = self.get_placeholder_mask(input_ids, tokens)
+        # The placeholder's id may lie outside the vocabulary; what is looked up in its stead is replaced below.
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        if tokens is None:
+            return embeddings
+        tokens = tokens.to(device=embeddings.device, dtype=embeddings.dtype)
+        return embeddings.masked_scatter(placeholders[..., None].to(embeddings.device), tokens)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        audio_waveforms: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """The LM's output for `input_ids` with audio, see `get_audio_features`, or for ready `inputs_embeds`.
+
+        A packed row is one with `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` and restarting `position_ids`.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(
+                input_ids,
+                input_features=input_features,
+                input_features_mask=input_features_mask,
+                audio_waveforms=audio_waveforms,
+                audio_features=audio_features,
+                audio_lengths=audio_lengths,
+            )
+        if kwargs.get("cu_seq_lens_q") is not None:
+            implementation = self.language_model.config._attn_implementation
+            if implementation != PACKED_ATTENTION:
+                raise ValueError(f"packed rows need attn_implementation={PACKED_ATTENTION!r}, not {implementation!r}")
+            attention_mask = packed_row_mask(inputs_embeds)
+            kwargs["use_cache"] = False
+        return self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+
+
+class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMixin):
+    """The model that is trained and that answers.
+
+    manual_loss: when True, `forward` also computes the loss the plain way into `last_manual_loss` (fp32 scalar), and
+    `last_logits` then holds every position's logits. last_logits: detached logits of the last supervised chunk.
+    last_valid_label_count, last_loss: supervised tokens and loss of the last forward with labels, scalar tensors.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: Qwen3AudioConfig):
+        super().__init__(config)
+        self.model = Qwen3AudioModel(config)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.manual_loss = False
+        self.last_logits: Tensor | None = None
+        self.last_manual_loss: Tensor | None = None
+        self.last_valid_label_count: Tensor | None = None
+        self.last_loss: Tensor | None = None
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads a whole model, or, from a folder of trained weights (projector, adapter), the bases it names and then these."""
+        from qwhisper.model.loading import is_trained_folder, load_trained
+
+        if is_trained_folder(pretrained_model_name_or_path):
+            kwargs.pop("config", None)
+            return load_trained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Trained weights alone where the bases are known by name, the whole model otherwise."""
+        from qwhisper.model.loading import save_trained
+
+        if self.config.text_base is not None:
+            return save_trained(self, save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def enable_input_require_grads(self) -> None:
+        """For the text embeddings alone; the library's own would hook the frozen encoder's convolution as well."""
+        self._require_grads_hooks = [
+            self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        ]
+
+    def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model.get_audio_features(*args, **kwargs)
+
+    def get_placeholder_mask(self, *args, **kwargs) -> Tensor:
+        return self.model.get_placeholder_mask(*args, **kwargs)
+
+    @property
+    def _softcap(self) -> float | None:
+        return getattr(self.config.get_text_config(), "final_logit_softcapping", None)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_features_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        audio_waveforms: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        valid_label_count: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """input_ids: [batch, tokens] int64; audio: see `Qwen3AudioModel.get_audio_features`.
+
+        labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is the loss alone (sum over
+        supervised tokens / num_items_in_batch, or their mean), and no full logits exist; without, logits [batch, tokens or
+        logits_to_keep, vocabulary]. valid_label_count travels in our batches for whoever reports it, and is not used.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            audio_waveforms=audio_waveforms,
+            audio_features=audio_features,
+            audio_lengths=audio_lengths,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(hidden_states, labels.to(hidden_states.device), num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = head_logits(hidden_states[:, kept], self.lm_head, self._softcap)
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+
+    def _loss(self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+        keywords = {"num_items_in_batch": num_items_in_batch, "softcap": self._softcap}
+        self.last_valid_label_count = (labels[:, 1:] != IGNORE_INDEX).sum()
+        loss, self.last_logits = supervised_loss(hidden_states, labels, self.lm_head, **keywords)
+        self.last_loss = loss.detach()
+        if self.manual_loss:
+            self.last_manual_loss, self.last_logits = reference_loss(hidden_states, labels, self.lm_head, **keywords)
+        return loss
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
+        """transformers' `generate` for prompts with audio: left-padded `input_ids` and `attention_mask`, and one audio input.
+
+        The audio is put into the prompt's embeddings once; ids, cache, beams and streamers then work as for any LM.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        audio = {k: kwargs.pop(k, None) for k in (*AUDIO_INPUTS, "input_features_mask", "audio_lengths")}
+        for unused in ("labels", "valid_label_count"):
+            kwargs.pop(unused, None)
+        if any(audio[name] is not None for name in AUDIO_INPUTS):
+            kwargs["inputs_embeds"] = self.model.embed(input_ids.to(self.device), **audio)
+        if self.config.audio_token_id < self.config.get_text_config().vocab_size:
+            kwargs.setdefault("suppress_tokens", [self.config.audio_token_id])
+        return super().generate(input_ids, generation_config=generation_config, **kwargs)

@@ -1,0 +1,237 @@
+"""From a verb's command line and its recipe to its arguments dataclass.
+
+Flags come from the dataclass through transformers' HfArgumentParser; a recipe's entries are put before the command
+line's as if they had been typed there, so that both pass the same checks and the command line wins.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from qwhisper.errors import UsageError
+from qwhisper.train.hf_names import NOT_TAKEN, REMOVED
+
+if TYPE_CHECKING:
+    from qwhisper.cli import Verb
+
+RECIPES = Path(__file__).parent / "recipes"
+_OWN = ("help", "config")  # flags of every verb that are no field
+
+
+def parse(name: str, verb: "Verb", arguments_class: type, argv: list[str]) -> Any:
+    """The arguments of `qwhisper NAME argv…`, or None after printing help. Raises UsageError."""
+    parser = make_parser(name, verb, arguments_class)
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        return None
+    flags = flag_names(arguments_class, verb.positionals)
+    _check_flags(argv, flags, hf_names=name == "train")
+    recipe = Recipe.find(_config_of(argv), flags, hf_names=name == "train")
+    try:
+        namespace, rest = parser.parse_known_args(recipe.argv + argv)
+        if rest:
+            raise UsageError(f"{rest[0]!r} belongs to no flag; see qwhisper {name} --help")
+        values = vars(namespace)
+        del values["config"]
+        return arguments_class(**values)
+    except UsageError as error:
+        raise UsageError(recipe.locate(str(error), argv)) from None
+
+
+def make_parser(name: str, verb: "Verb", arguments_class: type) -> "Parser":
+    """A parser with one group of flags for every section of the dataclass."""
+    sections = []
+    for title, fields in sections_of(arguments_class):
+        hints = get_type_hints(arguments_class)
+        flags = [(f.name, hints[f.name], _copy(f)) for f in fields if f.name not in verb.positionals]
+        sections.append(
+            dataclasses.make_dataclass(title, flags, namespace={"_argument_group_name": title}, kw_only=True)
+        )
+    words = "".join(f" {word.upper()}" for word in verb.positionals)
+    parser = Parser(
+        sections,
+        prog=f"qwhisper {name}",
+        usage=f"qwhisper {name}{words} [--flag value ...]",
+        description=verb.summary,
+        epilog=f"example: {verb.example}",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    fields_by_name = {f.name: f for f in dataclasses.fields(arguments_class)}
+    for word in verb.positionals:
+        parser.add_argument(word, metavar=word.upper(), help=fields_by_name[word].metadata["help"])
+    parser.add_argument(
+        "--config", help="YAML file of flags, or the name of a shipped recipe; flags win over the file."
+    )
+    return parser
+
+
+def sections_of(arguments_class: type) -> list[tuple[str, list[dataclasses.Field]]]:
+    """Title and fields of every section: the bases that name an `_argument_group_name`, else the class itself."""
+    by_name = {f.name: f for f in dataclasses.fields(arguments_class)}
+    bases = [base for base in reversed(arguments_class.__mro__) if "_argument_group_name" in vars(base)]
+    if not bases:
+        return [("flags", list(by_name.values()))]
+    return [
+        (vars(base)["_argument_group_name"], [by_name[name] for name in vars(base)["__annotations__"]])
+        for base in bases
+    ]
+
+
+def flag_names(arguments_class: type, positionals: Iterable[str] = ()) -> list[str]:
+    """Every name that may follow "--", the `no_` form of flags that are on by default included."""
+    fields = [f for f in dataclasses.fields(arguments_class) if f.name not in positionals]
+    return [f.name for f in fields] + [f"no_{f.name}" for f in fields if f.default is True]
+
+
+def _copy(f: dataclasses.Field) -> dataclasses.Field:
+    given = {
+        name: getattr(f, name) for name in ("default", "default_factory") if getattr(f, name) is not dataclasses.MISSING
+    }
+    metadata = dict(f.metadata) | {"help": f.metadata["help"].replace("%", "%%")}  # argparse formats help texts
+    return dataclasses.field(metadata=metadata, kw_only=True, **given)
+
+
+class Parser(HfArgumentParser):
+    """Reports what argparse finds as a UsageError, without the wall of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"/--[a-z0-9-]+", "", message).replace("argument --", "--")
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One line a flag: --snake_case alone, with --no_… beside it; a default only where there is one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not isinstance(action, argparse._StoreFalseAction):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.dest == "help":
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[0]
+        if isinstance(action.default, bool):
+            return f"{flag}, --no_{action.dest}" if action.default else flag
+        values = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else "VALUE"
+        return (
+            f"{flag} [{values}]"
+            if action.nargs == "?"
+            else f"{flag} {values}" + (" ..." if action.nargs == "+" else "")
+        )
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == [] or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _check_flags(argv: list[str], flags: list[str], *, hf_names: bool) -> None:
+    for name in _flags_in(argv):
+        if name not in flags and name not in _OWN:
+            raise UsageError(_explain(name, flags, dashes="--", hf_names=hf_names))
+
+
+def _flags_in(argv: Iterable[str]) -> list[str]:
+    return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--") and word != "--"]
+
+
+def _explain(name: str, flags: list[str], *, dashes: str, hf_names: bool) -> str:
+    """Why this name is no flag, in one sentence, with what to do."""
+    if hf_names and name in REMOVED:
+        return f"{dashes}{name} is no longer a flag: {REMOVED[name]}"
+    if hf_names and name in NOT_TAKEN:
+        return f"{dashes}{name} of HF's TrainingArguments is not taken: {NOT_TAKEN[name]}"
+    nearest = difflib.get_close_matches(name, flags, n=1) or [flag for flag in flags if name in flag]
+    return f"unknown flag {dashes}{name}" + (
+        f"; did you mean {dashes}{nearest[0]}?" if nearest else "; --help lists all"
+    )
+
+
+def _config_of(argv: list[str]) -> str | None:
+    parser = Parser(allow_abbrev=False, add_help=False, prog="qwhisper")
+    parser.add_argument("--config")
+    return parser.parse_known_args(argv)[0].config
+
+
+def shipped_recipes() -> list[str]:
+    """Names for --config of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A YAML file of flags: its entries as command-line words, and the line of each for messages."""
+
+    path: Path | None
+    argv: list[str]
+    lines: dict[str, int]
+
+    @classmethod
+    def find(cls, config: str | None, flags: list[str], *, hf_names: bool) -> "Recipe":
+        """The recipe that --config names: a file, or one that is shipped. Without --config an empty one."""
+        if config is None:
+            return cls(None, [], {})
+        path = Path(config)
+        if not path.is_file():
+            name = config.removesuffix(".yaml")
+            if name not in shipped_recipes():
+                nearest = difflib.get_close_matches(name, shipped_recipes(), n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"shipped: {', '.join(shipped_recipes())}"
+                raise UsageError(f"--config {config}: no such file, and no recipe of that name is shipped; {hint}")
+            path = RECIPES / f"{name}.yaml"
+        return cls._read(path, flags, hf_names=hf_names)
+
+    @classmethod
+    def _read(cls, path: Path, flags: list[str], *, hf_names: bool) -> "Recipe":
+        try:
+            text = path.read_text(encoding="utf-8")
+            node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        if node is None:  # nothing but comments
+            return cls(path, [], {})
+        if not isinstance(node, yaml.MappingNode):
+            raise UsageError(f"{path}: a recipe is a list of `flag: value` lines, and this one is something else")
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UsageError(f"{path}:{line}: {key.value} stands in line {lines[key.value]} already; keep one")
+            if key.value not in flags:
+                raise UsageError(f"{path}:{line}: {_explain(key.value, flags, dashes='', hf_names=hf_names)}")
+            if key.value.startswith("no_"):
+                raise UsageError(
+                    f"{path}:{line}: write `{key.value.removeprefix('no_')}: false` instead of {key.value}"
+                )
+            lines[key.value] = line
+        argv = [word for key, value in values.items() for word in cls._words(f"{path}:{lines[key]}", key, value)]
+        # A flag with one value comes last, so that a list before it can't swallow the command line's first word.
+        return cls(path, [*argv, f"--config={path}"], lines)
+
+    @staticmethod
+    def _words(where: str, key: str, value: Any) -> list[str]:
+        if value is None or value == []:
+            return []
+        if isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
+            return [f"--{key}", *map(str, value)]
+        if isinstance(value, list | dict):
+            raise UsageError(f"{where}: {key} must be a plain value or a list of plain values")
+        return [f"--{key}={value}"]
+
+    def locate(self, message: str, argv: list[str]) -> str:
+        """`message` with file and line before it, if it is about a flag that the recipe alone has set."""
+        for name in re.findall(r"--(\w+)", message):
+            if name in self.lines and name not in _flags_in(argv):
+                return f"{self.path}:{self.lines[name]}: {message}"
+        return message

@@ -1,0 +1,1 @@
+"""Training: arguments, the visible step, and what is around it."""

@@ -1,0 +1,161 @@
+"""The field report's four callbacks, for our loop and for a plain Hugging Face `Trainer`.
+
+In our loop they are thin: `configure` turns them into arguments, and the loop does the work. In a plain `Trainer` they do what its events
+allow. Its events come after the global clip, so there a frozen projector's or an exploding LoRA's gradient still counts in that
+norm; `qwhisper.train.hf_trainer.guard_trainer` puts the same effects before the clip.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from qwhisper.guards.apply import drop_gradients, scale_gradients
+from qwhisper.guards.decide import decide
+from qwhisper.guards.measure import step_statistics
+from qwhisper.model.lora import lora_parameters
+from qwhisper.train.arguments import TrainArguments
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The Qwen3Audio model inside DDP's or PEFT's wrappers."""
+    while not hasattr(model, "multi_modal_projector") and not hasattr(getattr(model, "model", None), "multi_modal_projector"):
+        model = model.module if hasattr(model, "module") else model.base_model.model
+    return model
+
+
+class ConfiguringCallback(TrainerCallback):
+    """A callback whose work our loop does by itself once `configure` has handed over the values."""
+
+    in_our_loop = False
+
+    def configure(self, args: TrainArguments) -> TrainArguments:
+        """The run's arguments with this callback's values in them."""
+        self.in_our_loop = True
+        return dataclasses.replace(args, **self.values())
+
+    def values(self) -> dict:
+        raise NotImplementedError
+
+
+class ProjectorFreezeHook(ConfiguringCallback):
+    """Keeps the projector's weights through the first `steps` optimizer steps by dropping their gradients.
+
+    `requires_grad` stays as it is: neither graphs nor hooks nor buckets change in mid-run.
+    """
+
+    def __init__(self, steps: int = 20):
+        self.steps = steps
+
+    def values(self) -> dict:
+        return {"freeze_projector_steps": self.steps}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.in_our_loop and state.global_step < self.steps:
+            projector = unwrapped(model).model.multi_modal_projector
+            drop_gradients({"projector": list(projector.parameters())})
+
+
+class LoRAStabilizeCallback(ConfiguringCallback):
+    """LoRA's early learning-rate factor, its own clip, and no optimizer step on gradients that are not finite."""
+
+    def __init__(self, early_lr_factor: float = 0.2, early_lr_steps: int = 100, lora_grad_clip: float = 5.0):
+        self.early_lr_factor = early_lr_factor
+        self.early_lr_steps = early_lr_steps
+        self.lora_grad_clip = lora_grad_clip
+        self.skipped_steps = 0
+        self._full_rates: list[float] | None = None
+
+    def values(self) -> dict:
+        return {
+            "early_lr_factor": self.early_lr_factor,
+            "early_lr_steps": self.early_lr_steps,
+            "lora_grad_clip": self.lora_grad_clip,
+        }
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.in_our_loop:
+            return
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        lora = {id(p) for _, p in lora_parameters(model)}
+        groups = {"lora": [p for p in trainable if id(p) in lora], "rest": [p for p in trainable if id(p) not in lora]}
+        statistics = step_statistics(torch.zeros((), device=trainable[0].device), groups)
+        decision = decide(statistics, group_bounds={"lora": self.lora_grad_clip}, max_grad_norm=0.0)
+        if decision.skip:
+            drop_gradients(groups)
+            self.skipped_steps += 1
+        else:
+            scale_gradients(decision, groups)
+        if state.global_step < self.early_lr_steps:
+            self._full_rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] *= self.early_lr_factor
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self._full_rates is not None:
+            for group, rate in zip(optimizer.param_groups, self._full_rates, strict=True):
+                group["lr"] = rate
+            self._full_rates = None
+
+
+class LossDebugCallback(TrainerCallback):
+    """Prints supervised tokens and loss of every step, or hands them to `report(step, valid_labels, loss)`.
+
+    In a plain Trainer it reads what the model kept of its last forward pass: with accumulation, the last micro-batch's.
+    """
+
+    def __init__(self, report=None):
+        self.report = report or (lambda step, valid, loss: print(f"step {step}: {valid} valid labels, loss {loss:.4f}"))
+
+    def on_step_end(self, args, state, control, model=None, step_report=None, **kwargs):
+        if step_report is not None:
+            self.report(state.global_step, step_report.tokens, step_report.loss)
+            return
+        model = unwrapped(model)
+        if model.last_valid_label_count is not None:
+            self.report(state.global_step, int(model.last_valid_label_count), float(model.last_loss))
+
+
+class NaNMonitorCallback(TrainerCallback):
+    """Looks at the trainable parameters and `last_logits` every `every` steps; at the first non-finite tensor it writes a snapshot
+    (`nan_snapshot.json` in the output folder: name, shape, counts, range of the finite part) and stops the run.
+    """
+
+    def __init__(self, every: int = 1):
+        self.every = every
+        self.first_bad: str | None = None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every or self.first_bad:
+            return control
+        model = unwrapped(model)
+        tensors = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if model.last_logits is not None:
+            tensors.append(("last_logits", model.last_logits))
+        finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in tensors]).tolist()
+        bad = [tensor for tensor, is_finite in zip(tensors, finite, strict=True) if not is_finite]
+        if bad:
+            self.first_bad = bad[0][0]
+            snapshot = {"step": state.global_step, "tensors": [describe(name, tensor) for name, tensor in bad]}
+            path = Path(args.output_dir) / "nan_snapshot.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(snapshot, indent=1), encoding="utf-8")
+            print(f"step {state.global_step}: {self.first_bad} is not finite; snapshot in {path}; stopping")
+            control.should_training_stop = True
+        return control
+
+
+def describe(name: str, tensor: torch.Tensor) -> dict:
+    """What a look at a bad tensor should tell first."""
+    tensor = tensor.detach().float()
+    finite = tensor[torch.isfinite(tensor)]
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "nan": int(tensor.isnan().sum()),
+        "inf": int(tensor.isinf().sum()),
+        "finite_min": float(finite.min()) if finite.numel() else None,
+        "finite_max": float(finite.max()) if finite.numel() else None,
+    }

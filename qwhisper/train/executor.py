@@ -1,0 +1,123 @@
+"""Lays the samples of an optimizer step into as few packs as memory allows and runs them forward and backward.
+
+What is optimised (the samples) and how it is executed (the packs) are apart: any packing gives the same gradients, to rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwhisper.data.collator import Sample, pack_samples, pad_samples
+from qwhisper.data.packing import plan_packs
+from qwhisper.errors import MemoryLimitError, NumericalError
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+
+AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved on the first out-of-memory; a planner will know better
+HOST_KEYS = ("audio_lengths", "valid_label_count")  # read by Python: on the device each would be a wait
+UNPACKABLE_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
+
+
+def supports_packing(text_config) -> bool:
+    """Whether the LM keeps samples of one row apart: recurrent layers would leak, soft-capped attention has no packed kernel."""
+    layers = getattr(text_config, "layer_types", None) or []
+    recurrent = any(word in layer for layer in layers for word in UNPACKABLE_LAYERS)
+    return not recurrent and getattr(text_config, "attn_logit_softcapping", None) is None
+
+
+@dataclass
+class Halved:
+    """Out of memory was met by halving the pack; the step was run again."""
+
+    tokens: int
+    now: int
+
+
+class Executor:
+    """Runs packs on one model; `max_tokens_per_pack` shrinks when memory runs out, and is saved with the run."""
+
+    def __init__(self, model: Qwen3AudioForConditionalGeneration, *, max_tokens_per_pack: int | None, pad_token_id: int):
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.max_tokens_per_pack = max_tokens_per_pack or AUTO_TOKENS_PER_PACK.get(self.device.type, 4096)
+        self.pad_token_id = pad_token_id
+        self.packing = supports_packing(model.config.get_text_config())
+
+    def _batch(self, samples: Sequence[Sample]) -> dict:
+        batch = pack_samples(samples) if self.packing else pad_samples(samples, self.pad_token_id)
+        move = {k for k, v in batch.items() if isinstance(v, Tensor) and k not in HOST_KEYS}
+        return {k: v.to(self.device, non_blocking=True) if k in move else v for k, v in batch.items()}
+
+    def packs(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        lengths = [len(sample.input_ids) for sample in samples]
+        return [[samples[i] for i in pack] for pack in plan_packs(lengths, self.max_tokens_per_pack)]
+
+    def forward_backward(self, samples: Sequence[Sample], num_supervised: int) -> tuple[Tensor, list[Halved]]:
+        """Adds the gradients of sum(token losses) / num_supervised over all samples; returns that loss and what memory forced.
+
+        num_supervised: supervised tokens of the whole optimizer step. Gradients must be None or zero before.
+        Raises MemoryLimitError where a pack of one sample does not fit, NumericalError where --manual_loss finds another loss.
+        """
+        halvings: list[Halved] = []
+        generators = [(torch.get_rng_state, torch.set_rng_state)]
+        if self.device.type == "cuda":
+            generators.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
+        states = [get() for get, _ in generators]
+        while True:
+            try:
+                return self._run(samples, num_supervised), halvings
+            except torch.OutOfMemoryError as error:
+                halvings.append(self._halve(samples, error))
+            # Outside the handler, whose traceback keeps the failed step's tensors alive.
+            self.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            for state, (_, restore) in zip(states, generators, strict=True):
+                restore(state)
+
+    def _halve(self, samples: Sequence[Sample], error: torch.OutOfMemoryError) -> Halved:
+        largest = max(self.packs(samples), key=lambda pack: sum(len(s.input_ids) for s in pack))
+        tokens = sum(len(s.input_ids) for s in largest)
+        if all(len(pack) == 1 for pack in self.packs(samples)):
+            raise MemoryLimitError(
+                f"out of memory with one sample of {tokens} tokens ({largest[0].source}): lower --max_length, or use "
+                "--gradient_checkpointing, --load_in_4bit, --whisper_cpu or a smaller --text_model"
+            ) from error
+        self.max_tokens_per_pack = max(1, min(tokens, self.max_tokens_per_pack) // 2)
+        return Halved(tokens=tokens, now=self.max_tokens_per_pack)
+
+    def _run(self, samples: Sequence[Sample], num_supervised: int) -> Tensor:
+        losses = []
+        for pack in self.packs(samples):
+            loss = self.model(**self._batch(pack), num_items_in_batch=num_supervised).loss
+            if self.model.manual_loss:
+                self._compare_with_reference(pack, loss)
+            if loss.requires_grad:
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _compare_with_reference(self, pack: list[Sample], loss: Tensor) -> None:
+        """--manual_loss: the loss and the mask, computed the plain way, must agree."""
+        counted = sum(int((sample.labels[1:] != -100).sum()) for sample in pack)
+        used = int(self.model.last_valid_label_count)
+        names = ", ".join(sample.id for sample in pack)
+        if counted != used:
+            raise NumericalError(f"--manual_loss: {used} positions were supervised, the labels of {names} have {counted}")
+        fast, plain = float(loss), float(self.model.last_manual_loss)
+        # Both sum the same fp32 terms in another order; the head's matrix product rounds differently by shape in its own dtype.
+        tolerance = max(1e-5, 4 * torch.finfo(self.model.lm_head.weight.dtype).eps if self.model.lm_head.weight.is_floating_point() else 0.03)  # fmt: skip  # noqa: E501
+        if not abs(fast - plain) <= tolerance * max(1.0, abs(plain)):
+            raise NumericalError(f"--manual_loss: loss {fast:.6g}, computed the plain way {plain:.6g} (samples {names})")
+
+    @torch.no_grad()
+    def evaluate(self, samples: Sequence[Sample]) -> float:
+        """Mean loss over all supervised tokens of all samples, in nats."""
+        was_training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        for pack in self.packs(samples):
+            total += float(self.model(**self._batch(pack), num_items_in_batch=1).loss)
+            count += sum(sample.num_supervised for sample in pack)
+        self.model.train(was_training)
+        return total / max(1, count)

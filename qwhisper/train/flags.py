@@ -1,0 +1,253 @@
+"""The flags of `qwhisper train`, section by section, each with its default and the reason for it. No checks, no logic.
+
+The defaults are the stable recipe. `TrainArguments` in `arguments.py` joins the sections, refuses wrong combinations.
+A default of None means "decided by other flags"; the help text says how, and `TrainArguments` fills it in.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qwhisper.arguments import flag, required
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    _argument_group_name = "data"
+
+    train_file: str = required("JSONL of dialogues to train on, one dialogue a line.")
+    eval_file: str | None = flag(
+        None, "JSONL of dialogues to evaluate on while training; with it the best checkpoint is kept as well."
+    )
+    data_root: str | None = flag(
+        None,
+        "Folder that absolute audio paths must lie in (default: the JSONL file's own folder). Nothing outside it is "
+        "read.",
+    )
+    max_samples: int | None = flag(None, "Use only the first N dialogues: the dry run before a long one.")
+    max_length: int | None = flag(
+        None,
+        "Tokens a dialogue may have (default: no limit). A longer one is cut between turns, never inside an audio, "
+        "and the cut is reported.",
+    )
+    train_on: Literal["assistant", "last", "all"] = flag(
+        "assistant",
+        "What is supervised: every assistant turn, the last one alone, or user text as well (the relaxed mask, for "
+        "data with very few answer tokens).",
+    )
+    audio_lead_silence: float | None = flag(
+        None,
+        "Seconds of silence put before every clip (default: 0.25; with --init_from, what it was trained with). Whisper "
+        "never saw speech begin at its very first frame.",
+    )
+    audio_tail_silence: float | None = flag(
+        None,
+        "Seconds of silence put after every clip (default: 1.0; with --init_from, what it was trained with). Whisper "
+        "never saw speech end at the last frame: without it short clips are heard worse.",
+    )
+    max_bad_fraction: float = flag(
+        0.01,
+        "Share of clips that may be unreadable, silent or not finite. Such clips are quarantined and named; above this "
+        "share the run ends with exit code 3, because the data set is broken rather than one file.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    _argument_group_name = "models"
+
+    audio_model: str | None = flag(
+        None,
+        "Whisper whose encoder listens: hub id or folder (default: openai/whisper-large-v3-turbo; on modelscope "
+        "openai-mirror/…; with --init_from, the one it was trained with). Its decoder never reaches memory.",
+    )
+    text_model: str | None = flag(
+        None,
+        "Language model that answers: hub id or folder of any causal LM (default: Qwen/Qwen3-8B, which fits a 32 GB "
+        "card in bf16; with --init_from, the one it was trained with).",
+    )
+    hub: Literal["huggingface", "modelscope"] = flag(
+        "huggingface",
+        "Where hub ids are fetched from. modelscope needs `pip install modelscope`; a mirror of Hugging Face needs "
+        "only the environment variable HF_ENDPOINT.",
+    )
+    init_from: str | None = flag(
+        None,
+        "Checkpoint to take the weights from, with a fresh optimizer and schedule: the second of two stages. To go on "
+        "with an interrupted run use --resume_from_checkpoint instead.",
+    )
+    init_random: bool = flag(
+        False,
+        "Take only the shapes of the two models and draw random weights: for measuring speed and memory, not for "
+        "learning.",
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = flag(
+        "auto",
+        "Number format of the frozen models (auto: bf16 on a GPU, fp32 on a CPU). Weights are loaded in it at once: an "
+        "fp32 copy on the way is what fills a card before the first step.",
+    )
+    load_in_4bit: bool = flag(
+        False,
+        "Keep the language model's linear layers in 4 bits (NF4, bitsandbytes): 8B then needs about 6 GB instead of "
+        "16. Encoder, projector, LM head and norms stay out of it. Start at a third less learning rate.",
+    )
+    device_map: str | None = flag(
+        None,
+        "Where the models go: auto, cpu, cuda:1 and so on (default: the first GPU if there is one).",
+    )
+    whisper_cpu: bool = flag(
+        False,
+        "Keep the encoder on the CPU: frees its share of GPU memory, at the price of time.",
+    )
+    freeze_whisper: bool = flag(
+        True,
+        "Leave the encoder as it is. It already hears; what is learned is the way from it into the language model.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorFlags:
+    _argument_group_name = "projector"
+
+    projector_fp32: bool = flag(
+        True,
+        "Compute the projector in fp32. In fp16 it is where the first NaN came from.",
+    )
+    projector_scale: float | None = flag(
+        None,
+        "Factor on the projector's output (default: 1.0; with --init_from, the one it was trained with). Below 1, "
+        "such as 0.7, when NaNs come back in 4-bit runs.",
+    )
+    freeze_projector_steps: int | None = flag(
+        None,
+        "Optimizer steps in which the projector does not move (default: 20; with --no_use_lora 0, since nothing else "
+        "learns). It was the first to turn NaN in early steps: LoRA settles before it starts.",
+    )
+    projector_learning_rate: float | None = flag(
+        None,
+        "The projector's own learning rate (default: --learning_rate). It starts from nothing and bears 1e-3, which "
+        "is what aligning it alone wants; small language models stay deaf at 3e-5.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFlags:
+    _argument_group_name = "LoRA"
+
+    use_lora: bool = flag(
+        True, "Train low-rank adapters in the language model. --no_use_lora trains the projector alone."
+    )
+    lora_fp32: bool = flag(
+        True,
+        "Keep A and B in fp32. In half precision their small early updates are lost or overflow.",
+    )
+    lora_r: int = flag(16, "Rank of the adapters: more can learn more, and costs memory.")
+    lora_alpha: float = flag(32.0, "The adapters' output is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = flag(
+        0.0,
+        "Dropout before the adapters. At 0 every way of packing the same samples gives the same result.",
+    )
+    lora_target_modules: list[str] | None = flag(
+        None,
+        "Names of the language model's linear layers that get an adapter, such as q_proj v_proj (default: all of "
+        "them). Encoder and projector never get one.",
+    )
+    lora_init_scale: float = flag(
+        0.1,
+        "Factor on A at the start (B is zero): the first updates stay small.",
+    )
+    lora_grad_clip: float = flag(
+        5.0,
+        "Bound on the norm of LoRA's gradients alone, before the global one; 0 turns it off. A peak in one layer then "
+        "can't shrink everybody else's step.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationFlags:
+    _argument_group_name = "optimization"
+
+    learning_rate: float = flag(3e-5, "Peak learning rate: careful on purpose. Raise it after a clean run.")
+    per_device_train_batch_size: int = flag(
+        1, "Samples a device and micro-batch. How they are laid into packs is up to --max_tokens_per_pack."
+    )
+    gradient_accumulation_steps: int = flag(
+        4, "Micro-batches an optimizer step: with the batch size this sets the samples per step, and nothing else."
+    )
+    num_train_epochs: float = flag(3.0, "Passes over the data.")
+    max_steps: int = flag(-1, "Optimizer steps; above 0 it takes the place of --num_train_epochs.")
+    max_grad_norm: float = flag(1.0, "Bound on the norm of all gradients together; 0 turns it off.")
+    early_lr_factor: float = flag(
+        0.2,
+        "Factor on the learning rate in the first --early_lr_steps: the steps in which runs used to die.",
+    )
+    early_lr_steps: int = flag(100, "Optimizer steps with --early_lr_factor; counted over a resume.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = flag(
+        "cosine", "How the learning rate falls after the warm-up: to zero along a cosine, along a line, or not at all."
+    )
+    warmup_steps: float = flag(
+        0.0,
+        "Steps in which the learning rate climbs from 0; below 1, a share of all steps. The early factor comes on top.",
+    )
+    weight_decay: float = flag(0.0, "AdamW's weight decay. Small adapters and a projector from nothing don't want any.")
+    adam_beta1: float = flag(0.9, "AdamW's memory of gradients.")
+    adam_beta2: float = flag(0.999, "AdamW's memory of squared gradients.")
+    adam_epsilon: float = flag(1e-8, "AdamW's guard against division by zero.")
+    manual_loss: bool = flag(
+        False,
+        "Compute a plain fp32 loss beside the fast one, recount the mask, and stop with exit code 5 where they part. "
+        "Costs time; for the first run on new data.",
+    )
+    max_bad_steps: int = flag(
+        5,
+        "Skipped steps in a row after which the run stops with exit code 5: one bad step is the data's fault, five in "
+        "a row are the weights'.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionFlags:
+    _argument_group_name = "execution"
+
+    max_tokens_per_pack: str = flag(
+        "auto",
+        "Tokens that go through the model at once (auto: as many as memory allows). It changes speed and memory, not "
+        "the result; out of memory halves it by itself.",
+    )
+    gradient_checkpointing: bool = flag(
+        False, "Recompute the language model's activations in the backward pass: less memory, more time."
+    )
+    dataloader_num_workers: int = flag(0, "Processes that read audio ahead; 0 reads in the training process.")
+    seed: int = flag(42, "Decides initial weights and the order of samples.")
+    deterministic: bool = flag(
+        False, "Only deterministic kernels on the GPU: a resumed run is then equal to the last bit. Slower."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    _argument_group_name = "run folder"
+
+    output_dir: str = required(
+        "Folder of this run. One that holds another run is refused, with the command that resumes it."
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "Go on where a run stopped: without a value from the newest sound checkpoint in --output_dir, or from the "
+        "given one.",
+        nargs="?",
+        const="latest",
+    )
+    save_steps: int = flag(200, "Optimizer steps between checkpoints: what a crash may cost at most.")
+    save_total_limit: int = flag(
+        3, "Checkpoints kept. The last one verified finite and the best one are never deleted."
+    )
+    eval_steps: int | None = flag(None, "Optimizer steps between evaluations (default: --save_steps).")
+    per_device_eval_batch_size: int = flag(8, "Samples an evaluation batch; the result does not depend on it.")
+    logging_steps: int = flag(10, "Optimizer steps between two lines of the log; metrics.jsonl has every step.")
+    report_to: list[str] = flag(
+        [], "Trackers, such as tensorboard, wandb, trackio (default: none); each must be installed."
+    )
+    run_name: str | None = flag(None, "The run's name in the trackers (default: the name of --output_dir).")
+
+
+SECTIONS = (DataFlags, ModelFlags, ProjectorFlags, LoraFlags, OptimizationFlags, ExecutionFlags, RunFlags)

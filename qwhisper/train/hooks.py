@@ -1,0 +1,55 @@
+"""Fires `transformers.TrainerCallback` events from our loop, so that trackers and users' callbacks work unchanged."""
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from qwhisper.errors import UsageError
+from qwhisper.train.arguments import TrainArguments
+
+
+def hf_arguments(args: TrainArguments, total_steps: int) -> TrainingArguments:
+    """What callbacks see as `args`: a real TrainingArguments with the values of ours that it has."""
+    same = (
+        "output_dir learning_rate per_device_train_batch_size gradient_accumulation_steps max_grad_norm num_train_epochs "
+        "lr_scheduler_type warmup_steps weight_decay logging_steps save_steps save_total_limit eval_steps seed run_name"
+    )
+    return TrainingArguments(
+        **{name: getattr(args, name) for name in same.split()},
+        max_steps=total_steps,
+        report_to=args.report_to or "none",
+        eval_strategy="steps" if args.eval_file else "no",
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def tracker_callbacks(report_to: list[str]) -> list[TrainerCallback]:
+    """transformers' own callbacks for tensorboard, wandb, trackio, …; an unknown or uninstalled one is refused by name."""
+    try:
+        return [callback() for callback in get_reporting_integration_callbacks(report_to)]
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--report_to {' '.join(report_to)}: {error}; install the tracker's package or leave it out") from None
+
+
+class Hooks:
+    """The callbacks of one run and what they are shown: `args`, `state`, `control`, model, optimizer, scheduler."""
+
+    def __init__(self, callbacks: list[TrainerCallback], args: TrainingArguments, *, steps_per_epoch: int, **shown: Any):
+        self.callbacks = callbacks
+        self.args = args
+        self.state = TrainerState(max_steps=args.max_steps, log_history=[])
+        self.control = TrainerControl()
+        self.steps_per_epoch = steps_per_epoch
+        self.shown = shown  # model, processing_class, optimizer, lr_scheduler
+
+    def fire(self, event: str, step: int, **values: Any) -> TrainerControl:
+        """Calls `event` of every callback. step: optimizer steps done. Returns the control that they left."""
+        self.state.global_step, self.state.epoch = step, step / self.steps_per_epoch
+        if "logs" in values:
+            self.state.log_history.append(values["logs"] | {"step": step})
+        for callback in self.callbacks:
+            result = getattr(callback, event)(self.args, self.state, self.control, **self.shown, **values)
+            self.control = result if result is not None else self.control
+        return self.control

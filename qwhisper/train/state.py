@@ -1,0 +1,74 @@
+"""All that a resume needs beside the weights: position, counters, optimizer, generators. JSON and safetensors; nothing is unpickled."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+STATE_FILE = "state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+GENERATOR_FILE = "generators.safetensors"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. step: optimizer steps done, skipped ones included; epoch and offset: the sampler's position."""
+
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    skipped_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    bad_samples: int = 0
+    supervised_tokens: int = 0
+    max_tokens_per_pack: int | None = None
+    best_loss: float | None = None
+    best_checkpoint: str | None = None
+    train_file_sha256: str | None = None
+
+    def save(self, folder: Path) -> None:
+        (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "TrainState":
+        return cls(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], folder: Path) -> None:
+    """Each parameter's moments and step count under "name|moment"; parameters never stepped have none."""
+    tensors = {}
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            tensors[f"{names[parameter]}|{key}"] = value.detach().cpu().contiguous()
+    save_file(tensors, folder / OPTIMIZER_FILE)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], folder: Path) -> None:
+    """Puts saved moments back, each on its parameter's device. Raises KeyError for a parameter that is not trained here."""
+    by_name = {name: parameter for parameter, name in names.items()}
+    with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
+        for entry in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            name, key = entry.rsplit("|", 1)
+            parameter = by_name[name]
+            value = file.get_tensor(entry)
+            # Adam's step count stays on the CPU unless the optimizer is fused, as torch itself keeps it.
+            on_device = key != "step" or optimizer.defaults.get("fused")
+            optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
+
+
+def save_generators(folder: Path) -> None:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, folder / GENERATOR_FILE)
+
+
+def load_generators(folder: Path) -> None:
+    states = load_file(folder / GENERATOR_FILE)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,42 @@
+"""Names a mismatch of installed packages at start, with the command that mends it. Reads metadata alone."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+from qwhisper.errors import UsageError
+
+# Package, oldest version, what goes wrong below it.
+REQUIRED = (
+    (
+        "accelerate",
+        "1.3",
+        "transformers calls its unwrap_model with keep_torch_compile, which it does not know "
+        "(TypeError: unwrap_model() got an unexpected keyword argument 'keep_torch_compile')",
+    ),
+    ("transformers", "5.23", "its model classes differ from those that qwhisper is built on"),
+    ("torch", "2.11", "packed training stands on torch.nn.attention.varlen as it is since then"),
+    ("peft", "0.21", "earlier ones are not tested with transformers 5"),
+)
+
+
+def check_versions(*, quantized: bool = False) -> None:
+    """Raises UsageError for a package that is missing or too old; `quantized` asks for bitsandbytes as well."""
+    for package, oldest, reason in REQUIRED:
+        found = _installed(package)
+        mend = f"pip install -U '{package}>={oldest}'"
+        if found is None:
+            raise UsageError(f"{package} is not installed; mend it with: {mend}")
+        if Version(found) < Version(oldest):
+            raise UsageError(f"{package} {found} is too old, {oldest} is needed: {reason}; mend it with: {mend}")
+    if quantized and _installed("bitsandbytes") is None:
+        raise UsageError(
+            "--load_in_4bit needs bitsandbytes, which is not installed; mend it with: pip install 'qwhisper[quant]'"
+        )
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
