@@ -79,10 +79,7 @@ def sections_of(arguments_class: type) -> list[tuple[str, list[dataclasses.Field
     bases = [base for base in reversed(arguments_class.__mro__) if "_argument_group_name" in vars(base)]
     if not bases:
         return [("flags", list(by_name.values()))]
-    return [
-        (vars(base)["_argument_group_name"], [by_name[name] for name in vars(base)["__annotations__"]])
-        for base in bases
-    ]
+    return [(vars(base)["_argument_group_name"], [by_name[f.name] for f in dataclasses.fields(base)]) for base in bases]
 
 
 def flag_names(arguments_class: type, positionals: Iterable[str] = ()) -> list[str]:

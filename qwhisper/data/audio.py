@@ -24,7 +24,7 @@ def load_audio(path: str | Path, start: float | None = None, end: float | None =
             waveform = _read_stretch(file, path, start or 0.0, end)
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
         raise BadClipError(f"{path}: unreadable audio ({error}); convert it to WAV or FLAC, or leave it out") from error
-    peak = float(np.max(np.abs(waveform), initial=0.0))
+    peak = float(max(waveform.max(), -waveform.min()))  # np.abs would copy an hour of audio
     if peak < SILENCE_PEAK:
         raise BadClipError(f"{path}: silent (peak {peak:.1e}) {_stretch_name(start, end)}; check the recording")
     return waveform

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from qwhisper.data.conversation import Conversation, Message, parse_conversation
 from qwhisper.data.encode import (
@@ -18,7 +17,7 @@ from qwhisper.data.encode import (
     fit_last_exchange,
     join_parts,
 )
-from qwhisper.data.packing import pack_samples, pad_samples
+from qwhisper.data.packing import Batch, pack_samples, pad_samples
 from qwhisper.data.template import encode_text, listening_template, supports_reasoning, template_fault
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.frames import FrameArithmetic
@@ -84,7 +83,7 @@ class ConversationCollator:
         answers = _answers(conversation.messages)
         if not any(message.reasoning for message in conversation.messages) or len(answers) == 1:
             return [self._encode(conversation, set(answers), 0, events)]
-        rows = []
+        rows: list[Sample] = []
         for previous, answer in zip([-1, *answers], answers, strict=False):
             if self.train_on == "last" and answer != answers[-1]:
                 continue
@@ -100,7 +99,7 @@ class ConversationCollator:
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
         return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, [window for _, window in row.windows])
 
-    def __call__(self, features: Sequence[Sample | Conversation | dict]) -> dict[str, torch.Tensor | int]:
+    def __call__(self, features: Sequence[Sample | Conversation | dict]) -> Batch:
         """A batch of all that can be encoded; the rest goes to `rejected`. Raises DataError if nothing is left."""
         samples: list[Sample] = []
         rejected: list[tuple[str, str]] = []
@@ -160,9 +159,12 @@ class ConversationCollator:
     def _fitting_row(self, messages: Sequence[Message], events: list[str]) -> tuple[Row, int]:
         """The row within max_length, and how many messages it lacks at the front."""
         added_ids = self._encoder.added_ids
-        row = cut_row(join_parts(self._encoder.parts(messages), messages, added_ids), self.max_length, events)
-        if row is not None:
+        row = join_parts(self._encoder.parts(messages), messages, added_ids)
+        if self.max_length is None:
             return row, 0
+        cut = cut_row(row, self.max_length, events)
+        if cut is not None:
+            return cut, 0
         answers = _answers(messages)
         first = answers[-2] + 1 if len(answers) > 1 else 0
         while first < answers[-1] and messages[first].role == "system":

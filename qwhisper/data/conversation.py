@@ -4,6 +4,7 @@ Whatever is wrong with a file is found here, without tokenizer or model; a fault
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -85,7 +86,9 @@ def scan_conversations(
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {what}: give a JSONL file with one dialogue a line")
-    conversations, faults, first_seen = [], [], {}
+    conversations: list[Conversation] = []
+    faults: list[str] = []
+    first_seen: dict[str, str] = {}
     for source, record in _records(path):
         if isinstance(record, str):
             faults.append(f"{source}: {record}")
@@ -156,11 +159,11 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
     if not isinstance(raw, dict):
         faults.append(f"{where} is not an object with `role` and `content`")
         return Message("?", ())
-    role, content = raw.get("role"), raw.get("content")
+    role, content, faults_before = raw.get("role"), raw.get("content"), len(faults)
     if role not in ROLES:
         faults.append(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
     if isinstance(content, str):
-        parts = [content]
+        parts: list[str | AudioClip] = [content]
     elif isinstance(content, list):
         parts = [_parse_part(part, f"{where}, part {n}", roots, faults) for n, part in enumerate(content, 1)]
     else:
@@ -168,6 +171,8 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
         return Message(str(role), ())
     kind = raw.get("kind")
     message = Message(str(role), tuple(parts), kind=None if kind is None else str(kind))
+    if len(faults) > faults_before:  # what is missing because of them is no fault of its own
+        return message
     if role == "assistant":
         return _parse_answer(message, raw.get("reasoning_content"), where, faults)
     if role == "user" and not message.clips and not message.text.strip():
@@ -195,10 +200,9 @@ def _parse_answer(message: Message, reasoning: object, where: str, faults: list[
 def _parse_part(part: object, where: str, roots: list[Path], faults: list[str]) -> str | AudioClip:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    if kind != "audio":
+    if not isinstance(part, dict) or part.get("type") != "audio":
         example = "{'type': 'text', 'text': …} or {'type': 'audio', 'audio': …}"
         faults.append(f"{where}: neither a text nor an audio part; write {example}")
         return ""
@@ -216,11 +220,10 @@ def _parse_part(part: object, where: str, roots: list[Path], faults: list[str]) 
 
 
 def _is_stretch(start: object, end: object) -> bool:
-    for edge in (start, end):
-        if edge is not None and (isinstance(edge, bool) or not isinstance(edge, int | float)):
-            return False
-    first = 0 if start is None else start
-    return 0 <= first < float("inf") and (end is None or first < end < float("inf"))
+    edges = [0 if start is None else start, math.inf if end is None else end]
+    if not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in edges):
+        return False
+    return 0 <= edges[0] < edges[1] and end != math.inf  # type: ignore[operator]
 
 
 def _resolve(location: str, where: str, roots: list[Path], faults: list[str]) -> str:

@@ -74,7 +74,7 @@ class PartEncoder:
         return render_pieces(messages, self.tokenizer, self.chat_template, add_generation_prompt)
 
     def _part(self, piece: Piece) -> Part:
-        if piece.kind == "audio":
+        if piece.clip is not None:
             return self._audio_part(piece, piece.clip)
         if piece.kind == "text":
             return Part(piece, encode_text(self.tokenizer, piece.text))
@@ -113,7 +113,7 @@ def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: se
             closing = next((n for n, i in enumerate(part.ids, 1) if i in added_ids), 0)
             row.answers[open_answer] = (row.answers[open_answer][0], start + closing)
             open_answer = None
-        if part.piece.kind == "text":
+        if part.piece.kind == "text" and index is not None:
             row.texts.append((index, start, end))
         for window, tokens in zip(part.windows, part.window_tokens, strict=True):
             row.windows.append((start, window))
@@ -121,10 +121,10 @@ def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: se
     return row
 
 
-def cut_row(row: Row, max_length: int | None, events: list[str]) -> Row | None:
+def cut_row(row: Row, max_length: int, events: list[str]) -> Row | None:
     """Drop whole turns from the end until the row fits; None if not even the first answer fits."""
     length = len(row.input_ids)
-    if max_length is None or length <= max_length:
+    if length <= max_length:
         return row
     fitting = [end for _, end in row.answers.values() if end <= max_length]
     if not fitting:
@@ -142,7 +142,8 @@ def fit_last_exchange(
     """
 
     def is_prompt(part: Part) -> bool:
-        return part.piece.kind != "scaffold" and messages[part.piece.message_index].role != "assistant"
+        index = part.piece.message_index
+        return part.piece.kind != "scaffold" and index is not None and messages[index].role != "assistant"
 
     row = join_parts(parts, messages, added_ids)
     excess = row.answers[len(messages) - 1][1] - max_length

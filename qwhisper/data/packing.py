@@ -7,6 +7,8 @@ import torch
 
 from qwhisper.data.encode import IGNORE, Sample
 
+Batch = dict[str, torch.Tensor | int]
+
 
 def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Which samples share a pack of at most `max_tokens`: first fit, longest first; the same answer every time.
@@ -26,7 +28,7 @@ def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return sorted(sorted(pack) for pack in packs)
 
 
-def pack_samples(samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
+def pack_samples(samples: Sequence[Sample]) -> Batch:
     """Samples end to end in one row, in the keywords of transformers' packed attention.
 
     input_ids, labels, position_ids: int64 [1, tokens], positions restarting at 0; cu_seq_lens_q, cu_seq_lens_k: int32
@@ -46,7 +48,7 @@ def pack_samples(samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
     }
 
 
-def pad_samples(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "right") -> dict[str, torch.Tensor]:
+def pad_samples(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "right") -> Batch:
     """One row a sample: input_ids, attention_mask, labels int64 [samples, longest], and what `_common` adds.
 
     padding_side "left" is for `generate`, and leaves out labels and their count, which it refuses.
@@ -63,7 +65,7 @@ def pad_samples(samples: Sequence[Sample], pad_token_id: int, padding_side: str 
         input_ids[row, columns] = torch.from_numpy(sample.input_ids)
         labels[row, columns] = torch.from_numpy(sample.labels)
         attention_mask[row, columns] = 1
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **_common(samples)}
+    batch: Batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **_common(samples)}
     if padding_side == "left":
         del batch["labels"], batch["valid_label_count"]
     return batch

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-TEENS = ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SUMS = (
+    *NUMBERS,
+    *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+)  # by value
 BIG = 5  # what "bigger" asks about
 VALUE = {word: value for value, word in enumerate(NUMBERS)}
 
@@ -31,7 +34,7 @@ QUESTIONS = {
     "earlier_number": ("Which number was it?", "And what was the number?"),
     "earlier_first": ("And which came first?", "And the first of them?"),
     "earlier_sum": ("Add it to the number before.", "What is it plus the number before?"),
-    "earlier_rising": ("Is it bigger than the number before?", "Is this one more than the last?"),
+    "earlier_rising": ("Is it bigger than the number before?", "Is it more than the one before?"),
     "earliest": ("What was the very first number?", "Which number did we begin with?"),
 }
 # (kind, new clips) of each turn; a dialogue follows one of them, each as often as the others.
@@ -67,12 +70,6 @@ class Clip:
     word: str
 
 
-def number_word(value: int) -> str:
-    """0 to 24 in words."""
-    words = (*NUMBERS, *TEENS)
-    return words[value] if value < len(words) else f"{words[20]} {words[value - 20]}"
-
-
 def answer(kind: str, heard: Sequence[str]) -> str:
     """The right answer to a question of this kind, of all numbers (words) heard in the dialogue so far, in their order."""
     last, before = heard[-1], heard[-2] if len(heard) > 1 else None
@@ -89,7 +86,7 @@ def answer(kind: str, heard: Sequence[str]) -> str:
     if kind in ("first", "earlier_first"):
         return before
     if kind in ("sum", "earlier_sum"):
-        return number_word(VALUE[before] + VALUE[last])
+        return SUMS[VALUE[before] + VALUE[last]]
     if kind in ("rising", "earlier_rising"):
         return "yes" if VALUE[last] > VALUE[before] else "no"
     raise ValueError(f"unknown kind of question {kind!r}; known are {', '.join(QUESTIONS)}")

@@ -1,7 +1,8 @@
 """The flags of `qwhisper train`, section by section, each with its default and the reason for it. No checks, no logic.
 
 The defaults are the stable recipe. `TrainArguments` in `arguments.py` joins the sections, refuses wrong combinations.
-A default of None means "decided by other flags"; the help text says how, and `TrainArguments` fills it in.
+A default of None means "decided by other flags"; the help text says how, and `TrainArguments` fills it in. Where
+it always does, the type is the one that it has then.
 """
 
 from dataclasses import dataclass
@@ -117,12 +118,12 @@ class ProjectorFlags:
         "Factor on the projector's output (default: 1.0; with --init_from, the one it was trained with). Below 1, "
         "such as 0.7, when NaNs come back in 4-bit runs.",
     )
-    freeze_projector_steps: int | None = flag(
+    freeze_projector_steps: int = flag(
         None,
         "Optimizer steps in which the projector does not move (default: 20; with --no_use_lora 0, since nothing else "
         "learns). It was the first to turn NaN in early steps: LoRA settles before it starts.",
     )
-    projector_learning_rate: float | None = flag(
+    projector_learning_rate: float = flag(
         None,
         "The projector's own learning rate (default: --learning_rate). It starts from nothing and bears 1e-3, which "
         "is what aligning it alone wants; small language models stay deaf at 3e-5.",
@@ -141,7 +142,7 @@ class LoraFlags:
         "Keep A and B in fp32. In half precision their small early updates are lost or overflow.",
     )
     lora_r: int = flag(16, "Rank of the adapters: more can learn more, and costs memory.")
-    lora_alpha: float = flag(32.0, "The adapters' output is multiplied by lora_alpha / lora_r.")
+    lora_alpha: int = flag(32, "The adapters' output is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = flag(
         0.0,
         "Dropout before the adapters. At 0 every way of packing the same samples gives the same result.",
@@ -241,13 +242,13 @@ class RunFlags:
     save_total_limit: int = flag(
         3, "Checkpoints kept. The last one verified finite and the best one are never deleted."
     )
-    eval_steps: int | None = flag(None, "Optimizer steps between evaluations (default: --save_steps).")
+    eval_steps: int = flag(None, "Optimizer steps between evaluations (default: --save_steps).")
     per_device_eval_batch_size: int = flag(8, "Samples an evaluation batch; the result does not depend on it.")
     logging_steps: int = flag(10, "Optimizer steps between two lines of the log; metrics.jsonl has every step.")
     report_to: list[str] = flag(
         [], "Trackers, such as tensorboard, wandb, trackio (default: none); each must be installed."
     )
-    run_name: str | None = flag(None, "The run's name in the trackers (default: the name of --output_dir).")
+    run_name: str = flag(None, "The run's name in the trackers (default: the name of --output_dir).")
 
 
 SECTIONS = (DataFlags, ModelFlags, ProjectorFlags, LoraFlags, OptimizationFlags, ExecutionFlags, RunFlags)

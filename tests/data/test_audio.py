@@ -1,0 +1,147 @@
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwhisper.data.audio import clip_windows, load_audio
+from qwhisper.errors import BadClipError
+from qwhisper.frames import FrameArithmetic
+
+RATES = (8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000)
+
+
+def tone(seconds: float, rate: int, hertz: float = 440.0) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_any_rate_and_channels_gives_the_same_tone(tmp_path, rate, channels):
+    path = tmp_path / "tone.wav"
+    soundfile.write(path, np.repeat(tone(1.0, rate)[:, None], channels, axis=1), rate, subtype="FLOAT")
+    waveform = load_audio(path)
+    assert waveform.dtype == np.float32
+    assert abs(len(waveform) - 16_000) <= 1
+    expected = tone(1.0, 16_000)[800:-800]
+    np.testing.assert_allclose(waveform[800 : 800 + len(expected)], expected, atol=2e-3)
+
+
+def test_channels_are_averaged(tmp_path):
+    path = tmp_path / "stereo.wav"
+    left, right = tone(0.1, 16_000), tone(0.1, 16_000, 1000.0)
+    soundfile.write(path, np.stack([left, right], axis=1), 16_000, subtype="FLOAT")
+    np.testing.assert_allclose(load_audio(path), (left + right) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".flac", 1e-4), (".ogg", 0.1), (".mp3", 0.1), (".aiff", 1e-4)])
+def test_compressed_formats_are_read(tmp_path, suffix, tolerance):
+    path = tmp_path / f"tone{suffix}"
+    soundfile.write(path, tone(1.0, 16_000), 16_000)
+    waveform = load_audio(path)
+    assert abs(len(waveform) - 16_000) <= 2_000  # MP3 and Vorbis may pad
+    np.testing.assert_allclose(np.abs(waveform[2_000:14_000]).max(), 0.5, atol=tolerance)
+
+
+def test_reading_in_blocks_equals_resampling_the_whole(tmp_path):
+    path = tmp_path / "long.wav"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 65 * 22_050).astype(np.float32)
+    soundfile.write(path, noise, 22_050, subtype="FLOAT")
+    waveform = load_audio(path)
+    whole = soxr.resample(noise, 22_050, 16_000)
+    assert len(waveform) == len(whole)
+    np.testing.assert_allclose(waveform, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_shortest_clips_keep_their_length(tmp_path, rate):
+    path = tmp_path / "short.wav"
+    soundfile.write(path, tone(0.05, rate), rate)
+    assert abs(len(load_audio(path)) - 800) <= 1
+
+
+def test_start_and_end_choose_the_stretch(tmp_path):
+    path = tmp_path / "noise.wav"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 32_000).astype(np.float32)
+    soundfile.write(path, noise, 16_000, subtype="FLOAT")
+    np.testing.assert_array_equal(load_audio(path, 0.5, 1.25), noise[8_000:20_000])
+    np.testing.assert_array_equal(load_audio(path, start=1.5), noise[24_000:])
+    np.testing.assert_array_equal(load_audio(path, end=0.5), noise[:8_000])
+    np.testing.assert_array_equal(load_audio(path, 1.0, 60.0), noise[16_000:])
+
+
+def write_bad(folder, fault):
+    path = folder / f"{fault}.wav"
+    samples = tone(0.5, 16_000)
+    if fault == "unreadable":
+        path.write_bytes(b"RIFF no sound at all")
+    elif fault == "silent":
+        soundfile.write(path, np.full(8_000, 5e-5), 16_000, subtype="FLOAT")
+    elif fault == "empty":
+        soundfile.write(path, np.zeros(0), 16_000)
+    elif fault in ("NaN", "Inf"):
+        samples[4_000] = float(fault)
+        soundfile.write(path, samples, 16_000, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize("fault", ["unreadable", "silent", "empty", "NaN", "Inf", "missing"])
+def test_bad_clip_is_named(tmp_path, fault):
+    path = write_bad(tmp_path, fault)
+    word = {"Inf": "NaN or Inf", "NaN": "NaN or Inf", "missing": "unreadable"}.get(fault, fault)
+    with pytest.raises(BadClipError, match=word) as error:
+        load_audio(path)
+    assert str(path) in str(error.value)
+
+
+def test_start_beyond_the_end_is_a_bad_clip(tmp_path):
+    path = tmp_path / "tone.wav"
+    soundfile.write(path, tone(0.5, 16_000), 16_000)
+    with pytest.raises(BadClipError, match=r"nothing from 2 s to 3 s, the file ends at 0\.500 s"):
+        load_audio(path, 2.0, 3.0)
+
+
+ARITHMETIC = st.builds(
+    FrameArithmetic,
+    stack=st.sampled_from([1, 2, 4, 5, 8]),
+    max_encoder_frames=st.sampled_from([50, 100, 1500]),
+    lead_silence_s=st.sampled_from([0.0, 0.25, 1.0]),
+    tail_silence_s=st.sampled_from([0.0, 0.013, 2.0]),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ARITHMETIC, st.integers(1, 80_000))
+def test_windows_agree_with_the_arithmetic_and_lose_no_sample(frames, num_samples):
+    waveform = np.random.default_rng(num_samples).uniform(0.1, 0.5, num_samples).astype(np.float32)
+    windows = clip_windows(waveform, frames)
+    assert [len(window) for window in windows] == frames.window_lengths(num_samples)
+    assert sum(frames.window_tokens(len(window)) for window in windows) == frames.num_tokens(num_samples)
+    joined = np.concatenate(windows)
+    lead = frames.lead_samples
+    np.testing.assert_array_equal(joined[lead : lead + num_samples], waveform)
+    assert not joined[:lead].any()
+    assert not joined[lead + num_samples :].any()
+    assert len(joined) >= lead + num_samples + frames.tail_samples
+
+
+@pytest.mark.slow
+def test_an_hour_of_48_khz_stereo_fits_in_little_memory(tmp_path):
+    path = tmp_path / "hour.wav"
+    minute = np.repeat(tone(60.0, 48_000)[:, None], 2, axis=1)
+    with soundfile.SoundFile(path, "w", 48_000, 2) as file:
+        for _ in range(60):
+            file.write(minute)
+    del minute
+    tracemalloc.start()
+    waveform = load_audio(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(waveform) == 3600 * 16_000
+    assert peak < waveform.nbytes + 60e6  # the result is 230 MB; read at once the file would be 1.4 GB more
+    windows = clip_windows(waveform, FrameArithmetic())
+    assert len(windows) == 120
+    assert {len(window) for window in windows} == {480_000}

@@ -1,0 +1,203 @@
+import json
+import shutil
+
+import pytest
+
+from qwhisper.data.conversation import AudioClip, parse_conversation, read_conversations, scan_conversations
+from qwhisper.errors import DataError
+
+
+def text_message(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def dialogue(user="Say one.", assistant="One.", **more):
+    return {"messages": [text_message("user", user), text_message("assistant", assistant)], **more}
+
+
+def audio_part(**keys):
+    return [{"type": "audio", **keys}, {"type": "text", "text": "Which digit?"}]
+
+
+@pytest.fixture
+def folder(tmp_path, recordings):
+    (tmp_path / "clips").mkdir()
+    shutil.copy(recordings[0], tmp_path / "clips" / "a.wav")
+    shutil.copy(recordings[1], tmp_path / "clips" / "b.wav")
+    return tmp_path
+
+
+@pytest.fixture
+def write(folder):
+    def write_lines(*lines):
+        path = folder / "train.jsonl"
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
+        return path
+
+    return write_lines
+
+
+def test_canonical_form_is_read_as_it_stands(write, folder):
+    record = {
+        "id": "a1",
+        "messages": [
+            text_message("system", "You are helpful."),
+            text_message("user", audio_part(audio="clips/a.wav", transcript="seven")),
+            text_message("assistant", "Seven.", kind="digit"),
+            text_message("user", audio_part(path=str(folder / "clips" / "b.wav"), start=0.1, end=0.3)),
+            text_message("assistant", [{"type": "text", "text": "Nine."}]),
+        ],
+    }
+    path = write("", record, "")
+    (conversation,) = read_conversations(path)
+    assert conversation.id == "a1"
+    assert conversation.source == f"{path}:2"
+    assert conversation.clips == (
+        AudioClip(str(folder / "clips" / "a.wav"), None, None, "seven"),
+        AudioClip(str(folder / "clips" / "b.wav"), 0.1, 0.3, None),
+    )
+    system, first, reply, second, last = conversation.messages
+    assert (system.role, system.text) == ("system", "You are helpful.")
+    assert (first.text, len(first.clips)) == ("Which digit?", 1)
+    assert (reply.text, reply.kind, reply.reasoning) == ("Seven.", "digit", None)
+    assert second.content[1] == "Which digit?"
+    assert last.text == "Nine."
+
+
+FAULTS = {
+    "not JSON": ("{'messages'", "not valid JSON"),
+    "no object": ("[1]", "not a JSON object"),
+    "no messages": ({"id": "x"}, "no `messages` list"),
+    "empty dialogue": ({"messages": []}, "the dialogue is empty"),
+    "message is a text": ({"messages": ["hello"]}, "message 1 is not an object"),
+    "unknown role": ({"messages": [text_message("human", "hi")]}, "message 1: unknown role 'human'"),
+    "no assistant": ({"messages": [text_message("user", "hi")]}, "no assistant message"),
+    "empty reply": (dialogue(assistant=" \n"), "message 2: the assistant's reply is empty"),
+    "only reasoning": (dialogue(assistant="<think>hm</think>"), "message 2: the assistant's reply is empty"),
+    "empty user": (dialogue(user=" "), "message 1: the user message is empty"),
+    "no content": (dialogue(user=None), "message 1: `content` must be a text or a list of parts, not NoneType"),
+    "strange part": (dialogue(user=[{"type": "image"}]), "message 1, part 1: neither a text nor an audio part"),
+    "placeholder part": (dialogue(user=audio_part()), "message 1, part 1: an audio placeholder without audio"),
+    "missing file": (dialogue(user=audio_part(audio="clips/c.wav")), "audio file clips/c.wav does not exist"),
+    "outside": (dialogue(user=audio_part(audio="../a.wav")), "../a.wav lies outside"),
+    "absolute outside": (dialogue(user=audio_part(audio="/etc/hostname")), "/etc/hostname lies outside"),
+    "pipe": (dialogue(user=audio_part(audio="sph2pipe -f wav a.sph |")), "is a Kaldi pipe"),
+    "reversed": (dialogue(user=audio_part(audio="clips/a.wav", start=2, end=1)), "0 <= start < end"),
+    "negative": (dialogue(user=audio_part(audio="clips/a.wav", start=-1)), "0 <= start < end"),
+    "start text": (dialogue(user=audio_part(audio="clips/a.wav", start="1")), "must be seconds"),
+    "nan": (dialogue(user=audio_part(audio="clips/a.wav", start=float("nan"))), "0 <= start < end"),
+    "mark alone": (dialogue(user="<audio>Which digit?"), "message 1: the text holds the placeholder <audio> without"),
+    "token alone": (dialogue(user="<|audio_pad|>What?"), "the text holds the placeholder <|audio_pad|> without"),
+    "too few audios": (dialogue(user="<audio><audio>?", audios=["clips/a.wav"]), "2 <audio> in the text but 1 in"),
+    "too many audios": (dialogue(audios=["clips/a.wav"]), "0 <audio> in the text but 1 in `audios`: audio without a"),
+    "audios no list": (dialogue(user="<audio>?", audios=[1]), "`audios` must be a list of file names"),
+    "assistant audio": (dialogue(assistant=audio_part(audio="clips/a.wav")), "an assistant message holds audio"),
+    "reasoning list": (
+        {"messages": [text_message("user", "hi"), text_message("assistant", "Yes.", reasoning_content=[])]},
+        "`reasoning_content` must be a text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_named_with_file_and_line(write, name):
+    line, sentence = FAULTS[name]
+    path = write(dialogue(), "", line)
+    with pytest.raises(DataError) as error:
+        read_conversations(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert sentence in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_every_fault_of_a_file_is_named_and_the_twenty_first_only_counted(write):
+    path = write(*[dialogue(user=audio_part(audio=f"{n}.wav")) for n in range(25)])
+    with pytest.raises(DataError) as error:
+        read_conversations(path)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 21
+    assert [line.split(": ")[0] for line in lines[:20]] == [f"{path}:{n}" for n in range(1, 21)]
+    assert "5 more" in lines[20]
+    conversations, faults = scan_conversations(path)
+    assert conversations == []
+    assert len(faults) == 25
+
+
+def test_two_faults_of_one_line_are_both_named(write):
+    faults = scan_conversations(write(dialogue(user=audio_part(audio="x.wav"), assistant="")))[1]
+    assert ["does not exist" in faults[0], "reply is empty" in faults[1]] == [True, True]
+
+
+def test_duplicate_id_names_both_lines(write):
+    path = write(dialogue(id=7), dialogue(id="7"))
+    with pytest.raises(DataError, match=rf"{path}:2: id '7' was used before, at {path}:1"):
+        read_conversations(path)
+
+
+def test_missing_file_folder_and_empty_file_are_refused(write, folder):
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        read_conversations(folder / "none.jsonl")
+    with pytest.raises(DataError, match="is a folder"):
+        read_conversations(folder)
+    with pytest.raises(DataError, match="no dialogue in it"):
+        read_conversations(write("", ""))
+
+
+def test_bytes_that_are_no_utf8_are_a_fault_of_their_line(folder):
+    path = folder / "latin.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(dialogue()).encode() + b"\n" + '{"a": "é"}'.encode("latin-1"))
+    conversations, faults = scan_conversations(path)
+    assert len(conversations) == 1
+    assert faults[0].startswith(f"{path}:2: not UTF-8")
+
+
+def test_max_samples_reads_no_further(write):
+    path = write(dialogue(), dialogue(), "broken")
+    assert [c.source for c in read_conversations(path, max_samples=2)] == [f"{path}:1", f"{path}:2"]
+
+
+def test_data_root_allows_what_the_folder_does_not(write, folder, recordings):
+    path = write(dialogue(user=audio_part(audio=str(recordings[0]))))
+    with pytest.raises(DataError, match="lies outside"):
+        read_conversations(path)
+    (conversation,) = read_conversations(path, data_root=recordings[0].parent)
+    assert conversation.clips[0].path == str(recordings[0])
+
+
+def test_link_that_leads_outside_is_refused(write, folder, recordings):
+    (folder / "link.wav").symlink_to(recordings[0])
+    with pytest.raises(DataError, match="lies outside"):
+        read_conversations(write(dialogue(user=audio_part(audio="link.wav"))))
+
+
+def test_ms_swift_audios_take_the_place_of_their_marks(folder):
+    record = {
+        "messages": [
+            text_message("user", "<audio>Then<audio>: which was last?"),
+            text_message("assistant", "HTML has an <audio> tag too."),
+        ],
+        "audios": ["clips/a.wav", "clips/b.wav"],
+    }
+    user, assistant = parse_conversation(record, "here", folder).messages
+    first, between, second, after = user.content
+    assert [first.path, second.path] == [str(folder / "clips" / "a.wav"), str(folder / "clips" / "b.wav")]
+    assert [between, after] == ["Then", ": which was last?"]
+    assert assistant.text == "HTML has an <audio> tag too."
+
+
+@pytest.mark.parametrize(
+    ("content", "given", "reasoning", "reply"),
+    [
+        ("Yes.", None, None, "Yes."),
+        ("<think>\n\n</think>\n\nYes.", None, None, "Yes."),
+        ("<think>\nWell, 1 + 1.\n</think>\n\nTwo.", None, "Well, 1 + 1.", "Two."),
+        ("Two.", "Well.", "Well.", "Two."),
+        ("Two.", "  ", None, "Two."),
+        ("A <think> tag is not reasoning.", None, None, "A <think> tag is not reasoning."),
+    ],
+)
+def test_reasoning_is_kept_apart_from_the_reply(content, given, reasoning, reply):
+    record = dialogue(assistant=content)
+    record["messages"][1]["reasoning_content"] = given
+    message = parse_conversation(record, "here", ".").messages[1]
+    assert (message.reasoning, message.text) == (reasoning, reply)

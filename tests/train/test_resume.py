@@ -1,0 +1,126 @@
+"""A resumed run ends where the uninterrupted one does, to the last bit."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.train.run import main
+from tests.train.helpers import checkpoint_tensors, read_lines, same_bits
+
+
+class StopAfter(TrainerCallback):
+    """Asks the loop to stop after `step`, as a user's own callback may."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+        return control
+
+
+def outcome(folder: Path, step: int):
+    state = json.loads((folder / f"checkpoint-{step}/state.json").read_text())
+    return checkpoint_tensors(folder / f"checkpoint-{step}"), state
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])  # an epoch has 3 steps: before, at and after its edge
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_bit_exact(arguments, tmp_path, stop, workers):
+    values = {"lora_dropout": 0.2, "max_steps": 6, "save_steps": 100, "dataloader_num_workers": workers, "early_lr_steps": 4}
+    whole = arguments(output_dir=str(tmp_path / "whole"), **values)
+    assert main(whole) == 0
+    parts = arguments(output_dir=str(tmp_path / "parts"), **values)
+    assert main(parts, [StopAfter(stop)]) == 0
+    assert not (tmp_path / "parts/checkpoint-6").exists()
+    assert main(dataclasses.replace(parts, resume_from_checkpoint="latest")) == 0
+    (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 6), outcome(tmp_path / "parts", 6)
+    assert same_bits(tensors, other_tensors) == [] and state == other_state
+    rates = [
+        [(line["step"], line["learning_rate_lora"], line["loss"]) for line in read_lines(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "parts")
+    ]
+    assert rates[0] == rates[1]
+
+
+def test_early_factor_is_over_at_the_right_step_across_a_resume(arguments):
+    args = arguments(max_steps=6, early_lr_steps=4, early_lr_factor=0.2, lr_scheduler_type="constant")
+    main(args, [StopAfter(2)])
+    main(dataclasses.replace(args, resume_from_checkpoint="latest"))
+    rates = [line["learning_rate_lora"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl")]
+    assert rates == pytest.approx([2e-3] * 4 + [1e-2] * 2)
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_older_one_taken(arguments, capsys):
+    args = arguments(max_steps=6, save_steps=3)
+    main(args)
+    damaged = Path(args.output_dir) / "checkpoint-6/projector.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    main(dataclasses.replace(args, resume_from_checkpoint="latest"))
+    said = capsys.readouterr()
+    assert "checkpoint-6: projector.safetensors is not what was written" in said.err
+    assert "resuming from" in said.out and "checkpoint-3" in said.out
+
+
+def test_another_base_is_refused(arguments, tmp_path):
+    from tests.small import write_small_bases
+
+    args = arguments(max_steps=2)
+    main(args)
+    _, other = write_small_bases(tmp_path / "other", seed=1)
+    with pytest.raises(UsageError, match="was trained on"):
+        main(dataclasses.replace(args, text_model=str(other), resume_from_checkpoint="latest"))
+
+
+def test_folder_of_another_run_is_refused_with_the_command_that_resumes_it(arguments):
+    args = arguments(max_steps=1)
+    main(args)
+    before = sorted((p, p.stat().st_mtime_ns) for p in Path(args.output_dir).rglob("*"))
+    with pytest.raises(UsageError) as caught:
+        main(args)
+    assert f"qwhisper train --config {args.output_dir}/config.yaml --resume_from_checkpoint" in str(caught.value)
+    assert sorted((p, p.stat().st_mtime_ns) for p in Path(args.output_dir).rglob("*")) == before
+
+
+def test_all_checkpoints_damaged_is_an_error_of_its_own(arguments):
+    args = arguments(max_steps=1)
+    main(args)
+    (Path(args.output_dir) / "checkpoint-1/optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is whole") as caught:
+        main(dataclasses.replace(args, resume_from_checkpoint="latest"))
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_ends_with_its_code(arguments, number):
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    args = arguments(max_steps=6, save_steps=100)
+    assert main(args, [Kill()]) == 128 + number
+    assert (Path(args.output_dir) / "checkpoint-2/manifest.json").exists()
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_second_stage_starts_from_the_first_ones_weights(arguments, tmp_path):
+    first = arguments(use_lora=False, output_dir=str(tmp_path / "align"), max_steps=3, freeze_projector_steps=0)
+    assert main(first) == 0
+    second = arguments(
+        init_from=str(tmp_path / "align"), audio_model=None, text_model=None, output_dir=str(tmp_path / "lora"), max_steps=1,
+        freeze_projector_steps=1,
+    )  # fmt: skip
+    assert main(second) == 0
+    before, after = (checkpoint_tensors(tmp_path / f) for f in ("align/checkpoint-3", "lora/checkpoint-1"))
+    projector = {k: v for k, v in before.items() if k.startswith("projector")}
+    assert projector and same_bits(projector, {k: v for k, v in after.items() if k in projector}) == []
+    assert any(k.startswith("adapter") for k in after) and not any(k.startswith("adapter") for k in before)
