@@ -136,7 +136,7 @@ class ConversationCollator:
     def _encode(self, conversation: Conversation, supervised: set[int], first_own: int, events: list[str]) -> Sample:
         """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
         try:
-            row, offset = self._fitting_row(conversation.messages, events)
+            row, offset = self._fitting_row(conversation.messages, supervised, events)
         except BadClipError as error:
             raise BadClipError(f"{conversation.source}: {error}") from error
         except DataError as error:
@@ -156,14 +156,17 @@ class ConversationCollator:
         sample = Sample(conversation.id, conversation.source, ids, labels, windows, sorted(spans.values()), events)
         return self._with_labels(sample)
 
-    def _fitting_row(self, messages: Sequence[Message], events: list[str]) -> tuple[Row, int]:
+    def _fitting_row(self, messages: Sequence[Message], supervised: set[int], events: list[str]) -> tuple[Row, int]:
         """The row within max_length, and how many messages it lacks at the front."""
         added_ids = self._encoder.added_ids
         row = join_parts(self._encoder.parts(messages), messages, added_ids)
         if self.max_length is None:
             return row, 0
-        cut = cut_row(row, self.max_length, events)
-        if cut is not None:
+        cut = cut_row(row, self.max_length)
+        if cut is not None and supervised & cut.answers.keys():
+            if len(cut.answers) < len(row.answers):
+                turns = f"{len(cut.answers)} of {len(row.answers)} turns"
+                events.append(f"cut to {turns}: {len(row.input_ids)} > {self.max_length} tokens")
             return cut, 0
         answers = _answers(messages)
         first = answers[-2] + 1 if len(answers) > 1 else 0

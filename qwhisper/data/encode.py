@@ -121,17 +121,12 @@ def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: se
     return row
 
 
-def cut_row(row: Row, max_length: int, events: list[str]) -> Row | None:
+def cut_row(row: Row, max_length: int) -> Row | None:
     """Drop whole turns from the end until the row fits; None if not even the first answer fits."""
-    length = len(row.input_ids)
-    if length <= max_length:
+    if len(row.input_ids) <= max_length:
         return row
     fitting = [end for _, end in row.answers.values() if end <= max_length]
-    if not fitting:
-        return None
-    if len(fitting) < len(row.answers):
-        events.append(f"cut to {len(fitting)} of {len(row.answers)} turns: {length} > {max_length} tokens")
-    return _cut_at(row, max(fitting))
+    return _cut_at(row, max(fitting)) if fitting else None
 
 
 def fit_last_exchange(

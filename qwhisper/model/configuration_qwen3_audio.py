@@ -17,6 +17,8 @@ class Qwen3AudioConfig(PreTrainedConfig):
     projector_scale: factor on the projector's output. projector_init_scale: factor on its Xavier initialisation.
     audio_lead_silence, audio_tail_silence: seconds of silence around every clip, see docs/silence.md for the measurement.
     audio_base, text_base: {"name", "fingerprint"} of the bases whose weights are not saved with this model; None when they are.
+    audio_tower_trained: the encoder is no longer its base's, so its weights are saved with the projector's.
+    tie_word_embeddings: taken from text_config.
     """
 
     model_type = "qwen3_audio"
@@ -36,6 +38,12 @@ class Qwen3AudioConfig(PreTrainedConfig):
     audio_tail_silence: float = 1.0
     audio_base: dict | None = None
     text_base: dict | None = None
+    audio_tower_trained: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     @property
     def frames(self) -> FrameArithmetic:

@@ -6,6 +6,7 @@ Weights are loaded in the dtype that they compute in: no fp32 copy of the langua
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,28 +22,54 @@ from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
-from qwhisper.model.lora import ADAPTER, inject
+from qwhisper.model.lora import ADAPTER, inject, lora_parameters
+from qwhisper.model.loss import head_logits
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
 
 PROJECTOR_FILE = "projector.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is laid into memory, wherever its weights come from.
 
+    dtype: of the language model and the encoder: "bf16", "fp16", "fp32", a torch dtype or its name; "auto": see `compute_dtype`.
+    device_map: as in transformers, for the language model; None: all of it on the first accelerator, or the CPU.
+    load_in_4bit: NF4 for the language model's linears. whisper_cpu: the encoder stays on the CPU.
+    projector_fp32: the projector in fp32 instead of `dtype`.
+    """
 
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """"auto" is bf16 on an accelerator and fp32 on CPU."""
-    if isinstance(dtype, torch.dtype):
+    dtype: str | torch.dtype = "auto"
+    device_map: str | dict | None = None
+    load_in_4bit: bool = False
+    whisper_cpu: bool = False
+    projector_fp32: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def encoder_device(self) -> torch.device:
+        return torch.device("cpu") if self.whisper_cpu else self.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """ "auto" is bf16 on an accelerator and fp32 on CPU."""
+        if isinstance(self.dtype, torch.dtype):
+            return self.dtype
+        if self.dtype == "auto":
+            return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        dtype = DTYPES.get(self.dtype, getattr(torch, self.dtype, None))
+        if not isinstance(dtype, torch.dtype):
+            raise UsageError(f"dtype {self.dtype!r} is none of auto, {', '.join(DTYPES)}")
         return dtype
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return DTYPES[dtype]
 
 
 def resolve_model(name: str, hub: str, flag: str) -> str:
@@ -62,12 +89,33 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
     return name
 
 
+def _find(name: str | os.PathLike, file: str) -> Path | None:
+    """A file of a folder or a hub repository, downloaded if need be; None where it has no such file."""
+    found = cached_file(
+        str(name),
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _weight_files(name: str) -> list[Path]:
+    """The files that transformers loads from here, shards in the order of their names."""
+    found = next((path for path in (_find(name, file) for file in WEIGHT_FILES) if path is not None), None)
+    if found is None:
+        raise UsageError(f"{name} has no weights: none of {', '.join(WEIGHT_FILES)} is there")
+    if found.suffix != ".json":
+        return [found]
+    shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [Path(cached_file(name, shard)) for shard in shards]
+
+
 def fingerprint(name: str) -> str:
     """SHA-256 over a base's configuration and the beginning, end and size of each weight file: quick, and the same in any dtype."""
-    config_file = cached_file(name, "config.json")
-    digest = hashlib.sha256(Path(config_file).read_bytes())
-    folder = Path(config_file).parent
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.gguf")]):
+    digest = hashlib.sha256(Path(cached_file(name, "config.json")).read_bytes())
+    for file in _weight_files(name):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as handle:
@@ -86,30 +134,48 @@ def _refuse_missing(what: str, name: str, info: dict) -> None:
 
 def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> TrueLengthWhisperEncoder:
     """The encoder alone, from a whole Whisper checkpoint or from one that holds only the encoder; frozen, in evaluation mode."""
-    encoder, info = TrueLengthWhisperEncoder.from_pretrained(
-        name,
-        key_mapping=ENCODER_KEYS,
-        dtype=dtype,
-        attn_implementation=PACKED_ATTENTION,
-        output_loading_info=True,
-    )
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # the decoder's unused weights would be listed one by one
+    try:
+        encoder, info = TrueLengthWhisperEncoder.from_pretrained(
+            name,
+            key_mapping=ENCODER_KEYS,
+            dtype=dtype,
+            attn_implementation=PACKED_ATTENTION,
+            output_loading_info=True,
+        )
+    finally:
+        hf_logging.set_verbosity(verbosity)
     _refuse_missing("--audio_model", name, info)
     return encoder.to(device).requires_grad_(False).eval()
 
 
-def load_language_model(name: str, *, dtype: torch.dtype, device_map, quantization_config=None, **kwargs) -> PreTrainedModel:
-    """Any causal LM, frozen, with attention over packed rows; quantised by `quantization_config` while it loads."""
+def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
+    """Any causal LM, frozen, with attention over packed rows; quantised while it loads if that is wanted."""
     language_model, info = AutoModelForCausalLM.from_pretrained(
         name,
-        dtype=dtype,
-        device_map=device_map,
-        quantization_config=quantization_config,
+        dtype=options.compute_dtype,
+        device_map=options.device_map or {"": options.device},
+        quantization_config=four_bit_config(options.compute_dtype) if options.load_in_4bit else None,
         attn_implementation=PACKED_ATTENTION,
         output_loading_info=True,
-        **kwargs,
     )
     _refuse_missing("--text_model", name, info)
+    _refuse_other_head(name, language_model)
     return language_model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _refuse_other_head(name: str, language_model: PreTrainedModel) -> None:
+    """Some families scale their logits; the loss, which applies the head by itself, would be silently wrong."""
+    language_model.eval()
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=language_model.get_input_embeddings().weight.device)
+    hidden_states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    softcap = getattr(language_model.config, "final_logit_softcapping", None)
+    ours = head_logits(hidden_states, language_model.get_output_embeddings(), softcap)
+    theirs = language_model(input_ids=ids, use_cache=False).logits.float()
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+        raise UsageError(f"--text_model {name}: its logits are more than lm_head(hidden_states), which is not supported")
 
 
 def four_bit_config(dtype: torch.dtype):
@@ -121,7 +187,7 @@ def four_bit_config(dtype: torch.dtype):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head"],
+        llm_int8_skip_modules=["lm_head"],  # replaces the defaults
     )
 
 
@@ -152,35 +218,27 @@ def assemble(
 def build_from_bases(
     audio_model: str,
     text_model: str,
+    options: LoadOptions = LoadOptions(),
     *,
-    dtype: str | torch.dtype = "auto",
-    device_map=None,
-    load_in_4bit: bool = False,
-    whisper_cpu: bool = False,
     hub: str = "huggingface",
-    projector_fp32: bool = True,
-    text_kwargs: dict | None = None,
     **config_values,
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
     """A model with a fresh projector and its processor, from two folders or hub ids.
 
-    device_map: None puts the LM on the first accelerator, or the CPU. config_values: fields of `Qwen3AudioConfig`.
+    config_values: fields of `Qwen3AudioConfig`, such as audio_lead_silence.
     """
     audio_path = resolve_model(audio_model, hub, "--audio_model")
     text_path = resolve_model(text_model, hub, "--text_model")
-    audio_config = AutoConfig.from_pretrained(audio_path)
-    if audio_config.model_type != "whisper":
-        raise UsageError(f"--audio_model {audio_model} is a {audio_config.model_type} model; it takes any Whisper checkpoint")
-    tokenizer = AutoTokenizer.from_pretrained(text_path, **(text_kwargs or {}))
-    audio_token_id = add_audio_token(tokenizer)
+    model_type = AutoConfig.from_pretrained(audio_path).model_type
+    if model_type != "whisper":
+        raise UsageError(f"--audio_model {audio_model} is a {model_type} model; it takes any Whisper checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(text_path)
     config_values |= {
         "audio_base": {"name": audio_path, "fingerprint": fingerprint(audio_path)},
         "text_base": {"name": text_path, "fingerprint": fingerprint(text_path)},
-        "audio_token_id": audio_token_id,
+        "audio_token_id": add_audio_token(tokenizer),
     }
-    model = _load_and_join(
-        audio_config, audio_path, text_path, config_values, dtype, device_map, load_in_4bit, whisper_cpu, projector_fp32, text_kwargs
-    )
+    model = _load_and_join(audio_path, text_path, config_values, options)
     extractor = AutoFeatureExtractor.from_pretrained(audio_path)
     template, _ = listening_template(tokenizer)
     processor = Qwen3AudioProcessor.for_model(extractor, tokenizer, model.config, template)
@@ -188,30 +246,18 @@ def build_from_bases(
 
 
 def _load_and_join(
-    audio_config, audio_path, text_path, config_values, dtype, device_map, load_in_4bit, whisper_cpu, projector_fp32, text_kwargs
+    audio_path: str, text_path: str, config_values: dict, options: LoadOptions
 ) -> Qwen3AudioForConditionalGeneration:
-    device = default_device()
-    dtype = resolve_dtype(dtype, device)
-    quantization = four_bit_config(dtype) if load_in_4bit else None
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # the decoder's unused weights would be listed one by one
-    try:
-        encoder_device = torch.device("cpu") if whisper_cpu else device
-        encoder = load_encoder(audio_path, dtype=dtype, device=encoder_device)
-        language_model = load_language_model(
-            text_path, dtype=dtype, device_map=device_map or {"": device}, quantization_config=quantization, **(text_kwargs or {})
-        )
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
+    language_model = load_language_model(text_path, options)
     config = Qwen3AudioConfig(audio_config=encoder.config, text_config=language_model.config, **config_values)
-    return assemble(config, encoder, language_model, projector_fp32=projector_fp32)
+    return assemble(config, encoder, language_model, projector_fp32=options.projector_fp32)
 
 
-def _trained_state(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """File name to {parameter name: tensor}: projector always, encoder where it is trained, adapter where there is one."""
-    projector = model.model.multi_modal_projector.state_dict()
-    state = {PROJECTOR_FILE: projector}
-    if model.model.encoder_is_trained:
+def _trained_state(model: Qwen3AudioForConditionalGeneration) -> dict[str, dict[str, torch.Tensor]]:
+    """File name to {parameter name: tensor}: projector always, encoder where it was trained, adapter where there is one."""
+    state = {PROJECTOR_FILE: model.model.multi_modal_projector.state_dict()}
+    if model.config.audio_tower_trained:
         state[ENCODER_FILE] = model.model.audio_tower.state_dict()
     if getattr(model, "peft_config", None):
         state[ADAPTER_FILE] = get_peft_model_state_dict(model, adapter_name=ADAPTER)
@@ -222,6 +268,7 @@ def save_trained(model: Qwen3AudioForConditionalGeneration, folder: str | os.Pat
     """Writes the trained weights and what is needed to find their bases; megabytes, not gigabytes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    model.config.audio_tower_trained |= model.model.encoder_is_trained
     for file, tensors in _trained_state(model).items():
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if getattr(model, "peft_config", None):
@@ -236,11 +283,7 @@ def save_trained(model: Qwen3AudioForConditionalGeneration, folder: str | os.Pat
 
 def is_trained_folder(name: str | os.PathLike) -> bool:
     """Whether a folder or hub repository holds trained weights whose bases live elsewhere."""
-    if Path(name).is_dir():
-        return (Path(name) / PROJECTOR_FILE).is_file()
-    found = cached_file(str(name), PROJECTOR_FILE, _raise_exceptions_for_missing_entries=False,
-                        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)  # fmt: skip
-    return found is not None
+    return _find(name, PROJECTOR_FILE) is not None
 
 
 def read_trained_config(name: str | os.PathLike) -> Qwen3AudioConfig:
@@ -252,58 +295,58 @@ def read_trained_config(name: str | os.PathLike) -> Qwen3AudioConfig:
 
 def load_trained(
     name: str | os.PathLike,
+    options: LoadOptions = LoadOptions(),
     *,
-    dtype: str | torch.dtype = "auto",
-    device_map=None,
-    load_in_4bit: bool = False,
-    whisper_cpu: bool = False,
-    projector_fp32: bool = True,
     audio_model: str | None = None,
     text_model: str | None = None,
-    text_kwargs: dict | None = None,
 ) -> Qwen3AudioForConditionalGeneration:
     """The bases that the folder names, then its projector and adapter. LoRA and projector come back trainable.
 
     audio_model, text_model: where the bases lie now, if they have moved; their fingerprints must agree.
     """
     config = read_trained_config(name)
-    paths = {}
-    for role, moved_to in (("audio", audio_model), ("text", text_model)):
-        base = getattr(config, f"{role}_base")
-        paths[role] = resolve_model(moved_to or base["name"], "huggingface", f"--{role}_model")
-        if fingerprint(paths[role]) != base["fingerprint"]:
-            raise CheckpointError(f"{name} was trained on another {role} base than {paths[role]}: point --{role}_model to the one it was trained on")  # fmt: skip  # noqa: E501
-    values = {k: getattr(config, k) for k in ("audio_token_id", "projector_stack", "projector_hidden_act", "projector_scale",
-              "projector_init_scale", "audio_lead_silence", "audio_tail_silence", "audio_base", "text_base")}  # fmt: skip
-    model = _load_and_join(
-        config.audio_config, paths["audio"], paths["text"], values, dtype, device_map, load_in_4bit, whisper_cpu, projector_fp32, text_kwargs
-    )
+    audio_path = _same_base(name, "audio", config.audio_base, audio_model)
+    text_path = _same_base(name, "text", config.text_base, text_model)
+    own = [field for field in Qwen3AudioConfig.__annotations__ if field not in ("audio_config", "text_config", "model_type")]
+    model = _load_and_join(audio_path, text_path, {field: getattr(config, field) for field in own}, options)
     load_trained_weights(model, name)
     return model
 
 
+def _same_base(name: str | os.PathLike, role: str, base: dict, moved_to: str | None) -> str:
+    path = resolve_model(moved_to or base["name"], "huggingface", f"--{role}_model")
+    if fingerprint(path) != base["fingerprint"]:
+        raise CheckpointError(
+            f"{name} was trained on another {role} base than {path}: point --{role}_model to the one it was trained on"
+        )
+    return path
+
+
 def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:
     """Puts a folder's projector, adapter and encoder into a model of the same bases, adding LoRA if the folder has it."""
-    files = {file: _find(name, file) for file in (PROJECTOR_FILE, ENCODER_FILE, ADAPTER_FILE)}
+    adapter, projector, encoder = (_find(name, file) for file in (ADAPTER_FILE, PROJECTOR_FILE, ENCODER_FILE))
+    if projector is None:
+        raise CheckpointError(f"{name} has no {PROJECTOR_FILE}: it was not written by qwhisper, or not wholly")
     try:
-        if files[ADAPTER_FILE]:
-            if not getattr(model, "peft_config", None):
-                inject(model, LoraConfig.from_pretrained(str(Path(files[ADAPTER_FILE]).parent)))
-                for parameter in model.model.language_model.parameters():
-                    if parameter.requires_grad:
-                        parameter.data = parameter.data.float()
-            result = set_peft_model_state_dict(model, load_file(files[ADAPTER_FILE]), adapter_name=ADAPTER)
-            if result.unexpected_keys:
-                raise ValueError(f"unknown LoRA weight {result.unexpected_keys[0]}")
-        model.model.multi_modal_projector.load_state_dict(load_file(files[PROJECTOR_FILE]))
-        if files[ENCODER_FILE]:
-            model.model.audio_tower.load_state_dict(load_file(files[ENCODER_FILE]))
-    except (RuntimeError, ValueError, OSError, json.JSONDecodeError) as error:
+        if adapter is not None:
+            _load_adapter(model, adapter)
+        model.model.multi_modal_projector.load_state_dict(load_file(projector))
+        if encoder is not None:
+            model.model.audio_tower.load_state_dict(load_file(encoder))
+            model.config.audio_tower_trained = True
+    except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{name}: its weights do not fit this model ({error})") from error
 
 
-def _find(name: str | os.PathLike, file: str) -> str | None:
-    if Path(name).is_dir():
-        path = Path(name) / file
-        return str(path) if path.is_file() else None
-    return cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+def _load_adapter(model: Qwen3AudioForConditionalGeneration, file: Path) -> None:
+    tensors = load_file(file)
+    if not getattr(model, "peft_config", None):
+        inject(model, LoraConfig.from_pretrained(str(file.parent)))
+        dtype = next(iter(tensors.values())).dtype
+        for _, parameter in lora_parameters(model):
+            parameter.data = parameter.data.to(dtype)
+    expected = get_peft_model_state_dict(model, adapter_name=ADAPTER).keys()
+    if expected != tensors.keys():
+        odd = sorted(expected ^ tensors.keys())
+        raise ValueError(f"{len(odd)} LoRA weights are in the file or in the model alone, the first: {odd[0]}")
+    set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)

@@ -104,7 +104,7 @@ class Executor:
         names = ", ".join(sample.id for sample in pack)
         if counted != used:
             raise NumericalError(f"--manual_loss: {used} positions were supervised, the labels of {names} have {counted}")
-        fast, plain = float(loss), float(self.model.last_manual_loss)
+        fast, plain = float(loss.detach()), float(self.model.last_manual_loss)
         # Both sum the same fp32 terms in another order; the head's matrix product rounds differently by shape in its own dtype.
         tolerance = max(1e-5, 4 * torch.finfo(self.model.lm_head.weight.dtype).eps if self.model.lm_head.weight.is_floating_point() else 0.03)  # fmt: skip  # noqa: E501
         if not abs(fast - plain) <= tolerance * max(1.0, abs(plain)):

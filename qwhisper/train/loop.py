@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,8 @@ def train(run: Run, steps: Iterator[StepSamples]) -> int:
     lines = StepLines(run.total_steps, state.step)
     caught: list[int] = []
     previous = {number: signal.signal(number, lambda received, frame: caught.append(received)) for number in SIGNALS}
+    # A skipped first step is meant: the schedule goes on, the optimizer does not.
+    warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     run.executor.model.train()
     run.fire("on_train_begin")
     window: list[StepReport] = []

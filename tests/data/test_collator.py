@@ -1,4 +1,3 @@
-import json
 import pickle
 
 import numpy as np
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from qwhisper.data.audio import load_audio
 from qwhisper.data.collator import ConversationCollator, NoLabelsError
-from qwhisper.data.conversation import AudioClip, Conversation, Message
+from qwhisper.data.conversation import AudioClip, Conversation, Message, parse_conversation
 from qwhisper.data.encode import IGNORE
 from qwhisper.data.template import encode_text, end_of_turn_ids
 from qwhisper.errors import BadClipError, DataError, UsageError
@@ -77,7 +76,7 @@ def test_every_answer_follows_exactly_its_generation_prompt(collators, recording
     np.testing.assert_array_equal(sample.labels, expected)
     assert sample.num_supervised == sum(stop - start for start, stop in sample.answer_spans)
     lengths = [len(load_audio(clip.path)) for clip in conversation.clips]
-    assert (sample.input_ids == collator._encoder.audio_token_id).sum() == sum(map(frames.num_tokens, lengths))
+    assert (sample.input_ids == len(collator.tokenizer)).sum() == sum(map(frames.num_tokens, lengths))
     assert [len(w) for w in sample.windows] == [n for length in lengths for n in frames.window_lengths(length)]
 
 
@@ -118,8 +117,7 @@ def test_reasoning_has_a_row_of_its_own_for_every_answer(collators, recordings, 
     assert any("which have reasoning" in event for event in whole.events) == (len(kept) < len(answers))
 
 
-@pytest.mark.parametrize("tokens", [None, 1000])
-def test_prompt_and_reply_of_a_single_turn_are_what_the_tokenizer_itself_renders(collators, tokens):
+def test_prompt_and_reply_of_a_single_turn_are_what_the_tokenizer_itself_renders(collators):
     collator = collators["qwen3"]
     tokenizer = collator.tokenizer
     text = [{"role": "user", "content": "Quanto fa 1 + 1?"}, {"role": "assistant", "content": "Due, 两."}]
@@ -260,6 +258,15 @@ def test_where_the_first_exchange_is_too_long_the_last_reply_is_kept(make, recor
     assert events[1] == f"cut the tail of the reply: {scaffold + 3} > {scaffold + 1} tokens"
 
 
+def test_row_of_a_reasoned_answer_keeps_that_answer_when_it_is_cut(frames, qwen3_tokenizer):
+    collator = ConversationCollator(qwen3_tokenizer, frames, audio_token_id=151669, max_length=40)
+    history = (user("one?"), reply("1"))
+    rows = collator.encode_rows(talk(*history, user("word " * 20 + "two?"), reply("2", "hm")))
+    assert [supervised_text(collator, row) for row in rows] == ["1<|im_end|>", "<think>\nhm\n</think>\n\n2<|im_end|>"]
+    assert rows[1].events == ["kept the last exchange alone"]
+    assert all(len(row.input_ids) <= 40 for row in rows)
+
+
 def test_sample_without_labels_is_rejected_and_counted(make):
     collator = make(max_length=12)
     short = talk(user("a"), reply("b"))
@@ -331,15 +338,13 @@ def test_real_recordings_are_heard_at_their_true_length(collators, shared, frame
     names = ("7_george_0.wav", "3_jackson_1.wav")
     record = {
         "messages": [
-            {"role": "user", "content": [*[{"type": "audio", "audio": str(folder / n)} for n in names]]},
+            {"role": "user", "content": [{"type": "audio", "audio": name} for name in names]},
             {"role": "assistant", "content": "Seven, three."},
         ]
     }
-    from qwhisper.data.conversation import parse_conversation
-
-    conversation = parse_conversation(json.loads(json.dumps(record)), "here", folder)
-    sample = collators["qwen3"].encode(conversation)
+    collator = collators["qwen3"]
+    sample = collator.encode(parse_conversation(record, "here", folder))
     tokens = [frames.num_tokens(len(load_audio(folder / name))) for name in names]
-    audio = np.flatnonzero(sample.input_ids == collators["qwen3"]._encoder.audio_token_id)
+    audio = np.flatnonzero(sample.input_ids == len(collator.tokenizer))
     assert len(audio) == sum(tokens) == audio[-1] - audio[0] + 1
     assert len(sample.windows) == 2

@@ -170,7 +170,7 @@ def test_nothing_typed_becomes_an_added_token(qwen3_tokenizer, text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.text(max_size=40))
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=40))
 def test_ordinary_text_is_tokenised_as_ever(qwen3_tokenizer, text):
     assert encode_text(qwen3_tokenizer, text) == qwen3_tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -1,0 +1,182 @@
+"""The field report's callbacks: thin in our loop, and effective in a plain Hugging Face Trainer under accumulation."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.conversation import read_conversations
+from qwhisper.train.callbacks import LoRAStabilizeCallback, LossDebugCallback, NaNMonitorCallback, ProjectorFreezeHook
+from qwhisper.train.hf_trainer import guard_trainer
+from qwhisper.train.run import build, main
+from tests.train.helpers import read_lines, same_bits
+
+
+class Watch(TrainerCallback):
+    """Keeps the trainable weights after every optimizer step, and the rates that the steps were taken with."""
+
+    def __init__(self):
+        self.weights, self.rates = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+
+
+@pytest.fixture
+def plain_trainer(arguments, train_file, tmp_path):
+    """A stock Trainer with our model and collator: batch 2, accumulation 2, constant rate."""
+
+    def make(*callbacks, **values):
+        torch.manual_seed(0)
+        args = arguments()
+        model, processor = build(args, None)
+        collator = ConversationCollator(
+            processor.tokenizer, processor.frames, audio_token_id=processor.audio_token_id, chat_template=processor.chat_template
+        )
+        dialogues = read_conversations(train_file)
+        settings = {
+            "output_dir": str(tmp_path / "hf"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4,
+            "learning_rate": 1e-2, "lr_scheduler_type": "constant", "report_to": "none", "remove_unused_columns": False,
+            "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True,
+        }  # fmt: skip
+        return Trainer(
+            model=model, args=TrainingArguments(**settings | values), train_dataset=dialogues, data_collator=collator,
+            callbacks=list(callbacks),
+        )  # fmt: skip
+
+    return make
+
+
+def projector_of(weights):
+    return {n: p for n, p in weights.items() if "multi_modal_projector" in n}
+
+
+def start_of(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_plain_trainer_trains_model_and_collator(plain_trainer):
+    trainer = plain_trainer(max_steps=12)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 12 and all(math.isfinite(x) and x > 0 for x in losses) and sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_projector_freeze_hook_in_a_plain_trainer(plain_trainer):
+    watch = Watch()
+    trainer = plain_trainer(ProjectorFreezeHook(2), watch)
+    start = projector_of(start_of(trainer))
+    trainer.train()
+    assert [bool(same_bits(start, projector_of(w))) for w in watch.weights] == [False, False, True, True]
+
+
+def test_early_rate_in_a_plain_trainer_is_over_after_its_steps(plain_trainer):
+    stabilize, watch = LoRAStabilizeCallback(early_lr_factor=0.2, early_lr_steps=2), Watch()
+    trainer = plain_trainer(stabilize, watch)
+    trainer.train()
+    assert watch.rates == pytest.approx([2e-3, 2e-3, 1e-2, 1e-2])
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2)
+
+
+def plant(trainer, value):
+    """One non-finite element in a LoRA gradient, at the second optimizer step alone."""
+    parameter = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value) if trainer.state.global_step == 1 else grad)
+
+
+def test_non_finite_gradient_leaves_the_weights_alone_in_a_plain_trainer(plain_trainer):
+    # Without Trainer's own clip, which would spread the NaN before any event: trap 19.
+    stabilize, watch = LoRAStabilizeCallback(early_lr_steps=0), Watch()
+    trainer = plain_trainer(stabilize, watch, max_grad_norm=0.0)
+    plant(trainer, math.nan)
+    trainer.train()
+    assert same_bits(watch.weights[0], watch.weights[1]) == [] and stabilize.skipped_steps == 1
+    assert same_bits(watch.weights[1], watch.weights[2]) != []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_guarded_trainer_skips_before_the_clip_can_spread_it(plain_trainer, value):
+    watch = Watch()
+    trainer = guard_trainer(plain_trainer(watch), freeze_projector_steps=1)
+    start = start_of(trainer)
+    plant(trainer, value)
+    trainer.train()
+    assert same_bits(projector_of(start), projector_of(watch.weights[0])) == []
+    assert same_bits(watch.weights[0], watch.weights[1]) == [] and trainer.skipped_steps == 1
+    assert all(torch.isfinite(p).all() for p in watch.weights[-1].values())
+
+
+def test_without_the_guard_the_same_gradient_is_spread_everywhere(plain_trainer):
+    trainer = plain_trainer()
+    plant(trainer, math.nan)
+    trainer.train()
+    assert all(not torch.isfinite(p).all() for n, p in trainer.model.named_parameters() if p.requires_grad and "lora_B" in n)
+
+
+def test_guarded_trainer_clips_lora_alone(plain_trainer):
+    trainer = guard_trainer(plain_trainer(max_steps=1, max_grad_norm=1e6), lora_grad_clip=1e-4)
+    norms = {}
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            for group, mark in (("lora", "lora_"), ("projector", "multi_modal_projector")):
+                grads = [p.grad for n, p in model.named_parameters() if mark in n and p.grad is not None]
+                norms[group] = float(torch.stack([g.norm() for g in grads]).norm())
+
+    trainer.add_callback(Norms())
+    trainer.train()
+    assert norms["lora"] == pytest.approx(1e-4, rel=1e-4) and norms["projector"] > 1e-4
+
+
+def test_loss_debug_reports_labels_and_loss_of_every_step_in_our_loop(arguments):
+    seen = []
+    args = arguments(max_steps=3)
+    main(args, [LossDebugCallback(lambda *values: seen.append(values))])
+    lines = read_lines(Path(args.output_dir) / "metrics.jsonl")
+    assert seen == [(line["step"], line["valid_label_count"], line["loss"]) for line in lines]
+
+
+def test_loss_debug_in_a_plain_trainer(plain_trainer):
+    seen = []
+    plain_trainer(LossDebugCallback(lambda *values: seen.append(values)), max_steps=2).train()
+    assert [step for step, _, _ in seen] == [1, 2] and all(valid > 0 and loss > 0 for _, valid, loss in seen)
+
+
+def test_nan_monitor_names_the_first_bad_tensor_and_stops(arguments):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.model.multi_modal_projector.linear_1.weight[0, 0] = math.nan
+
+    args = arguments(max_steps=5)
+    monitor = NaNMonitorCallback()
+    main(args, [Poison(), monitor])
+    snapshot = json.loads((Path(args.output_dir) / "nan_snapshot.json").read_text())
+    assert monitor.first_bad == "model.multi_modal_projector.linear_1.weight" and snapshot["step"] == 2
+    assert snapshot["tensors"][0]["nan"] == 1
+    assert len(read_lines(Path(args.output_dir) / "metrics.jsonl")) == 2
+
+
+def test_nan_monitor_sees_logits_in_a_plain_trainer(plain_trainer):
+    monitor = NaNMonitorCallback()
+    trainer = plain_trainer(monitor)
+    with torch.no_grad():
+        trainer.model.model.language_model.norm.weight[0] = math.nan
+    trainer.train()
+    assert monitor.first_bad is not None and trainer.state.global_step < 4
+
+
+def test_callbacks_configure_our_loop(arguments):
+    args = arguments(freeze_projector_steps=9)
+    hooks = [ProjectorFreezeHook(3), LoRAStabilizeCallback(0.5, 7, 2.5)]
+    for hook in hooks:
+        args = hook.configure(args)
+    assert (args.freeze_projector_steps, args.early_lr_factor, args.early_lr_steps, args.lora_grad_clip) == (3, 0.5, 7, 2.5)
