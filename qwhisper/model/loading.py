@@ -6,7 +6,7 @@ Weights are loaded in the dtype that they compute in: no fp32 copy of the langua
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -91,13 +91,7 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
 
 def _find(name: str | os.PathLike, file: str) -> Path | None:
     """A file of a folder or a hub repository, downloaded if need be; None where it has no such file."""
-    found = cached_file(
-        str(name),
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    found = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
@@ -125,10 +119,10 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-def _refuse_missing(what: str, name: str, info: dict) -> None:
+def refuse_missing(what: str, name: str, info: dict) -> None:
     """Weights that a checkpoint lacks are drawn at random by transformers, with a warning only."""
-    if info["missing_keys"] or info.get("mismatched_keys"):
-        missing = sorted([*info["missing_keys"], *map(str, info.get("mismatched_keys", []))])
+    missing = sorted([*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])])
+    if missing:
         raise UsageError(f"{what} {name}: {len(missing)} weights are missing or of another shape, the first: {missing[0]}")
 
 
@@ -146,7 +140,7 @@ def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> True
         )
     finally:
         hf_logging.set_verbosity(verbosity)
-    _refuse_missing("--audio_model", name, info)
+    refuse_missing("--audio_model", name, info)
     return encoder.to(device).requires_grad_(False).eval()
 
 
@@ -160,7 +154,7 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
         attn_implementation=PACKED_ATTENTION,
         output_loading_info=True,
     )
-    _refuse_missing("--text_model", name, info)
+    refuse_missing("--text_model", name, info)
     _refuse_other_head(name, language_model)
     return language_model.requires_grad_(False).eval()
 
@@ -283,7 +277,10 @@ def save_trained(model: Qwen3AudioForConditionalGeneration, folder: str | os.Pat
 
 def is_trained_folder(name: str | os.PathLike) -> bool:
     """Whether a folder or hub repository holds trained weights whose bases live elsewhere."""
-    return _find(name, PROJECTOR_FILE) is not None
+    try:
+        return _find(name, PROJECTOR_FILE) is not None
+    except OSError:  # no such repository, or no network: whoever loads it from there says so better
+        return False
 
 
 def read_trained_config(name: str | os.PathLike) -> Qwen3AudioConfig:
@@ -302,7 +299,8 @@ def load_trained(
 ) -> Qwen3AudioForConditionalGeneration:
     """The bases that the folder names, then its projector and adapter. LoRA and projector come back trainable.
 
-    audio_model, text_model: where the bases lie now, if they have moved; their fingerprints must agree.
+    audio_model, text_model: where the bases lie now, if they have moved; their fingerprints must agree. Raises UsageError,
+    CheckpointError for another base, before anything is loaded.
     """
     config = read_trained_config(name)
     audio_path = _same_base(name, "audio", config.audio_base, audio_model)
@@ -313,13 +311,29 @@ def load_trained(
     return model
 
 
+def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditionalGeneration:
+    """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on."""
+    for passed_along in ("config", "adapter_kwargs", "trust_remote_code"):
+        kwargs.pop(passed_along, None)
+    moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}
+    unknown = kwargs.keys() - {field.name for field in fields(LoadOptions)}
+    if unknown:
+        known = ", ".join([field.name for field in fields(LoadOptions)] + ["audio_model", "text_model"])
+        raise UsageError(f"{name} holds trained weights alone; loading it takes {known}, not {', '.join(sorted(unknown))}")
+    return load_trained(name, LoadOptions(**kwargs), **moved)
+
+
 def _same_base(name: str | os.PathLike, role: str, base: dict, moved_to: str | None) -> str:
     path = resolve_model(moved_to or base["name"], "huggingface", f"--{role}_model")
-    if fingerprint(path) != base["fingerprint"]:
-        raise CheckpointError(
-            f"{name} was trained on another {role} base than {path}: point --{role}_model to the one it was trained on"
+    if fingerprint(path) == base["fingerprint"]:
+        return path
+    if moved_to:
+        raise UsageError(
+            f"--{role}_model {path}: {name} was trained on {base['name']}, which is another model; leave the flag out, or start a new run"
         )
-    return path
+    raise CheckpointError(
+        f"{name} was trained on another {role} base than {path} is now: point --{role}_model to the one it was trained on"
+    )
 
 
 def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:

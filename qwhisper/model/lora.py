@@ -12,6 +12,8 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from transformers.pytorch_utils import Conv1D
+
 from qwhisper.errors import UsageError
 
 LANGUAGE_MODEL = "model.language_model"
@@ -56,7 +58,8 @@ def _layer_types(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
 def lm_linear_names(model: nn.Module) -> list[str]:
     """Last name parts of the language model's linears (q_proj, …), sorted; its head is not among them."""
     language_model = model.get_submodule(LANGUAGE_MODEL)
-    names = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, nn.Linear)}
+    linears = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name for a linear; it gets PEFT's own forward pass
+    names = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, linears)}
     return sorted(names - {"base_layer"})
 
 
@@ -90,7 +93,7 @@ def add_lora(
     inject(model, config)
     with torch.no_grad():
         for name, parameter in lora_parameters(model):
-            parameter.data = parameter.data.to(torch.float32 if fp32 else model.dtype)
+            parameter.data = parameter.data.to(torch.float32 if fp32 else model.get_submodule(LANGUAGE_MODEL).dtype)
             if "lora_A" in name:
                 parameter.mul_(init_scale)
 
@@ -101,6 +104,7 @@ def inject(model: nn.Module, config: LoraConfig) -> None:
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     inject_adapter_in_model(config, model, ADAPTER)
     model.peft_config = {ADAPTER: config}
+    model._hf_peft_config_loaded = True  # transformers' mark of an adapter: a plain Trainer trains no 4-bit model without it
     for name, parameter in model.named_parameters():
         # PEFT freezes all that is not its own; the projector and an unfrozen encoder stay as they were.
         parameter.requires_grad_("lora_" in name or name in trainable)

@@ -5,7 +5,7 @@ Architecture only: nothing here knows of files, dialogues or training.
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from qwhisper.frames import encoder_frames
@@ -27,6 +27,7 @@ class Qwen3AudioPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules = ["WhisperEncoderLayer"]
+    _keep_in_fp32_modules_strict = ["multi_modal_projector"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -177,13 +178,15 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
     last_valid_label_count, last_loss: supervised tokens and loss of the last forward with labels, scalar tensors.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: Qwen3AudioConfig):
         super().__init__(config)
         self.model = Qwen3AudioModel(config)
-        text_config = config.get_text_config()
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        with torch.device("meta"):
+            head = AutoModelForCausalLM.from_config(config.text_config).get_output_embeddings()
+        self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.manual_loss = False
         self.last_logits: Tensor | None = None
         self.last_manual_loss: Tensor | None = None
@@ -193,13 +196,21 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads a whole model, or, from a folder of trained weights (projector, adapter), the bases it names and then these."""
-        from qwhisper.model.loading import is_trained_folder, load_trained
+        """Loads a whole model, or, from a folder of trained weights (projector, adapter), the bases it names and then these.
+
+        For a folder of trained weights the keywords are the fields of `loading.LoadOptions` (dtype, device_map, load_in_4bit …)
+        and audio_model, text_model, where a base has moved. Weights that are missing are an error, not a warning.
+        """
+        from qwhisper.model.loading import is_trained_folder, load_for_user, refuse_missing
 
         if is_trained_folder(pretrained_model_name_or_path):
-            kwargs.pop("config", None)
-            return load_trained(pretrained_model_name_or_path, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return load_for_user(pretrained_model_name_or_path, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        refuse_missing("the model", pretrained_model_name_or_path, info)
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Trained weights alone where the bases are known by name, the whole model otherwise."""
@@ -207,6 +218,8 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
 
         if self.config.text_base is not None:
             return save_trained(self, save_directory)
+        if getattr(self, "peft_config", None):
+            raise ValueError("a model with LoRA whose text_base is not known can't be saved: set config.text_base, or merge LoRA")
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -289,14 +302,24 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
     def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
         """transformers' `generate` for prompts with audio: left-padded `input_ids` and `attention_mask`, and one audio input.
 
-        The audio is put into the prompt's embeddings once; ids, cache, beams and streamers then work as for any LM.
+        The audio is put into the prompt's embeddings once; ids, cache, beams and streamers then work as for any LM. The
+        placeholder itself is never generated.
         """
-        input_ids = kwargs.pop("input_ids", inputs)
+        input_ids = kwargs.pop("input_ids", inputs).to(self.get_input_embeddings().weight.device)
         audio = {k: kwargs.pop(k, None) for k in (*AUDIO_INPUTS, "input_features_mask", "audio_lengths")}
         for unused in ("labels", "valid_label_count"):
             kwargs.pop(unused, None)
         if any(audio[name] is not None for name in AUDIO_INPUTS):
-            kwargs["inputs_embeds"] = self.model.embed(input_ids.to(self.device), **audio)
+            kwargs["inputs_embeds"] = self.model.embed(input_ids, **audio)
         if self.config.audio_token_id < self.config.get_text_config().vocab_size:
-            kwargs.setdefault("suppress_tokens", [self.config.audio_token_id])
-        return super().generate(input_ids, generation_config=generation_config, **kwargs)
+            given = generation_config or self.generation_config
+            suppressed = kwargs.pop("suppress_tokens", None) or given.suppress_tokens or []
+            kwargs["suppress_tokens"] = [*suppressed, self.config.audio_token_id]
+            return super().generate(input_ids, generation_config=generation_config, **kwargs)
+        # The id has no logit, and whoever looks up the logits of the prompt's tokens (repetition_penalty) would fall out of them.
+        placeholders = input_ids == self.config.audio_token_id
+        output = super().generate(input_ids.masked_fill(placeholders, 0), generation_config=generation_config, **kwargs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        copies = sequences.shape[0] // input_ids.shape[0]
+        sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(copies, dim=0)
+        return output

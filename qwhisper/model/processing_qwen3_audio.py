@@ -1,11 +1,14 @@
 """The processor: text with audio placeholders and clips in, token ids and log-mel features out."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
-from qwhisper.data.audio import clip_windows
+from qwhisper.data.audio import clip_windows, load_audio
 from qwhisper.data.template import AUDIO_TOKEN, listening_template
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
@@ -25,20 +28,21 @@ def add_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
 class Qwen3AudioProcessor(ProcessorMixin):
     """Feature extractor + tokenizer + the lengths that the model was trained with.
 
-    `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and clips of any length at 16 kHz; returns
-    input_ids, attention_mask (left-padded), input_features [windows, mel bins, frames] and input_features_mask [windows, frames].
-    `apply_chat_template` takes messages with `{"type": "audio", "audio" | "path": ...}` parts.
+    `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and as many clips, each a file or a waveform at
+    16 kHz, of any length; returns input_ids, attention_mask (left-padded), input_features [windows, mel bins, frames] and
+    input_features_mask [windows, frames]. `apply_chat_template` takes messages with `{"type": "audio", "audio" | "path": ...}`
+    parts. It trusts its texts, as transformers does: a `<|im_end|>` in them becomes that token (the collator's does not).
     """
 
     def __init__(
         self,
         feature_extractor,
         tokenizer,
-        chat_template=None,
-        projector_stack: int = 4,
-        max_encoder_frames: int = 1500,
-        audio_lead_silence: float = 0.0,
-        audio_tail_silence: float = 0.0,
+        projector_stack: int,
+        max_encoder_frames: int,
+        audio_lead_silence: float,
+        audio_tail_silence: float,
+        chat_template: str | None = None,
     ):
         self.audio_token = AUDIO_TOKEN
         self.audio_token_id = add_audio_token(tokenizer)
@@ -80,7 +84,27 @@ class Qwen3AudioProcessor(ProcessorMixin):
         kwargs.setdefault("padding", True)
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("return_tensors", "pt")
-        return super().__call__(text=text, audio=audio, **kwargs)
+        return super().__call__(text=text, audio=None if audio is None else _as_waveforms(audio), **kwargs)
+
+    def apply_chat_template(
+        self, conversation, *, tokenize: bool = False, return_dict: bool = False, processor_kwargs: dict | None = None, **kwargs
+    ):
+        """Text, or with `tokenize` input_ids, or with `return_dict` as well all that the model takes.
+
+        Arguments as in transformers. Its own way of reading audio parts needs librosa or torchcodec; here every file that
+        soundfile knows is read. A prompt has the empty think block that every answer was trained behind.
+        """
+        return_tensors = kwargs.pop("return_tensors", "pt")
+        kwargs.setdefault("enable_thinking", False)
+        text = super().apply_chat_template(conversation, tokenize=False, **kwargs)
+        if not tokenize:
+            return text
+        messages = conversation if isinstance(conversation[0], dict) else [m for dialogue in conversation for m in dialogue]
+        clips = [clip for message in messages for clip in _clips(message)]
+        inputs = self(
+            text=text, audio=clips or None, return_tensors=return_tensors, add_special_tokens=False, **(processor_kwargs or {})
+        )
+        return inputs if return_dict else inputs["input_ids"]
 
     def _process_audio(self, audio, **kwargs) -> tuple[dict, list[str]]:
         clips = [np.asarray(clip, dtype=np.float32) for clip in audio]
@@ -91,3 +115,15 @@ class Qwen3AudioProcessor(ProcessorMixin):
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         replacements = [AUDIO_TOKEN * self.frames.num_tokens(len(clip)) for clip in clips]
         return {"input_features": features, "input_features_mask": mask.long()}, replacements
+
+
+def _clips(message: dict) -> list:
+    """The audio parts of a message: files or waveforms."""
+    parts = message["content"] if isinstance(message["content"], Sequence) and not isinstance(message["content"], str) else []
+    return [part.get("audio", part.get("path")) for part in parts if part["type"] == "audio"]
+
+
+def _as_waveforms(audio) -> list[np.ndarray]:
+    """One clip or several, each a file or a waveform, as waveforms."""
+    one = isinstance(audio, str | Path) or (not isinstance(audio[0], str | Path) and np.ndim(audio[0]) == 0)
+    return [load_audio(clip) if isinstance(clip, str | Path) else np.asarray(clip) for clip in ([audio] if one else audio)]

@@ -17,11 +17,11 @@ from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, read_conversations
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.model.loading import (
+    LoadOptions,
     build_from_bases,
-    fingerprint,
     load_trained,
     load_trained_weights,
-    read_trained_config,
+    resolve_model,
 )
 from qwhisper.model.lora import add_lora
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
@@ -133,33 +133,27 @@ def set_up_torch(args: TrainArguments) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def load_options(args: TrainArguments) -> dict:
-    return {
-        "dtype": args.dtype,
-        "device_map": args.device_map,
-        "load_in_4bit": args.load_in_4bit,
-        "whisper_cpu": args.whisper_cpu,
-        "projector_fp32": args.projector_fp32,
-    }
+def load_options(args: TrainArguments) -> LoadOptions:
+    return LoadOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoadOptions)})
 
 
 def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
     """The model with LoRA and whatever else is trained set to require gradients, and its processor."""
     start_from = resumed or (checkpoints.resolve_checkpoint(args.init_from) if args.init_from else None)
     if start_from is None:
-        given = {"audio_lead_silence": args.audio_lead_silence, "audio_tail_silence": args.audio_tail_silence}
-        config_values = {name: value for name, value in given.items() if value is not None}
+        names = ("projector_scale", "audio_lead_silence", "audio_tail_silence")
+        config_values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         model, processor = build_from_bases(
             args.audio_model,
             args.text_model,
+            load_options(args),
             hub=args.hub,
-            projector_scale=args.projector_scale,
             **config_values,
-            **load_options(args),
         )
     else:
-        refuse_other_bases(args, start_from)
-        model = load_trained(start_from, **load_options(args))
+        given = {"audio_model": args.audio_model, "text_model": args.text_model}
+        moved = {flag: resolve_model(name, args.hub, f"--{flag}") for flag, name in given.items() if name is not None}
+        model = load_trained(start_from, load_options(args), **moved)
         processor = Qwen3AudioProcessor.from_pretrained(start_from)
         if args.projector_scale is not None:
             model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
@@ -167,17 +161,6 @@ def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForCond
     if start_from is not None:
         load_trained_weights(model, start_from)
     return model, processor
-
-
-def refuse_other_bases(args: TrainArguments, start_from: Path) -> None:
-    """A checkpoint's weights mean nothing on another base."""
-    config = read_trained_config(start_from)
-    for role, given in (("audio", args.audio_model), ("text", args.text_model)):
-        base = getattr(config, f"{role}_base")
-        if given is not None and given != base["name"] and fingerprint(given) != base["fingerprint"]:
-            raise UsageError(
-                f"--{role}_model {given}: {start_from} was trained on {base['name']}; leave the flag out, or start a new run"
-            )
 
 
 def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArguments) -> None:

@@ -1,0 +1,73 @@
+"""What the benchmarks share: running the product's own commands, the spoken digits, and results with their circumstances."""
+
+import json
+import platform
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+RECORDING = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)\.wav")
+
+
+def qwhisper(*arguments: object) -> float:
+    """Runs `qwhisper …` as a user would, its output passed through; returns the seconds it took. Raises if it fails."""
+    command = [sys.executable, "-m", "qwhisper", *map(str, arguments)]
+    print("$ qwhisper " + shlex.join(command[3:]), flush=True)
+    started = time.perf_counter()
+    subprocess.run(command, check=True, cwd=ROOT)
+    return time.perf_counter() - started
+
+
+def recordings(folder: Path) -> dict[str, dict[int, list[Path]]]:
+    """speaker -> digit -> files, of a folder of DIGIT_SPEAKER_TAKE.wav."""
+    found: dict[str, dict[int, list[Path]]] = {}
+    for path in sorted(folder.glob("*.wav")):
+        if match := RECORDING.fullmatch(path.name):
+            digits = found.setdefault(match["speaker"], {digit: [] for digit in range(10)})
+            digits[int(match["digit"])].append(path.resolve())
+    if not found:
+        raise SystemExit(f"{folder}: no files named DIGIT_SPEAKER_TAKE.wav")
+    return found
+
+
+def pick(generator: random.Random, digits: dict[int, list[Path]], digit: int | None = None) -> tuple[int, Path]:
+    """A digit (a random one, unless given) and one of its recordings."""
+    digit = generator.choice([d for d, files in digits.items() if files]) if digit is None else digit
+    return digit, generator.choice(digits[digit])
+
+
+def audio_part(digit: int, path: Path) -> dict:
+    return {"type": "audio", "audio": str(path), "transcript": DIGITS[digit]}
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def circumstances() -> dict:
+    """Device, versions and commit: what a figure is worth nothing without."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"device": device, "machine": platform.machine(), "python": platform.python_version(), **packages, "commit": commit}
+
+
+def append_result(name: str, result: dict) -> None:
+    """One JSON line under benchmarks/results, and the same on the screen."""
+    RESULTS.mkdir(exist_ok=True)
+    line = json.dumps(result | circumstances() | {"date": time.strftime("%Y-%m-%d")})
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
