@@ -17,7 +17,7 @@ import torch
 from common import append_result, audio_part, pick, qwhisper, recordings, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from qwhisper.evaluate.metrics import exact_match
+from qwhisper.evaluate.metrics import same
 
 QUESTIONS = {
     "clip": (1, "Which digit was said? Answer with one digit."),
@@ -64,7 +64,7 @@ def text_scores(text_model: Path, dialogues: list[dict], device: str) -> dict[st
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         for d, answer in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
             reference = d["messages"][1]
-            right.setdefault(reference["kind"], []).append(exact_match(answer.split("\n")[0], reference["content"]))
+            right.setdefault(reference["kind"], []).append(same(reference["content"], answer.split("\n")[0]))
     return {kind: sum(marks) / len(marks) for kind, marks in right.items()}
 
 

@@ -1,0 +1,1 @@
+"""How well a model answers, and whether it listens."""

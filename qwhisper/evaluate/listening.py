@@ -1,0 +1,116 @@
+"""Swapped audio: what a model still answers as before, with other clips put in, it has not heard.
+
+Knows dialogues, no model. Only clips are exchanged; every text, earlier answers included, stays.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qwhisper.data.conversation import AudioClip, Conversation, Message
+from qwhisper.evaluate.metrics import normalise
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer to give: `conversation.messages[index]`, asked by the messages before it."""
+
+    conversation: Conversation
+    index: int
+
+    @property
+    def answer(self) -> Message:
+        return self.conversation.messages[self.index]
+
+    @property
+    def reference(self) -> str:
+        return self.answer.text
+
+    @property
+    def history(self) -> tuple[Message, ...]:
+        return self.conversation.messages[: self.index]
+
+    @property
+    def clips(self) -> tuple[AudioClip, ...]:
+        return tuple(clip for message in self.history for clip in message.clips)
+
+
+@dataclass(frozen=True)
+class SwappedTurn:
+    """A turn with its partner's clips. same_question: the partner was asked the same, so its reference is right now."""
+
+    turn: Turn
+    partner: Turn
+    same_question: bool
+
+
+def turns_of(conversations: Sequence[Conversation]) -> list[Turn]:
+    """Every answer that follows a question, in their order."""
+    return [
+        Turn(conversation, index)
+        for conversation in conversations
+        for index, message in enumerate(conversation.messages)
+        if index and message.role == "assistant" and message.text.strip()
+    ]
+
+
+def swap_audio(turns: Sequence[Turn], *, seed: int = 0) -> list[SwappedTurn | None]:
+    """Each turn with another dialogue's clips, such that the right answer differs; None where there are no such clips.
+
+    First choice is a turn before which the user says the same around as many clips, but whose reference differs; then
+    any turn with as many clips before it and another reference. Each new clip must be another one than the clip in its
+    place, and say something else where both transcripts are known. A turn without clips before it gives None.
+    """
+    references = [normalise(turn.reference) for turn in turns]
+    same_question, as_many_clips = defaultdict(list), defaultdict(list)
+    for position, turn in enumerate(turns):
+        same_question[_question(turn)].append(position)
+        as_many_clips[len(turn.clips)].append(position)
+
+    def swap(position: int) -> SwappedTurn | None:
+        turn = turns[position]
+        pools = ((same_question[_question(turn)], True), (as_many_clips[len(turn.clips)], False)) if turn.clips else ()
+        generator = np.random.default_rng([seed, position])
+        for pool, is_same in pools:
+            for other in _from_random_place(pool, generator):
+                if references[other] != references[position] and _fits(turn, turns[other]):
+                    return SwappedTurn(_heard_instead(turn, turns[other]), turns[other], is_same)
+        return None
+
+    return [swap(position) for position in range(len(turns))]
+
+
+def _question(turn: Turn) -> Hashable:
+    """All that was said to the model before its answer, and where the clips were."""
+    return tuple((m.role, normalise(m.text), len(m.clips)) for m in turn.history if m.role != "assistant")
+
+
+def _from_random_place(pool: Sequence[int], generator: np.random.Generator) -> Iterator[int]:
+    """All of the pool once, in order from a place drawn at random, then from its beginning."""
+    first = int(generator.integers(len(pool)))
+    yield from pool[first:]
+    yield from pool[:first]
+
+
+def _fits(turn: Turn, other: Turn) -> bool:
+    if other.conversation.id == turn.conversation.id:
+        return False
+    return all(_says_something_else(*clips) for clips in zip(turn.clips, other.clips, strict=True))
+
+
+def _says_something_else(clip: AudioClip, other: AudioClip) -> bool:
+    if clip.transcript is not None and other.transcript is not None:
+        return normalise(clip.transcript) != normalise(other.transcript)
+    return (clip.path, clip.start, clip.end) != (other.path, other.start, other.end)
+
+
+def _heard_instead(turn: Turn, other: Turn) -> Turn:
+    """The turn with the other one's clips, put in one by one in order."""
+    rest = iter(other.clips)
+    history = [
+        replace(message, content=tuple(next(rest) if isinstance(part, AudioClip) else part for part in message.content))
+        for message in turn.history
+    ]
+    return Turn(replace(turn.conversation, messages=(*history, turn.answer)), turn.index)

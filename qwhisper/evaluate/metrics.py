@@ -1,0 +1,99 @@
+"""Scores of answers against references: exact match, word and character error rates, and a guesser to compare with.
+
+Plain text in, numbers out; knows no model.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+
+import jiwer
+
+FINAL_PUNCTUATION = ".,;:!?。、।؟۔"  # as NFKC leaves them: it turns full-width ones into ASCII
+# Scripts that put no space between words: Chinese characters, kana, Thai, Lao, Khmer, Burmese.
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
+)
+OUTER_PUNCTUATION = re.compile(r"(?<!\w)[^\w\s]+|[^\w\s]+(?!\w)")
+
+
+def normalise(text: str) -> str:
+    """What exact match compares: NFKC, without case, surrounding white space and final punctuation.
+
+    A text of punctuation alone stays as it is.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
+    return text.rstrip(FINAL_PUNCTUATION + " \t\n") or text
+
+
+def same(reference: str, answer: str) -> bool:
+    return normalise(reference) == normalise(answer)
+
+
+def words(text: str) -> list[str]:
+    """The words that error rates count; a character of a script without spaces is a word of its own.
+
+    Punctuation counts only inside a word ("3.5", "it's").
+    """
+    return OUTER_PUNCTUATION.sub(" ", UNSPACED.sub(r" \1 ", normalise(text))).split()
+
+
+def _characters(text: str) -> str:
+    """The text that CER counts: one space between words, none beside a character of a script without spaces."""
+    joined = ""
+    for word in words(text):
+        glued = not joined or UNSPACED.fullmatch(word) or UNSPACED.fullmatch(joined[-1])
+        joined += word if glued else f" {word}"
+    return joined
+
+
+def word_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
+    """Wrong, missing and additional words / words of all references. Chinese: equal to the character error rate."""
+    return _error_rate(jiwer.process_words, [[" ".join(words(t)) for t in texts] for texts in (references, answers)])
+
+
+def character_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
+    """The same for characters, spaces between words included."""
+    return _error_rate(jiwer.process_characters, [[_characters(t) for t in texts] for texts in (references, answers)])
+
+
+def _error_rate(process, texts: list[list[str]]) -> float:
+    """Errors / units of the references; where the references are empty, errors alone."""
+    if not texts[0]:
+        return 0.0
+    # jiwer's own rate for empty references is 1, however many the errors.
+    counts = process(*texts)
+    errors = counts.substitutions + counts.deletions + counts.insertions
+    return errors / max(1, counts.hits + counts.substitutions + counts.deletions)
+
+
+def share(outcomes: Iterable[bool]) -> float | None:
+    """Part of the outcomes that is true; None of none."""
+    outcomes = list(outcomes)
+    return sum(outcomes) / len(outcomes) if outcomes else None
+
+
+def majority_share(references: Iterable[str]) -> float | None:
+    """The score of always giving the most frequent reference."""
+    counts = Counter(normalise(reference) for reference in references)
+    return max(counts.values()) / counts.total() if counts else None
+
+
+def majority_share_by_kind(kinds: Sequence[Hashable], references: Sequence[str]) -> float | None:
+    """The score of a guesser that knows each question's kind and gives that kind's most frequent reference."""
+    if not references:
+        return None
+    counts = Counter(zip(kinds, map(normalise, references), strict=True))
+    best: Counter = Counter()
+    for (kind, _), count in counts.items():
+        best[kind] = max(best[kind], count)
+    return best.total() / len(references)
+
+
+def whole_dialogue_share(dialogues: Sequence[Hashable], right: Sequence[bool]) -> float | None:
+    """Part of the dialogues whose turns are all right; dialogues, right: one entry a turn."""
+    all_right: dict[Hashable, bool] = {}
+    for dialogue, outcome in zip(dialogues, right, strict=True):
+        all_right[dialogue] = all_right.get(dialogue, True) and outcome
+    return share(all_right.values())

@@ -1,0 +1,260 @@
+"""`qwhisper eval`: answers every turn of a file of dialogues, once with its own audio and once with swapped audio.
+
+`evaluate_model` does it for any model in memory and returns the numbers; `main` reads, prints and writes.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import logging as hf_logging
+
+from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
+from qwhisper.data.conversation import Conversation, read_conversations
+from qwhisper.data.encode import IGNORE
+from qwhisper.errors import BadClipError, DataError
+from qwhisper.evaluate.listening import Turn, swap_audio, turns_of
+from qwhisper.evaluate.metrics import (
+    character_error_rate,
+    majority_share,
+    majority_share_by_kind,
+    same,
+    share,
+    whole_dialogue_share,
+    word_error_rate,
+)
+from qwhisper.evaluate.tables import markdown
+from qwhisper.infer.generate import answer_prompts, load_for_inference
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.train.executor import Executor
+
+if TYPE_CHECKING:
+    from qwhisper.arguments import EvalArguments
+
+NO_KIND = "(none)"  # of answers whose message has no `kind`
+DIALOGUES_AT_ONCE = 256  # whose audio is in memory together
+
+
+def main(arguments: "EvalArguments") -> None:
+    """Evaluate a checkpoint, print the table, write the files asked for."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    conversations = read_conversations(
+        arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples
+    )
+    model, _, collator = load_for_inference(arguments.checkpoint, arguments.device, arguments.dtype)
+    result = evaluate_model(
+        model,
+        collator,
+        conversations,
+        swap=arguments.swap_audio,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    result = {"checkpoint": str(arguments.checkpoint), "eval_file": str(arguments.eval_file), **result}
+    table = markdown(result)
+    print(table)
+    if arguments.output_json:
+        _write(arguments.output_json, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if arguments.output_md:
+        _write(arguments.output_md, table + "\n")
+
+
+def evaluate_model(
+    model: Qwen3AudioForConditionalGeneration,
+    collator: ConversationCollator,
+    conversations: Sequence[Conversation],
+    *,
+    swap: bool = True,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All numbers of a model on dialogues, each answer asked for with the reference answers as history.
+
+    Shares from 0 to 1 (None where there is nothing to share): `turns` and `dialogues` exactly right, `majority` (what a
+    guesser that knows each question's kind gets), `turns_swapped` (answers under swapped audio that still are the
+    original's reference; no turn without a clip before it is among them), `kinds` {kind: n, turns, swapped, majority}.
+    `loss`: nats a supervised token, as in training; `loss_swapped`, `loss_unswapped`: of the swapped turns' reference
+    answers, with swapped and with true audio; `listening_gain`: their difference. `wer`, `cer`: of all answers.
+    `counts`, `rejected` (dialogues with a bad clip: id, reason), `answers` (one a turn), `seconds`.
+    Raises DataError if no dialogue can be used.
+    """
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=collator.pad_token_id)
+    usable, rejected, loss = _dialogue_loss(executor, collator, conversations)
+    if not usable:
+        raise DataError(
+            f"no dialogue can be evaluated; the first: {rejected[0]['reason'] if rejected else 'there is none'}"
+        )
+    turns = turns_of(usable)
+    answers = []
+    for rows in _rows(collator, turns):
+        answers += answer_prompts(model, collator, [_prompt(row) for row in rows], max_new_tokens, batch_size)
+    records = [_record(turn, answer) for turn, answer in zip(turns, answers, strict=True)]
+    losses: dict[str, float | None] = {
+        "loss": loss,
+        "loss_unswapped": None,
+        "loss_swapped": None,
+        "listening_gain": None,
+    }
+    if swap:
+        losses |= _with_swapped_audio(model, collator, executor, turns, records, batch_size, max_new_tokens, seed)
+    model.train(was_training)
+    return {
+        **_scores(records),
+        **losses,
+        "counts": _counts(usable, turns, records),
+        "seconds": round(time.perf_counter() - started, 2),
+        "rejected": rejected,
+        "answers": records,
+    }
+
+
+def _dialogue_loss(
+    executor: Executor, collator: ConversationCollator, conversations: Sequence[Conversation]
+) -> tuple[list[Conversation], list[dict], float]:
+    """The dialogues that can be used, the others with the reason, and the loss over all supervised tokens."""
+    usable, rejected, mean = [], [], _TokenMean()
+    for first in range(0, len(conversations), DIALOGUES_AT_ONCE):
+        samples: list[Sample] = []
+        for conversation in conversations[first : first + DIALOGUES_AT_ONCE]:
+            try:
+                samples += collator.encode_rows(conversation)
+                usable.append(conversation)
+            except (BadClipError, NoLabelsError) as error:
+                rejected.append({"id": conversation.id, "reason": str(error)})
+        mean.add(executor, samples)
+    return usable, rejected, mean.value
+
+
+class _TokenMean:
+    """Mean loss a supervised token over lists of samples that are never in memory together."""
+
+    def __init__(self) -> None:
+        self.total, self.tokens = 0.0, 0
+
+    def add(self, executor: Executor, samples: Sequence[Sample]) -> None:
+        tokens = sum(sample.num_supervised for sample in samples)
+        self.total += executor.evaluate(samples) * tokens
+        self.tokens += tokens
+
+    @property
+    def value(self) -> float:
+        return self.total / max(1, self.tokens)
+
+
+def _rows(collator: ConversationCollator, turns: Sequence[Turn]) -> Iterator[list[Sample]]:
+    """Rows of turns, many at a time, each with its answer alone supervised.
+
+    The answer's reasoning is left out: the prompt is the one that is served, which leaves no room for it.
+    """
+    for first in range(0, len(turns), DIALOGUES_AT_ONCE):
+        rows = []
+        for turn in turns[first : first + DIALOGUES_AT_ONCE]:
+            messages = (*turn.history, replace(turn.answer, reasoning=None))
+            row = collator.encode(replace(turn.conversation, messages=messages))
+            start, end = row.answer_spans[-1]
+            labels = np.full_like(row.labels, IGNORE)
+            labels[start:end] = row.input_ids[start:end]
+            rows.append(replace(row, labels=labels, answer_spans=[(start, end)]))
+        yield rows
+
+
+def _prompt(row: Sample) -> Sample:
+    """What stands before a row's answer: the generation prompt at that turn, with all audio."""
+    start = row.answer_spans[-1][0]
+    return replace(
+        row, input_ids=row.input_ids[:start], labels=np.full_like(row.labels[:start], IGNORE), answer_spans=[]
+    )
+
+
+def _record(turn: Turn, answer: str) -> dict[str, Any]:
+    """One line of `answers`; turn: which answer of the dialogue it is, from 1."""
+    number = sum(message.role == "assistant" for message in turn.conversation.messages[: turn.index + 1])
+    return {
+        "id": turn.conversation.id,
+        "turn": number,
+        "kind": turn.answer.kind or NO_KIND,
+        "reference": turn.reference,
+        "answer": answer,
+        "right": same(turn.reference, answer),
+    }
+
+
+def _with_swapped_audio(
+    model, collator, executor, turns, records, batch_size, max_new_tokens, seed
+) -> dict[str, float]:
+    """Adds swapped_answer, swapped_same and swapped_same_question to the records of the turns that have a partner."""
+    found = [(position, swapped) for position, swapped in enumerate(swap_audio(turns, seed=seed)) if swapped]
+    if not found:
+        return {}
+    unswapped, with_swapped, answers = _TokenMean(), _TokenMean(), []
+    for rows in _rows(collator, [turns[position] for position, _ in found]):
+        unswapped.add(executor, rows)
+    for rows in _rows(collator, [swapped.turn for _, swapped in found]):
+        with_swapped.add(executor, rows)
+        answers += answer_prompts(model, collator, [_prompt(row) for row in rows], max_new_tokens, batch_size)
+    for (position, swapped), answer in zip(found, answers, strict=True):
+        records[position]["swapped_answer"] = answer
+        records[position]["swapped_same"] = same(records[position]["reference"], answer)
+        records[position]["swapped_same_question"] = swapped.same_question
+    return {
+        "loss_unswapped": unswapped.value,
+        "loss_swapped": with_swapped.value,
+        "listening_gain": with_swapped.value - unswapped.value,
+    }
+
+
+def _scores(records: list[dict]) -> dict[str, Any]:
+    kinds = sorted({record["kind"] for record in records})
+    references = [record["reference"] for record in records]
+    answers = [record["answer"] for record in records]
+    return {
+        "turns": share(record["right"] for record in records),
+        "dialogues": whole_dialogue_share(
+            [record["id"] for record in records], [record["right"] for record in records]
+        ),
+        "turns_swapped": _swapped_share(records),
+        "majority": majority_share_by_kind([record["kind"] for record in records], references),
+        "wer": word_error_rate(references, answers),
+        "cer": character_error_rate(references, answers),
+        "kinds": {kind: _kind_scores([record for record in records if record["kind"] == kind]) for kind in kinds},
+    }
+
+
+def _kind_scores(records: list[dict]) -> dict[str, Any]:
+    return {
+        "n": len(records),
+        "turns": share(record["right"] for record in records),
+        "swapped": _swapped_share(records),
+        "majority": majority_share(record["reference"] for record in records),
+    }
+
+
+def _swapped_share(records: list[dict]) -> float | None:
+    return share(record["swapped_same"] for record in records if "swapped_same" in record)
+
+
+def _counts(conversations: Sequence[Conversation], turns: Sequence[Turn], records: list[dict]) -> dict[str, int]:
+    swapped = [record for record in records if "swapped_same" in record]
+    without_audio = sum(not turn.clips for turn in turns)
+    return {
+        "dialogues": len(conversations),
+        "turns": len(turns),
+        "swapped": len(swapped),
+        "swapped_same_question": sum(record["swapped_same_question"] for record in swapped),
+        "without_audio": without_audio,
+        "not_swapped": len(turns) - without_audio - len(swapped),
+    }
+
+
+def _write(path: str, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")

@@ -1,0 +1,137 @@
+"""`qwhisper chat`: a conversation in the terminal over text and audio files; with --audio or --text a single answer.
+
+> question.wav                     attaches a file; an empty line then sends it
+> a.wav b.wav Which came first?    attaches two and sends them with the text
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import TextStreamer
+from transformers import logging as hf_logging
+
+from qwhisper.data.audio import load_audio
+from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.errors import BadClipError, DataError
+from qwhisper.infer.generate import decode_answer, generate_tokens, load_for_inference
+
+if TYPE_CHECKING:
+    from qwhisper.arguments import ChatArguments
+
+FIRST_WORD = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|((?:\\.|\S)*))\s*(.*)""", re.DOTALL)
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff", ".aif")
+HELP = """A line is sent as text. A line that begins with audio files (`a.wav b.wav Which came first?`) or with
+/audio PATH attaches them; if nothing follows, an empty line sends them.
+/reset forgets the conversation, /quit (or Ctrl-D) ends it."""
+
+
+def main(arguments: "ChatArguments") -> None:
+    """One answer to --audio and --text, or a conversation until the input ends."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    clips = [_clip(path) for path in arguments.audio]
+    model, _, collator = load_for_inference(arguments.checkpoint, arguments.device, arguments.dtype)
+    chat = Chat(model, collator, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
+    if clips or arguments.text is not None:
+        chat.ask(clips, arguments.text or "")
+        return
+    if sys.stdin.isatty():
+        print(HELP)
+        with contextlib.suppress(ImportError):  # not every Python has it
+            import readline  # noqa: F401  (input() then edits lines and remembers them)
+    converse(chat, lambda: input("> " if sys.stdin.isatty() else ""))
+
+
+class Chat:
+    """A conversation with a model: its messages so far."""
+
+    def __init__(self, model, collator, *, system: str | None = None, max_new_tokens: int = 256):
+        self.model = model
+        self.collator = collator
+        self.max_new_tokens = max_new_tokens
+        self.opening = [Message("system", (system,))] if system else []
+        self.messages = list(self.opening)
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        self.messages = list(self.opening)
+
+    def ask(self, clips: list[AudioClip], text: str) -> str:
+        """Print the answer to one turn as it comes, and return it. Raises BadClipError, and then nothing was said."""
+        question = Message("user", (*clips, text) if text else tuple(clips))
+        prompt = self.collator.encode_prompt([*self.messages, question])
+        streamer = TextStreamer(self.collator.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        generated = generate_tokens(self.model, self.collator, [prompt], self.max_new_tokens, streamer=streamer)
+        answer = decode_answer(self.collator, generated[0, len(prompt.input_ids) :])
+        self.messages += [question, Message("assistant", (answer,))]
+        return answer
+
+
+def converse(chat: Chat, read_line: Callable[[], str]) -> None:
+    """Lines to turns until /quit or the end of the input; a mistake is explained and the conversation goes on."""
+    attached: list[AudioClip] = []
+    while True:
+        try:
+            line = read_line().strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            chat.reset()
+            attached = []
+            print("(a new conversation)")
+            continue
+        try:
+            clips, text = split_line(line)
+            attached += clips
+            if text or (attached and not clips):
+                sent, attached = attached, []
+                chat.ask(sent, text)
+            elif attached:
+                print(f"({len(attached)} attached; go on with text or files, or send with an empty line)")
+        except DataError as error:
+            print(error)
+
+
+def split_line(line: str) -> tuple[list[AudioClip], str]:
+    """The audio files that a line begins with, and the text after them.
+
+    A path with spaces is quoted; one without a slash is known by its ending. Raises DataError for a file that is
+    missing or no audio, and for an unknown command.
+    """
+    clips = []
+    while line:
+        told = line.startswith("/audio ")
+        rest = line.removeprefix("/audio ").lstrip() if told else line
+        word, after = _first_word(rest)
+        is_path = word.lower().endswith(AUDIO_SUFFIXES) or ("/" in word and os.path.isfile(os.path.expanduser(word)))
+        if not told and not is_path:
+            break
+        clips.append(_clip(word))
+        line = after
+    if line.startswith("/") and not clips:
+        raise DataError(f"{line.split()[0]}: no such command or file. {HELP}")
+    return clips, line
+
+
+def _first_word(text: str) -> tuple[str, str]:
+    """The first word, in quotes or with its spaces escaped if it has any, and the rest."""
+    match = FIRST_WORD.match(text)
+    assert match, "every part of the pattern may be empty"
+    double, single, plain, rest = match.groups(default="")
+    return double or single or re.sub(r"\\(.)", r"\1", plain), rest
+
+
+def _clip(path: str) -> AudioClip:
+    """A file as a clip, opened once so that what is wrong with it is said now."""
+    file = Path(path).expanduser()
+    if not os.path.isfile(file):
+        raise BadClipError(f"{path}: no such file; give the path of an audio file")
+    load_audio(file)
+    return AudioClip(str(file.resolve()))

@@ -1,0 +1,148 @@
+"""Checkpoints ready to answer, and greedy answers to batches of prompts."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
+from qwhisper.data.template import end_of_turn_ids
+from qwhisper.errors import MemoryLimitError
+from qwhisper.model.loading import LoadOptions, load_trained
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.train.checkpoint import resolve_checkpoint
+from qwhisper.versions import check_versions
+
+# Spelled out: what is left open comes from the base's generation_config.json, and Qwen's samples and penalises.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+}
+
+
+def load_for_inference(
+    checkpoint: str | os.PathLike, device: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, ConversationCollator]:
+    """Model in evaluation mode, its processor, and a collator that makes prompts as they were trained on.
+
+    checkpoint: a checkpoint's or a run's folder. device: "cpu", "cuda", "cuda:1" (None: the first GPU if there is one).
+    dtype: "auto" is bf16 on a GPU and fp32 on a CPU. A base that was trained on in 4 bits is loaded in 4 bits.
+    Raises UsageError for a folder that is none, CheckpointError for one that is damaged or whose bases have changed.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    where = torch.device(device) if device else LoadOptions().device
+    trained_as = training_arguments(folder)
+    in_4bit = trained_as.get("load_in_4bit", False)
+    check_versions(quantized=in_4bit)
+    options = LoadOptions(
+        dtype="fp32" if dtype == "auto" and where.type == "cpu" else dtype,
+        device_map={"": str(where)},
+        load_in_4bit=in_4bit,
+        whisper_cpu=where.type == "cpu",
+        projector_fp32=trained_as.get("projector_fp32", True),
+    )
+    model = load_trained(folder, options)
+    model.model.audio_tower.to(where)
+    processor = Qwen3AudioProcessor.from_pretrained(folder)
+    return model.eval(), processor, collator_of(processor)
+
+
+def training_arguments(folder: Path) -> dict:
+    """What the run that wrote a checkpoint was told; empty where the folder does not say."""
+    path = folder / "arguments.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def collator_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -> ConversationCollator:
+    """The collator whose prompts and labels are those of a processor; max_length: tokens a training row may have."""
+    return ConversationCollator(
+        processor.tokenizer,
+        processor.frames,
+        audio_token_id=processor.audio_token_id,
+        chat_template=processor.chat_template,
+        max_length=max_length,
+    )
+
+
+def answer_prompts(
+    model: Qwen3AudioForConditionalGeneration,
+    collator: ConversationCollator,
+    prompts: Sequence[Sample],
+    max_new_tokens: int,
+    batch_size: int = 8,
+) -> list[str]:
+    """The model's greedy answer to each prompt, in their order, without special tokens and surrounding white space.
+
+    prompts: see `ConversationCollator.encode_prompt`. The result depends on the batches by rounding alone; long prompts
+    go first, and memory that runs out halves the batch. Raises MemoryLimitError where one prompt alone is too much.
+    """
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
+    answers = [""] * len(prompts)
+    done = 0
+    bar = tqdm(total=len(prompts), unit="answer", disable=None, leave=False)
+    while done < len(prompts):
+        chosen = longest_first[done : done + batch_size]
+        try:
+            texts = _answer_batch(model, collator, [prompts[i] for i in chosen], max_new_tokens)
+        except torch.OutOfMemoryError as error:
+            if len(chosen) == 1:
+                tokens = len(prompts[chosen[0]].input_ids)
+                raise MemoryLimitError(
+                    f"out of memory with one prompt of {tokens} tokens: use a lower --max_new_tokens or --dtype bf16"
+                ) from error
+            batch_size = len(chosen) // 2
+            texts = None
+        if texts is None:  # outside the handler, whose traceback keeps the failed batch's tensors alive
+            torch.cuda.empty_cache()
+            continue
+        for index, text in zip(chosen, texts, strict=True):
+            answers[index] = text
+        done += len(chosen)
+        bar.update(len(chosen))
+    bar.close()
+    return answers
+
+
+def generate_tokens(
+    model: Qwen3AudioForConditionalGeneration,
+    collator: ConversationCollator,
+    prompts: Sequence[Sample],
+    max_new_tokens: int,
+    **keywords,
+):
+    """`model.generate` on left-padded prompts, greedy, until the turn's end; keywords: more of generate's own."""
+    batch: dict[str, Any] = dict(pad_samples(prompts, collator.pad_token_id, padding_side="left"))
+    device: Any = model.get_input_embeddings().weight.device
+    batch |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    return model.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_of_turn_ids(collator.tokenizer, collator.chat_template),
+        pad_token_id=collator.pad_token_id,
+        **GREEDY,
+        **keywords,
+    )
+
+
+def decode_answer(collator: ConversationCollator, tokens: Tensor) -> str:
+    """tokens: int64 [new tokens], what was generated after a prompt. What follows the turn's end is padding."""
+    ids = tokens.tolist()
+    ends = end_of_turn_ids(collator.tokenizer, collator.chat_template)
+    length = next((n for n, token in enumerate(ids) if token in ends), len(ids))
+    return collator.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+
+
+def _answer_batch(model, collator, prompts: list[Sample], max_new_tokens: int) -> list[str]:
+    generated = generate_tokens(model, collator, prompts, max_new_tokens)
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    return [decode_answer(collator, row) for row in generated[:, width:]]

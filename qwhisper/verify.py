@@ -1,0 +1,177 @@
+"""`qwhisper verify`: proves that a checkpoint can be gone on with (断点恢复校验). Nothing is written.
+
+Hashes, every saved number finite, reload, one answer, one optimizer step on the model in memory: each must hold, and a
+CheckpointError names the first that does not.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soundfile
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import logging as hf_logging
+
+from qwhisper.data.collator import ConversationCollator, Sample
+from qwhisper.data.conversation import AudioClip, Conversation, Message, read_conversations
+from qwhisper.errors import CheckpointError, DataError, UsageError
+from qwhisper.frames import SAMPLE_RATE
+from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_for_inference, training_arguments
+from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints, resolve_checkpoint
+from qwhisper.train.executor import Executor
+
+if TYPE_CHECKING:
+    from qwhisper.arguments import VerifyArguments
+
+LOOKED_AT = 100  # dialogues of the training file among which one with audio is sought
+STEP_LEARNING_RATE = 1e-3
+ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proved of a checkpoint.
+
+    files: how many are what the manifest says; None where there is no manifest. dialogue: where the step's stands.
+    """
+
+    folder: Path
+    files: int | None
+    tensors: int
+    dialogue: str
+    loss: float
+    moved: int
+    trainable: int
+    answer: str
+
+    def __str__(self) -> str:
+        hashes = "no manifest, so no hashes" if self.files is None else f"{self.files} files are what was written"
+        return (
+            f"{self.folder}: sound. {hashes}; {self.tensors} saved tensors finite; reloaded; answered {self.answer!r} "
+            f"with finite logits; one step on {self.dialogue}: loss {self.loss:.4f}, gradients finite, "
+            f"{self.moved} of {self.trainable} trainable tensors moved"
+        )
+
+
+def main(arguments: "VerifyArguments") -> None:
+    """Print what was proved; raises CheckpointError otherwise."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    print(verify(arguments.checkpoint, device=arguments.device, dtype=arguments.dtype))
+
+
+def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | torch.dtype = "auto") -> Proof:
+    """Check one checkpoint, or a run: the files of all its checkpoints, then the one that it would be used from.
+
+    Raises CheckpointError naming what failed, UsageError for a folder that is neither.
+    """
+    for each in checkpoints(Path(checkpoint)):
+        check_manifest(each)
+    folder = resolve_checkpoint(checkpoint)
+    files = _check_files(folder)
+    tensors = _check_saved_numbers(folder)
+    try:
+        model, processor, _ = load_for_inference(folder, device, dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: it can't be loaded ({type(error).__name__}: {error})") from error
+    except UsageError as error:  # one of its bases
+        raise CheckpointError(f"{folder}: its base can't be loaded ({error})") from error
+    collator = collator_of(processor, max_length=training_arguments(folder).get("max_length"))
+    with tempfile.TemporaryDirectory() as scratch:
+        sample, prompt, dialogue = _first_dialogue(folder, collator, Path(scratch))
+    answer = _answer(folder, model, collator, prompt)
+    loss, moved, trainable = _step(folder, model, collator, sample)
+    return Proof(folder, files, tensors, dialogue, loss, moved, trainable, answer)
+
+
+def _check_files(folder: Path) -> int | None:
+    """Number of files that are what the manifest says; None for weights saved without one."""
+    if not (folder / MANIFEST).exists() and not (folder / "state.json").exists():
+        return None
+    check_manifest(folder)
+    return len(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+
+
+def _check_saved_numbers(folder: Path) -> int:
+    """Number of tensors in all weight and optimizer files, each finite."""
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                    count += 1
+                    if not torch.isfinite(tensors.get_tensor(name)).all():
+                        raise CheckpointError(f"{path}: {name} is not finite; go on from an older checkpoint")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error})") from error
+    return count
+
+
+def _first_dialogue(folder: Path, collator: ConversationCollator, scratch: Path) -> tuple[Sample, Sample, str]:
+    """(training row, prompt of an answer, their source) of the run's first dialogue with audio, or of a made one."""
+    told = training_arguments(folder)
+    try:
+        found = read_conversations(told["train_file"], data_root=told.get("data_root"), max_samples=LOOKED_AT)
+        conversation = next(conversation for conversation in found if conversation.clips)
+        return _encode(conversation, collator)
+    except (KeyError, StopIteration, DataError):  # moved, changed or never told: any dialogue will do
+        return _encode(_made_dialogue(scratch), collator)
+
+
+def _encode(conversation: Conversation, collator: ConversationCollator) -> tuple[Sample, Sample, str]:
+    messages = conversation.messages
+    heard = next(n for n, message in enumerate(messages) if message.clips)
+    answer = next(n for n, message in enumerate(messages) if n > heard and message.role == "assistant")
+    return collator.encode(conversation), collator.encode_prompt(messages[:answer]), conversation.source
+
+
+def _made_dialogue(scratch: Path) -> Conversation:
+    """A second of a tone in noise, and a question about it."""
+    noise = np.random.default_rng(0).normal(scale=0.01, size=SAMPLE_RATE)
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)
+    soundfile.write(scratch / "tone.wav", (tone + noise).astype(np.float32), SAMPLE_RATE)
+    messages = (
+        Message("user", (AudioClip(str(scratch / "tone.wav")), "What do you hear?")),
+        Message("assistant", ("A tone.",)),
+    )
+    return Conversation("made", messages, "a made dialogue (the training file is not there)")
+
+
+def _answer(folder: Path, model, collator: ConversationCollator, prompt: Sample) -> str:
+    generated = generate_tokens(
+        model, collator, [prompt], ANSWER_TOKENS, return_dict_in_generate=True, output_logits=True
+    )
+    if not all(torch.isfinite(logits).all() for logits in generated.logits):
+        raise CheckpointError(f"{folder}: the logits of an answer are not finite")
+    return decode_answer(collator, generated.sequences[0, len(prompt.input_ids) :])
+
+
+def _step(folder: Path, model, collator: ConversationCollator, sample: Sample) -> tuple[float, int, int]:
+    """(loss, tensors that moved, trainable tensors) of one AdamW step; loss, gradients and weights must be finite."""
+    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in names.items()}
+    model.train()
+    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=collator.pad_token_id)
+    loss, _ = executor.forward_backward([sample], sample.num_supervised)
+    if not torch.isfinite(loss):
+        raise CheckpointError(f"{folder}: the loss of one step is {float(loss)}")
+    _refuse_not_finite(folder, "gradient of", [(name, p.grad) for name, p in names.items() if p.grad is not None])
+    torch.optim.AdamW(names.values(), lr=STEP_LEARNING_RATE, weight_decay=0.0).step()
+    model.eval()
+    _refuse_not_finite(folder, "weight after one step,", list(names.items()))
+    moved = sum(not torch.equal(before[name], parameter) for name, parameter in names.items())
+    if not moved:
+        raise CheckpointError(f"{folder}: one step moved none of {len(names)} trainable tensors")
+    return float(loss), moved, len(names)
+
+
+def _refuse_not_finite(folder: Path, what: str, tensors: Sequence[tuple[str, torch.Tensor | nn.Parameter]]) -> None:
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: {what} {name} is not finite")

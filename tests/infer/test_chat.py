@@ -1,0 +1,165 @@
+import io
+
+import numpy as np
+import pytest
+import soundfile
+
+from qwhisper.arguments import ChatArguments
+from qwhisper.errors import BadClipError, DataError
+from qwhisper.infer import chat as chat_module
+from qwhisper.infer.chat import Chat, converse, main, split_line
+from tests.small import tone
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Folder with a.wav, "b c.wav", sound (WAV without an ending), silent.wav and notes.txt."""
+    folder = tmp_path_factory.mktemp("chat")
+    for name, frequency in (("a.wav", 300), ("b c.wav", 900), ("sound.wav", 700)):
+        soundfile.write(folder / name, tone(frequency, 0.3), 16_000)
+    (folder / "sound.wav").rename(folder / "sound")
+    soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
+    (folder / "notes.txt").write_text("no audio")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_folder(clips, monkeypatch):
+    monkeypatch.chdir(clips)
+
+
+class ScriptedChat:
+    """Remembers what it was asked."""
+
+    def __init__(self):
+        self.asked, self.resets = [], 0
+
+    def ask(self, clips, text):
+        self.asked.append(([clip.path.rsplit("/", 1)[-1] for clip in clips], text))
+
+    def reset(self):
+        self.resets += 1
+
+
+def lines(*script):
+    rest = iter(script)
+
+    def read_line():
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    return read_line
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "text"),
+    [
+        ("What is this?", [], "What is this?"),
+        ("it's fine, isn't it", [], "it's fine, isn't it"),
+        ("a.wav", ["a.wav"], ""),
+        ("a.wav What's that?", ["a.wav"], "What's that?"),
+        ("./sound hm", ["sound"], "hm"),
+        ("sound is what I hear", [], "sound is what I hear"),
+        ("notes.txt is a file", [], "notes.txt is a file"),
+        ("a.wav 'b c.wav'  Which came first?", ["a.wav", "b c.wav"], "Which came first?"),
+        ('"b c.wav" a.wav', ["b c.wav", "a.wav"], ""),
+        (r"b\ c.wav hm", ["b c.wav"], "hm"),
+        ("/audio sound Which?", ["sound"], "Which?"),
+        ("/audio a.wav /audio 'b c.wav'", ["a.wav", "b c.wav"], ""),
+        ("say a.wav", [], "say a.wav"),
+        ("'quoted' text", [], "'quoted' text"),
+        ("", [], ""),
+    ],
+)
+def test_line_is_split_into_files_and_text(line, names, text):
+    found, rest = split_line(line)
+    assert ([clip.path.rsplit("/", 1)[-1] for clip in found], rest) == (names, text)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("nope.wav what?", "nope.wav: no such file"),
+        ("/audio nope", "nope: no such file"),
+        ("/audio notes.txt", "notes.txt: unreadable"),
+        ("silent.wav", "silent"),
+        ("/help", "/help: no such command"),
+        ("/" + "x" * 5000, "no such command"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said(line, reason):
+    with pytest.raises(DataError, match=reason):
+        split_line(line)
+
+
+def test_files_wait_for_text_or_an_empty_line():
+    chat = ScriptedChat()
+    converse(
+        chat,
+        lines("hi", "", "a.wav", "'b c.wav'", "which?", "a.wav", "", "/audio a.wav", "/reset", "so?", "/quit", "no"),
+    )
+    assert chat.asked == [([], "hi"), (["a.wav", "b c.wav"], "which?"), (["a.wav"], ""), ([], "so?")]
+    assert chat.resets == 1
+
+
+def test_conversation_goes_on_after_a_mistake(capsys):
+    chat = ScriptedChat()
+    converse(chat, lines("nope.wav", "/what", "still here"))
+    assert chat.asked == [([], "still here")]
+    assert "nope.wav: no such file" in capsys.readouterr().out
+
+
+def test_history_is_what_was_said(small_model, capsys, monkeypatch):
+    model, collator = small_model
+    prompts = []
+    generate = chat_module.generate_tokens
+    monkeypatch.setattr(
+        chat_module, "generate_tokens", lambda m, c, p, n, **k: prompts.extend(p) or generate(m, c, p, n, **k)
+    )
+    chat = Chat(model, collator, system="Be brief.", max_new_tokens=4)
+    (clip,), _ = split_line("a.wav")
+    first = chat.ask([clip], "Pitch?")
+    assert capsys.readouterr().out.strip() == first
+    chat.ask([], "Sure?")
+    assert [message.role for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message.text for message in chat.messages[:4]] == ["Be brief.", "Pitch?", first, "Sure?"]
+    before, after = prompts
+    assert (after.input_ids[: len(before.input_ids)] == before.input_ids).all()  # what was served stays in front
+    assert len(after.windows) == 1
+    chat.reset()
+    chat.ask([clip], "Pitch?")
+    assert (prompts[2].input_ids == before.input_ids).all()
+
+
+def test_turn_that_cannot_be_heard_leaves_no_trace(small_model):
+    chat = Chat(*small_model)
+    (clip,), _ = split_line("a.wav")
+    with pytest.raises(BadClipError):
+        chat.ask([type(clip)("gone.wav")], "Pitch?")
+    assert chat.messages == []
+
+
+def test_one_question_one_answer(finished_run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("not read\n"))
+    asked = []
+    monkeypatch.setattr(Chat, "ask", lambda self, found, text: asked.append(([clip.path for clip in found], text)))
+    main(ChatArguments(checkpoint=str(finished_run), audio=["a.wav"], text="Pitch?"))
+    assert asked == [([str((chat_module.Path("a.wav")).resolve())], "Pitch?")]
+
+
+def test_piped_lines_are_a_conversation(finished_run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\na.wav Pitch?\n"))
+    asked = []
+    monkeypatch.setattr(Chat, "ask", lambda self, found, text: asked.append((len(found), text)))
+    main(ChatArguments(checkpoint=str(finished_run)))
+    assert asked == [(0, "hello"), (1, "Pitch?")]
+    assert "> " not in capsys.readouterr().out
+
+
+def test_missing_file_is_found_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(chat_module, "load_for_inference", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(BadClipError, match=r"nope\.wav: no such file") as caught:
+        main(ChatArguments(checkpoint="run", audio=["nope.wav"]))
+    assert caught.value.exit_code == 3

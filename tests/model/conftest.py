@@ -1,0 +1,23 @@
+import pytest
+import torch
+
+from qwhisper.model.loading import build_from_bases
+from tests.small import write_small_bases
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> tuple[str, str]:
+    """(audio, text): folders of a small Whisper encoder and a small Qwen3 with tied embeddings."""
+    audio, text = write_small_bases(tmp_path_factory.mktemp("bases"))
+    return str(audio), str(text)
+
+
+@pytest.fixture
+def joined(bases):
+    """(model, processor) from the small bases, fresh for every test."""
+    return build_from_bases(*bases, audio_lead_silence=0.05, audio_tail_silence=0.1)

@@ -1,0 +1,283 @@
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    CohereConfig,
+    PhiConfig,
+    WhisperForConditionalGeneration,
+)
+
+from qwhisper.data.collator import pack_samples
+from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
+from qwhisper.model.loading import LoadOptions, build_from_bases, fingerprint, load_trained, load_trained_weights
+from qwhisper.model.lora import add_lora, lora_parameters
+from tests.model.parts import SHAPE, make_sample, small_model, whisper_config
+
+
+def trained(model):
+    """LoRA on the model and every trainable weight away from its start."""
+    add_lora(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    row = pack_samples([make_sample(model, [5, 4], [3000])])
+    del row["labels"]
+    with torch.no_grad():
+        return model.eval()(**row).logits
+
+
+@pytest.fixture
+def saved(joined, tmp_path):
+    """(trained model, the folder it was saved to with its processor)"""
+    model, processor = joined
+    trained(model).save_pretrained(tmp_path / "trained")
+    processor.save_pretrained(tmp_path / "trained")
+    return model, tmp_path / "trained"
+
+
+def test_trained_weights_alone_restore_the_whole_bit_for_bit(saved):
+    model, folder = saved
+    assert sorted(f.name for f in folder.glob("*.safetensors")) == ["adapter_model.safetensors", "projector.safetensors"]
+    again = Qwen3AudioForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(logits(again), logits(model))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == trainable
+    assert not again.training
+
+
+def test_the_adapter_names_its_base(saved, bases):
+    _, folder = saved
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == bases[1]
+    assert not any("multi_modal_projector" in key for key in load_file(folder / "adapter_model.safetensors"))
+
+
+def test_the_auto_classes_load_the_folder(saved):
+    model, folder = saved
+    assert type(AutoConfig.from_pretrained(folder)) is Qwen3AudioConfig
+    processor = AutoProcessor.from_pretrained(folder)
+    assert type(processor) is Qwen3AudioProcessor
+    assert processor.frames == model.config.frames
+    again = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(again) is Qwen3AudioForConditionalGeneration
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_loaded_model_can_be_saved_and_loaded_again(saved, tmp_path):
+    model, folder = saved
+    Qwen3AudioForConditionalGeneration.from_pretrained(folder).save_pretrained(tmp_path / "twice")
+    assert torch.equal(logits(Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path / "twice")), logits(model))
+
+
+def test_an_unknown_keyword_is_refused_with_those_that_are_known(saved):
+    with pytest.raises(UsageError, match="loading it takes dtype, device_map, .*text_model, not quantization_config"):
+        Qwen3AudioForConditionalGeneration.from_pretrained(saved[1], quantization_config={"load_in_4bit": True})
+
+
+def test_another_base_is_refused_before_anything_is_loaded(saved, bases, tmp_path, monkeypatch):
+    _, folder = saved
+    other = tmp_path / "other"
+    shutil.copytree(bases[1], other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(UsageError, match=r"--text_model .*other: .*trained on .*qwen3, which is another model"):
+        load_trained(folder, text_model=str(other))
+    config = Qwen3AudioConfig.from_pretrained(folder)
+    config.text_base["name"] = str(other)
+    config.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="was trained on another text base"):
+        load_trained(folder)
+
+
+def test_a_base_that_moved_is_found_where_it_is_said_to_be(saved, bases, tmp_path):
+    model, folder = saved
+    shutil.copytree(bases[1], tmp_path / "moved")
+    config = Qwen3AudioConfig.from_pretrained(folder)
+    config.text_base["name"] = str(tmp_path / "gone")
+    config.save_pretrained(folder)
+    with pytest.raises(UsageError, match="gone: no folder here and no model at"):
+        load_trained(folder)
+    again = Qwen3AudioForConditionalGeneration.from_pretrained(folder, text_model=str(tmp_path / "moved"))
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("damage", ["gone", "shape", "lora"])
+def test_weights_that_do_not_fit_are_a_checkpoint_error(saved, damage):
+    _, folder = saved
+    projector, adapter = folder / "projector.safetensors", folder / "adapter_model.safetensors"
+    model = load_trained(folder)
+    if damage == "gone":
+        projector.unlink()
+    elif damage == "shape":
+        save_file(load_file(projector) | {"linear_1.weight": torch.zeros(2, 2)}, projector)
+    else:
+        tensors = load_file(adapter)
+        tensors.pop(sorted(tensors)[0])
+        save_file(tensors, adapter)
+    with pytest.raises(CheckpointError, match="has no projector|do not fit this model"):
+        load_trained_weights(model, folder)
+
+
+def test_lora_comes_back_in_the_dtype_that_it_was_trained_in(joined, tmp_path):
+    model, _ = joined
+    add_lora(model.to(torch.bfloat16), fp32=False)
+    model.save_pretrained(tmp_path)
+    again = load_trained(tmp_path, LoadOptions(dtype="bf16"))
+    assert {p.dtype for _, p in lora_parameters(again)} == {torch.bfloat16}
+
+
+def test_an_encoder_that_was_trained_is_saved_even_by_a_model_that_keeps_it_frozen(joined, tmp_path):
+    model, _ = joined
+    model.model.audio_tower.requires_grad_(True)
+    with torch.no_grad():
+        model.model.audio_tower.conv1.weight.add_(1.0)
+    model.save_pretrained(tmp_path / "one")
+    again = load_trained(tmp_path / "one")
+    assert not again.model.encoder_is_trained
+    again.save_pretrained(tmp_path / "two")
+    third = load_trained(tmp_path / "two")
+    assert torch.equal(third.model.audio_tower.conv1.weight, model.model.audio_tower.conv1.weight)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])  # untied; tied; tied, with other names
+def test_a_model_without_bases_is_saved_and_loaded_whole(family, tmp_path):
+    model = small_model(family)
+    tied = family != "qwen3"
+    if tied:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    again, info = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(AutoModelForMultimodalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_whole_model_in_bf16_keeps_its_projector_in_fp32(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    model = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.model.multi_modal_projector.parameters()} == {torch.float32}
+    assert model.model.language_model.dtype == torch.bfloat16
+    assert model.model.audio_tower.conv1.weight.dtype == torch.bfloat16
+
+
+def test_a_whole_model_that_lacks_weights_is_refused(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.audio_tower.conv2.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"1 weights are missing .*conv2.weight"):
+        Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_lora_on_a_model_without_bases_cannot_be_saved_in_part(tmp_path):
+    with pytest.raises(ValueError, match="LoRA whose text_base is not known"):
+        trained(small_model()).save_pretrained(tmp_path)
+
+
+def test_the_whisper_decoder_is_never_loaded(bases, tmp_path):
+    WhisperForConditionalGeneration(whisper_config(num_mel_bins=80)).save_pretrained(tmp_path)
+    shutil.copy(Path(bases[0]) / "preprocessor_config.json", tmp_path)
+    model, _ = build_from_bases(str(tmp_path), bases[1])
+    assert not any("decoder" in name or "proj_out" in name for name, _ in model.named_parameters())
+    whole = load_file(tmp_path / "model.safetensors")
+    for name, parameter in model.model.audio_tower.named_parameters():
+        assert torch.equal(parameter, whole[f"model.encoder.{name}"]), name
+
+
+def test_weights_are_in_the_compute_dtype_and_the_projector_as_asked(bases):
+    model, _ = build_from_bases(*bases, LoadOptions(dtype="bf16"))
+    assert {p.dtype for p in model.model.language_model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.model.audio_tower.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.model.multi_modal_projector.parameters()} == {torch.float32}
+    model, _ = build_from_bases(*bases, LoadOptions(dtype=torch.bfloat16, projector_fp32=False))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {LoadOptions(dtype=name).compute_dtype for name in ("bf16", "bfloat16")} == {torch.bfloat16}
+    with pytest.raises(UsageError, match="dtype 'half precision' is none of auto, bf16"):
+        _ = LoadOptions(dtype="half precision").compute_dtype
+
+
+def test_tied_embeddings_stay_one_tensor(joined):
+    model, _ = joined
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings
+
+
+def test_bases_that_are_none_are_refused_by_name(bases, tmp_path):
+    with pytest.raises(UsageError, match=r"--audio_model .*qwen3 is a qwen3 model; it takes any Whisper checkpoint"):
+        build_from_bases(bases[1], bases[1])
+    with pytest.raises(UsageError, match="--text_model .*: a folder without a usable config.json"):
+        build_from_bases(bases[0], str(tmp_path))
+    shutil.copytree(bases[1], tmp_path / "hollow")
+    (tmp_path / "hollow" / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="hollow has no weights"):
+        build_from_bases(bases[0], str(tmp_path / "hollow"))
+
+
+def text_base(folder: Path, config, bases) -> str:
+    shutil.copytree(bases[1], folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_head_with_a_bias_is_kept_and_one_that_scales_is_refused(bases, tmp_path):
+    shape = SHAPE | {"vocab_size": 300, "num_key_value_heads": 4}
+    phi = text_base(tmp_path / "phi", PhiConfig(**shape), bases)
+    model, _ = build_from_bases(bases[0], phi)
+    with torch.no_grad():
+        model.lm_head.bias.fill_(3.0)
+    model.config.text_base = model.config.audio_base = None
+    model.save_pretrained(tmp_path / "whole")
+    again = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    assert torch.equal(again.lm_head.bias, model.lm_head.bias)
+    cohere = text_base(tmp_path / "cohere", CohereConfig(**shape, logit_scale=0.0625), bases)
+    with pytest.raises(UsageError, match=r"--text_model .*cohere: its logits are more than lm_head"):
+        build_from_bases(bases[0], cohere)
+
+
+def test_a_fingerprint_follows_the_weights_and_not_their_place(bases, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(bases[1], copy)
+    (copy / "notes.txt").write_text("not a weight")
+    assert fingerprint(str(copy)) == fingerprint(bases[1])
+    with (copy / "model.safetensors").open("r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        last = handle.read(1)
+        handle.seek(-1, os.SEEK_END)
+        handle.write(bytes([last[0] ^ 1]))
+    assert fingerprint(str(copy)) != fingerprint(bases[1])
+
+
+def test_a_fingerprint_covers_every_shard(bases, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(bases[1])
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    before = fingerprint(str(tmp_path))
+    tensors = load_file(shards[1])
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, shards[1], metadata={"format": "pt"})
+    assert fingerprint(str(tmp_path)) != before
+
+
+def test_load_options_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LoadOptions().dtype = "fp16"

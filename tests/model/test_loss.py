@@ -1,0 +1,81 @@
+import pytest
+import torch
+from torch import nn
+
+from qwhisper.model import loss as losses
+from qwhisper.model.loss import reference_loss, supervised_loss
+
+HIDDEN, VOCABULARY = 8, 23
+
+
+def case(rows: int = 3, tokens: int = 11, bias: bool = False):
+    hidden_states = torch.randn(rows, tokens, HIDDEN, requires_grad=True)
+    labels = torch.randint(0, VOCABULARY, (rows, tokens)).masked_fill(torch.rand(rows, tokens) < 0.4, -100)
+    return hidden_states, labels, nn.Linear(HIDDEN, VOCABULARY, bias=bias)
+
+
+def with_gradients(function, hidden_states, labels, head, **keywords):
+    hidden_states.grad = None
+    head.zero_grad(set_to_none=True)
+    loss, logits = function(hidden_states, labels, head, **keywords)
+    loss.backward()
+    return loss.detach(), hidden_states.grad.clone(), head.weight.grad.clone(), logits
+
+
+def torch_loss(hidden_states, labels, head, softcap=None):
+    logits = head(hidden_states)[:, :-1]
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), ignore_index=-100), logits
+
+
+@pytest.mark.parametrize("rows_at_once", [1000, 4, 1])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_equals_cross_entropy_in_value_and_gradients_whatever_the_chunks(monkeypatch, rows_at_once, softcap):
+    monkeypatch.setattr(losses, "MAX_LOGITS_AT_ONCE", rows_at_once * VOCABULARY)
+    hidden_states, labels, head = case(bias=True)
+    expected = with_gradients(torch_loss, hidden_states, labels, head, softcap=softcap)
+    got = with_gradients(supervised_loss, hidden_states, labels, head, softcap=softcap)
+    for ours, theirs in zip(got[:3], expected[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    plain, _ = reference_loss(hidden_states, labels, head, softcap=softcap)
+    torch.testing.assert_close(plain, expected[0])
+
+
+def test_num_items_in_batch_divides_the_sum():
+    hidden_states, labels, head = case()
+    count = int((labels[:, 1:] != -100).sum())
+    mean, _ = supervised_loss(hidden_states, labels, head)
+    for items in (4 * count, torch.tensor(4 * count)):
+        for function in (supervised_loss, reference_loss):
+            loss, _ = function(hidden_states, labels, head, num_items_in_batch=items)
+            torch.testing.assert_close(loss, mean / 4)
+
+
+def test_last_logits_are_those_of_the_last_supervised_positions(monkeypatch):
+    monkeypatch.setattr(losses, "MAX_LOGITS_AT_ONCE", 5 * VOCABULARY)
+    hidden_states, labels, head = case()
+    supervised = labels[:, 1:] != -100
+    rest = int(supervised.sum()) % 5 or 5
+    _, logits = supervised_loss(hidden_states, labels, head)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, head(hidden_states)[:, :-1][supervised][-rest:])
+    _, every = reference_loss(hidden_states, labels, head)
+    torch.testing.assert_close(every, head(hidden_states))
+
+
+def test_without_a_supervised_token_loss_and_gradient_are_zero():
+    hidden_states, labels, head = case()
+    loss, grad, head_grad, _ = with_gradients(supervised_loss, hidden_states, torch.full_like(labels, -100), head)
+    assert loss == 0
+    assert not grad.any()
+    assert not head_grad.any()
+
+
+def test_full_logits_exist_for_supervised_positions_alone(monkeypatch):
+    hidden_states, labels, head = case(tokens=50)
+    labels[:, 2:] = -100
+    labels[:, 1] = 3
+    shapes = []
+    monkeypatch.setattr(losses, "head_logits", lambda h, *rest: shapes.append(h.shape) or head(h))
+    supervised_loss(hidden_states, labels, head)
+    assert shapes == [(3, HIDDEN)]

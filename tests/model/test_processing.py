@@ -1,0 +1,142 @@
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import AutoTokenizer
+
+from qwhisper.data.audio import load_audio
+from qwhisper.data.collator import ConversationCollator, pad_samples
+from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
+from tests.small import tone
+
+
+@pytest.fixture
+def processor(joined):
+    return joined[1]
+
+
+@pytest.fixture
+def clip_file(tmp_path):
+    """0.4 s at 8 kHz: what is read is resampled."""
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, tone(440, 0.4, 8000), 8000)
+    return str(path)
+
+
+@pytest.fixture
+def without_audio_packages(monkeypatch):
+    """transformers' own audio loader needs one of these; neither is among our dependencies."""
+    monkeypatch.setitem(sys.modules, "librosa", None)
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+
+
+def dialogue(*parts) -> list[dict]:
+    return [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A tone."},
+        {"role": "user", "content": "Sure?"},
+    ]
+
+
+def test_text_and_clips_become_placeholders_and_features(processor):
+    clips = [tone(300, 0.3), tone(500, 0.02)]
+    inputs = processor(text="<|audio_pad|>first<|audio_pad|>", audio=clips)
+    tokens = [processor.frames.num_tokens(len(clip)) for clip in clips]
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(processor.audio_token_id) == sum(tokens)
+    assert ids[: tokens[0] + 1].count(processor.audio_token_id) == tokens[0]
+    assert inputs["input_features"].shape == (2, 80, inputs["input_features_mask"].shape[1])
+    assert inputs["input_features_mask"].sum(1).tolist() == [(len(clip) + 2400) // 160 for clip in clips]
+
+
+def test_several_texts_are_padded_on_the_left(processor):
+    inputs = processor(text=["a<|audio_pad|>", "bcd"], audio=tone(300, 0.1))
+    assert inputs["attention_mask"].tolist() == [[1] * inputs["input_ids"].shape[1], [0] * (inputs["input_ids"].shape[1] - 3) + [1] * 3]
+    assert processor.tokenizer.decode(inputs["input_ids"][1, -3:]) == "bcd"
+
+
+def test_a_clip_beyond_thirty_seconds_has_several_windows(processor):
+    inputs = processor(text="<|audio_pad|>", audio=[tone(300, 31)])
+    assert inputs["input_features"].shape[0] == 2
+    assert inputs["input_ids"].shape[1] == processor.frames.num_tokens(31 * 16_000)
+
+
+def test_clips_and_placeholders_must_agree(processor):
+    with pytest.raises(ValueError, match="number of .*audio_pad.* tokens in the prompts should be the same"):
+        processor(text="<|audio_pad|>", audio=[tone(300, 0.1), tone(300, 0.1)])
+
+
+@pytest.mark.usefixtures("without_audio_packages")
+@pytest.mark.parametrize("key", ["audio", "path"])
+def test_a_chat_with_files_needs_soundfile_alone(processor, clip_file, key):
+    inputs = processor.apply_chat_template(
+        dialogue({"type": "audio", key: clip_file}), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    given = processor.apply_chat_template(
+        dialogue({"type": "audio", "audio": load_audio(clip_file)}), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert sorted(inputs) == ["attention_mask", "input_features", "input_features_mask", "input_ids"]
+    for name, value in inputs.items():
+        assert torch.equal(value, given[name]), name
+    assert processor(text="<|audio_pad|>", audio=clip_file)["input_features"].equal(inputs["input_features"])
+
+
+def test_a_chat_prompt_equals_the_prompt_that_was_trained_on(joined, clip_file):
+    model, processor = joined
+    inputs = processor.apply_chat_template(
+        dialogue({"type": "audio", "audio": clip_file}), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    collator = ConversationCollator(
+        processor.tokenizer, processor.frames, audio_token_id=processor.audio_token_id, chat_template=processor.chat_template
+    )
+    messages = [
+        Message("system", ("Be brief.",)),
+        Message("user", (AudioClip(clip_file, None, None, None), "What is it?")),
+        Message("assistant", ("A tone.",)),
+        Message("user", ("Sure?",)),
+    ]
+    sample = collator.encode_prompt(messages)
+    assert inputs["input_ids"][0].tolist() == sample.input_ids.tolist()
+    batch = pad_samples([sample], collator.pad_token_id, padding_side="left")
+    torch.testing.assert_close(model(**inputs).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_of_dialogues_and_plain_text_are_rendered(processor, clip_file):
+    one, two = dialogue({"type": "audio", "audio": clip_file}), [{"role": "user", "content": "Hello"}]
+    inputs = processor.apply_chat_template([one, two], add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert inputs["input_ids"].shape[0] == 2
+    assert inputs["input_features"].shape[0] == 1
+    text = processor.apply_chat_template(two, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    ids = processor.apply_chat_template(two, add_generation_prompt=True, tokenize=True)
+    assert processor.tokenizer.decode(ids[0]) == text
+
+
+def test_saved_and_loaded_it_keeps_template_lengths_and_placeholder(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = Qwen3AudioProcessor.from_pretrained(tmp_path)
+    assert again.chat_template == processor.chat_template
+    assert again.frames == processor.frames
+    assert again.frames.tail_silence_s == 0.1
+    assert again.audio_token_id == processor.audio_token_id == len(again.tokenizer) - 1
+    clip = tone(300, 0.3)
+    expected, got = (p(text="hear <|audio_pad|>", audio=[clip]) for p in (processor, again))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_the_placeholder_takes_qwen3s_first_spare_row(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
+    assert add_audio_token(tokenizer) == 151_669
+    assert add_audio_token(tokenizer) == 151_669
+    assert tokenizer("<|audio_pad|>x")["input_ids"][0] == 151_669
+
+
+def test_float64_waveforms_are_taken_as_well(processor):
+    clip = tone(300, 0.2)
+    inputs = [processor(text="<|audio_pad|>", audio=c)["input_features"] for c in (clip, clip.astype(np.float64), clip.tolist())]
+    assert inputs[0].equal(inputs[1])
+    assert inputs[0].equal(inputs[2])

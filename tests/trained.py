@@ -1,0 +1,54 @@
+"""A small model and a finished small run, for tests of what comes after training; a conftest imports these fixtures."""
+
+import pytest
+import torch
+
+from qwhisper.infer.generate import collator_of
+from qwhisper.model.loading import build_from_bases
+from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.run import main as train
+from tests.small import write_dialogues, write_small_bases
+
+AUDIO_GAIN = 8.0
+LAYER_STD, EMBEDDING_STD = 0.4, 0.3
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """(model, collator): random weights, so loud that different prompts have different answers.
+
+    Weights as they are drawn for training repeat the last token whatever stands before it.
+    """
+    audio, text = write_small_bases(tmp_path_factory.mktemp("bases"))
+    torch.manual_seed(2)
+    model, processor = build_from_bases(str(audio), str(text), audio_lead_silence=0.0, audio_tail_silence=0.1)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(AUDIO_GAIN)
+        model.get_input_embeddings().weight.normal_(std=EMBEDDING_STD)
+        for layer in model.model.language_model.layers:
+            attention = layer.self_attn
+            for linear in (attention.q_proj, attention.v_proj, attention.o_proj, layer.mlp.down_proj):
+                linear.weight.normal_(std=LAYER_STD)
+    return model.eval(), collator_of(processor)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """Folder of a run with checkpoints of steps 1 and 2; its training file lies beside it as data/train.jsonl."""
+    folder = tmp_path_factory.mktemp("finished")
+    audio, text = write_small_bases(folder / "bases")
+    arguments = TrainArguments(
+        train_file=str(write_dialogues(folder / "data")),
+        output_dir=str(folder / "run"),
+        audio_model=str(audio),
+        text_model=str(text),
+        audio_lead_silence=0.0,
+        audio_tail_silence=0.1,
+        max_steps=2,
+        save_steps=1,
+        freeze_projector_steps=0,
+        early_lr_steps=0,
+        learning_rate=1e-2,
+    )
+    assert train(arguments) == 0
+    return folder / "run"
