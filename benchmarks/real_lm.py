@@ -87,7 +87,6 @@ def plain_folder(text_model: Path, output_dir: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             text_model, gguf_file=found[0].name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
-        del model.config.quantization_config
         model.save_pretrained(folder)
     return folder
 

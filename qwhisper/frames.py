@@ -1,8 +1,9 @@
 """How many samples, mel frames, encoder frames and placeholder tokens a clip has: one arithmetic for data and model.
 
-Plain integers, no torch. A clip is lead silence + audio + tail silence, cut into windows of at most 30 s, each of which the
-encoder sees by itself. Windows of one clip are of nearly equal length (31 s are two windows of 15.5 s, not 30 + 1), and every
-window but the last is a whole number of tokens, so that a window's tokens can be computed without its neighbours.
+Plain integers, no torch. A clip is lead silence + audio + tail silence, cut into windows of at most 30 s, each of which
+the encoder sees by itself. Windows of one clip are of nearly equal length (31 s are two windows of 15.5 s, not 30 + 1),
+and every window but the last is a whole number of tokens, so that a window's tokens can be computed without its
+neighbours.
 """
 
 from dataclasses import dataclass

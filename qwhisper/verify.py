@@ -71,8 +71,9 @@ def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | to
 
     Raises CheckpointError naming what failed, UsageError for a folder that is neither.
     """
-    for each in checkpoints(Path(checkpoint)):
-        check_manifest(each)
+    given = Path(checkpoint)
+    for each in checkpoints(given) or [given]:
+        _check_files(each)
     folder = resolve_checkpoint(checkpoint)
     files = _check_files(folder)
     tensors = _check_saved_numbers(folder)

@@ -54,5 +54,5 @@ def test_encoder_frames_are_what_the_convolution_gives(frames):
 
 @pytest.mark.parametrize("values", [{"stack": 0}, {"stack": 9, "max_encoder_frames": 8}, {"tail_silence_s": -0.1}])
 def test_impossible_lengths_are_refused(values):
-    with pytest.raises(ValueError, match="stack|silence"):
+    with pytest.raises(ValueError, match=r"stack|silence"):
         FrameArithmetic(**values)

@@ -1,8 +1,8 @@
-"""Speech from espeak-ng: text, voice, pitch and speed in, a waveform at 16 kHz out; and clips of many voices written to a folder.
+"""Speech from espeak-ng: text, voice, pitch and speed in, a waveform at 16 kHz out; and clips of many voices as files.
 
 espeak-ng comes as a shared library in the package espeakng-loader and is driven through ctypes. It keeps state from one
-utterance to the next: the same text twice in one process differs in its samples, the same sequence of calls in a fresh process
-does not. So clips that have to be reproducible are made by `write_clips`, which speaks in fresh processes.
+utterance to the next: the same text twice in one process differs in its samples, the same sequence of calls in a fresh
+process does not. So clips that have to be reproducible are made by `write_clips`, which speaks in fresh processes.
 """
 
 import ctypes
@@ -30,14 +30,17 @@ RATES = range(80, 451)  # words a minute
 PITCHES = range(100)
 
 ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
-# Relatives (steph, steph2) stand on one side. Left out: robots, whispers, formant synthesis (klatt), and every variant with
-# breath (f2, f3, f5, Alicia, sandro, victor), whose samples differ from one fresh process to the next.
+# Relatives (steph, steph2) stand on one side. Left out: robots, whispers, formant synthesis (klatt), and every variant
+# with breath (f2, f3, f5, Alicia, sandro, victor), whose samples differ from one fresh process to the next.
 TRAIN_VARIANTS = (
-    "Alex", "Andrea", "Andy", "Denis", "Diogo", "Gene", "Henrique", "Hugo", "Lee", "Marco", "Mario", "Michael", "Nguyen", "anika",
-    "antonio", "aunty", "boris", "ed", "f1", "f4", "grandma", "gustave", "ian", "iven", "iven2", "john", "m1", "m2",
-    "m4", "m5", "m7", "m8", "marcelo", "max", "michel", "miguel", "norbert", "pablo", "pedro", "quincy", "steph", "steph2",
+    "Alex", "Andrea", "Andy", "Denis", "Diogo", "Gene", "Henrique", "Hugo", "Lee", "Marco", "Mario", "Michael",
+    "Nguyen", "anika", "antonio", "aunty", "boris", "ed", "f1", "f4", "grandma", "gustave", "ian", "iven", "iven2", "john",
+    "m1", "m2", "m4", "m5", "m7", "m8", "marcelo", "max", "michel", "miguel", "norbert", "pablo", "pedro", "quincy",
+    "steph", "steph2",
 )  # fmt: skip
-HELD_OUT_VARIANTS = ("Annie", "Jacky", "Mike", "belinda", "grandpa", "linda", "m3", "m6", "paul", "robert", "shelby", "travis")
+HELD_OUT_VARIANTS = (
+    "Annie", "Jacky", "Mike", "belinda", "grandpa", "linda", "m3", "m6", "paul", "robert", "shelby", "travis",
+)  # fmt: skip
 # Pitches and speeds of the two sides lie between each other, so that no voice setting is in both.
 TRAIN_PITCHES, HELD_OUT_PITCHES = range(30, 71, 4), range(32, 71, 4)
 TRAIN_SPEEDS, HELD_OUT_SPEEDS = range(110, 171, 10), range(115, 170, 10)
@@ -97,7 +100,7 @@ class _Engine:
     @staticmethod
     def _must(code: int, what: str) -> None:
         if code != 0:
-            raise UsageError(f"espeak-ng refuses {what} (code {code}); its voices are the files under {espeakng_loader.get_data_path()}/lang")
+            raise UsageError(f"espeak-ng refuses {what} (code {code}); voices that it takes are {', '.join(ACCENTS)}")
 
 
 @lru_cache(maxsize=1)
@@ -108,14 +111,15 @@ def _engine() -> _Engine:
 def speak(text: str, voice: str, variant: str, pitch: int, speed: int) -> np.ndarray:
     """Speech as float32 [samples] at 16 kHz with peak 0.5, silence at both ends cut to 30 ms.
 
-    Raises UsageError for a voice, variant, pitch or speed that espeak-ng lacks (an unknown variant it would pass over), and
-    for a text with nothing to say.
+    Raises UsageError for a voice, variant, pitch or speed that espeak-ng lacks (an unknown variant it would pass over),
+    and for a text with nothing to say.
     """
     engine = _engine()
     if variant not in engine.variants:
         raise UsageError(f"espeak-ng has no voice variant {variant!r}; it has {', '.join(sorted(engine.variants))}")
     if pitch not in PITCHES or speed not in RATES:
-        raise UsageError(f"pitch {pitch} must be 0 to {PITCHES[-1]}, and speed {speed} from {RATES[0]} to {RATES[-1]} words a minute")
+        limits = f"pitch from 0 to {PITCHES[-1]}, speed from {RATES[0]} to {RATES[-1]} words a minute"
+        raise UsageError(f"pitch {pitch}, speed {speed}: give a {limits}")
     spoken = engine.say(Utterance(text, voice, variant, pitch, speed)).astype(np.float32) / 32768
     peak = float(np.max(np.abs(spoken), initial=0.0))
     if peak == 0.0:
@@ -151,18 +155,13 @@ def draw_utterances(words: Sequence[str], num_clips: int, *, held_out: bool, see
     ]
 
 
-def write_clips(folder: str | Path, utterances: Sequence[Utterance], prefix: str, num_processes: int = 2) -> list[Path]:
-    """Speak into `folder/{prefix}{number:05d}.wav` (16 bits), in fresh processes: the same bytes for the same utterances
-    and the same `num_processes`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{prefix}{n:05d}.wav" for n in range(len(utterances))]
+def write_clips(utterances: Sequence[Utterance], paths: Sequence[Path], num_processes: int = 2) -> None:
+    """Speak each utterance into its WAV file (16 bits), in fresh processes: the same bytes for the same call."""
     share = -(-len(utterances) // num_processes)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, mp_context=spawn, max_tasks_per_child=1) as pool:
         starts = range(0, len(utterances), share)
         list(pool.map(_write, [utterances[n : n + share] for n in starts], [paths[n : n + share] for n in starts]))
-    return paths
 
 
 def _write(utterances: Sequence[Utterance], paths: Sequence[Path]) -> None:

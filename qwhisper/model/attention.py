@@ -1,18 +1,20 @@
 """Attention over packed rows, under the name `qwhisper_packed` in transformers' attention registry.
 
-Samples lie end to end in one row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses. CUDA uses
-`torch.nn.attention.varlen`; where that cannot run (CPU, fp32, dropout, heads wider than 256) the same result comes from one SDPA call a
-segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own SDPA, with its mask.
+Samples lie end to end in one row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses. CUDA
+uses `torch.nn.attention.varlen`; where that cannot run (CPU, fp32, dropout, heads wider than 256) the same result comes
+from one SDPA call a segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own SDPA,
+with its mask.
 
 cuDNN's attention is switched off at import: its masked backward gives NaN in grad_q where length % 128 = 64 and a row's
 log-sum-exp is under -88.7 (pytorch#196678), and on some cards gradients that are wrong by up to 960 times.
 """
 
 import inspect
+import itertools
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -21,10 +23,16 @@ PACKED_ATTENTION = "qwhisper_packed"
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def attention_for(text_config: PreTrainedConfig) -> str:
+    """The attention implementation for a language model: ours, or eager for one whose scores are soft-capped."""
+    return PACKED_ATTENTION if getattr(text_config, "attn_logit_softcapping", None) is None else "eager"
+
+
 def packed_row_mask(hidden_states: Tensor) -> Tensor:
     """The 4-D stand-in that tells transformers' mask creation to make none for a packed row.
 
-    A 4-D mask is passed through untouched by every model; without it a mask of tokens × tokens would be built and thrown away.
+    A 4-D mask is passed through untouched by every model; without it a mask of tokens × tokens would be built and
+    thrown away.
     """
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=hidden_states.device)
 
@@ -42,7 +50,7 @@ def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window
     from torch.nn.attention.varlen import varlen_attn
 
     left = window - 1 if window else -1
-    return varlen_attn(
+    out = varlen_attn(
         query,
         key,
         value,
@@ -54,6 +62,8 @@ def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window
         window_size=(left, 0 if causal else -1),
         **_varlen_keywords(query.shape[1] // key.shape[1]),
     )
+    assert isinstance(out, Tensor)  # a pair only where return_aux asks for one
+    return out
 
 
 def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
@@ -70,7 +80,7 @@ def _sdpa_per_segment(query, key, value, cu_seq_lens, *, scale, causal, window, 
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         mask = _segment_mask(end - start, window, query.device) if causal else None
         out = nn.functional.scaled_dot_product_attention(
             query[:, :, start:end],
@@ -104,17 +114,18 @@ def packed_attention_forward(
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. query [batch, heads, tokens, head_dim], key and value with their own, fewer heads.
+    """transformers' attention interface. query [batch, heads, tokens, head_dim]; key and value have heads of their own.
 
     cu_seq_lens_q: [segments + 1] int32 borders of the segments of a packed row (batch 1); None for an ordinary batch.
     Returns ([batch, tokens, heads, head_dim], None).
     """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        # SDPA would leave them out without a word.
+        raise ValueError(f"{PACKED_ATTENTION} knows neither soft-capping nor sinks: use attn_implementation='eager'")
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError("packed rows support neither attention soft-capping nor attention sinks: train with --no_packing")
     causal = module.is_causal if is_causal is None else is_causal
     common = {"scale": scaling, "causal": causal, "window": sliding_window}
     if varlen_can_run(query, dropout):

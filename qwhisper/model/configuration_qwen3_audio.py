@@ -1,5 +1,7 @@
 """Configuration of the joined model: the two bases' own configurations and what the projector between them needs."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -13,16 +15,19 @@ class Qwen3AudioConfig(PreTrainedConfig):
 
     audio_config: a Whisper configuration (its encoder part is used). text_config: any causal LM's.
     audio_token_id: the placeholder's id; it may lie outside the LM's vocabulary, since it is never looked up.
-    projector_stack: encoder frames (20 ms each) joined into one token. projector_hidden_act: activation between its layers.
+    projector_stack: encoder frames (20 ms each) joined into one token. projector_hidden_act: activation between its
+    layers.
     projector_scale: factor on the projector's output. projector_init_scale: factor on its Xavier initialisation.
-    audio_lead_silence, audio_tail_silence: seconds of silence around every clip, see docs/silence.md for the measurement.
-    audio_base, text_base: {"name", "fingerprint"} of the bases whose weights are not saved with this model; None when they are.
+    audio_lead_silence, audio_tail_silence: seconds of silence around every clip, see docs/silence.md for the
+    measurement.
+    audio_base, text_base: {"name", "fingerprint"} of the bases whose weights are not saved with this model; None when
+    they are.
     audio_tower_trained: the encoder is no longer its base's, so its weights are saved with the projector's.
     tie_word_embeddings: taken from text_config.
     """
 
     model_type = "qwen3_audio"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
     }

@@ -1,7 +1,8 @@
-"""The Whisper encoder at true length: windows of any length up to 30 s, packed in one row, nothing computed for padding.
+"""The Whisper encoder at true length: windows of any length up to 30 s in one row, nothing computed for padding.
 
-`transformers.WhisperEncoder` refuses anything but 3000 mel frames; this subclass has the same parameters (and so loads the same
-checkpoints) and runs the same layers. A window of 3000 frames gives what Whisper gives, to the last bit on CPU.
+`transformers.WhisperEncoder` refuses anything but 3000 mel frames; this subclass has the same parameters (and so loads
+the same checkpoints) and runs the same layers. A window of 3000 frames gives what Whisper gives, to the last bit on
+CPU.
 """
 
 import torch
@@ -12,10 +13,10 @@ from qwhisper.frames import CONV_STRIDE, encoder_frames
 
 
 def _slots(mel_lengths: list[int]) -> tuple[list[int], int]:
-    """Where each window starts in a row that the convolutions can run over at once, and the row's length, in mel frames.
+    """Where each window starts in a row for the convolutions, and that row's length, in mel frames.
 
-    Windows start at even frames, so that the stride-2 convolution meets each at its own first frame, with at least one empty frame
-    between two: the zero padding that a window alone would have.
+    Windows start at even frames, so that the stride-2 convolution meets each at its own first frame, with at least one
+    empty frame between two: the zero padding that a window alone would have.
     """
     starts, position = [], 0
     for length in mel_lengths:
@@ -38,15 +39,21 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         """
         limit = self.max_source_positions * CONV_STRIDE
         if max(mel_lengths) > limit:
-            raise ValueError(f"a window of {max(mel_lengths)} mel frames is longer than the encoder's {limit}: cut it first")
+            raise ValueError(
+                f"a window of {max(mel_lengths)} mel frames is longer than the encoder's {limit}: cut it first"
+            )
         hidden_states = self._convolve(mel.to(self.conv1.weight.dtype), mel_lengths)
         lengths = [encoder_frames(n) for n in mel_lengths]
         within = torch.cat([torch.arange(n, device=mel.device) for n in lengths])
         hidden_states = (hidden_states + self.embed_positions(within))[None]
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
         borders = torch.tensor([0, *lengths]).cumsum(0).to(device=mel.device, dtype=torch.int32)
-        packed = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
-        packed |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        packed = {
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
         for layer in self.layers:
             if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
                 continue

@@ -1,6 +1,7 @@
 """From bases to one model, and from a folder of trained weights back to it.
 
-Weights are loaded in the dtype that they compute in: no fp32 copy of the language model, no Whisper decoder ever reaches memory.
+Weights are loaded in the dtype that they compute in: no fp32 copy of the language model, no Whisper decoder ever
+reaches memory.
 """
 
 import hashlib
@@ -12,14 +13,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from qwhisper.data.template import listening_template
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.model.attention import PACKED_ATTENTION
+from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.lora import ADAPTER, inject, lora_parameters
@@ -30,7 +30,12 @@ from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio
 PROJECTOR_FILE = "projector.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,7 +44,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class LoadOptions:
     """How a model is laid into memory, wherever its weights come from.
 
-    dtype: of the language model and the encoder: "bf16", "fp16", "fp32", a torch dtype or its name; "auto": see `compute_dtype`.
+    dtype: of the language model and the encoder: "bf16", "fp16", "fp32", a torch dtype or its name; "auto": see
+    `compute_dtype`.
     device_map: as in transformers, for the language model; None: all of it on the first accelerator, or the CPU.
     load_in_4bit: NF4 for the language model's linears. whisper_cpu: the encoder stays on the CPU.
     projector_fp32: the projector in fp32 instead of `dtype`.
@@ -84,8 +90,12 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
         AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        found = "a folder without a usable config.json" if Path(name).is_dir() else f"no folder here and no model at {where}"
-        raise UsageError(f"{flag} {name}: {found}. Give a folder with config.json and weights, or a hub id. ({error})") from None
+        found = (
+            "a folder without a usable config.json" if Path(name).is_dir() else f"no folder here or model at {where}"
+        )
+        raise UsageError(
+            f"{flag} {name}: {found}. Give a folder with config.json and weights, or a hub id. ({error})"
+        ) from None
     return name
 
 
@@ -107,7 +117,7 @@ def _weight_files(name: str) -> list[Path]:
 
 
 def fingerprint(name: str) -> str:
-    """SHA-256 over a base's configuration and the beginning, end and size of each weight file: quick, and the same in any dtype."""
+    """SHA-256 over a base's configuration and the beginning, end and size of each of its weight files: quick."""
     digest = hashlib.sha256(Path(cached_file(name, "config.json")).read_bytes())
     for file in _weight_files(name):
         size = file.stat().st_size
@@ -123,11 +133,13 @@ def refuse_missing(what: str, name: str, info: dict) -> None:
     """Weights that a checkpoint lacks are drawn at random by transformers, with a warning only."""
     missing = sorted([*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])])
     if missing:
-        raise UsageError(f"{what} {name}: {len(missing)} weights are missing or of another shape, the first: {missing[0]}")
+        raise UsageError(
+            f"{what} {name}: {len(missing)} weights are missing or of another shape, the first: {missing[0]}"
+        )
 
 
 def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> TrueLengthWhisperEncoder:
-    """The encoder alone, from a whole Whisper checkpoint or from one that holds only the encoder; frozen, in evaluation mode."""
+    """The encoder alone, frozen and in evaluation mode, from a whole Whisper checkpoint or from one of the encoder."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # the decoder's unused weights would be listed one by one
     try:
@@ -151,14 +163,15 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
         dtype=options.compute_dtype,
         device_map=options.device_map or {"": options.device},
         quantization_config=four_bit_config(options.compute_dtype) if options.load_in_4bit else None,
-        attn_implementation=PACKED_ATTENTION,
+        attn_implementation=attention_for(AutoConfig.from_pretrained(name)),
         output_loading_info=True,
     )
     refuse_missing("--text_model", name, info)
     for module in language_model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks 4-bit weights for this CPU in the first pass in evaluation mode (and fails where a size is no
-            # multiple of 32); from then on no gradient passes through them any more, in training mode either.
+            # bitsandbytes repacks 4-bit weights for this CPU in the first pass in evaluation mode (and fails where a
+            # size is no multiple of 32); from then on no gradient passes through them any more, in training mode
+            # either.
             module.support_avx512bf16_for_cpu = False
     _refuse_other_head(name, language_model)
     return language_model.requires_grad_(False).eval()
@@ -168,17 +181,19 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
 def _refuse_other_head(name: str, language_model: PreTrainedModel) -> None:
     """Some families scale their logits; the loss, which applies the head by itself, would be silently wrong."""
     language_model.eval()
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=language_model.get_input_embeddings().weight.device)
+    ids = torch.arange(4, device=language_model.get_input_embeddings().weight.device)[None]
     hidden_states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     softcap = getattr(language_model.config, "final_logit_softcapping", None)
     ours = head_logits(hidden_states, language_model.get_output_embeddings(), softcap)
     theirs = language_model(input_ids=ids, use_cache=False).logits.float()
     if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
-        raise UsageError(f"--text_model {name}: its logits are more than lm_head(hidden_states), which is not supported")
+        raise UsageError(
+            f"--text_model {name}: its logits are more than lm_head(hidden_states), which is not supported"
+        )
 
 
 def four_bit_config(dtype: torch.dtype):
-    """NF4 with double quantisation for the LM's linears; its head stays out, and encoder and projector are never part of it."""
+    """NF4 with double quantisation for the LM's linears, without its head; encoder and projector stay as they are."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -191,7 +206,11 @@ def four_bit_config(dtype: torch.dtype):
 
 
 def assemble(
-    config: Qwen3AudioConfig, encoder: TrueLengthWhisperEncoder, language_model: PreTrainedModel, *, projector_fp32: bool = True
+    config: Qwen3AudioConfig,
+    encoder: TrueLengthWhisperEncoder,
+    language_model: PreTrainedModel,
+    *,
+    projector_fp32: bool = True,
 ) -> Qwen3AudioForConditionalGeneration:
     """One model of loaded parts and a fresh projector; nothing is copied."""
     with torch.device("meta"):
@@ -228,16 +247,21 @@ def build_from_bases(
     """
     audio_path = resolve_model(audio_model, hub, "--audio_model")
     text_path = resolve_model(text_model, hub, "--text_model")
-    model_type = AutoConfig.from_pretrained(audio_path).model_type
-    if model_type != "whisper":
-        raise UsageError(f"--audio_model {audio_model} is a {model_type} model; it takes any Whisper checkpoint")
+    audio_config = AutoConfig.from_pretrained(audio_path)
+    if audio_config.model_type != "whisper":
+        raise UsageError(
+            f"--audio_model {audio_model} is a {audio_config.model_type} model; it takes any Whisper checkpoint"
+        )
     tokenizer = AutoTokenizer.from_pretrained(text_path)
-    config_values |= {
-        "audio_base": {"name": audio_path, "fingerprint": fingerprint(audio_path)},
-        "text_base": {"name": text_path, "fingerprint": fingerprint(text_path)},
-        "audio_token_id": add_audio_token(tokenizer),
-    }
-    model = _load_and_join(audio_path, text_path, config_values, options)
+    config = Qwen3AudioConfig(
+        audio_config=audio_config,
+        text_config=AutoConfig.from_pretrained(text_path),
+        audio_base={"name": audio_path, "fingerprint": fingerprint(audio_path)},
+        text_base={"name": text_path, "fingerprint": fingerprint(text_path)},
+        audio_token_id=add_audio_token(tokenizer),
+        **config_values,
+    )
+    model = _load_and_join(config, audio_path, text_path, options)
     extractor = AutoFeatureExtractor.from_pretrained(audio_path)
     template, _ = listening_template(tokenizer)
     processor = Qwen3AudioProcessor.for_model(extractor, tokenizer, model.config, template)
@@ -245,16 +269,16 @@ def build_from_bases(
 
 
 def _load_and_join(
-    audio_path: str, text_path: str, config_values: dict, options: LoadOptions
+    config: Qwen3AudioConfig, audio_path: str, text_path: str, options: LoadOptions
 ) -> Qwen3AudioForConditionalGeneration:
     encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
     language_model = load_language_model(text_path, options)
-    config = Qwen3AudioConfig(audio_config=encoder.config, text_config=language_model.config, **config_values)
+    config.audio_config, config.text_config = encoder.config, language_model.config
     return assemble(config, encoder, language_model, projector_fp32=options.projector_fp32)
 
 
 def _trained_state(model: Qwen3AudioForConditionalGeneration) -> dict[str, dict[str, torch.Tensor]]:
-    """File name to {parameter name: tensor}: projector always, encoder where it was trained, adapter where there is one."""
+    """File name to {parameter name: tensor}: projector, encoder where it was trained, adapter where there is one."""
     state = {PROJECTOR_FILE: model.model.multi_modal_projector.state_dict()}
     if model.config.audio_tower_trained:
         state[ENCODER_FILE] = model.model.audio_tower.state_dict()
@@ -272,6 +296,7 @@ def save_trained(model: Qwen3AudioForConditionalGeneration, folder: str | os.Pat
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if getattr(model, "peft_config", None):
         peft_config: LoraConfig = model.peft_config[ADAPTER]
+        assert model.config.text_base is not None
         # Left empty, every loader would ask the hub for a repository called "None".
         peft_config.base_model_name_or_path = model.config.text_base["name"]
         peft_config.save_pretrained(folder)
@@ -291,7 +316,9 @@ def is_trained_folder(name: str | os.PathLike) -> bool:
 def read_trained_config(name: str | os.PathLike) -> Qwen3AudioConfig:
     config = Qwen3AudioConfig.from_pretrained(name)
     if config.text_base is None or config.audio_base is None:
-        raise CheckpointError(f"{name}/config.json names no bases (audio_base, text_base): it was not written by qwhisper")
+        raise CheckpointError(
+            f"{name}/config.json names no bases (audio_base, text_base): it was not written by qwhisper"
+        )
     return config
 
 
@@ -304,14 +331,13 @@ def load_trained(
 ) -> Qwen3AudioForConditionalGeneration:
     """The bases that the folder names, then its projector and adapter. LoRA and projector come back trainable.
 
-    audio_model, text_model: where the bases lie now, if they have moved; their fingerprints must agree. Raises UsageError,
-    CheckpointError for another base, before anything is loaded.
+    audio_model, text_model: where the bases lie now, if they have moved; their fingerprints must agree. Raises
+    UsageError, CheckpointError for another base, before anything is loaded.
     """
     config = read_trained_config(name)
-    audio_path = _same_base(name, "audio", config.audio_base, audio_model)
-    text_path = _same_base(name, "text", config.text_base, text_model)
-    own = [field for field in Qwen3AudioConfig.__annotations__ if field not in ("audio_config", "text_config", "model_type")]
-    model = _load_and_join(audio_path, text_path, {field: getattr(config, field) for field in own}, options)
+    audio_path = _same_base(name, "audio", config, audio_model)
+    text_path = _same_base(name, "text", config, text_model)
+    model = _load_and_join(config, audio_path, text_path, options)
     load_trained_weights(model, name)
     return model
 
@@ -325,25 +351,30 @@ def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditional
     unknown = kwargs.keys() - {field.name for field in fields(LoadOptions)}
     if unknown:
         known = ", ".join([field.name for field in fields(LoadOptions)] + ["audio_model", "text_model"])
-        raise UsageError(f"{name} holds trained weights alone; loading it takes {known}, not {', '.join(sorted(unknown))}")
+        raise UsageError(
+            f"{name} holds trained weights alone; loading it takes {known}, not {', '.join(sorted(unknown))}"
+        )
     return load_trained(name, LoadOptions(**kwargs), **moved)
 
 
-def _same_base(name: str | os.PathLike, role: str, base: dict, moved_to: str | None) -> str:
+def _same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, moved_to: str | None) -> str:
+    """Where the audio or text base of a folder of trained weights is; it must be the one that they were trained on."""
+    base = getattr(config, f"{role}_base")
     path = resolve_model(moved_to or base["name"], "huggingface", f"--{role}_model")
     if fingerprint(path) == base["fingerprint"]:
         return path
     if moved_to:
         raise UsageError(
-            f"--{role}_model {path}: {name} was trained on {base['name']}, which is another model; leave the flag out, or start a new run"
+            f"--{role}_model {path}: {name} was trained on {base['name']}, which is another model; "
+            "leave the flag out, or start a new run"
         )
     raise CheckpointError(
-        f"{name} was trained on another {role} base than {path} is now: point --{role}_model to the one it was trained on"
+        f"{name} was trained on another {role} base than {path} is now: point --{role}_model to the one that it was"
     )
 
 
 def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:
-    """Puts a folder's projector, adapter and encoder into a model of the same bases, adding LoRA if the folder has it."""
+    """Puts a folder's projector, adapter and encoder into a model of the same bases, adding LoRA if it is there."""
     adapter, projector, encoder = (_find(name, file) for file in (ADAPTER_FILE, PROJECTOR_FILE, ENCODER_FILE))
     if projector is None:
         raise CheckpointError(f"{name} has no {PROJECTOR_FILE}: it was not written by qwhisper, or not wholly")
@@ -353,7 +384,6 @@ def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | 
         model.model.multi_modal_projector.load_state_dict(load_file(projector))
         if encoder is not None:
             model.model.audio_tower.load_state_dict(load_file(encoder))
-            model.config.audio_tower_trained = True
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{name}: its weights do not fit this model ({error})") from error
 

@@ -1,7 +1,7 @@
 """LoRA (Hu et al., 2021) on the language model's linears: PEFT injects, names and saves; the forward pass is ours.
 
-A and B are kept in fp32 and cast to the compute dtype where they are used. PEFT casts the activations up instead, which keeps a second,
-fp32 copy of every layer's input for the backward pass.
+A and B are kept in fp32 and cast to the compute dtype where they are used. PEFT casts the activations up instead, which
+keeps a second, fp32 copy of every layer's input for the backward pass.
 """
 
 import re
@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwhisper.errors import UsageError
@@ -44,7 +44,7 @@ class LoraLinear(PeftLinear):
     forward = _forward
 
 
-def _layer_types(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+def _layer_types(model: PreTrainedModel) -> dict[type[nn.Module], type[nn.Module]]:
     """Base layer type to LoRA layer type; the 4-bit layer first, since it is a subclass of `nn.Linear`."""
     types: dict[type[nn.Module], type[nn.Module]] = {}
     if getattr(model, "is_loaded_in_4bit", False):
@@ -55,7 +55,7 @@ def _layer_types(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
     return types | {nn.Linear: LoraLinear}
 
 
-def lm_linear_names(model: nn.Module) -> list[str]:
+def lm_linear_names(model: PreTrainedModel) -> list[str]:
     """Last name parts of the language model's linears (q_proj, …), sorted; its head is not among them."""
     language_model = model.get_submodule(LANGUAGE_MODEL)
     linears = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name for a linear; it gets PEFT's own forward pass
@@ -69,7 +69,7 @@ def target_regex(suffixes: list[str]) -> str:
 
 
 def add_lora(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     r: int = 16,
     alpha: int = 32,
@@ -78,7 +78,8 @@ def add_lora(
     init_scale: float = 0.1,
     fp32: bool = True,
 ) -> None:
-    """Injects a fresh adapter: A Kaiming uniform × `init_scale`, B zero, so that the model's output does not change yet.
+    """Injects a fresh adapter: A Kaiming uniform × `init_scale`, B zero, so that the model's output does not change
+    yet.
 
     target_modules: names of linears of the LM (None: all of them). Everything else keeps its `requires_grad`.
     """
@@ -88,7 +89,12 @@ def add_lora(
     if unknown:
         raise UsageError(f"--lora_target_modules {' '.join(unknown)}: the language model has {', '.join(known)}")
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_regex(wanted), bias="none", task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_regex(wanted),
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     inject(model, config)
     with torch.no_grad():
@@ -98,17 +104,21 @@ def add_lora(
                 parameter.mul_(init_scale)
 
 
-def inject(model: nn.Module, config: LoraConfig) -> None:
+def inject(model: PreTrainedModel, config: LoraConfig) -> None:
     """Puts the adapter that `config` describes into the language model, with our forward pass."""
     config._register_custom_module(_layer_types(model))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     inject_adapter_in_model(config, model, ADAPTER)
     model.peft_config = {ADAPTER: config}
-    model._hf_peft_config_loaded = True  # transformers' mark of an adapter: a plain Trainer trains no 4-bit model without it
+    model._hf_peft_config_loaded = (
+        True  # transformers' mark of an adapter: a plain Trainer trains no 4-bit model without it
+    )
     for name, parameter in model.named_parameters():
         # PEFT freezes all that is not its own; the projector and an unfrozen encoder stay as they were.
         parameter.requires_grad_("lora_" in name or name in trainable)
-    outside = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not n.startswith(LANGUAGE_MODEL + ".")]
+    outside = [
+        n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not n.startswith(LANGUAGE_MODEL + ".")
+    ]
     assert not outside, f"LoRA outside the language model: {outside[:3]}"
 
 

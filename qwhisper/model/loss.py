@@ -1,4 +1,4 @@
-"""Cross-entropy over the supervised positions alone, in chunks; and the plain computation that it is checked against."""
+"""Cross-entropy over supervised positions alone, in chunks; and the plain computation that it is checked against."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ def head_logits(hidden_states: Tensor, lm_head: nn.Module, softcap: float | None
 def supervised_loss(
     hidden_states: Tensor,
     labels: Tensor,
-    lm_head: nn.Module,
+    lm_head: nn.Linear,
     *,
     num_items_in_batch: int | Tensor | None = None,
     softcap: float | None = None,
@@ -26,14 +26,15 @@ def supervised_loss(
 
     hidden_states: [batch, tokens, hidden], the LM's last; labels: [batch, tokens], unshifted, -100 = not supervised.
     num_items_in_batch: supervised tokens of the whole global step; None: those given here.
-    Returns (loss, fp32 scalar; detached logits [positions, vocabulary] of the last chunk). Without any supervised token the loss is
+    Returns (loss, fp32 scalar; detached logits [positions, vocabulary] of the last chunk). Without any supervised token
+    the loss is
     0 with a zero gradient: the caller sees the count and decides.
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
     hidden_states, targets = hidden_states[:, :-1][supervised], targets[supervised]
     rows = max(1, MAX_LOGITS_AT_ONCE // lm_head.weight.shape[0])
-    last_logits: Tensor | None = None
+    last_logits = hidden_states.new_empty(0, lm_head.weight.shape[0])
 
     def chunk_loss(hidden: Tensor, target: Tensor) -> Tensor:
         nonlocal last_logits

@@ -1,7 +1,7 @@
 """Whisper's log-mel spectrogram for many windows at once, on the device that trains, without padding.
 
-Frames are gathered straight from the windows laid end to end, so a window's features cannot depend on its neighbours or on the
-longest clip of the batch. Equal to `transformers.WhisperFeatureExtractor` (its torch path) to rounding.
+Frames are gathered straight from the windows laid end to end, so a window's features cannot depend on its neighbours or
+on the longest clip of the batch. Equal to `transformers.WhisperFeatureExtractor` (its torch path) to rounding.
 """
 
 from functools import lru_cache
@@ -31,15 +31,13 @@ def _filters(num_mel_bins: int, device: torch.device) -> Tensor:
 
 
 def _window_log_mel(window: Tensor, num_mel_bins: int) -> Tensor:
-    """log10 mel power [frames, num_mel_bins] of one window [samples], floored at 1e-10, before Whisper's normalisation."""
+    """log10 mel power [frames, num_mel_bins] of one window [samples], at least -10, before Whisper's normalisation."""
     padded = torch.nn.functional.pad(window, (0, max(0, N_FFT - window.shape[0])))
     padded = torch.nn.functional.pad(padded[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0]
     frames = padded.unfold(0, N_FFT, HOP_LENGTH)[: mel_frames(window.shape[0])]
     hann = torch.hann_window(N_FFT, device=window.device)
     filters = _filters(num_mel_bins, window.device)
-    blocks = [
-        torch.fft.rfft(block * hann).abs().square() @ filters for block in frames.split(FRAMES_AT_ONCE)
-    ]
+    blocks = [torch.fft.rfft(block * hann).abs().square() @ filters for block in frames.split(FRAMES_AT_ONCE)]
     return torch.cat(blocks).clamp(min=1e-10).log10()
 
 

@@ -3,13 +3,15 @@
 Architecture only: nothing here knows of files, dialogues or training.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from qwhisper.frames import encoder_frames
-from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
+from qwhisper.model.attention import PACKED_ATTENTION, attention_for, packed_row_mask
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.loss import IGNORE_INDEX, head_logits, reference_loss, supervised_loss
@@ -26,8 +28,8 @@ class Qwen3AudioPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _no_split_modules = ["WhisperEncoderLayer"]
-    _keep_in_fp32_modules_strict = ["multi_modal_projector"]
+    _no_split_modules = ("WhisperEncoderLayer",)
+    _keep_in_fp32_modules_strict = ("multi_modal_projector",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -45,7 +47,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
         # The encoder hands its layers packed windows, which only our attention reads.
         config.audio_config._attn_implementation = PACKED_ATTENTION
         if config.text_config._attn_implementation in (None, "sdpa"):
-            config.text_config._attn_implementation = PACKED_ATTENTION
+            config.text_config._attn_implementation = attention_for(config.text_config)
         self.audio_tower = TrueLengthWhisperEncoder(config.audio_config)
         self.multi_modal_projector = AudioProjection(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -62,14 +64,17 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
         return self.audio_tower.conv1.weight.requires_grad
 
     def train(self, mode: bool = True) -> "Qwen3AudioModel":
-        """A frozen encoder stays in evaluation mode: its dropout and layer-drop would blur features that nothing learns from."""
+        """A frozen encoder stays in evaluation mode: its dropout would blur features that nothing learns from."""
         super().train(mode)
         if not self.encoder_is_trained:
             self.audio_tower.eval()
         return self
 
     def encode_audio(self, waveforms: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
-        """waveforms: [sum(lengths)] float32 at 16 kHz, windows end to end. Returns ([frames, d_model], frames of each window)."""
+        """waveforms: [sum(lengths)] float32 at 16 kHz, windows end to end.
+
+        Returns ([frames, d_model], frames of each window).
+        """
         device = self.audio_tower.conv1.weight.device
         mel, mel_lengths = packed_log_mel(waveforms.to(device), lengths, self.config.audio_config.num_mel_bins)
         return self.encode_mel(mel, mel_lengths)
@@ -90,7 +95,8 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Projected audio tokens of all windows, in order; exactly one of the three inputs.
 
-        input_features: [windows, num_mel_bins, mel_frames] with input_features_mask [windows, mel_frames], the processor's.
+        input_features: [windows, num_mel_bins, mel_frames] with input_features_mask [windows, mel_frames], the
+        processor's.
         audio_waveforms: [samples] float32, windows end to end, audio_lengths [windows] their samples, the collator's.
         audio_features: [frames, d_model], cached encoder output, audio_lengths [windows] their frames.
         Returns last_hidden_state [frames, d_model] and pooler_output [tokens, hidden_size] in the projector's dtype.
@@ -102,8 +108,10 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
                 input_features_mask = input_features.new_ones(input_features.shape[::2], dtype=torch.bool)
             mask = input_features_mask.bool()
             frames, lengths = self.encode_mel(input_features.transpose(1, 2)[mask], mask.sum(-1).tolist())
-        else:
+        elif audio_features is not None:
             frames, lengths = audio_features, audio_lengths.tolist()
+        else:
+            raise ValueError(f"no audio: pass one of {', '.join(AUDIO_INPUTS)}")
         projector_device = self.multi_modal_projector.linear_1.weight.device
         tokens = self.multi_modal_projector(frames.to(projector_device), lengths)
         return BaseModelOutputWithPooling(last_hidden_state=frames, pooler_output=tokens)
@@ -115,12 +123,12 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
         if found != wanted:
             raise ValueError(
                 f"{found} audio placeholders in input_ids, but the audio gives {wanted} tokens: "
-                "both must come from the same processor (silence, stack and audio_token_id are part of its configuration)"
+                "both must come from the same processor, whose configuration holds silence, stack and audio_token_id"
             )
         return mask
 
     def embed(self, input_ids: Tensor, **audio) -> Tensor:
-        """Text embeddings with the audio tokens put in at the placeholders: [batch, tokens, hidden_size], the LM's dtype."""
+        """Text embeddings with the audio tokens at the placeholders: [batch, tokens, hidden_size], the LM's dtype."""
         given = [name for name in AUDIO_INPUTS if audio.get(name) is not None]
         if len(given) > 1:
             raise ValueError(f"pass one of {', '.join(AUDIO_INPUTS)}, not {' and '.join(given)}")
@@ -148,9 +156,12 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """The LM's output for `input_ids` with audio, see `get_audio_features`, or for ready `inputs_embeds`.
 
-        A packed row is one with `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` and restarting `position_ids`.
+        A packed row is one with `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` and restarting
+        `position_ids`.
         """
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("pass input_ids or inputs_embeds")
             inputs_embeds = self.embed(
                 input_ids,
                 input_features=input_features,
@@ -196,19 +207,19 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads a whole model, or, from a folder of trained weights (projector, adapter), the bases it names and then these.
+        """Loads a whole model, or, from a folder of trained weights (projector, adapter), the bases it names and then
+        these.
 
-        For a folder of trained weights the keywords are the fields of `loading.LoadOptions` (dtype, device_map, load_in_4bit …)
-        and audio_model, text_model, where a base has moved. Weights that are missing are an error, not a warning.
+        For a folder of trained weights the keywords are the fields of `loading.LoadOptions` (dtype, device_map,
+        load_in_4bit …) and audio_model, text_model, where a base has moved. Weights that are missing are an error, not
+        a warning.
         """
         from qwhisper.model.loading import is_trained_folder, load_for_user, refuse_missing
 
         if is_trained_folder(pretrained_model_name_or_path):
             return load_for_user(pretrained_model_name_or_path, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         refuse_missing("the model", pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model
 
@@ -219,7 +230,9 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         if self.config.text_base is not None:
             return save_trained(self, save_directory)
         if getattr(self, "peft_config", None):
-            raise ValueError("a model with LoRA whose text_base is not known can't be saved: set config.text_base, or merge LoRA")
+            raise ValueError(
+                "a model with LoRA whose text_base is not known can't be saved: set config.text_base, or merge LoRA"
+            )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -231,7 +244,9 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
     def enable_input_require_grads(self) -> None:
         """For the text embeddings alone; the library's own would hook the frozen encoder's convolution as well."""
         self._require_grads_hooks = [
-            self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+            self.get_input_embeddings().register_forward_hook(
+                lambda module, inputs, output: output.requires_grad_(True)
+            )
         ]
 
     def get_audio_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
@@ -263,9 +278,10 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
     ) -> CausalLMOutputWithPast:
         """input_ids: [batch, tokens] int64; audio: see `Qwen3AudioModel.get_audio_features`.
 
-        labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is the loss alone (sum over
-        supervised tokens / num_items_in_batch, or their mean), and no full logits exist; without, logits [batch, tokens or
-        logits_to_keep, vocabulary]. valid_label_count travels in our batches for whoever reports it, and is not used.
+        labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is the loss alone
+        (sum over supervised tokens / num_items_in_batch, or their mean), and no full logits exist; without, logits
+        [batch, tokens or logits_to_keep, vocabulary]. valid_label_count travels in our batches for whoever reports it,
+        and is not used.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -290,7 +306,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
     def _loss(self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
-        keywords = {"num_items_in_batch": num_items_in_batch, "softcap": self._softcap}
+        keywords: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "softcap": self._softcap}
         self.last_valid_label_count = (labels[:, 1:] != IGNORE_INDEX).sum()
         loss, self.last_logits = supervised_loss(hidden_states, labels, self.lm_head, **keywords)
         self.last_loss = loss.detach()
@@ -300,7 +316,8 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
-        """transformers' `generate` for prompts with audio: left-padded `input_ids` and `attention_mask`, and one audio input.
+        """transformers' `generate` for prompts with audio: left-padded `input_ids` and `attention_mask`, and one audio
+        input.
 
         The audio is put into the prompt's embeddings once; ids, cache, beams and streamers then work as for any LM. The
         placeholder itself is never generated.
@@ -315,11 +332,4 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
             given = generation_config or self.generation_config
             suppressed = kwargs.pop("suppress_tokens", None) or given.suppress_tokens or []
             kwargs["suppress_tokens"] = [*suppressed, self.config.audio_token_id]
-            return super().generate(input_ids, generation_config=generation_config, **kwargs)
-        # The id has no logit, and whoever looks up the logits of the prompt's tokens (repetition_penalty) would fall out of them.
-        placeholders = input_ids == self.config.audio_token_id
-        output = super().generate(input_ids.masked_fill(placeholders, 0), generation_config=generation_config, **kwargs)
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        copies = sequences.shape[0] // input_ids.shape[0]
-        sequences[:, : input_ids.shape[1]] = input_ids.repeat_interleave(copies, dim=0)
-        return output
+        return super().generate(input_ids, generation_config=generation_config, **kwargs)

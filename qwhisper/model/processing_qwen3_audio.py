@@ -1,6 +1,5 @@
 """The processor: text with audio placeholders and clips in, token ids and log-mel features out."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from qwhisper.model.mel import packed_log_mel
 def add_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Makes the placeholder a token and returns its id: the next free one.
 
-    Qwen3 has 151,669 tokens in 151,936 rows, so this takes a spare row; where an LM has none the id lies outside its vocabulary,
-    which the model allows for.
+    Qwen3 has 151,669 tokens in 151,936 rows, so this takes a spare row; where an LM has none the id lies outside its
+    vocabulary, which the model allows for.
     """
     tokenizer.add_tokens(AddedToken(AUDIO_TOKEN, special=True, normalized=False), special_tokens=True)
     return tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
@@ -28,10 +27,11 @@ def add_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
 class Qwen3AudioProcessor(ProcessorMixin):
     """Feature extractor + tokenizer + the lengths that the model was trained with.
 
-    `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and as many clips, each a file or a waveform at
-    16 kHz, of any length; returns input_ids, attention_mask (left-padded), input_features [windows, mel bins, frames] and
-    input_features_mask [windows, frames]. `apply_chat_template` takes messages with `{"type": "audio", "audio" | "path": ...}`
-    parts. It trusts its texts, as transformers does: a `<|im_end|>` in them becomes that token (the collator's does not).
+    `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and as many clips, each a file or a
+    waveform at 16 kHz, of any length; returns input_ids, attention_mask (left-padded), input_features [windows, mel
+    bins, frames] and input_features_mask [windows, frames]. `apply_chat_template` takes messages with `{"type":
+    "audio", "audio" | "path": ...}` parts. It trusts its texts, as transformers does: a `<|im_end|>` in them becomes
+    that token (the collator's does not).
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class Qwen3AudioProcessor(ProcessorMixin):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def for_model(cls, feature_extractor, tokenizer, config: Qwen3AudioConfig, chat_template: str) -> "Qwen3AudioProcessor":
+    def for_model(
+        cls, feature_extractor, tokenizer, config: Qwen3AudioConfig, chat_template: str
+    ) -> "Qwen3AudioProcessor":
         """The processor whose lengths are those of `config`."""
         return cls(
             feature_extractor,
@@ -87,22 +89,32 @@ class Qwen3AudioProcessor(ProcessorMixin):
         return super().__call__(text=text, audio=None if audio is None else _as_waveforms(audio), **kwargs)
 
     def apply_chat_template(
-        self, conversation, *, tokenize: bool = False, return_dict: bool = False, processor_kwargs: dict | None = None, **kwargs
+        self,
+        conversation,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
     ):
         """Text, or with `tokenize` input_ids, or with `return_dict` as well all that the model takes.
 
-        Arguments as in transformers. Its own way of reading audio parts needs librosa or torchcodec; here every file that
-        soundfile knows is read. A prompt has the empty think block that every answer was trained behind.
+        Arguments as in transformers. Its own way of reading audio parts needs librosa or torchcodec; here every file
+        that soundfile knows is read. A prompt has the empty think block that every answer was trained behind.
         """
         return_tensors = kwargs.pop("return_tensors", "pt")
         kwargs.setdefault("enable_thinking", False)
         text = super().apply_chat_template(conversation, tokenize=False, **kwargs)
         if not tokenize:
             return text
-        messages = conversation if isinstance(conversation[0], dict) else [m for dialogue in conversation for m in dialogue]
-        clips = [clip for message in messages for clip in _clips(message)]
+        dialogues = [conversation] if isinstance(conversation[0], dict) else conversation
+        clips = [clip for dialogue in dialogues for message in dialogue for clip in _clips(message)]
         inputs = self(
-            text=text, audio=clips or None, return_tensors=return_tensors, add_special_tokens=False, **(processor_kwargs or {})
+            text=text,
+            audio=clips or None,
+            return_tensors=return_tensors,
+            add_special_tokens=False,
+            **(processor_kwargs or {}),
         )
         return inputs if return_dict else inputs["input_ids"]
 
@@ -119,11 +131,13 @@ class Qwen3AudioProcessor(ProcessorMixin):
 
 def _clips(message: dict) -> list:
     """The audio parts of a message: files or waveforms."""
-    parts = message["content"] if isinstance(message["content"], Sequence) and not isinstance(message["content"], str) else []
+    parts = [] if isinstance(message["content"], str) else message["content"]
     return [part.get("audio", part.get("path")) for part in parts if part["type"] == "audio"]
 
 
 def _as_waveforms(audio) -> list[np.ndarray]:
     """One clip or several, each a file or a waveform, as waveforms."""
     one = isinstance(audio, str | Path) or (not isinstance(audio[0], str | Path) and np.ndim(audio[0]) == 0)
-    return [load_audio(clip) if isinstance(clip, str | Path) else np.asarray(clip) for clip in ([audio] if one else audio)]
+    return [
+        load_audio(clip) if isinstance(clip, str | Path) else np.asarray(clip) for clip in ([audio] if one else audio)
+    ]

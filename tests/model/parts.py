@@ -21,26 +21,34 @@ from qwhisper.model.loading import assemble
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 
 VOCABULARY = 96
-SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+SPECIAL = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+SHAPE = SPECIAL | {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 SLIDING_WINDOW = 7
 
 
-def text_config(family: str, **values) -> PreTrainedConfig:
+def text_config(family: str) -> PreTrainedConfig:
     if family == "gpt2":
-        return GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0,
-                          attn_pdrop=0.0, eos_token_id=1, bos_token_id=2, pad_token_id=0, **values)  # fmt: skip
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        shape = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        return GPT2Config(**SPECIAL, **no_dropout, **shape)
     if family == "gemma3":
         layers = ["sliding_attention", "full_attention"]
-        return Gemma3TextConfig(**SHAPE, sliding_window=SLIDING_WINDOW, layer_types=layers, query_pre_attn_scalar=8, **values)
-    return {"qwen3": Qwen3Config, "llama": LlamaConfig}[family](**SHAPE, **values)
+        return Gemma3TextConfig(**SHAPE, sliding_window=SLIDING_WINDOW, layer_types=layers, query_pre_attn_scalar=8)
+    return {"qwen3": Qwen3Config, "llama": LlamaConfig}[family](**SHAPE)
 
 
-def whisper_config(**values) -> WhisperConfig:
-    base = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 80,
-            "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 50, "pad_token_id": 0,
-            "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}  # fmt: skip
-    return WhisperConfig(**base | values)
+def whisper_config() -> WhisperConfig:
+    encoder = {"encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "num_mel_bins": 80}
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "decoder_start_token_id": 1}
+    return WhisperConfig(d_model=16, vocab_size=50, **SPECIAL, **encoder, **decoder)
 
 
 def large_weights(module: nn.Module) -> None:
@@ -51,9 +59,13 @@ def large_weights(module: nn.Module) -> None:
                 parameter.normal_(0, 0.1)
 
 
-def small_model(family: str = "qwen3", *, audio_token_id: int = VOCABULARY - 1, **config_values) -> Qwen3AudioForConditionalGeneration:
+def small_model(
+    family: str = "qwen3", *, audio_token_id: int = VOCABULARY - 1, **config_values
+) -> Qwen3AudioForConditionalGeneration:
     """A joined model in fp32; its LM's weights are large enough that audio and attention matter."""
-    encoder = TrueLengthWhisperEncoder._from_config(whisper_config(), attn_implementation=PACKED_ATTENTION).requires_grad_(False)
+    encoder = TrueLengthWhisperEncoder._from_config(
+        whisper_config(), attn_implementation=PACKED_ATTENTION
+    ).requires_grad_(False)
     language_model = AutoModelForCausalLM.from_config(text_config(family), attn_implementation=PACKED_ATTENTION)
     large_weights(language_model)
     language_model.requires_grad_(False)

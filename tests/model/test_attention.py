@@ -2,12 +2,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Gemma2Config
 
 from qwhisper.data.collator import pack_samples, pad_samples
-from qwhisper.model import attention
-from qwhisper.model.attention import packed_attention_forward
+from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, attention
+from qwhisper.model.attention import attention_for, packed_attention_forward
 from qwhisper.model.lora import add_lora
-from tests.model.parts import SLIDING_WINDOW, gradients, large_weights, make_sample, small_model
+from tests.model.parts import (
+    SHAPE,
+    SLIDING_WINDOW,
+    VOCABULARY,
+    gradients,
+    large_weights,
+    make_sample,
+    small_model,
+    text_config,
+    whisper_config,
+)
 
 FAMILIES = ["qwen3", "gemma3", "gpt2"]  # grouped-query heads; sliding window; learned positions and no grouped heads
 _MODELS: dict = {}
@@ -99,8 +110,18 @@ def test_the_ordinary_path_equals_transformers_eager_attention(family):
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_left_padded_generation_equals_each_prompt_alone(family, num_beams):
     model = trainable_model(family).eval()
-    prompts = [make_sample(model, [5, 4], [4000], seed=3), make_sample(model, [21], seed=4), make_sample(model, [3, 2, 2], [900, 2500])]
-    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": num_beams, "eos_token_id": None, "pad_token_id": 0}
+    prompts = [
+        make_sample(model, [5, 4], [4000], seed=3),
+        make_sample(model, [21], seed=4),
+        make_sample(model, [3, 2, 2], [900, 2500]),
+    ]
+    settings = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "num_beams": num_beams,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     together = model.generate(**pad_samples(prompts, pad_token_id=0, padding_side="left"), **settings)
     for prompt, row in zip(prompts, together, strict=True):
         alone = model.generate(**pad_samples([prompt], pad_token_id=0, padding_side="left"), **settings)
@@ -117,10 +138,28 @@ def test_packed_rows_need_our_attention():
 
 
 @pytest.mark.parametrize("extra", [{"softcap": 50.0}, {"s_aux": torch.zeros(2)}])
-def test_what_packed_rows_cannot_do_is_refused(extra):
+def test_what_our_attention_would_leave_out_is_refused(extra):
     heads = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="soft-capping nor attention sinks"):
-        packed_attention_forward(torch.nn.Module(), heads, heads, heads, None, cu_seq_lens_q=torch.tensor([0, 4]), max_length_q=4, **extra)
+    with pytest.raises(ValueError, match="knows neither soft-capping nor sinks"):
+        packed_attention_forward(
+            torch.nn.Module(), heads, heads, heads, None, cu_seq_lens_q=torch.tensor([0, 4]), max_length_q=4, **extra
+        )
+
+
+@torch.no_grad()
+def test_a_language_model_with_soft_capped_scores_runs_in_eager_attention():
+    capped = Gemma2Config(**SHAPE, attn_logit_softcapping=1.0, query_pre_attn_scalar=8)
+    assert attention_for(capped) == "eager"
+    assert attention_for(text_config("gemma3")) == attention.PACKED_ATTENTION
+    config = Qwen3AudioConfig(audio_config=whisper_config(), text_config=capped, audio_token_id=VOCABULARY - 1)
+    model = Qwen3AudioForConditionalGeneration(config).eval()
+    large_weights(model)
+    inputs = pad_samples([make_sample(model, [9])], pad_token_id=0, padding_side="left")
+    before = model(**inputs).logits
+    for module in model.modules():
+        if getattr(module, "attn_logit_softcapping", None):
+            module.attn_logit_softcapping = 100.0
+    assert not torch.allclose(model(**inputs).logits, before, atol=1e-4)
 
 
 def test_grouped_heads_are_told_to_a_varlen_that_asks(monkeypatch):

@@ -7,10 +7,10 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from qwhisper.data.collator import pack_samples
 from qwhisper.errors import UsageError
 from qwhisper.model.lora import LoraLinear, add_lora, lm_linear_names, lora_parameters, target_regex
 from tests.model.parts import make_sample, small_model
-from qwhisper.data.collator import pack_samples
 
 QWEN3_LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -26,12 +26,17 @@ def test_every_linear_of_the_language_model_and_none_outside_is_adapted():
     layers = lora_layers(model)
     assert len(layers) == 2 * len(QWEN3_LINEARS)
     assert all(name.startswith("model.language_model.layers.") for name in layers)
+    assert {type(model.get_submodule(name)) for name in layers} == {LoraLinear}
     assert type(model.lm_head) is nn.Linear
 
 
 def test_peft_suffixes_alone_would_have_hit_the_encoder():
     """What the anchored expression is for."""
-    encoder_linears = {name.rsplit(".", 1)[-1] for name, m in small_model().model.audio_tower.named_modules() if isinstance(m, nn.Linear)}
+    encoder_linears = {
+        name.rsplit(".", 1)[-1]
+        for name, m in small_model().model.audio_tower.named_modules()
+        if isinstance(m, nn.Linear)
+    }
     assert {"q_proj", "k_proj", "v_proj"} <= encoder_linears
     assert target_regex(["q_proj"]).startswith(r"model\.language_model\.")
 
@@ -82,7 +87,9 @@ def test_adapters_and_what_was_trainable_before_are_all_that_is_trained():
     model = small_model()
     add_lora(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {name for name in dict(model.named_parameters()) if "lora_" in name or "multi_modal_projector" in name}
+    assert trained == {
+        name for name in dict(model.named_parameters()) if "lora_" in name or "multi_modal_projector" in name
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,7 +116,9 @@ def test_forward_equals_peft_own_in_value_and_gradients(dtype):
 
 def test_no_fp32_copy_of_a_layers_input_is_kept_for_the_backward_pass():
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["x"])
-    layer = LoraLinear(nn.Linear(64, 64).bfloat16().requires_grad_(False), "default", config=config, r=4, lora_alpha=8).bfloat16()
+    layer = LoraLinear(
+        nn.Linear(64, 64).bfloat16().requires_grad_(False), "default", config=config, r=4, lora_alpha=8
+    ).bfloat16()
     layer.lora_A.float()
     layer.lora_B.float()
 

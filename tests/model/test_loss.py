@@ -25,7 +25,9 @@ def with_gradients(function, hidden_states, labels, head, **keywords):
 def torch_loss(hidden_states, labels, head, softcap=None):
     logits = head(hidden_states)[:, :-1]
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    return nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), ignore_index=-100), logits
+    return nn.functional.cross_entropy(
+        logits.reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), ignore_index=-100
+    ), logits
 
 
 @pytest.mark.parametrize("rows_at_once", [1000, 4, 1])

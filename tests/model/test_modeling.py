@@ -44,7 +44,7 @@ def test_waveforms_features_and_cached_encoder_output_give_the_same_loss():
 
 def test_only_one_audio_input_is_taken():
     model = small_model()
-    with pytest.raises(ValueError, match="pass one of .*, not audio_waveforms and input_features"):
+    with pytest.raises(ValueError, match=r"pass one of .*, not audio_waveforms and input_features"):
         model(**audio_batch(model), **as_input_features(model, CLIPS))
 
 
@@ -54,7 +54,8 @@ def test_tokens_of_a_clip_are_frames_num_tokens_for_clips_of_any_length():
     for num_samples in (1, 800, 16_000, 31 * 16_000):
         windows = clip_windows(noise(num_samples), frames)
         tokens = model.get_audio_features(
-            audio_waveforms=torch.from_numpy(np.concatenate(windows)), audio_lengths=torch.tensor([len(w) for w in windows])
+            audio_waveforms=torch.from_numpy(np.concatenate(windows)),
+            audio_lengths=torch.tensor([len(w) for w in windows]),
         ).pooler_output
         assert tokens.shape == (frames.num_tokens(num_samples), 32)
 
@@ -65,13 +66,19 @@ def test_the_second_window_of_a_long_clip_is_heard():
     waveform = noise(31 * 16_000)
     windows = clip_windows(waveform, model.config.frames)
     assert len(windows) == 2
-    whole = model.get_audio_features(audio_waveforms=torch.from_numpy(waveform), audio_lengths=torch.tensor([len(w) for w in windows]))
-    second = model.get_audio_features(audio_waveforms=torch.from_numpy(windows[1]), audio_lengths=torch.tensor([len(windows[1])]))
+    whole = model.get_audio_features(
+        audio_waveforms=torch.from_numpy(waveform), audio_lengths=torch.tensor([len(w) for w in windows])
+    )
+    second = model.get_audio_features(
+        audio_waveforms=torch.from_numpy(windows[1]), audio_lengths=torch.tensor([len(windows[1])])
+    )
     rest = second.pooler_output.shape[0]
     torch.testing.assert_close(whole.pooler_output[-rest:], second.pooler_output, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("drop", "message"), [("audio", "audio gives 0 tokens"), ("placeholders", "0 audio placeholders in input_ids")])
+@pytest.mark.parametrize(
+    ("drop", "message"), [("audio", "audio gives 0 tokens"), ("placeholders", "0 audio placeholders in input_ids")]
+)
 def test_placeholders_and_audio_must_agree(drop, message):
     model = small_model()
     batch = audio_batch(model)
@@ -85,11 +92,15 @@ def test_placeholders_and_audio_must_agree(drop, message):
 
 def test_a_frozen_encoder_stays_in_eval_mode_and_off_the_graph():
     model = small_model().train()
+    # As the library's own enable_input_require_grads does, which others may call on the encoder.
+    model.model.audio_tower.conv1.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     assert model.model.language_model.training
     assert not model.model.audio_tower.training
     model(**audio_batch(model)).loss.backward()
     assert {name for name in gradients(model) if "multi_modal_projector" not in name} == set()
-    assert not model.get_audio_features(audio_waveforms=torch.zeros(800), audio_lengths=torch.tensor([800])).last_hidden_state.requires_grad
+    assert not model.get_audio_features(
+        audio_waveforms=torch.zeros(800), audio_lengths=torch.tensor([800])
+    ).last_hidden_state.requires_grad
 
 
 def test_an_encoder_that_is_trained_is_in_train_mode_and_gets_gradients():
@@ -172,7 +183,9 @@ def test_any_causal_lm_joins_learns_and_answers(family):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
-    output = model.eval().generate(**prompt(model, [4, 3], [2000]), max_new_tokens=5, eos_token_id=None, do_sample=False)
+    output = model.eval().generate(
+        **prompt(model, [4, 3], [2000]), max_new_tokens=5, eos_token_id=None, do_sample=False
+    )
     assert output.shape[1] == prompt(model, [4, 3], [2000])["input_ids"].shape[1] + 5
 
 
@@ -184,7 +197,13 @@ def test_text_alone_is_answered_as_by_the_bare_language_model(family, settings):
     bare.base_model.load_state_dict(model.model.language_model.state_dict())
     bare.lm_head.load_state_dict(model.lm_head.state_dict())
     inputs = prompt(model, [9])
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "suppress_tokens": [VOCABULARY - 1], **settings}
+    settings = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+        "suppress_tokens": [VOCABULARY - 1],
+        **settings,
+    }
     assert torch.equal(model.generate(**inputs, **settings), bare.generate(**inputs, **settings))
 
 
@@ -222,7 +241,12 @@ def test_a_placeholder_outside_the_vocabulary_works_in_training_and_generation()
     torch.manual_seed(0)
     spare = small_model(audio_token_id=VOCABULARY - 1)
     assert torch.equal(model(**audio_batch(model)).loss, spare(**audio_batch(spare)).loss)
-    for settings in ({}, {"repetition_penalty": 1.5}, {"num_beams": 2, "num_return_sequences": 2}, {"no_repeat_ngram_size": 2}):
+    for settings in (
+        {},
+        {"repetition_penalty": 1.5},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"no_repeat_ngram_size": 2},
+    ):
         inputs = prompt(model, [5, 4], [5000])
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, **settings)
         assert torch.equal(output[:, :-6], inputs["input_ids"].expand(len(output), -1))

@@ -55,7 +55,10 @@ def test_text_and_clips_become_placeholders_and_features(processor):
 
 def test_several_texts_are_padded_on_the_left(processor):
     inputs = processor(text=["a<|audio_pad|>", "bcd"], audio=tone(300, 0.1))
-    assert inputs["attention_mask"].tolist() == [[1] * inputs["input_ids"].shape[1], [0] * (inputs["input_ids"].shape[1] - 3) + [1] * 3]
+    assert inputs["attention_mask"].tolist() == [
+        [1] * inputs["input_ids"].shape[1],
+        [0] * (inputs["input_ids"].shape[1] - 3) + [1] * 3,
+    ]
     assert processor.tokenizer.decode(inputs["input_ids"][1, -3:]) == "bcd"
 
 
@@ -66,7 +69,7 @@ def test_a_clip_beyond_thirty_seconds_has_several_windows(processor):
 
 
 def test_clips_and_placeholders_must_agree(processor):
-    with pytest.raises(ValueError, match="number of .*audio_pad.* tokens in the prompts should be the same"):
+    with pytest.raises(ValueError, match=r"number of .*audio_pad.* tokens in the prompts should be the same"):
         processor(text="<|audio_pad|>", audio=[tone(300, 0.1), tone(300, 0.1)])
 
 
@@ -77,7 +80,10 @@ def test_a_chat_with_files_needs_soundfile_alone(processor, clip_file, key):
         dialogue({"type": "audio", key: clip_file}), add_generation_prompt=True, tokenize=True, return_dict=True
     )
     given = processor.apply_chat_template(
-        dialogue({"type": "audio", "audio": load_audio(clip_file)}), add_generation_prompt=True, tokenize=True, return_dict=True
+        dialogue({"type": "audio", "audio": load_audio(clip_file)}),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
     )
     assert sorted(inputs) == ["attention_mask", "input_features", "input_features_mask", "input_ids"]
     for name, value in inputs.items():
@@ -91,7 +97,10 @@ def test_a_chat_prompt_equals_the_prompt_that_was_trained_on(joined, clip_file):
         dialogue({"type": "audio", "audio": clip_file}), add_generation_prompt=True, tokenize=True, return_dict=True
     )
     collator = ConversationCollator(
-        processor.tokenizer, processor.frames, audio_token_id=processor.audio_token_id, chat_template=processor.chat_template
+        processor.tokenizer,
+        processor.frames,
+        audio_token_id=processor.audio_token_id,
+        chat_template=processor.chat_template,
     )
     messages = [
         Message("system", ("Be brief.",)),
@@ -137,6 +146,9 @@ def test_the_placeholder_takes_qwen3s_first_spare_row(shared):
 
 def test_float64_waveforms_are_taken_as_well(processor):
     clip = tone(300, 0.2)
-    inputs = [processor(text="<|audio_pad|>", audio=c)["input_features"] for c in (clip, clip.astype(np.float64), clip.tolist())]
+    inputs = [
+        processor(text="<|audio_pad|>", audio=c)["input_features"]
+        for c in (clip, clip.astype(np.float64), clip.tolist())
+    ]
     assert inputs[0].equal(inputs[1])
     assert inputs[0].equal(inputs[2])

@@ -6,7 +6,7 @@ from torch import nn
 
 from qwhisper.data.collator import pack_samples, pad_samples
 from qwhisper.model.loading import LoadOptions, build_from_bases, load_trained
-from qwhisper.model.lora import add_lora, lora_parameters
+from qwhisper.model.lora import LoraLinear, add_lora, lora_parameters
 from tests.model.parts import gradients, make_sample
 from tests.small import write_small_bases
 
@@ -36,6 +36,8 @@ def test_the_language_models_linears_are_in_4_bit_and_nothing_else(model):
     names = four_bit_names(model)
     assert len(names) == 14
     assert all(name.startswith("model.language_model.layers.") for name in names)
+    adapted = [model.get_submodule(name.removesuffix(".base_layer")) for name in names]
+    assert {type(module).forward for module in adapted} == {LoraLinear.forward}
     assert type(model.lm_head) is nn.Linear
     assert {p.dtype for p in model.model.audio_tower.parameters()} == {torch.float32}
     assert {p.dtype for p in model.model.multi_modal_projector.parameters()} == {torch.float32}
@@ -60,7 +62,7 @@ def test_it_learns_and_its_base_stays(model):
 
 
 def test_gradients_are_the_same_after_a_pass_in_evaluation_mode(model):
-    """bitsandbytes repacks the weights in such a pass on CPUs with AVX512-BF16, and its matrix product then has no gradient."""
+    """On CPUs with AVX512-BF16 bitsandbytes would repack the weights in it, and pass no gradient on from then on."""
     batch = pack_samples([make_sample(model, [6, 5], [3000])])
     model.train()(**batch).loss.backward()
     expected = gradients(model)

@@ -1,0 +1,212 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from qwhisper.cli import main as cli
+from qwhisper.data.conversation import AudioClip, Conversation, Message, read_conversations
+from qwhisper.errors import DataError
+from qwhisper.evaluate import run as run_module
+from qwhisper.evaluate.run import NO_KIND, evaluate_model
+from qwhisper.frames import SAMPLE_RATE
+from qwhisper.train.executor import Executor
+from tests.small import tone, write_dialogues
+
+PITCHES = {"low": 200.0, "high": 800.0}
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> list[Conversation]:
+    """16 dialogues: is the tone low or high, in half of them asked about again, and two without audio."""
+    folder = tmp_path_factory.mktemp("tones")
+    dialogues = []
+    for n in range(14):
+        word = ("low", "high", "high")[n % 3]
+        soundfile.write(folder / f"{n}.wav", tone(PITCHES[word], 0.2 + 0.02 * n), SAMPLE_RATE)
+        clip = AudioClip(str(folder / f"{n}.wav"), transcript=word)
+        messages = [Message("user", (clip, "Pitch?")), Message("assistant", (f"{word.title()}.",), kind="pitch")]
+        if n % 2:
+            sure = Message("assistant", ("yes" if word == "low" else "no",), kind="again")
+            messages += [Message("user", ("Was it low?",)), sure]
+        dialogues.append(Conversation(f"d{n}", tuple(messages), f"file:{n}"))
+    hello = (Message("user", ("Hello",)), Message("assistant", ("Hi.",)))
+    return [*dialogues, *(Conversation(f"t{n}", hello, f"file:{n + 14}") for n in range(2))]
+
+
+def heard(prompt) -> str:
+    """What the prompt's only clip is, by its zero crossings."""
+    wave = prompt.windows[0]
+    sounding = wave[: int(np.flatnonzero(wave)[-1])]
+    crossings = np.count_nonzero(np.diff(np.signbit(sounding))) * SAMPLE_RATE / len(sounding) / 2
+    return "low" if crossings < 500 else "high"
+
+
+def listener(model, collator, prompts, max_new_tokens, batch_size):
+    """Answers as somebody who hears well."""
+    answers = []
+    for prompt in prompts:
+        text = collator.tokenizer.decode(prompt.input_ids)
+        again = "Was it low?" in text
+        answers.append(
+            "Hi" if not prompt.windows else heard(prompt) if not again else "yes" if heard(prompt) == "low" else "no"
+        )
+    return answers
+
+
+def deaf(model, collator, prompts, max_new_tokens, batch_size):
+    """Answers from the text alone: the majority's answer."""
+    texts = [collator.tokenizer.decode(prompt.input_ids) for prompt in prompts]
+    return ["no" if "Was it low?" in text else "high" if "Pitch?" in text else "Hi" for text in texts]
+
+
+def test_who_listens_is_right_and_follows_swapped_audio(small_model, conversations, monkeypatch):
+    monkeypatch.setattr(run_module, "answer_prompts", listener)
+    result = evaluate_model(*small_model, conversations)
+    assert (result["turns"], result["dialogues"], result["turns_swapped"]) == (1.0, 1.0, 0.0)
+    assert (result["wer"], result["cer"]) == (0.0, 0.0)
+    assert result["counts"] == {
+        "dialogues": 16, "turns": 23, "swapped": 21, "swapped_same_question": 21, "without_audio": 2, "not_swapped": 0,
+    }  # fmt: skip
+    assert [record["answer"] for record in result["answers"]] == [
+        record["reference"].lower().strip(".") if record["kind"] != NO_KIND else "Hi" for record in result["answers"]
+    ]
+
+
+def test_who_guesses_scores_the_majority_with_any_audio(small_model, conversations, monkeypatch):
+    monkeypatch.setattr(run_module, "answer_prompts", deaf)
+    result = evaluate_model(*small_model, conversations)
+    pitch, again, hello = (result["kinds"][kind] for kind in ("pitch", "again", NO_KIND))
+    assert pitch == {"n": 14, "turns": 9 / 14, "swapped": 9 / 14, "majority": 9 / 14}
+    assert again["n"] == 7
+    assert again["turns"] == again["swapped"] == again["majority"]
+    assert hello == {"n": 2, "turns": 1.0, "swapped": None, "majority": 1.0}
+    right = 9 + round(7 * again["turns"])
+    assert result["turns"] == result["majority"] == pytest.approx((right + 2) / 23)
+    assert result["turns_swapped"] == pytest.approx(right / 21)
+    assert result["dialogues"] < result["turns"]
+
+
+def test_loss_is_that_of_training_and_gain_that_of_the_swap(small_model, conversations):
+    model, collator = small_model
+    result = evaluate_model(model, collator, conversations, max_new_tokens=2)
+    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=collator.pad_token_id)
+    rows = [row for conversation in conversations for row in collator.encode_rows(conversation)]
+    assert result["loss"] == pytest.approx(executor.evaluate(rows), rel=1e-5)
+    spoken = executor.evaluate([row for row in rows if row.windows])  # every turn after audio has a partner here
+    assert result["loss_unswapped"] == pytest.approx(spoken, rel=1e-5)
+    assert result["listening_gain"] == pytest.approx(result["loss_swapped"] - result["loss_unswapped"])
+    assert abs(result["listening_gain"]) > 1e-3  # random weights hear, though they understand nothing
+
+
+def test_model_that_hears_nothing_gains_nothing(small_model, conversations):
+    model, collator = small_model
+    projector = model.model.multi_modal_projector.linear_2
+    loud = projector.weight.detach().clone()
+    with torch.no_grad():
+        projector.weight.zero_()
+    # The same number of windows and tokens, or the rows themselves would differ.
+    one_length = [c for c in conversations if c.clips]
+    same = [_of_one_length(conversation) for conversation in one_length]
+    try:
+        result = evaluate_model(model, collator, same, max_new_tokens=4)
+    finally:
+        with torch.no_grad():
+            projector.weight.copy_(loud)
+    assert result["listening_gain"] == pytest.approx(0.0, abs=1e-5)
+    assert all(record["answer"] == record["swapped_answer"] for record in result["answers"])
+
+
+def _of_one_length(conversation: Conversation) -> Conversation:
+    """The dialogue with only the first 0.2 s of its clip."""
+    first, *rest = conversation.messages
+    clip, text = first.content
+    cut = Message("user", (AudioClip(clip.path, 0.0, 0.2, clip.transcript), text))
+    return Conversation(conversation.id, (cut, *rest), conversation.source)
+
+
+def test_batches_change_nothing(small_model, conversations, monkeypatch):
+    results = []
+    for batch_size, at_once in ((1, 256), (5, 256), (3, 7)):
+        monkeypatch.setattr(run_module, "DIALOGUES_AT_ONCE", at_once)
+        results.append(evaluate_model(*small_model, conversations, batch_size=batch_size, max_new_tokens=4))
+    for other in results[1:]:
+        assert other["answers"] == results[0]["answers"]
+        for name in ("loss", "loss_swapped", "loss_unswapped"):
+            assert other[name] == pytest.approx(results[0][name], rel=1e-5)
+    assert len({record["answer"] for record in results[0]["answers"]}) > 3
+
+
+def test_prompts_are_what_is_served(small_model, conversations, monkeypatch):
+    model, collator = small_model
+    seen = []
+    monkeypatch.setattr(
+        run_module, "answer_prompts", lambda m, c, prompts, n, size: seen.extend(prompts) or [""] * len(prompts)
+    )
+    thought = Message("assistant", ("Low.",), reasoning="It sounds low.")
+    with_reasoning = Conversation("r", (*conversations[0].messages[:1], thought, *conversations[1].messages), "file:r")
+    evaluate_model(model, collator, [*conversations, with_reasoning], swap=False)
+    served = [
+        collator.encode_prompt(conversation.messages[:index])
+        for conversation in [*conversations, with_reasoning]
+        for index, message in enumerate(conversation.messages)
+        if message.role == "assistant"
+    ]
+    assert len(seen) == len(served)
+    for prompt, expected in zip(seen, served, strict=True):
+        np.testing.assert_array_equal(prompt.input_ids, expected.input_ids)
+        assert len(prompt.windows) == len(expected.windows)
+
+
+def test_no_swap_no_swapped_numbers(small_model, conversations):
+    result = evaluate_model(*small_model, conversations, swap=False, max_new_tokens=2)
+    assert {result[name] for name in ("turns_swapped", "loss_swapped", "loss_unswapped", "listening_gain")} == {None}
+    assert not any("swapped_answer" in record for record in result["answers"])
+
+
+def test_model_keeps_its_mode(small_model, conversations):
+    model, collator = small_model
+    model.train()
+    try:
+        evaluate_model(model, collator, conversations[:1], max_new_tokens=1)
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_bad_clip_costs_its_dialogue_and_is_named(small_model, conversations, tmp_path):
+    soundfile.write(tmp_path / "silent.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
+    question = Message("user", (AudioClip(str(tmp_path / "silent.wav")), "Pitch?"))
+    bad = Conversation("bad", (question, Message("assistant", ("low",))), "file:99")
+    result = evaluate_model(*small_model, [bad, *conversations], max_new_tokens=1)
+    assert [record["id"] for record in result["rejected"]] == ["bad"]
+    assert "file:99" in result["rejected"][0]["reason"]
+    assert "bad" not in {record["id"] for record in result["answers"]}
+    with pytest.raises(DataError, match=r"no dialogue can be evaluated.*silent"):
+        evaluate_model(*small_model, [bad])
+
+
+def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
+    eval_file = write_dialogues(tmp_path / "data", 5, name="eval.jsonl")
+    outputs = ["--output_json", str(tmp_path / "out/eval.json"), "--output_md", str(tmp_path / "out/eval.md")]
+    arguments = ["--eval_file", str(eval_file), "--max_new_tokens", "3", *outputs]
+    assert cli(["eval", str(finished_run), *arguments]) == 0
+    result = json.loads((tmp_path / "out/eval.json").read_text(encoding="utf-8"))
+    shares = {"turns", "dialogues", "turns_swapped", "majority", "wer", "cer", "kinds"}
+    needed = {*shares, "loss", "loss_swapped", "listening_gain", "answers", "checkpoint", "seconds"}
+    assert needed <= result.keys()
+    assert result["checkpoint"] == str(finished_run)
+    conversations = read_conversations(eval_file)
+    turns = [(c.id, m.text) for c in conversations for m in c.messages if m.role == "assistant"]
+    assert [(record["id"], record["reference"]) for record in result["answers"]] == turns
+    assert {"id", "turn", "kind", "reference", "answer", "right"} <= result["answers"][0].keys()
+    table = (tmp_path / "out/eval.md").read_text(encoding="utf-8")
+    assert "| all answers |" in table
+    assert table.strip() in capsys.readouterr().out
+
+
+def test_command_names_a_missing_file_before_it_loads(finished_run, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, "load_for_inference", lambda *_: pytest.fail("a model was loaded"))
+    assert cli(["eval", str(finished_run), "--eval_file", "nowhere.jsonl"]) == 3
+    assert "nowhere.jsonl does not exist" in capsys.readouterr().err
