@@ -11,14 +11,22 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as hf_logging
 
-from qwhisper.demo.bases import LM_BATCH, LM_STEPS, make_qwen3_base, make_whisper_base
+from qwhisper.demo.bases import ENCODER_STEPS, LM_BATCH, LM_STEPS, make_qwen3_base, make_whisper_base
 from qwhisper.demo.dialogues import NUMBERS, Clip, spoken_dialogues, text_dialogues, write_jsonl
 from qwhisper.demo.speech import draw_utterances, write_clips
 
-TRAIN_CLIPS, EVAL_CLIPS = 6000, 600
-# 680 steps of 12 dialogues: none is met twice. The evaluation uses each of its clips about once.
-TRAIN_DIALOGUES, EVAL_DIALOGUES = 8160, 306
-UNSEEN_TEXTS = 300
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """How much is made: 8160 dialogues are 680 steps of 12, none met twice; 306 use each of 600 clips about once."""
+
+    train_clips: int = 6000
+    eval_clips: int = 600
+    train_dialogues: int = 8160
+    eval_dialogues: int = 306
+    encoder_steps: int = ENCODER_STEPS
+    lm_steps: int = LM_STEPS
+    unseen_texts: int = 300
 
 
 @dataclass(frozen=True)
@@ -37,23 +45,23 @@ class DemoPaths:
     report: dict[str, dict[str, float]]
 
 
-def prepare(out_dir: str | Path, seed: int) -> DemoPaths:
+def prepare(out_dir: str | Path, seed: int, size: DemoSize | None = None) -> DemoPaths:
     """Make clips, dialogues and base models in `out_dir`; says how long each stage took. The same seed, the same files.
 
     The two bases learn side by side, in a process with one thread each: on two cores faster than one after the other.
     """
-    out_dir = Path(out_dir)
+    out_dir, size = Path(out_dir), size or DemoSize()
     started = time.perf_counter()
-    clips, held_out = _speak(out_dir, seed)
+    clips, held_out = _speak(out_dir, seed, size)
     _say(f"speech: {len(clips)} clips, and {len(held_out)} of other voices", started)
     started = time.perf_counter()
-    files = _write_dialogues(out_dir, clips, held_out, seed)
-    _say(f"dialogues: {TRAIN_DIALOGUES} to train on, {EVAL_DIALOGUES} to evaluate", started)
+    files = _write_dialogues(out_dir, clips, held_out, seed, size)
+    _say(f"dialogues: {size.train_dialogues} to train on, {size.eval_dialogues} to evaluate", started)
     started = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=spawn, initializer=_quietly_on_one_thread) as pool:
-        whisper = pool.submit(_learn_to_hear, out_dir, clips, held_out, seed)
-        qwen3 = pool.submit(_learn_to_answer, out_dir, seed)
+        whisper = pool.submit(_learn_to_hear, out_dir, clips, held_out, seed, size.encoder_steps)
+        qwen3 = pool.submit(_learn_to_answer, out_dir, seed, size)
         report = {"audio_model": whisper.result(), "text_model": qwen3.result()}
     spelled, answered = report["audio_model"]["word_accuracy"], report["text_model"]["answer_accuracy"]
     _say(f"bases: the encoder spells {spelled:.1%} of unheard clips, the LM answers {answered:.1%} in text", started)
@@ -65,25 +73,25 @@ def _say(what: str, started: float) -> None:
     print(f"{what} ({time.perf_counter() - started:.0f} s)", flush=True)
 
 
-def _speak(out_dir: Path, seed: int) -> tuple[list[Clip], list[Clip]]:
+def _speak(out_dir: Path, seed: int, size: DemoSize) -> tuple[list[Clip], list[Clip]]:
     (out_dir / "clips").mkdir(parents=True, exist_ok=True)
     utterances = [
-        *draw_utterances(NUMBERS, TRAIN_CLIPS, held_out=False, seed=seed),
-        *draw_utterances(NUMBERS, EVAL_CLIPS, held_out=True, seed=seed),
+        *draw_utterances(NUMBERS, size.train_clips, held_out=False, seed=seed),
+        *draw_utterances(NUMBERS, size.eval_clips, held_out=True, seed=seed),
     ]
-    names = [f"clips/train-{n:05d}.wav" for n in range(TRAIN_CLIPS)]
-    names += [f"clips/eval-{n:05d}.wav" for n in range(EVAL_CLIPS)]
+    names = [f"clips/train-{n:05d}.wav" for n in range(size.train_clips)]
+    names += [f"clips/eval-{n:05d}.wav" for n in range(size.eval_clips)]
     write_clips(utterances, [out_dir / name for name in names])
     clips = [Clip(name, utterance.text) for name, utterance in zip(names, utterances, strict=True)]
-    return clips[:TRAIN_CLIPS], clips[TRAIN_CLIPS:]
+    return clips[: size.train_clips], clips[size.train_clips :]
 
 
 def _write_dialogues(
-    out_dir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], seed: int
+    out_dir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], seed: int, size: DemoSize
 ) -> tuple[Path, Path, Path]:
     """The training file, the evaluation's, and the evaluation's with swapped clips."""
-    train, _ = spoken_dialogues(clips, TRAIN_DIALOGUES, "train", seed)
-    true, swapped = spoken_dialogues(held_out, EVAL_DIALOGUES, "eval", seed + 1)
+    train, _ = spoken_dialogues(clips, size.train_dialogues, "train", seed)
+    true, swapped = spoken_dialogues(held_out, size.eval_dialogues, "eval", seed + 1)
     return (
         write_jsonl(out_dir / "train.jsonl", train),
         write_jsonl(out_dir / "eval.jsonl", true),
@@ -96,11 +104,13 @@ def _quietly_on_one_thread() -> None:
     hf_logging.disable_progress_bar()
 
 
-def _learn_to_hear(out_dir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], seed: int) -> dict[str, float]:
+def _learn_to_hear(
+    out_dir: Path, clips: Sequence[Clip], held_out: Sequence[Clip], seed: int, num_steps: int
+) -> dict[str, float]:
     sides = [([out_dir / clip.path for clip in side], [clip.word for clip in side]) for side in (clips, held_out)]
-    return make_whisper_base(out_dir / "whisper-base", *sides[0], seed, held_out=sides[1])
+    return make_whisper_base(out_dir / "whisper-base", *sides[0], seed, num_steps=num_steps, held_out=sides[1])
 
 
-def _learn_to_answer(out_dir: Path, seed: int) -> dict[str, float]:
-    texts = text_dialogues(LM_STEPS * LM_BATCH, seed)
-    return make_qwen3_base(out_dir / "qwen3-base", texts, seed, held_out=text_dialogues(UNSEEN_TEXTS, seed + 1))
+def _learn_to_answer(out_dir: Path, seed: int, size: DemoSize) -> dict[str, float]:
+    texts, unseen = text_dialogues(size.lm_steps * LM_BATCH, seed), text_dialogues(size.unseen_texts, seed + 1)
+    return make_qwen3_base(out_dir / "qwen3-base", texts, seed, num_steps=size.lm_steps, held_out=unseen)

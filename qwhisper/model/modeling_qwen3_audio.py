@@ -214,7 +214,8 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         load_in_4bit …) and audio_model, text_model, where a base has moved. Weights that are missing are an error, not
         a warning.
         """
-        from qwhisper.model.loading import is_trained_folder, load_for_user, refuse_missing
+        from qwhisper.model.bases import refuse_missing
+        from qwhisper.model.loading import is_trained_folder, load_for_user
 
         if is_trained_folder(pretrained_model_name_or_path):
             return load_for_user(pretrained_model_name_or_path, **kwargs)

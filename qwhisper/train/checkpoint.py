@@ -91,19 +91,30 @@ def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
-    """A checkpoint folder from itself, or from its run folder: there the best one by evaluation, else the newest whole one."""
+    """A checkpoint folder from itself, or from its run folder: there the best one by evaluation, else the newest whole one.
+
+    Raises UsageError where there is neither, CheckpointError where what there is is damaged.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{path}: no such folder; give a run folder or one of its {PREFIX}N folders")
+    if (folder / MANIFEST).is_file():
+        check_manifest(folder)
+        return folder
     if not checkpoints(folder):
-        if (folder / "projector.safetensors").is_file():
+        if (folder / "projector.safetensors").is_file():  # saved by `save_pretrained`, without a run around it
             return folder
+        if folder.name.startswith(PREFIX):
+            raise CheckpointError(f"{path}: {MANIFEST} is missing, so nothing in it can be relied on")
         raise UsageError(f"{path}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
     newest, damaged = newest_valid(folder)
     if newest is None:
         raise CheckpointError(f"{path}: no checkpoint is whole: {'; '.join(damaged)}")
     best = json.loads((newest / "state.json").read_text(encoding="utf-8")).get("best_checkpoint")
-    return folder / best if best and (folder / best).is_dir() else newest
+    if best and (folder / best).is_dir():
+        check_manifest(folder / best)
+        return folder / best
+    return newest
 
 
 def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:

@@ -3,7 +3,7 @@
 What is optimised (the samples) and how it is executed (the packs) are apart: any packing gives the same gradients, to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,21 +59,42 @@ class Executor:
         num_supervised: supervised tokens of the whole optimizer step. Gradients must be None or zero before.
         Raises MemoryLimitError where a pack of one sample does not fit, NumericalError where --manual_loss finds another loss.
         """
-        halvings: list[Halved] = []
         generators = [(torch.get_rng_state, torch.set_rng_state)]
         if self.device.type == "cuda":
             generators.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
         states = [get() for get, _ in generators]
-        while True:
-            try:
-                return self._run(samples, num_supervised), halvings
-            except torch.OutOfMemoryError as error:
-                halvings.append(self._halve(samples, error))
-            # Outside the handler, whose traceback keeps the failed step's tensors alive.
+
+        def start_again() -> None:
             self.model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
             for state, (_, restore) in zip(states, generators, strict=True):
                 restore(state)
+
+        return self._within_memory(lambda: self._run(samples, num_supervised), samples, start_again)
+
+    @torch.no_grad()
+    def evaluate(self, samples: Sequence[Sample]) -> float:
+        """Mean loss over all supervised tokens of all samples, in nats."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            total, _ = self._within_memory(lambda: self._run(samples, 1), samples, lambda: None)
+        finally:
+            self.model.train(was_training)
+        return float(total) / max(1, sum(sample.num_supervised for sample in samples))
+
+    def _within_memory(
+        self, attempt: Callable[[], Tensor], samples: Sequence[Sample], start_again: Callable[[], None]
+    ) -> tuple[Tensor, list[Halved]]:
+        """Calls `attempt` until memory suffices, with packs of half the size after each failure."""
+        halvings: list[Halved] = []
+        while True:
+            try:
+                return attempt(), halvings
+            except torch.OutOfMemoryError as error:
+                halvings.append(self._halve(samples, error))
+            # Outside the handler, whose traceback keeps the failed attempt's tensors alive.
+            start_again()
+            torch.cuda.empty_cache()
 
     def _halve(self, samples: Sequence[Sample], error: torch.OutOfMemoryError) -> Halved:
         largest = max(self.packs(samples), key=lambda pack: sum(len(s.input_ids) for s in pack))
@@ -109,15 +130,3 @@ class Executor:
         tolerance = max(1e-5, 4 * torch.finfo(self.model.lm_head.weight.dtype).eps if self.model.lm_head.weight.is_floating_point() else 0.03)  # fmt: skip  # noqa: E501
         if not abs(fast - plain) <= tolerance * max(1.0, abs(plain)):
             raise NumericalError(f"--manual_loss: loss {fast:.6g}, computed the plain way {plain:.6g} (samples {names})")
-
-    @torch.no_grad()
-    def evaluate(self, samples: Sequence[Sample]) -> float:
-        """Mean loss over all supervised tokens of all samples, in nats."""
-        was_training = self.model.training
-        self.model.eval()
-        total, count = 0.0, 0
-        for pack in self.packs(samples):
-            total += float(self.model(**self._batch(pack), num_items_in_batch=1).loss)
-            count += sum(sample.num_supervised for sample in pack)
-        self.model.train(was_training)
-        return total / max(1, count)

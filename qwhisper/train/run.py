@@ -16,13 +16,8 @@ from transformers import logging as hf_logging
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, read_conversations
 from qwhisper.errors import CheckpointError, DataError, UsageError
-from qwhisper.model.loading import (
-    LoadOptions,
-    build_from_bases,
-    load_trained,
-    load_trained_weights,
-    resolve_model,
-)
+from qwhisper.model.bases import LoadOptions, resolve_model
+from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
 from qwhisper.model.lora import add_lora
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
@@ -141,6 +136,7 @@ def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForCond
     """The model with LoRA and whatever else is trained set to require gradients, and its processor."""
     start_from = resumed or (checkpoints.resolve_checkpoint(args.init_from) if args.init_from else None)
     if start_from is None:
+        assert args.audio_model and args.text_model  # left empty only for a run that starts from a checkpoint
         names = ("projector_scale", "audio_lead_silence", "audio_tail_silence")
         config_values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         model, processor = build_from_bases(

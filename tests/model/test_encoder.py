@@ -8,8 +8,8 @@ from transformers import WhisperForConditionalGeneration
 from qwhisper.errors import UsageError
 from qwhisper.frames import encoder_frames
 from qwhisper.model.attention import PACKED_ATTENTION
+from qwhisper.model.bases import load_encoder
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
-from qwhisper.model.loading import load_encoder
 from tests.model.parts import large_weights, whisper_config
 
 

@@ -20,7 +20,8 @@ from transformers import (
 from qwhisper.data.collator import pack_samples
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
-from qwhisper.model.loading import LoadOptions, build_from_bases, fingerprint, load_trained, load_trained_weights
+from qwhisper.model.bases import LoadOptions, fingerprint
+from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
 from qwhisper.model.lora import add_lora, lora_parameters
 from tests.model.parts import SHAPE, make_sample, small_model, whisper_config
 
@@ -225,6 +226,12 @@ def test_a_device_map_and_the_encoder_on_the_cpu_give_the_same_model(bases, join
     model, _ = build_from_bases(*bases, LoadOptions(device_map=device_map, whisper_cpu=True))
     model.model.multi_modal_projector.load_state_dict(joined[0].model.multi_modal_projector.state_dict())
     assert torch.equal(logits(model), logits(joined[0]))
+
+
+def test_the_parts_share_the_models_configuration(joined):
+    model, _ = joined
+    assert model.config.text_config is model.model.language_model.config
+    assert model.config.audio_config is model.model.audio_tower.config
 
 
 def test_tied_embeddings_stay_one_tensor(joined):

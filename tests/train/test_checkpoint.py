@@ -77,3 +77,16 @@ def test_run_folder_resolves_to_its_best_checkpoint_else_its_newest(tmp_path):
     assert resolve_checkpoint(tmp_path).name == "checkpoint-1"
     with pytest.raises(UsageError, match="no such folder"):
         resolve_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_damaged_checkpoint_is_not_resolved(tmp_path):
+    write_checkpoint(tmp_path, 1, fill)
+    write_checkpoint(tmp_path, 2, lambda p: fill(p, best="checkpoint-1"))
+    (tmp_path / "checkpoint-1/a.bin").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="a.bin"):
+        resolve_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="a.bin"):
+        resolve_checkpoint(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-2/manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="manifest.json is missing"):
+        resolve_checkpoint(tmp_path / "checkpoint-2")

@@ -1,0 +1,123 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Tokenizer,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+
+from qwhisper.data.template import AUDIO_TOKEN, end_of_turn_ids, listening_template
+from qwhisper.demo import bases
+from qwhisper.demo.dialogues import text_dialogues
+from qwhisper.demo.prepare import DemoPaths, DemoSize, prepare
+from qwhisper.demo.speech import draw_utterances, write_clips
+from qwhisper.model.loading import build_from_bases
+
+TINY = DemoSize(
+    train_clips=48, eval_clips=20, train_dialogues=34, eval_dialogues=17, encoder_steps=3, lm_steps=3, unseen_texts=20
+)
+DIALOGUES = (
+    [{"role": "user", "content": "three Is it even?"}],
+    [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    * 2,
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"}],
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> DemoPaths:
+    return prepare(tmp_path_factory.mktemp("demo"), 0, TINY)
+
+
+def test_the_chat_template_renders_as_qwen3s_own(shared):
+    real = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
+    ours = bases.CHAT_TEMPLATE.read_text(encoding="utf-8")
+    comment, rest = ours.split("\n", 1)
+
+    assert rest == real.chat_template
+    assert "Apache-2.0" in comment
+    for dialogue in DIALOGUES:
+        for options in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": True, "enable_thinking": False}):
+            assert real.apply_chat_template(dialogue, chat_template=ours, tokenize=False, **options) == (
+                real.apply_chat_template(dialogue, tokenize=False, **options)
+            )
+
+
+def test_the_tokenizer_is_of_qwen3s_kind(made, shared):
+    ours, real = (AutoTokenizer.from_pretrained(p) for p in (made.text_model, shared / "models" / "qwen3-tokenizer"))
+
+    assert isinstance(ours, Qwen2Tokenizer)
+    assert (ours.eos_token, ours.pad_token, ours.bos_token) == (real.eos_token, real.pad_token, real.bos_token)
+    special = {token.content: token.special for token in real.added_tokens_decoder.values()}
+    assert {t.content: t.special for t in ours.added_tokens_decoder.values()}.items() <= special.items()
+    assert ours.decode(ours("Wie heißt 7? 中\n")["input_ids"]) == "Wie heißt 7? 中\n"
+    assert ours("12")["input_ids"] == [ours.convert_tokens_to_ids("1"), ours.convert_tokens_to_ids("2")]
+    for text in ("<|im_start|>user\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n"):
+        assert len(ours(text)["input_ids"]) == len(real(text)["input_ids"])
+    assert end_of_turn_ids(ours, listening_template(ours)[0]) == [ours.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_the_audio_token_takes_a_spare_row(made):
+    tokenizer = AutoTokenizer.from_pretrained(made.text_model)
+    model = AutoModelForCausalLM.from_pretrained(made.text_model)
+
+    assert AUDIO_TOKEN not in tokenizer.get_vocab()
+    assert len(tokenizer) < model.get_input_embeddings().weight.shape[0]
+
+
+def test_whisper_has_the_real_layout_and_the_trained_encoder(made):
+    with safe_open(made.audio_model / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {name.split(".")[1] for name in names} == {"encoder", "decoder"}
+    assert all(name.startswith("model.") for name in names)
+    whisper, info = WhisperForConditionalGeneration.from_pretrained(made.audio_model, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert WhisperFeatureExtractor.from_pretrained(made.audio_model).feature_size == whisper.config.num_mel_bins == 80
+
+
+def test_the_two_bases_join_to_one_model_that_hears_and_speaks(made):
+    model, processor = build_from_bases(str(made.audio_model), str(made.text_model))
+
+    audio = torch.randn(8000).numpy() * 0.1
+    batch = processor(text=[f"{AUDIO_TOKEN}Is it even?"], audio=[audio])
+    out = model.generate(**batch, max_new_tokens=2, do_sample=False)
+    assert out.shape[1] > batch["input_ids"].shape[1]
+
+
+def test_the_same_seed_makes_the_same_language_model(tmp_path):
+    texts = text_dialogues(64, 0)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        bases.make_qwen3_base(tmp_path / name, texts, seed, num_steps=3)
+    first, again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert first == again != other
+
+
+def test_the_encoder_learns_to_spell(tmp_path):
+    utterances = draw_utterances(["two", "six"], 48, held_out=False, seed=0)
+    paths = [tmp_path / f"{n}.wav" for n in range(48)]
+    write_clips(utterances, paths)
+    words = [utterance.text for utterance in utterances]
+    report = bases.make_whisper_base(tmp_path / "whisper", paths, words, 0, num_steps=60, held_out=(paths, words))
+
+    assert report["character_error_rate"] < 0.1
+    assert report["word_accuracy"] > 0.8
+
+
+def test_the_language_model_learns_to_answer(tmp_path):
+    texts = [record for record in text_dialogues(2000, 0) if record["messages"][1]["kind"] in ("number", "even")]
+    texts = [record | {"messages": record["messages"][:2]} for record in texts]
+    report = bases.make_qwen3_base(tmp_path / "qwen3", texts[:-50], 0, num_steps=40, held_out=texts[-50:])
+
+    assert report["answer_accuracy"] > 0.9
+    assert Path(tmp_path / "qwen3" / "chat_template.jinja").read_text() == bases.CHAT_TEMPLATE.read_text()
