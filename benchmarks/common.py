@@ -1,4 +1,4 @@
-"""What the benchmarks share: running the product's own commands, the spoken digits, and results with their circumstances."""
+"""What the benchmarks share: running the product's own commands, the spoken digits, results and their circumstances."""
 
 import json
 import platform
@@ -59,9 +59,17 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
 def circumstances() -> dict:
     """Device, versions and commit: what a figure is worth nothing without."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
-    return {"device": device, "machine": platform.machine(), "python": platform.python_version(), **packages, "commit": commit}
+    return {
+        "device": device,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        **packages,
+        "commit": commit,
+    }
 
 
 def append_result(name: str, result: dict) -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/demo_seeds.py --output_dir DIR --seeds 0 1 2
 
-Ends with exit code 1 where the goal is missed: at least 95 % of answers right on average and 94 % with each seed, at most 5 % swapped.
+Ends with exit code 1 where the goal is missed: at least 95 % of answers right on average and 94 % with each seed, at
+most 5 % swapped.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""A real instruct LM learns to hear digits from some people, and is asked about another: also what it was never taught by ear.
+"""A real instruct LM learns to hear digits from some people, and is asked about another, also what no ear taught it.
 
     python benchmarks/real_lm.py --text_model DIR --audio_model DIR --data DIR --output_dir DIR
 
-Taught: which digit a clip says, and which of two came last. Never taught: their sum, and whether a digit is even, which the LM can
-answer when it reads the words; that score is printed beside. Goes through `qwhisper train` and `qwhisper eval`. A folder
-with one GGUF file is turned into an ordinary model folder first.
+Taught: which digit a clip says, and which of two came last. Never taught: their sum, and whether a digit is even, which
+the LM can answer when it reads the words; that score is printed beside. Goes through `qwhisper train` and `qwhisper
+eval`. A folder with one GGUF file is turned into an ordinary model folder first.
 """
 
 import argparse
@@ -72,7 +72,9 @@ def in_words(tokenizer, content: list[dict]) -> str:
     text = " ".join(part.get("transcript") or part["text"] for part in content)
     if tokenizer.chat_template is None:
         return f"User: {text}\nAssistant: "
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
 
 
 def plain_folder(text_model: Path, output_dir: Path) -> Path:
@@ -97,7 +99,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--audio_model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of DIGIT_SPEAKER_TAKE.wav")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--eval_speaker", default=None, help="who is never heard in training (default: the last by name)")
+    parser.add_argument(
+        "--eval_speaker", default=None, help="who is never heard in training (default: the last by name)"
+    )
     parser.add_argument("--steps", type=int, default=300 if torch.cuda.is_available() else 130)
     parser.add_argument("--batch", type=int, default=16 if torch.cuda.is_available() else 6)
     parser.add_argument("--each", type=int, default=100, help="questions of each kind in the evaluation")
@@ -122,10 +126,12 @@ def main() -> None:
 
     # Not the stable recipe's rates and batch: a few hundred steps must do what it does in thousands.
     seconds = qwhisper(
-        "train", "--train_file", train, "--data_root", args.data, "--audio_model", args.audio_model, "--text_model", text_model,
-        "--output_dir", run, "--max_steps", args.steps, "--per_device_train_batch_size", args.batch,
-        "--gradient_accumulation_steps", 1, "--learning_rate", 2e-4, "--projector_learning_rate", 1e-3, "--early_lr_steps", 10,
-        "--freeze_projector_steps", 0, "--save_steps", args.steps, "--dtype", "bf16", "--seed", args.seed,
+        "train", "--train_file", train, "--data_root", args.data,
+        "--audio_model", args.audio_model, "--text_model", text_model, "--dtype", "bf16",
+        "--output_dir", run, "--max_steps", args.steps, "--save_steps", args.steps, "--seed", args.seed,
+        "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1,
+        "--learning_rate", 2e-4, "--projector_learning_rate", 1e-3,
+        "--early_lr_steps", 10, "--freeze_projector_steps", 0,
         "--dataloader_num_workers", 8 if device == "cuda" else 0,
     )  # fmt: skip
     report = data / "eval.json"
@@ -138,9 +144,22 @@ def main() -> None:
     append_result(
         "real_lm",
         scores
-        | {"swapped": round(max(taught), 4), "text_lm": {k: round(v, 4) for k, v in words.items()}, "eval_speaker": speaker}
-        | {"text_model": text_model.name, "audio_model": args.audio_model.name, "steps": args.steps, "batch": args.batch}
-        | {"seed": args.seed, "train_seconds": round(seconds, 1), "eval_seconds": round(time.perf_counter() - began, 1)},
+        | {
+            "swapped": round(max(taught), 4),
+            "text_lm": {k: round(v, 4) for k, v in words.items()},
+            "eval_speaker": speaker,
+        }
+        | {
+            "text_model": text_model.name,
+            "audio_model": args.audio_model.name,
+            "steps": args.steps,
+            "batch": args.batch,
+        }
+        | {
+            "seed": args.seed,
+            "train_seconds": round(seconds, 1),
+            "eval_seconds": round(time.perf_counter() - began, 1),
+        },
     )
 
 

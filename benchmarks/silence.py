@@ -2,9 +2,10 @@
 
     python benchmarks/silence.py --audio_model DIR --data DIR
 
-For each lead and tail silence: the cosine between the encoder's frames over the speech and those of the same clip padded to 30 s, as
-Whisper was trained; and a linear probe (softmax regression on the speech frames' mean and on four equal parts of them), trained on all
-speakers but one and tested on that one, each left out in turn. One JSON line a setting.
+For each lead and tail silence: the cosine between the encoder's frames over the speech and those of the same clip
+padded to 30 s, as Whisper was trained; and a linear probe (softmax regression on the speech frames' mean and on four
+equal parts of them), trained on all speakers but one and tested on that one, each left out in turn. One JSON line a
+setting.
 """
 
 import argparse
@@ -52,18 +53,24 @@ def probe(features: torch.Tensor, labels: torch.Tensor, speakers: list[str]) -> 
         held_out = torch.tensor([s == speaker for s in speakers])
         mean, std = features[~held_out].mean(0), features[~held_out].std(0) + 1e-5
         x = (features - mean) / std
-        weight = torch.zeros(x.shape[1], 10, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
-
-        def loss() -> torch.Tensor:
-            optimizer.zero_grad()
-            value = torch.nn.functional.cross_entropy(x[~held_out] @ weight, labels[~held_out]) + 1e-3 * weight.square().sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
+        weight = softmax_regression(x[~held_out], labels[~held_out])
         accuracy[speaker] = float(((x[held_out] @ weight).argmax(1) == labels[held_out]).float().mean())
     return accuracy
+
+
+def softmax_regression(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Weights [features, 10] that fit x [clips, features] to its labels, with a little weight decay."""
+    weight = torch.zeros(x.shape[1], 10, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(x @ weight, labels) + 1e-3 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach()
 
 
 def main() -> None:
@@ -94,7 +101,8 @@ def main() -> None:
             scores = {"probe_mean": sum(accuracy.values()) / len(accuracy), "probe_worst": min(accuracy.values())}
             result = {"lead_s": lead, "tail_s": tail, "cosine_to_30_s": float(torch.stack(cosines).mean())} | scores
             rounded = {k: round(v, 4) for k, v in result.items()}
-            append_result("silence", rounded | {"clips": len(clips), "seconds": round(time.perf_counter() - began, 1)})
+            which = {"audio_model": Path(args.audio_model).name, "clips": len(clips)}
+            append_result("silence", rounded | which | {"seconds": round(time.perf_counter() - began, 1)})
 
 
 if __name__ == "__main__":

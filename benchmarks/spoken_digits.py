@@ -1,11 +1,12 @@
-"""Real recordings of digits, a real frozen Whisper encoder, a small Qwen3 with the real tokenizer: heard from some people, asked about others.
+"""Real recordings of digits, a real Whisper encoder, a small Qwen3: heard from some people, asked about others.
 
     python benchmarks/spoken_digits.py --audio_model DIR --tokenizer DIR --data DIR \
         --train_speakers george,jackson,lucas --eval_speakers nicolas --output_json result.json
 
-The Qwen3 is pre-trained on text dialogues as in `qwhisper demo`, and kept in --cache_dir for the next run; then the product's own
-commands train it to listen and evaluate it. Reports shares from 0 to 1: clip (one clip, which number), turn (all answers), dialogue (all
-answers of a dialogue), swapped (answers that stay the same when other clips are put in).
+The encoder stays frozen. The Qwen3 has the real tokenizer, is pre-trained on text dialogues as in `qwhisper demo`, and
+kept in --cache_dir for the next run; then the product's own commands train it to listen and evaluate it. Reports shares
+from 0 to 1: clip (one clip, which number), turn (all answers), dialogue (all answers of a dialogue), swapped (answers
+that stay the same when other clips are put in).
 """
 
 import argparse
@@ -31,12 +32,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train_speakers", required=True, help="names, separated by commas")
     parser.add_argument("--eval_speakers", required=True, help="names, separated by commas")
     parser.add_argument("--output_json", type=Path, required=True)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/spoken-digits"), help="for dialogues and checkpoints")
-    parser.add_argument("--cache_dir", type=Path, default=Path("runs/spoken-digits-bases"), help="for the pre-trained Qwen3")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/spoken-digits"), help="for dialogues and checkpoints"
+    )
+    parser.add_argument(
+        "--cache_dir", type=Path, default=Path("runs/spoken-digits-bases"), help="for the pre-trained Qwen3"
+    )
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dialogues", type=int, default=6000, help="training dialogues")
     parser.add_argument("--eval_dialogues", type=int, default=400)
+    parser.add_argument("--dtype", default="fp32", help="of the encoder and the LM")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -79,14 +85,18 @@ def main() -> None:
     train_file, eval_file = write_jsonl(run / "train.jsonl", train), write_jsonl(run / "eval.jsonl", held_out)
     # Rates and batch of the demo: a small LM at the stable recipe's 3e-5 stays deaf for thousands of steps.
     train_seconds = qwhisper(
-        "train", "--train_file", train_file, "--data_root", args.data, "--audio_model", args.audio_model, "--text_model", text_model,
+        "train", "--train_file", train_file, "--data_root", args.data,
+        "--audio_model", args.audio_model, "--text_model", text_model,
         "--output_dir", run / "run", "--max_steps", args.steps, "--save_steps", args.steps,
         "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1, "--learning_rate", 2e-3,
-        "--early_lr_steps", 20, "--seed", args.seed, *(part for pair in SILENCE.items() for part in pair),
+        "--dtype", args.dtype, "--early_lr_steps", 20, "--seed", args.seed,
+        *(part for pair in SILENCE.items() for part in pair),
     )  # fmt: skip
     report = run / "eval.json"
-    qwhisper("eval", run / "run", "--eval_file", eval_file, "--data_root", args.data, "--max_new_tokens", 8, "--batch_size", 32,
-             "--output_json", report)  # fmt: skip
+    qwhisper(
+        "eval", run / "run", "--eval_file", eval_file, "--data_root", args.data, "--dtype", args.dtype,
+        "--max_new_tokens", 8, "--batch_size", 32, "--output_json", report,
+    )  # fmt: skip
     result = json.loads(report.read_text())
     scores = {
         "clip": result["kinds"]["number"]["turns"],

@@ -1,4 +1,7 @@
-"""Small real models and dialogues for tests: the real architectures, a tokenizer and template of Qwen3's kind, random weights."""
+"""Small models and dialogues for tests.
+
+The models have the real architectures and random weights, and a tokenizer and chat template of Qwen3's kind.
+"""
 
 import json
 from pathlib import Path
@@ -67,7 +70,10 @@ def write_dialogues(folder: Path, count: int = 12, *, name: str = "train.jsonl",
         clip = folder / f"clip{i}.wav"
         soundfile.write(clip, tone(200 + 600 * (i % 2), 0.1 + 0.05 * (i % 5)), 16_000)
         audio = {"type": "audio", "audio": clip.name, "transcript": words}
-        messages = [{"role": "user", "content": [audio, {"type": "text", "text": "Pitch?"}]}, {"role": "assistant", "content": words}]
+        messages = [
+            {"role": "user", "content": [audio, {"type": "text", "text": "Pitch?"}]},
+            {"role": "assistant", "content": words},
+        ]
         if i % 3 == 1:
             messages += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "yes"}]
         if i % 5 == 4:

@@ -1,27 +1,45 @@
 """The documentation says what the code does: flag tables, commands, recipes, links between its files."""
 
+import dataclasses
 import importlib.util
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from qwhisper import cli
 from qwhisper.cli import VERBS
+from qwhisper.model.loading import build_from_bases
 from qwhisper.parsing import parse, shipped_recipes
+from tests.small import write_dialogues, write_small_bases
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
+PAGES = (
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/stability.md",
+    "docs/silence.md",
+    "docs/performance.md",
+)
+
+
+def load(script):
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def table():
     """The module docs/make_flag_table.py."""
-    spec = importlib.util.spec_from_file_location("make_flag_table", ROOT / "docs" / "make_flag_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("make_flag_table")
 
 
 def read(name):
@@ -66,15 +84,72 @@ def test_every_recipe_is_named(name):
     assert all(f"`{recipe}`" in read(name) for recipe in shipped_recipes())
 
 
-@pytest.mark.parametrize("name", [*READMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", [*READMES, *PAGES])
 def test_links_within_the_repository_lead_somewhere(name):
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", read(name))
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
+
+
+def test_the_table_of_silences_is_the_one_of_the_results():
+    silence = load("make_silence_table")
+    assert silence.between_marks(read("docs/silence.md")) == silence.silence_table(), (
+        "run: python docs/make_silence_table.py"
+    )
+
+
+def examples(name):
+    return re.findall(r"```python\n(.*?)```", read(name), flags=re.DOTALL)
+
+
+def test_both_readmes_show_the_same_python():
+    assert examples(READMES[0]) == examples(READMES[1])
+
+
+@pytest.fixture
+def beside_models(tmp_path, monkeypatch):
+    """A working folder in which the names of the real models are small ones, with dialogues and a trained run."""
+    audio, text = write_small_bases(tmp_path / "bases")
+    for small, real in ((audio, "openai/whisper-large-v3-turbo"), (text, "Qwen/Qwen3-0.6B")):
+        shutil.copytree(small, tmp_path / real)
+    write_dialogues(tmp_path, count=4, name="data.jsonl")
+    shutil.copy(tmp_path / "clip0.wav", tmp_path / "question.wav")
+    model, processor = build_from_bases(str(audio), str(text))
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "run" / "checkpoint-200")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("beside_models")
+def test_the_readmes_python_answers(capsys):
+    (example,) = examples("README.md")
+    names = {}
+    exec(example, names)
+    assert len(names["answer"]) > 0 and "<|audio_pad|>" not in names["answer"]
+    assert names["answer"] in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("beside_models")
+def test_the_example_with_a_plain_trainer_trains(monkeypatch):
+    (example,) = examples("docs/stability.md")
+    monkeypatch.setattr("transformers.TrainingArguments", lambda **given: TrainingArguments(**given, use_cpu=True))
+    names = {}
+    exec(example, names)
+    assert names["trainer"].state.global_step == 1 and names["trainer"].skipped_steps == 0
+    assert (Path("hf-run") / "final" / "projector.safetensors").is_file()
 
 
 def test_both_readmes_cite_the_same_sources():
     sources = [re.findall(r"\]\((https?://[^)]+)\)", read(name)) for name in READMES]
     assert sources[0] == sources[1]
+
+
+def test_every_flag_that_is_named_exists():
+    classes = [cli.load(verb.arguments) for verb in VERBS.values()]
+    flags = {field.name for arguments in classes for field in dataclasses.fields(arguments)} | {"config", "help"}
+    for name in (*READMES, *PAGES):
+        prose = re.sub(r"```.*?```", "", read(name), flags=re.DOTALL)
+        named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", "\n".join(re.findall(r"`[^`]+`", prose))))
+        assert {flag for flag in named if flag.removeprefix("no_") not in flags} <= {"no_x"}, name
 
 
 def test_every_room_of_the_architecture_exists():

@@ -21,6 +21,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qwhisper.data.audio import clip_windows, load_audio
 from qwhisper.data.collator import ConversationCollator, Sample, pack_samples
@@ -46,6 +47,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 OTHER_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 VOCABULARY_SIZE = 512  # of the byte-level BPE, before the tokens above
 EMBEDDING_ROWS = 576  # more than there are tokens, as in Qwen3: <|audio_pad|> needs no resizing
+SPARE_ROWS = 8  # at least, with a larger tokenizer
 
 
 class TwoOptimizers:
@@ -212,10 +214,10 @@ def make_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:
     )
 
 
-def qwen3_config(tokenizer: Qwen2Tokenizer) -> Qwen3Config:
+def qwen3_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
     """Qwen3's shape at width 192 (grouped key heads, QK norm, tied embeddings with spare rows)."""
     return Qwen3Config(
-        vocab_size=EMBEDDING_ROWS,
+        vocab_size=max(EMBEDDING_ROWS, len(tokenizer) + SPARE_ROWS),
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,
@@ -236,15 +238,20 @@ def make_qwen3_base(
     *,
     num_steps: int = LM_STEPS,
     held_out: Sequence[dict] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, float]:
     """Teach a small Qwen3 to answer text dialogues (canonical records) and save it with its tokenizer into `out_dir`.
 
     The dialogues are rendered and masked as training on audio does it. Returns the last losses' mean as "loss", and the
-    share of `held_out` dialogues' answers that come out exactly as "answer_accuracy".
+    share of `held_out` dialogues' answers that come out exactly as "answer_accuracy". tokenizer: one of Qwen3's kind
+    (None: a small one is made of the texts).
     """
     torch.manual_seed(seed)
     conversations = [parse_conversation(record, record["id"], Path.cwd()) for record in texts]
-    tokenizer = make_tokenizer([message.text for conversation in conversations for message in conversation.messages])
+    if tokenizer is None:
+        tokenizer = make_tokenizer(
+            [message.text for conversation in conversations for message in conversation.messages]
+        )
     collator = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer), packed=True)
     model = Qwen3ForCausalLM._from_config(qwen3_config(tokenizer), attn_implementation=PACKED_ATTENTION).train()
     samples = [collator.encode(conversation) for conversation in conversations]

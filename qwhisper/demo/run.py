@@ -1,4 +1,7 @@
-"""`qwhisper demo`: the whole path on this computer with nothing faked, only small: speech, bases, and then the product's own commands."""
+"""`qwhisper demo`: the whole path on this computer with nothing faked, only small.
+
+First speech and the two base models, then the product's own commands.
+"""
 
 import json
 import shlex
@@ -28,7 +31,8 @@ WHY_NOT_THE_DEFAULTS = f"""\
 Other than the stable recipe (learning rate 3e-5, 4 × 1 samples a step), the demo trains
 - at learning rate {LEARNING_RATE}, because a language model this small stays deaf for thousands of steps at 3e-5;
 - {STEPS} steps of {BATCH} samples, because that is what fits into a few minutes on two cores;
-- with {LEAD_SILENCE_S} and {TAIL_SILENCE_S} s of silence around clips, because its small encoder, unlike Whisper, learned with no more.
+- with {LEAD_SILENCE_S} and {TAIL_SILENCE_S} s of silence around clips, because its small encoder, unlike Whisper,
+  learned with no more.
 Guards, early steps, frozen first steps and LoRA are at their defaults."""
 
 
@@ -84,17 +88,25 @@ def run_command(commands: list[str], *arguments: object) -> None:
 
 def untrained(paths: DemoPaths) -> dict[str, Any]:
     """The evaluation of the two bases joined by a fresh projector."""
-    silence = {"audio_lead_silence": LEAD_SILENCE_S, "audio_tail_silence": TAIL_SILENCE_S}
-    model, processor = build_from_bases(str(paths.audio_model), str(paths.text_model), **silence)
+    model, processor = build_from_bases(
+        str(paths.audio_model),
+        str(paths.text_model),
+        audio_lead_silence=LEAD_SILENCE_S,
+        audio_tail_silence=TAIL_SILENCE_S,
+    )
     dialogues = read_conversations(paths.eval_file)
-    return evaluate_model(model, collator_of(processor), dialogues, swap=False, batch_size=64, max_new_tokens=ANSWER_TOKENS)
+    return evaluate_model(
+        model, collator_of(processor), dialogues, swap=False, batch_size=64, max_new_tokens=ANSWER_TOKENS
+    )
 
 
 def train(commands: list[str], paths: DemoPaths, run: Path, seed: int) -> None:
     run_command(
-        commands, "train", "--train_file", paths.train_file, "--audio_model", paths.audio_model, "--text_model", paths.text_model,
-        "--output_dir", run, "--learning_rate", LEARNING_RATE, "--max_steps", STEPS, "--per_device_train_batch_size", BATCH,
-        "--gradient_accumulation_steps", 1, "--audio_lead_silence", LEAD_SILENCE_S, "--audio_tail_silence", TAIL_SILENCE_S,
+        commands, "train", "--train_file", paths.train_file, "--output_dir", run,
+        "--audio_model", paths.audio_model, "--text_model", paths.text_model,
+        "--learning_rate", LEARNING_RATE, "--max_steps", STEPS,
+        "--per_device_train_batch_size", BATCH, "--gradient_accumulation_steps", 1,
+        "--audio_lead_silence", LEAD_SILENCE_S, "--audio_tail_silence", TAIL_SILENCE_S,
         "--logging_steps", 40, "--save_steps", STEPS, "--seed", seed,
     )  # fmt: skip
 
@@ -108,8 +120,13 @@ def evaluate(commands: list[str], folder: Path, eval_file: Path) -> dict[str, An
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def summary(seed: int, before: dict, after: dict, swapped: dict, paths: DemoPaths, commands: list[str]) -> dict[str, Any]:
-    """demo.json: shares from 0 to 1. turns_swapped: answers that still are the original's, with clips that make each of them wrong."""
+def summary(
+    seed: int, before: dict, after: dict, swapped: dict, paths: DemoPaths, commands: list[str]
+) -> dict[str, Any]:
+    """demo.json: shares from 0 to 1.
+
+    turns_swapped: answers that still are the original's, with clips that make each of them wrong.
+    """
     kinds = {
         kind: {
             "n": scores["n"],
@@ -140,7 +157,9 @@ def example(after: dict, paths: DemoPaths) -> list[dict[str, str]]:
     """The first held-out dialogue of two turns: what was said and asked, and what the model answered."""
     answers = {(answer["id"], answer["turn"]): answer["answer"] for answer in after["answers"]}
     dialogue = next(
-        d for d in read_conversations(paths.eval_file) if sum(message.role == "assistant" for message in d.messages) == 2
+        d
+        for d in read_conversations(paths.eval_file)
+        if sum(message.role == "assistant" for message in d.messages) == 2
     )
     lines, turn = [], 0
     for message in dialogue.messages:
@@ -185,4 +204,7 @@ def report(result: dict[str, Any], folder: Path) -> None:
         print(f"{line['role']:>10}: {line['text']}")
     headline("The commands, to copy")
     print("\n".join(result["commands"]))
-    print(f"\n{result['seconds']:.0f} s in all. {folder / 'demo.json'}, {folder / 'loss.png'}; the trained model is {folder / 'run'}")
+    print(
+        f"\n{result['seconds']:.0f} s in all. {folder / 'demo.json'}, {folder / 'loss.png'}; "
+        f"the trained model is {folder / 'run'}"
+    )

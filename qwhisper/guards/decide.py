@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Decision:
-    """skip: why the step is not taken, or None. factors: what each group's gradients are multiplied by (1 is left out)."""
+    """What to do with a step's gradients.
+
+    skip: why the step is not taken, or None. factors: what each group's gradients are multiplied by (1 is left out).
+    """
 
     skip: str | None
     grad_norm: float
@@ -21,7 +24,8 @@ def clip_factor(norm: float, bound: float) -> float:
 def decide(statistics: dict[str, float], *, group_bounds: dict[str, float], max_grad_norm: float) -> Decision:
     """Finite check, then the groups' own bounds, then the bound on what is left of them together.
 
-    statistics: "loss" and each group's gradient norm. A non-finite number ends the step before it reaches any arithmetic.
+    statistics: "loss" and each group's gradient norm. A non-finite number ends the step before it reaches any
+    arithmetic.
     """
     bad = [name for name, value in statistics.items() if not math.isfinite(value)]
     norms = {name: value for name, value in statistics.items() if name != "loss"}

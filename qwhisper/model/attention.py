@@ -121,7 +121,10 @@ def packed_attention_forward(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         # SDPA would leave them out without a word.
-        raise ValueError(f"{PACKED_ATTENTION} knows neither soft-capping nor sinks: use attn_implementation='eager'")
+        raise ValueError(
+            f"{PACKED_ATTENTION} knows neither soft-capping nor sinks: use attn_implementation='eager' and padded "
+            "batches, as `qwhisper train` does by itself for a model with soft-capped scores"
+        )
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs

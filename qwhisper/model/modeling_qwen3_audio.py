@@ -173,7 +173,10 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
         if kwargs.get("cu_seq_lens_q") is not None:
             implementation = self.language_model.config._attn_implementation
             if implementation != PACKED_ATTENTION:
-                raise ValueError(f"packed rows need attn_implementation={PACKED_ATTENTION!r}, not {implementation!r}")
+                raise ValueError(
+                    f"packed rows need attn_implementation={PACKED_ATTENTION!r}, not {implementation!r}: "
+                    "give this model padded batches (ConversationCollator's packed=False)"
+                )
             attention_mask = packed_row_mask(inputs_embeds)
             kwargs["use_cache"] = False
         return self.language_model(

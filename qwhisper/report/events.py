@@ -1,4 +1,7 @@
-"""The run folder's logs: metrics.jsonl (every step), events.jsonl (every act of a guard), quarantine.jsonl (every bad sample)."""
+"""The run folder's logs.
+
+metrics.jsonl has every step, events.jsonl every act of a guard, quarantine.jsonl every bad sample.
+"""
 
 import json
 import time

@@ -19,7 +19,9 @@ class StepLines:
         self.bar.set_postfix_str(f"loss {loss:.3f} · {tokens} tokens · grad norm {grad_norm:.2f}", refresh=False)
         self.bar.update(1)
 
-    def line(self, *, step: int, loss: float, tokens: int, grad_norm: float, learning_rate: float, seconds: float) -> None:
+    def line(
+        self, *, step: int, loss: float, tokens: int, grad_norm: float, learning_rate: float, seconds: float
+    ) -> None:
         """seconds: wall-clock seconds a step, lately."""
         left = (self.total - step) * seconds
         self.say(

@@ -139,10 +139,6 @@ class TrainArguments(
                 "--whisper_cpu with --no_freeze_whisper: an encoder that is trained must be where the training is; "
                 "drop one"
             )
-        if self.init_random and self.init_from and not self.resume_from_checkpoint:
-            raise UsageError(
-                "--init_random with --init_from: weights are either random or taken from a checkpoint; drop one"
-            )
         if self.freeze_projector_steps and not self.use_lora and self.freeze_whisper:
             raise UsageError(
                 f"--freeze_projector_steps {self.freeze_projector_steps} with --no_use_lora: nothing would learn in "

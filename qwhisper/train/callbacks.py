@@ -1,13 +1,14 @@
 """The field report's four callbacks, for our loop and for a plain Hugging Face `Trainer`.
 
-In our loop they are thin: `configure` turns them into arguments, and the loop does the work. In a plain `Trainer` they do what its events
-allow. Its events come after the global clip, so there a frozen projector's or an exploding LoRA's gradient still counts in that
-norm; `qwhisper.train.hf_trainer.guard_trainer` puts the same effects before the clip.
+In our loop they are thin: `configure` turns them into arguments, and the loop does the work. In a plain `Trainer` they
+do what its events allow. Its events come after the global clip, so there a frozen projector's or an exploding LoRA's
+gradient still counts in that norm; `qwhisper.train.hf_trainer.guard_trainer` puts the same effects before the clip.
 """
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -16,14 +17,18 @@ from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import decide
 from qwhisper.guards.measure import step_statistics
 from qwhisper.model.lora import lora_parameters
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.train.arguments import TrainArguments
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(model: torch.nn.Module) -> Qwen3AudioForConditionalGeneration:
     """The Qwen3Audio model inside DDP's or PEFT's wrappers."""
-    while not hasattr(model, "multi_modal_projector") and not hasattr(getattr(model, "model", None), "multi_modal_projector"):
-        model = model.module if hasattr(model, "module") else model.base_model.model
-    return model
+    inner: Any = model
+    while not hasattr(inner, "multi_modal_projector") and not hasattr(
+        getattr(inner, "model", None), "multi_modal_projector"
+    ):
+        inner = inner.module if hasattr(inner, "module") else inner.base_model.model
+    return inner
 
 
 class ConfiguringCallback(TrainerCallback):
@@ -114,13 +119,15 @@ class LossDebugCallback(TrainerCallback):
             self.report(state.global_step, step_report.tokens, step_report.loss)
             return
         model = unwrapped(model)
-        if model.last_valid_label_count is not None:
+        if model.last_valid_label_count is not None and model.last_loss is not None:
             self.report(state.global_step, int(model.last_valid_label_count), float(model.last_loss))
 
 
 class NaNMonitorCallback(TrainerCallback):
-    """Looks at the trainable parameters and `last_logits` every `every` steps; at the first non-finite tensor it writes a snapshot
-    (`nan_snapshot.json` in the output folder: name, shape, counts, range of the finite part) and stops the run.
+    """Looks at the trainable parameters and `last_logits` every `every` steps, and stops where one is not finite.
+
+    It then writes `nan_snapshot.json` in the output folder: of every such tensor its name, shape, counts and the range
+    of its finite part.
     """
 
     def __init__(self, every: int = 1):

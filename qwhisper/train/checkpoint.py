@@ -31,9 +31,9 @@ def _flush(path: Path) -> None:
 
 
 def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
-    """Writes `run_folder`/checkpoint-`step`, which appears whole or not at all; one that stood there before is replaced.
+    """Writes `run_folder`/checkpoint-`step`, which appears whole or not at all.
 
-    fill: writes all files into the folder that it is given.
+    One that stood there before is replaced. fill: writes all files into the folder that it is given.
     """
     final = run_folder / f"{PREFIX}{step}"
     aside = run_folder / f".{PREFIX}{step}.writing"
@@ -80,7 +80,7 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, or None; and what was wrong with each newer one."""
-    damaged = []
+    damaged: list[str] = []
     for folder in reversed(checkpoints(run_folder)):
         try:
             check_manifest(folder)
@@ -91,9 +91,10 @@ def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
-    """A checkpoint folder from itself, or from its run folder: there the best one by evaluation, else the newest whole one.
+    """A checkpoint folder from itself, or from its run folder.
 
-    Raises UsageError where there is neither, CheckpointError where what there is is damaged.
+    Of a run it is the best one by evaluation, else the newest whole one. Raises UsageError where there is neither,
+    CheckpointError where what there is is damaged.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -1,4 +1,7 @@
-"""Dialogues to the rows of each optimizer step, read ahead by workers; a bad dialogue becomes a named rejection, never an exception."""
+"""Dialogues to the rows of each optimizer step, read ahead by workers.
+
+A bad dialogue becomes a named rejection, never an exception.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +62,10 @@ def encode_all(dataset: EncodedDialogues) -> tuple[list[Sample], list[Rejection]
 def step_samples(
     dataset: EncodedDialogues, *, samples_per_step: int, seed: int, epoch: int, offset: int, num_workers: int
 ) -> Iterator[StepSamples]:
-    """Endless, from a position in the epochs; the order depends on the seed alone, not on workers or where it was resumed."""
+    """Endless, from a position in the epochs on.
+
+    The order depends on the seed alone, not on the workers or on where it was resumed.
+    """
     batches = GlobalBatches(num_samples=len(dataset), batch_size=samples_per_step, seed=seed)
     positions: list[GlobalBatch] = []
 

@@ -1,6 +1,7 @@
 """Lays the samples of an optimizer step into as few packs as memory allows and runs them forward and backward.
 
-What is optimised (the samples) and how it is executed (the packs) are apart: any packing gives the same gradients, to rounding.
+What is optimised (the samples) and how it is executed (the packs) are apart: any packing gives the same gradients, to
+rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,10 @@ UNPACKABLE_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
 
 
 def supports_packing(text_config) -> bool:
-    """Whether the LM keeps samples of one row apart: recurrent layers would leak, soft-capped attention has no packed kernel."""
+    """Whether the LM can keep samples of one row apart.
+
+    Recurrent layers would leak from one to the next; soft-capped attention has no packed kernel.
+    """
     layers = getattr(text_config, "layer_types", None) or []
     recurrent = any(word in layer for layer in layers for word in UNPACKABLE_LAYERS)
     return not recurrent and getattr(text_config, "attn_logit_softcapping", None) is None
@@ -37,9 +41,13 @@ class Halved:
 class Executor:
     """Runs packs on one model; `max_tokens_per_pack` shrinks when memory runs out, and is saved with the run."""
 
-    def __init__(self, model: Qwen3AudioForConditionalGeneration, *, max_tokens_per_pack: int | None, pad_token_id: int):
+    def __init__(
+        self, model: Qwen3AudioForConditionalGeneration, *, max_tokens_per_pack: int | None, pad_token_id: int
+    ):
         self.model = model
-        self.device = model.get_input_embeddings().weight.device
+        device = model.get_input_embeddings().weight.device
+        assert isinstance(device, torch.device)
+        self.device = device
         self.max_tokens_per_pack = max_tokens_per_pack or AUTO_TOKENS_PER_PACK.get(self.device.type, 4096)
         self.pad_token_id = pad_token_id
         self.packing = supports_packing(model.config.get_text_config())
@@ -54,10 +62,11 @@ class Executor:
         return [[samples[i] for i in pack] for pack in plan_packs(lengths, self.max_tokens_per_pack)]
 
     def forward_backward(self, samples: Sequence[Sample], num_supervised: int) -> tuple[Tensor, list[Halved]]:
-        """Adds the gradients of sum(token losses) / num_supervised over all samples; returns that loss and what memory forced.
+        """Adds the gradients of sum(token losses) / num_supervised over all samples.
 
         num_supervised: supervised tokens of the whole optimizer step. Gradients must be None or zero before.
-        Raises MemoryLimitError where a pack of one sample does not fit, NumericalError where --manual_loss finds another loss.
+        Returns that loss and the halvings that memory forced. Raises MemoryLimitError where a pack of one sample does
+        not fit, NumericalError where --manual_loss finds another loss.
         """
         generators = [(torch.get_rng_state, torch.set_rng_state)]
         if self.device.type == "cuda":
@@ -121,12 +130,18 @@ class Executor:
     def _compare_with_reference(self, pack: list[Sample], loss: Tensor) -> None:
         """--manual_loss: the loss and the mask, computed the plain way, must agree."""
         counted = sum(int((sample.labels[1:] != -100).sum()) for sample in pack)
+        assert self.model.last_valid_label_count is not None and self.model.last_manual_loss is not None
         used = int(self.model.last_valid_label_count)
         names = ", ".join(sample.id for sample in pack)
         if counted != used:
-            raise NumericalError(f"--manual_loss: {used} positions were supervised, the labels of {names} have {counted}")
+            raise NumericalError(
+                f"--manual_loss: {used} positions were supervised, the labels of {names} have {counted}"
+            )
         fast, plain = float(loss.detach()), float(self.model.last_manual_loss)
-        # Both sum the same fp32 terms in another order; the head's matrix product rounds differently by shape in its own dtype.
-        tolerance = max(1e-5, 4 * torch.finfo(self.model.lm_head.weight.dtype).eps if self.model.lm_head.weight.is_floating_point() else 0.03)  # fmt: skip  # noqa: E501
+        # Both sum the same fp32 terms in another order; the head's matrix product rounds by shape, in its own dtype.
+        head = self.model.lm_head.weight
+        tolerance = max(1e-5, 4 * torch.finfo(head.dtype).eps if head.is_floating_point() else 0.03)
         if not abs(fast - plain) <= tolerance * max(1.0, abs(plain)):
-            raise NumericalError(f"--manual_loss: loss {fast:.6g}, computed the plain way {plain:.6g} (samples {names})")
+            raise NumericalError(
+                f"--manual_loss: loss {fast:.6g}, computed the plain way {plain:.6g} (samples {names})"
+            )

@@ -76,11 +76,6 @@ class ModelFlags:
         "Checkpoint to take the weights from, with a fresh optimizer and schedule: the second of two stages. To go on "
         "with an interrupted run use --resume_from_checkpoint instead.",
     )
-    init_random: bool = flag(
-        False,
-        "Take only the shapes of the two models and draw random weights: for measuring speed and memory, not for "
-        "learning.",
-    )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = flag(
         "auto",
         "Number format of the frozen models (auto: bf16 on a GPU, fp32 on a CPU). Weights are loaded in it at once: an "

@@ -10,7 +10,7 @@ from qwhisper.train.arguments import TrainArguments
 
 
 def parameter_groups(model: Qwen3AudioForConditionalGeneration) -> Groups:
-    """"lora", "projector" and "encoder", each only if it has trainable parameters; together they are all there are."""
+    """ "lora", "projector" and "encoder", each only if it has trainable parameters; together they are all there are."""
     groups = {
         "lora": [p for _, p in lora_parameters(model) if p.requires_grad],
         "projector": [p for p in model.model.multi_modal_projector.parameters() if p.requires_grad],
@@ -22,7 +22,7 @@ def parameter_groups(model: Qwen3AudioForConditionalGeneration) -> Groups:
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
-def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+def parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -1,8 +1,8 @@
 """For those who stay with Hugging Face's `Trainer`: what its events come too late for.
 
-`Trainer` clips before it fires `on_pre_optimizer_step`, with a clip that turns one NaN element into NaN everywhere. `guard_trainer` puts
-our ladder in that clip's place: projector freeze, finite check, LoRA's own bound, then the global bound. Dropping single samples,
-retrying after out-of-memory and rewinding need our own loop (`qwhisper train`).
+`Trainer` clips before it fires `on_pre_optimizer_step`, with a clip that turns one NaN element into NaN everywhere.
+`guard_trainer` puts our ladder in that clip's place: projector freeze, finite check, LoRA's own bound, then the global
+bound. Quarantining samples, retrying after out-of-memory and an exact resume need our own loop (`qwhisper train`).
 """
 
 import torch
@@ -16,13 +16,16 @@ from qwhisper.train.groups import parameter_groups
 
 
 def guard_trainer(trainer: Trainer, *, lora_grad_clip: float = 5.0, freeze_projector_steps: int = 0) -> Trainer:
-    """Replaces the trainer's gradient clip by ours and returns the trainer. Needs `max_grad_norm` above 0 to be called at all.
+    """Replaces the trainer's gradient clip by ours and returns the trainer.
 
-    A step whose gradients are not finite is skipped: parameters, moments and step counts stay as they are (trainer.skipped_steps
-    counts). The learning-rate schedule goes on.
+    Needs `max_grad_norm` above 0: with 0 the trainer calls no clip at all. A step whose gradients are not finite is
+    skipped: parameters, moments and step counts stay as they are (`trainer.skipped_steps` counts). The learning-rate
+    schedule goes on.
     """
     if trainer.args.max_grad_norm <= 0:
-        raise ValueError("guard_trainer works in place of Trainer's clip, which max_grad_norm=0 turns off; set it above 0")
+        raise ValueError(
+            "guard_trainer works in place of Trainer's clip, which max_grad_norm=0 turns off; set it above 0"
+        )
     groups = parameter_groups(unwrapped(trainer.model))
     trainer.skipped_steps = 0
 

@@ -13,8 +13,9 @@ from qwhisper.train.arguments import TrainArguments
 def hf_arguments(args: TrainArguments, total_steps: int) -> TrainingArguments:
     """What callbacks see as `args`: a real TrainingArguments with the values of ours that it has."""
     same = (
-        "output_dir learning_rate per_device_train_batch_size gradient_accumulation_steps max_grad_norm num_train_epochs "
-        "lr_scheduler_type warmup_steps weight_decay logging_steps save_steps save_total_limit eval_steps seed run_name"
+        "output_dir learning_rate per_device_train_batch_size gradient_accumulation_steps max_grad_norm "
+        "num_train_epochs lr_scheduler_type warmup_steps weight_decay logging_steps save_steps save_total_limit "
+        "eval_steps seed run_name"
     )
     return TrainingArguments(
         **{name: getattr(args, name) for name in same.split()},
@@ -26,17 +27,24 @@ def hf_arguments(args: TrainArguments, total_steps: int) -> TrainingArguments:
 
 
 def tracker_callbacks(report_to: list[str]) -> list[TrainerCallback]:
-    """transformers' own callbacks for tensorboard, wandb, trackio, …; an unknown or uninstalled one is refused by name."""
+    """transformers' own callbacks for tensorboard, wandb, trackio, …
+
+    Raises UsageError naming one that is unknown or not installed.
+    """
     try:
         return [callback() for callback in get_reporting_integration_callbacks(report_to)]
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--report_to {' '.join(report_to)}: {error}; install the tracker's package or leave it out") from None
+        raise UsageError(
+            f"--report_to {' '.join(report_to)}: {error}; install the tracker's package or leave it out"
+        ) from None
 
 
 class Hooks:
     """The callbacks of one run and what they are shown: `args`, `state`, `control`, model, optimizer, scheduler."""
 
-    def __init__(self, callbacks: list[TrainerCallback], args: TrainingArguments, *, steps_per_epoch: int, **shown: Any):
+    def __init__(
+        self, callbacks: list[TrainerCallback], args: TrainingArguments, *, steps_per_epoch: int, **shown: Any
+    ):
         self.callbacks = callbacks
         self.args = args
         self.state = TrainerState(max_steps=args.max_steps, log_history=[])

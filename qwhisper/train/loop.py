@@ -1,4 +1,7 @@
-"""The training loop. `train_step` reads top to bottom: fetch, count, run, check, clip, step or skip, schedule, report."""
+"""The training loop.
+
+`train_step` reads top to bottom: fetch, count, run, check, clip, step or skip, schedule, report.
+"""
 
 import dataclasses
 import signal
@@ -62,8 +65,8 @@ class StepReport:
 def train_step(run: Run, fetched: StepSamples) -> StepReport:
     """One optimizer step on the given samples: the same mathematics however they are packed.
 
-    A step whose loss or gradient is not finite leaves parameters, moments and Adam's step counts untouched; learning rate and data
-    go on. So does a step that was left without samples.
+    A step whose loss or gradient is not finite leaves parameters, moments and Adam's step counts untouched; learning
+    rate and data go on. So does a step that was left without samples.
     """
     started = time.perf_counter()
     samples, args = fetched.samples, run.args
@@ -86,7 +89,13 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
     if skipped:
         drop_gradients(run.groups)
         run.state.skipped_steps += 1
-        run.log.event("skipped", step=run.state.step, reason=skipped, statistics=readable(statistics), samples=[s.id for s in samples])
+        run.log.event(
+            "skipped",
+            step=run.state.step,
+            reason=skipped,
+            statistics=readable(statistics),
+            samples=[s.id for s in samples],
+        )
     else:
         scale_gradients(decision, run.groups)
         run.fire("on_pre_optimizer_step")
@@ -100,11 +109,16 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
     run.state.epoch, run.state.offset = fetched.epoch, fetched.offset
     run.state.supervised_tokens += num_supervised
     norms = {name: value for name, value in statistics.items() if name != "loss"}
-    return StepReport(statistics["loss"], num_supervised, decision.grad_norm, skipped, time.perf_counter() - started, norms)
+    return StepReport(
+        statistics["loss"], num_supervised, decision.grad_norm, skipped, time.perf_counter() - started, norms
+    )
 
 
 def train(run: Run, steps: Iterator[StepSamples]) -> int:
-    """Runs to the end, or to a signal, and leaves a checkpoint. Returns the exit code: 0, or 128 + the signal's number."""
+    """Runs to the end, or to a signal, and leaves a checkpoint.
+
+    Returns the exit code: 0, or 128 + the signal's number.
+    """
     args, state = run.args, run.state
     lines = StepLines(run.total_steps, state.step)
     caught: list[int] = []
@@ -152,8 +166,8 @@ def quarantine(run: Run, fetched: StepSamples) -> None:
     passes = 1 + run.state.epoch
     if fetched.rejections and run.state.bad_samples > run.args.max_bad_fraction * run.num_dialogues * passes:
         raise DataError(
-            f"{run.state.bad_samples} of {run.num_dialogues * passes} dialogues were unusable, more than --max_bad_fraction "
-            f"{run.args.max_bad_fraction}; the last: {fetched.rejections[-1].reason}. All are in "
+            f"{run.state.bad_samples} of {run.num_dialogues * passes} dialogues were unusable, more than "
+            f"--max_bad_fraction {run.args.max_bad_fraction}; the last: {fetched.rejections[-1].reason}. All are in "
             f"{run.log.folder / 'quarantine.jsonl'}: mend or remove them, or raise the bound"
         )
 
@@ -164,12 +178,22 @@ def readable(statistics: dict[str, float]) -> dict[str, float | str]:
 
 
 def log_step(run: Run, report: StepReport, learning_rates: dict[str, float], lines: StepLines) -> None:
-    values = {"loss": report.loss, "grad_norm": report.grad_norm} | {f"grad_norm_{k}": v for k, v in report.group_norms.items()}
+    values = {"loss": report.loss, "grad_norm": report.grad_norm} | {
+        f"grad_norm_{k}": v for k, v in report.group_norms.items()
+    }
     rates = {f"learning_rate_{name}": rate for name, rate in learning_rates.items()}
-    run.log.metric(step=run.state.step, **readable(values), valid_label_count=report.tokens, **rates, seconds=round(report.seconds, 4))
+    run.log.metric(
+        step=run.state.step,
+        **readable(values),
+        valid_label_count=report.tokens,
+        **rates,
+        seconds=round(report.seconds, 4),
+    )
     lines.step(loss=report.loss, tokens=report.tokens, grad_norm=report.grad_norm)
     if report.skipped:
-        lines.say(f"step {run.state.step}: skipped, {report.skipped} (events.jsonl names the samples); weights are untouched")
+        lines.say(
+            f"step {run.state.step}: skipped, {report.skipped} (events.jsonl names the samples); weights are untouched"
+        )
 
 
 def log_window(run: Run, window: list[StepReport], learning_rate: float, lines: StepLines) -> None:
@@ -182,7 +206,10 @@ def log_window(run: Run, window: list[StepReport], learning_rate: float, lines: 
     lines.line(
         step=run.state.step, loss=loss, tokens=tokens, grad_norm=grad_norm, learning_rate=learning_rate, seconds=seconds
     )
-    run.fire("on_log", logs={"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "supervised_tokens": tokens})
+    run.fire(
+        "on_log",
+        logs={"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "supervised_tokens": tokens},
+    )
 
 
 def evaluate(run: Run, lines: StepLines) -> None:
@@ -207,8 +234,7 @@ def save(run: Run, lines: StepLines) -> int:
 def stop_if_dead(run: Run) -> None:
     if run.state.bad_steps_in_a_row >= run.args.max_bad_steps:
         raise NumericalError(
-            f"{run.state.bad_steps_in_a_row} steps in a row had a loss or gradient that is not finite, the last at step "
-            f"{run.state.step}: {run.log.folder / 'events.jsonl'} names the samples. The last checkpoint is sound; resume with a "
-            "lower --learning_rate, or a lower --lora_grad_clip or --projector_scale"
+            f"{run.state.bad_steps_in_a_row} steps in a row had a loss or gradient that is not finite, the last at "
+            f"step {run.state.step}: {run.log.folder / 'events.jsonl'} names the samples. The last checkpoint is "
+            "sound; resume with a lower --learning_rate, or a lower --lora_grad_clip or --projector_scale"
         )
-

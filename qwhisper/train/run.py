@@ -1,4 +1,7 @@
-"""`qwhisper train`: from arguments to a finished run folder. Everything that can be refused is refused before a model is loaded."""
+"""`qwhisper train`: from arguments to a finished run folder.
+
+Everything that can be refused is refused before a model is loaded.
+"""
 
 import dataclasses
 import hashlib
@@ -56,7 +59,8 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=file_sha256(args.train_file))
     if resumed and state.train_file_sha256 != file_sha256(args.train_file):
         print(
-            f"note: {args.train_file} has changed since {resumed.name}: the order of samples goes on, their content may differ"
+            f"note: {args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
+            "may differ"
         )
     torch.manual_seed(args.seed)
     model, processor = build(args, resumed)
@@ -295,8 +299,9 @@ def closing_line(run: Run) -> str:
     where = run.state.best_checkpoint or f"checkpoint-{run.state.step}"
     done = f"done: {run.state.step} steps, {run.state.supervised_tokens} supervised tokens; {run.log.folder / where}"
     if acts:
-        return f"{done}. {len(acts)} events, {run.state.skipped_steps} steps skipped: see {run.log.folder / 'events.jsonl'}"
+        where_told = run.log.folder / "events.jsonl"
+        return f"{done}. {len(acts)} events, {run.state.skipped_steps} steps skipped: see {where_told}"
     return (
-        f"{done}. No guard had to act: a larger --per_device_train_batch_size, fewer --early_lr_steps or a higher --learning_rate "
-        "may now be tried" + (", and --manual_loss left out" if run.args.manual_loss else "")
+        f"{done}. No guard had to act: a larger --per_device_train_batch_size, fewer --early_lr_steps or a higher "
+        "--learning_rate may now be tried" + (", and --manual_loss left out" if run.args.manual_loss else "")
     )

@@ -1,4 +1,7 @@
-"""All that a resume needs beside the weights: position, counters, optimizer, generators. JSON and safetensors; nothing is unpickled."""
+"""All that a resume needs beside the weights: position, counters, optimizer, generators.
+
+JSON and safetensors; nothing is unpickled.
+"""
 
 import dataclasses
 import json
@@ -16,7 +19,10 @@ GENERATOR_FILE = "generators.safetensors"
 
 @dataclass
 class TrainState:
-    """Where a run stands. step: optimizer steps done, skipped ones included; epoch and offset: the sampler's position."""
+    """Where a run stands.
+
+    step: optimizer steps done, skipped ones included; epoch and offset: the sampler's position.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -38,7 +44,7 @@ class TrainState:
         return cls(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], folder: Path) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
     """Each parameter's moments and step count under "name|moment"; parameters never stepped have none."""
     tensors = {}
     for parameter, moments in optimizer.state.items():
@@ -47,8 +53,11 @@ def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parame
     save_file(tensors, folder / OPTIMIZER_FILE)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], folder: Path) -> None:
-    """Puts saved moments back, each on its parameter's device. Raises KeyError for a parameter that is not trained here."""
+def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
+    """Puts saved moments back, each on its parameter's device.
+
+    Raises KeyError for a parameter that is not trained here.
+    """
     by_name = {name: parameter for parameter, name in names.items()}
     with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
         for entry in file.keys():  # noqa: SIM118 (safe_open is no mapping)

@@ -10,7 +10,7 @@ from qwhisper.guards.decide import clip_factor, decide
 
 
 @pytest.mark.parametrize(
-    "statistics, reason",
+    ("statistics", "reason"),
     [
         ({"loss": math.nan, "lora": 1.0}, "loss not finite"),
         ({"loss": math.inf, "lora": 1.0}, "loss not finite"),
@@ -44,9 +44,14 @@ def test_norms_after_clipping_keep_every_bound(lora, projector, lora_bound, tota
 
 
 def test_within_the_bounds_nothing_is_scaled():
-    assert decide({"loss": 1.0, "lora": 0.5, "projector": 0.5}, group_bounds={"lora": 5.0}, max_grad_norm=1.0).factors == {}
+    assert (
+        decide({"loss": 1.0, "lora": 0.5, "projector": 0.5}, group_bounds={"lora": 5.0}, max_grad_norm=1.0).factors
+        == {}
+    )
 
 
-@pytest.mark.parametrize("norm, bound, factor", [(2.0, 1.0, 0.5), (1.0, 2.0, 1.0), (3.0, 0.0, 1.0), (0.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("norm", "bound", "factor"), [(2.0, 1.0, 0.5), (1.0, 2.0, 1.0), (3.0, 0.0, 1.0), (0.0, 1.0, 1.0)]
+)
 def test_clip_factor(norm, bound, factor):
     assert clip_factor(norm, bound) == factor

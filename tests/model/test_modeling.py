@@ -259,3 +259,11 @@ def test_attention_of_both_parts_is_the_packed_one_by_default():
     model = small_model()
     assert model.config.text_config._attn_implementation == PACKED_ATTENTION
     assert model.model.audio_tower.config._attn_implementation == PACKED_ATTENTION
+
+
+def test_a_packed_row_fills_no_cache():
+    model = small_model()
+    row = audio_batch(model)
+    del row["labels"], row["valid_label_count"]
+    assert set(model.model(**row)) == {"last_hidden_state"}
+    assert len(model.model(**prompt(model, [5]))) == 2

@@ -30,7 +30,11 @@ def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
     """Names of tensors that differ; empty when both hold the same."""
-    return [name for name in sorted(a.keys() | b.keys()) if name not in a or name not in b or not torch.equal(a[name], b[name])]
+    return [
+        name
+        for name in sorted(a.keys() | b.keys())
+        if name not in a or name not in b or not torch.equal(a[name], b[name])
+    ]
 
 
 def make_run(args, callbacks=()):
@@ -47,7 +51,9 @@ def make_run(args, callbacks=()):
 
 def gradients(run) -> dict[str, torch.Tensor]:
     return {
-        name: p.grad.clone() for name, p in run.executor.model.named_parameters() if p.requires_grad and p.grad is not None
+        name: p.grad.clone()
+        for name, p in run.executor.model.named_parameters()
+        if p.requires_grad and p.grad is not None
     }
 
 

@@ -131,7 +131,6 @@ def test_every_number_is_checked():
     [
         ({"early_lr_factor": 2.0}, "--early_lr_factor 2.0: above 1"),
         ({"whisper_cpu": True, "freeze_whisper": False}, "--whisper_cpu with --no_freeze_whisper"),
-        ({"init_random": True, "init_from": "r"}, "--init_random with --init_from"),
         ({"use_lora": False, "freeze_projector_steps": 5}, "nothing would learn"),
         ({"init_from": "runs/first/"}, "a new stage needs a folder of its own"),
     ],
@@ -145,7 +144,6 @@ def test_contradictions_are_refused_with_a_sentence(values, sentence):
     "values",
     [
         {"load_in_4bit": True, "use_lora": False},
-        {"load_in_4bit": True, "init_random": True},
         {"use_lora": False, "freeze_whisper": False, "freeze_projector_steps": 5},
         {"load_in_4bit": True, "device_map": "auto", "whisper_cpu": True, "learning_rate": 2e-5},
         {"warmup_steps": 0.1},

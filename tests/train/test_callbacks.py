@@ -38,11 +38,15 @@ def plain_trainer(arguments, train_file, tmp_path):
         args = arguments()
         model, processor = build(args, None)
         collator = ConversationCollator(
-            processor.tokenizer, processor.frames, audio_token_id=processor.audio_token_id, chat_template=processor.chat_template
+            processor.tokenizer,
+            processor.frames,
+            audio_token_id=processor.audio_token_id,
+            chat_template=processor.chat_template,
         )
         dialogues = read_conversations(train_file)
         settings = {
-            "output_dir": str(tmp_path / "hf"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4,
+            "output_dir": str(tmp_path / "hf"), "max_steps": 4,
+            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2, "lr_scheduler_type": "constant", "report_to": "none", "remove_unused_columns": False,
             "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True,
         }  # fmt: skip
@@ -88,7 +92,9 @@ def test_early_rate_in_a_plain_trainer_is_over_after_its_steps(plain_trainer):
 def plant(trainer, value):
     """One non-finite element in a LoRA gradient, at the second optimizer step alone."""
     parameter = next(p for n, p in trainer.model.named_parameters() if "lora_B" in n)
-    parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value) if trainer.state.global_step == 1 else grad)
+    parameter.register_hook(
+        lambda grad: grad.index_fill(0, torch.tensor([0]), value) if trainer.state.global_step == 1 else grad
+    )
 
 
 def test_non_finite_gradient_leaves_the_weights_alone_in_a_plain_trainer(plain_trainer):
@@ -117,7 +123,9 @@ def test_without_the_guard_the_same_gradient_is_spread_everywhere(plain_trainer)
     trainer = plain_trainer()
     plant(trainer, math.nan)
     trainer.train()
-    assert all(not torch.isfinite(p).all() for n, p in trainer.model.named_parameters() if p.requires_grad and "lora_B" in n)
+    assert all(
+        not torch.isfinite(p).all() for n, p in trainer.model.named_parameters() if p.requires_grad and "lora_B" in n
+    )
 
 
 def test_guarded_trainer_clips_lora_alone(plain_trainer):
@@ -179,4 +187,9 @@ def test_callbacks_configure_our_loop(arguments):
     hooks = [ProjectorFreezeHook(3), LoRAStabilizeCallback(0.5, 7, 2.5)]
     for hook in hooks:
         args = hook.configure(args)
-    assert (args.freeze_projector_steps, args.early_lr_factor, args.early_lr_steps, args.lora_grad_clip) == (3, 0.5, 7, 2.5)
+    assert (args.freeze_projector_steps, args.early_lr_factor, args.early_lr_steps, args.lora_grad_clip) == (
+        3,
+        0.5,
+        7,
+        2.5,
+    )

@@ -25,7 +25,12 @@ def test_what_is_written_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(b"x" + p.read_bytes()[1:])]
+    "damage",
+    [
+        lambda p: p.unlink(),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.write_bytes(b"x" + p.read_bytes()[1:]),
+    ],
 )
 @pytest.mark.parametrize("file", ["a.bin", "state.json"])
 def test_missing_shortened_or_changed_file_is_named(tmp_path, damage, file):
@@ -83,10 +88,10 @@ def test_a_damaged_checkpoint_is_not_resolved(tmp_path):
     write_checkpoint(tmp_path, 1, fill)
     write_checkpoint(tmp_path, 2, lambda p: fill(p, best="checkpoint-1"))
     (tmp_path / "checkpoint-1/a.bin").write_bytes(b"other")
-    with pytest.raises(CheckpointError, match="a.bin"):
+    with pytest.raises(CheckpointError, match=r"a\.bin"):
         resolve_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="a.bin"):
+    with pytest.raises(CheckpointError, match=r"a\.bin"):
         resolve_checkpoint(tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-2/manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="manifest.json is missing"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
         resolve_checkpoint(tmp_path / "checkpoint-2")

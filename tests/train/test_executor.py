@@ -55,7 +55,9 @@ def test_packed_equals_padded(run):
 
 def test_accumulating_four_single_samples_equals_one_batch_of_four(run):
     run, samples = run
-    assert_same(loss_and_gradients(run, samples[:4], max_tokens=1), loss_and_gradients(run, samples[:4], max_tokens=10_000))
+    assert_same(
+        loss_and_gradients(run, samples[:4], max_tokens=1), loss_and_gradients(run, samples[:4], max_tokens=10_000)
+    )
 
 
 def test_out_of_memory_halves_the_pack_and_keeps_the_mathematics(run, monkeypatch):

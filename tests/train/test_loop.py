@@ -125,7 +125,7 @@ def test_global_clip_comes_after_the_groups_and_bounds_them_together(arguments, 
 
 
 def test_a_step_without_samples_is_skipped_and_named(arguments):
-    run, samples = make_run(arguments(max_bad_fraction=1.0))
+    run, _ = make_run(arguments(max_bad_fraction=1.0))
     before = trainable(run)
     report = step(run, [], [Rejection("d9", "train.jsonl:9", "unreadable")])
     assert report.skipped == "no sample left" and same_bits(before, trainable(run)) == []
@@ -166,8 +166,10 @@ def test_the_loss_falls_at_the_stable_recipes_rate(run_training):
 
 
 def test_evaluation_keeps_the_best_checkpoint(run_training, train_file):
-    args = run_training(eval_file=str(train_file), max_steps=8, save_steps=1, save_total_limit=2, learning_rate=0.3, early_lr_steps=0,
-                        freeze_projector_steps=0)  # fmt: skip
+    args = run_training(
+        eval_file=str(train_file), max_steps=8, save_steps=1, save_total_limit=2,
+        learning_rate=0.3, early_lr_steps=0, freeze_projector_steps=0,
+    )  # fmt: skip
     folder = Path(args.output_dir)
     losses = {line["step"]: line["eval_loss"] for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line}
     assert len(losses) == 8

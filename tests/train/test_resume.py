@@ -33,7 +33,13 @@ def outcome(folder: Path, step: int):
 @pytest.mark.parametrize("stop", [1, 3, 5])  # an epoch has 3 steps: before, at and after its edge
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_is_bit_exact(arguments, tmp_path, stop, workers):
-    values = {"lora_dropout": 0.2, "max_steps": 6, "save_steps": 100, "dataloader_num_workers": workers, "early_lr_steps": 4}
+    values = {
+        "lora_dropout": 0.2,
+        "max_steps": 6,
+        "save_steps": 100,
+        "dataloader_num_workers": workers,
+        "early_lr_steps": 4,
+    }
     whole = arguments(output_dir=str(tmp_path / "whole"), **values)
     assert main(whole) == 0
     parts = arguments(output_dir=str(tmp_path / "parts"), **values)
@@ -43,7 +49,10 @@ def test_resume_is_bit_exact(arguments, tmp_path, stop, workers):
     (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 6), outcome(tmp_path / "parts", 6)
     assert same_bits(tensors, other_tensors) == [] and state == other_state
     rates = [
-        [(line["step"], line["learning_rate_lora"], line["loss"]) for line in read_lines(tmp_path / name / "metrics.jsonl")]
+        [
+            (line["step"], line["learning_rate_lora"], line["loss"])
+            for line in read_lines(tmp_path / name / "metrics.jsonl")
+        ]
         for name in ("whole", "parts")
     ]
     assert rates[0] == rates[1]
@@ -55,6 +64,14 @@ def test_early_factor_is_over_at_the_right_step_across_a_resume(arguments):
     main(dataclasses.replace(args, resume_from_checkpoint="latest"))
     rates = [line["learning_rate_lora"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl")]
     assert rates == pytest.approx([2e-3] * 4 + [1e-2] * 2)
+
+
+def test_projector_scale_is_changed_on_resume(arguments):
+    args = arguments(max_steps=4)
+    main(args, [StopAfter(2)])
+    main(dataclasses.replace(args, resume_from_checkpoint="latest", projector_scale=0.7))
+    configs = [Path(args.output_dir) / f"checkpoint-{step}/config.json" for step in (2, 4)]
+    assert [json.loads(path.read_text())["projector_scale"] for path in configs] == [1.0, 0.7]
 
 
 def test_damaged_newest_checkpoint_is_named_and_the_older_one_taken(arguments, capsys):
@@ -116,8 +133,8 @@ def test_second_stage_starts_from_the_first_ones_weights(arguments, tmp_path):
     first = arguments(use_lora=False, output_dir=str(tmp_path / "align"), max_steps=3, freeze_projector_steps=0)
     assert main(first) == 0
     second = arguments(
-        init_from=str(tmp_path / "align"), audio_model=None, text_model=None, output_dir=str(tmp_path / "lora"), max_steps=1,
-        freeze_projector_steps=1,
+        init_from=str(tmp_path / "align"), audio_model=None, text_model=None,
+        output_dir=str(tmp_path / "lora"), max_steps=1, freeze_projector_steps=1,
     )  # fmt: skip
     assert main(second) == 0
     before, after = (checkpoint_tensors(tmp_path / f) for f in ("align/checkpoint-3", "lora/checkpoint-1"))
