@@ -11,14 +11,17 @@ that stay the same when other clips are put in).
 
 import argparse
 import json
+import random
 import time
 from pathlib import Path
 
+from augment import write_altered
 from common import append_result, qwhisper, recordings
 from transformers import AutoTokenizer
 
 from qwhisper.demo.bases import make_qwen3_base
-from qwhisper.demo.dialogues import NUMBERS, Clip, spoken_dialogues, text_dialogues, write_jsonl
+from qwhisper.demo.dialogues import NUMBERS, QUESTIONS, Clip, spoken_dialogues, text_dialogues, write_jsonl
+from qwhisper.evaluate.metrics import share, whole_dialogue_share
 
 TEXT_DIALOGUES = 12_000
 SILENCE = {"--audio_lead_silence": 0.25, "--audio_tail_silence": 1.0}
@@ -40,8 +43,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--dialogues", type=int, default=6000, help="training dialogues")
-    parser.add_argument("--eval_dialogues", type=int, default=400)
+    parser.add_argument("--copies", type=int, default=4, help="altered copies of each training recording")
+    parser.add_argument("--eval_dialogues", type=int, default=204)
+    parser.add_argument("--eval_clips", type=int, default=300, help="recordings asked about one by one")
     parser.add_argument("--dtype", default="fp32", help="of the encoder and the LM")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -62,6 +66,7 @@ def text_base(args: argparse.Namespace) -> Path:
 
 
 def clips_of(data: Path, speakers: str) -> list[Clip]:
+    """Every recording of the named speakers."""
     found = recordings(data)
     missing = set(speakers.split(",")) - found.keys()
     if missing:
@@ -74,14 +79,38 @@ def clips_of(data: Path, speakers: str) -> list[Clip]:
     ]
 
 
+def with_altered(clips: list[Clip], folder: Path, copies: int, seed: int) -> list[Clip]:
+    groups = write_altered([Path(clip.path) for clip in clips], folder, copies, seed)
+    return [Clip(str(path), clip.word) for clip, group in zip(clips, groups, strict=True) for path in group]
+
+
+def single_clips(clips: list[Clip]) -> list[dict]:
+    """One dialogue a recording: which number is it?"""
+    question = {"type": "text", "text": QUESTIONS["number"][0]}
+    return [
+        {
+            "id": f"clip-{index}",
+            "messages": [
+                {"role": "user", "content": [{"type": "audio", "audio": clip.path, "transcript": clip.word}, question]},
+                {"role": "assistant", "content": clip.word, "kind": "clip"},
+            ],
+        }
+        for index, clip in enumerate(clips)
+    ]
+
+
 def main() -> None:
     args = parse()
     began = time.perf_counter()
     text_model = text_base(args)
     run = args.output_dir / f"{args.eval_speakers}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run.mkdir(parents=True)
-    train, _ = spoken_dialogues(clips_of(args.data, args.train_speakers), args.dialogues, "train", args.seed)
-    held_out, _ = spoken_dialogues(clips_of(args.data, args.eval_speakers), args.eval_dialogues, "eval", args.seed + 1)
+    train_clips = with_altered(clips_of(args.data, args.train_speakers), run / "clips", args.copies, args.seed)
+    eval_clips = clips_of(args.data, args.eval_speakers)
+    train, _ = spoken_dialogues(train_clips, args.steps * args.batch, "train", args.seed)
+    held_out, _ = spoken_dialogues(eval_clips, args.eval_dialogues, "eval", args.seed + 1)
+    order = random.Random(args.seed).sample(range(len(eval_clips)), min(args.eval_clips, len(eval_clips)))
+    held_out += single_clips([eval_clips[i] for i in order])
     train_file, eval_file = write_jsonl(run / "train.jsonl", train), write_jsonl(run / "eval.jsonl", held_out)
     # Rates and batch of the demo: a small LM at the stable recipe's 3e-5 stays deaf for thousands of steps.
     train_seconds = qwhisper(
@@ -98,10 +127,11 @@ def main() -> None:
         "--max_new_tokens", 8, "--batch_size", 32, "--output_json", report,
     )  # fmt: skip
     result = json.loads(report.read_text())
+    spoken = [answer for answer in result["answers"] if answer["kind"] != "clip"]
     scores = {
-        "clip": result["kinds"]["number"]["turns"],
-        "turn": result["turns"],
-        "dialogue": result["dialogues"],
+        "clip": result["kinds"]["clip"]["turns"],
+        "turn": share(answer["right"] for answer in spoken),
+        "dialogue": whole_dialogue_share([answer["id"] for answer in spoken], [answer["right"] for answer in spoken]),
         "swapped": result["turns_swapped"],
     }
     scores = {name: round(value, 4) for name, value in scores.items()}

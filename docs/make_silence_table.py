@@ -16,8 +16,8 @@ def silence_table() -> str:
     lines = RESULTS.read_text(encoding="utf-8").splitlines()
     latest = {(result["lead_s"], result["tail_s"]): result for result in map(json.loads, lines)}
     rows = [
-        f"| {lead:.2f} | {tail:.2f} | {result['cosine_to_30_s']:.3f} | {result['probe_mean']:.1%} | "
-        f"{result['probe_worst']:.1%} |"
+        f"| {lead:.2f} | {tail:.2f} | {result['cosine_to_30_s']:.3f} | {result['probe_mean']:.2%} | "
+        f"{result['probe_worst']:.2%} |"
         for (lead, tail), result in sorted(latest.items())
     ]
     return "\n".join(

@@ -128,11 +128,13 @@ def hangs_on_hearing(script: Script, heard: tuple[str, ...]) -> bool:
 
 def draw_numbers(script: Script, generator: np.random.Generator) -> tuple[str, ...]:
     """Numbers for a script's clips, such that yes and no are equally likely and `hangs_on_hearing` holds."""
-    wanted = [("yes", "no")[generator.integers(2)] for _ in script]
+    yes_or_no = ("yes", "no")
+    wanted = [yes_or_no[generator.integers(2)] for _ in script]
     while True:
         heard = tuple(NUMBERS[i] for i in generator.integers(len(NUMBERS), size=sum(clips for _, clips in script)))
         given = answers(script, heard)
-        if all(a == w for a, w in zip(given, wanted, strict=True) if a in wanted) and hangs_on_hearing(script, heard):
+        balanced = all(a == w for a, w in zip(given, wanted, strict=True) if a in yes_or_no)
+        if balanced and hangs_on_hearing(script, heard):
             return heard
 
 

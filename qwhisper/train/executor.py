@@ -82,7 +82,9 @@ class Executor:
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[Sample]) -> float:
-        """Mean loss over all supervised tokens of all samples, in nats."""
+        """Mean loss over all supervised tokens of all samples, in nats; 0 without any sample."""
+        if not samples:
+            return 0.0
         was_training = self.model.training
         self.model.eval()
         try:

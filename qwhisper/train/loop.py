@@ -187,6 +187,7 @@ def log_step(run: Run, report: StepReport, learning_rates: dict[str, float], lin
         **readable(values),
         valid_label_count=report.tokens,
         **rates,
+        **memory(run),
         seconds=round(report.seconds, 4),
     )
     lines.step(loss=report.loss, tokens=report.tokens, grad_norm=report.grad_norm)
@@ -194,6 +195,13 @@ def log_step(run: Run, report: StepReport, learning_rates: dict[str, float], lin
         lines.say(
             f"step {run.state.step}: skipped, {report.skipped} (events.jsonl names the samples); weights are untouched"
         )
+
+
+def memory(run: Run) -> dict[str, float]:
+    """The most that was ever allocated on the accelerator, in GiB; nothing on a CPU."""
+    if run.executor.device.type != "cuda":
+        return {}
+    return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(run.executor.device) / 2**30, 3)}
 
 
 def log_window(run: Run, window: list[StepReport], learning_rate: float, lines: StepLines) -> None:

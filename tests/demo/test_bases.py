@@ -111,13 +111,13 @@ def test_the_encoder_learns_to_spell(tmp_path):
     report = bases.make_whisper_base(tmp_path / "whisper", paths, words, 0, num_steps=80, held_out=(paths, words))
 
     assert report["character_error_rate"] < 0.2
-    assert report["word_accuracy"] > 0.6
+    assert report["word_accuracy"] > 0.8
 
 
 def test_the_language_model_learns_to_answer(tmp_path):
-    texts = [record for record in text_dialogues(2000, 0) if record["messages"][1]["kind"] in ("number", "even")]
+    texts = [record for record in text_dialogues(1000, 0) if record["messages"][1]["kind"] in ("number", "even")]
     texts = [record | {"messages": record["messages"][:2]} for record in texts]
-    report = bases.make_qwen3_base(tmp_path / "qwen3", texts[:-50], 0, num_steps=40, held_out=texts[-50:])
+    report = bases.make_qwen3_base(tmp_path / "qwen3", texts[:-50], 0, num_steps=25, held_out=texts[-50:])
 
     assert report["answer_accuracy"] > 0.9
     assert Path(tmp_path / "qwen3" / "chat_template.jinja").read_text() == bases.CHAT_TEMPLATE.read_text()

@@ -1,0 +1,138 @@
+"""Speed and memory with the real shapes of Whisper Large V3 Turbo and Qwen3, random weights, through `qwhisper train`.
+
+    python benchmarks/real_shapes.py --tokenizer DIR --output_dir DIR --size 0.6b --batch 16
+    python benchmarks/real_shapes.py --tokenizer DIR --output_dir DIR --size 8b --batch 4 --load_in_4bit --steps 200 --resume
+
+Audio is noise of 1 to 30 s, 9 s on average, as in read and conversational speech; questions and answers are random words. Reports samples
+a second over the second half of the steps, and the peak of allocated memory. --resume also stops half-way and goes on from there.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from common import append_result, qwhisper, write_jsonl
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+SIZES = {  # hidden, layers, intermediate, heads, key heads, tied embeddings
+    "0.6b": (1024, 28, 3072, 16, 8, True),
+    "1.7b": (2048, 28, 6144, 16, 8, True),
+    "4b": (2560, 36, 9728, 32, 8, True),
+    "8b": (4096, 36, 12288, 32, 8, False),
+    "tiny": (64, 2, 128, 4, 2, True),
+}
+WORDS = "time year people way day man thing woman life child world school state family student group country problem".split()
+
+
+def save_random(model_class, config, folder: Path) -> None:
+    """Random weights straight in bf16, on the accelerator if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = model_class(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+
+
+def make_bases(folder: Path, size: str, tokenizer: Path) -> tuple[Path, Path]:
+    audio, text = folder / ("whisper-tiny" if size == "tiny" else "whisper-turbo"), folder / f"qwen3-{size}"
+    if not audio.exists():
+        width, layers, heads = (32, 2, 2) if size == "tiny" else (1280, 32, 20)
+        whisper = WhisperConfig(
+            d_model=width, encoder_layers=layers, encoder_attention_heads=heads, encoder_ffn_dim=4 * width,
+            decoder_layers=1, decoder_attention_heads=heads, decoder_ffn_dim=4 * width, num_mel_bins=128,
+        )  # fmt: skip
+        save_random(WhisperEncoder, whisper, audio)
+        WhisperFeatureExtractor(feature_size=128).save_pretrained(audio)
+    if not text.exists():
+        hidden, layers, intermediate, heads, key_heads, tied = SIZES[size]
+        qwen3 = Qwen3Config(
+            vocab_size=151_936, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
+            num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=128, tie_word_embeddings=tied,
+            max_position_embeddings=40_960, eos_token_id=151_645, pad_token_id=151_643,
+        )  # fmt: skip
+        save_random(Qwen3ForCausalLM, qwen3, text)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(text)
+    return audio, text
+
+
+def make_data(folder: Path, count: int) -> Path:
+    """`count` dialogues about noise; durations as a gamma distribution of 9 s mean, cut to 1 to 30 s."""
+    generator, words = np.random.default_rng(0), random.Random(0)
+    records = []
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        seconds = float(np.clip(generator.gamma(2.2, 4.0), 1.0, 30.0))
+        clip = folder / "clips" / f"{index}.flac"
+        if not clip.exists():
+            noise = 0.1 * generator.standard_normal(int(seconds * 16_000))
+            soundfile.write(clip, np.clip(noise, -1, 1).astype(np.float32), 16_000)
+        question, answer = (" ".join(words.choices(WORDS, k=words.randrange(*span))) for span in ((12, 40), (10, 110)))
+        content = [{"type": "audio", "audio": f"clips/{clip.name}"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        records.append({"id": str(index), "messages": messages})
+    return write_jsonl(folder / f"train-{count}.jsonl", records)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default="0.6b")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--load_in_4bit", action="store_true")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="in two halves, with a checkpoint between and evaluation")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    began = time.perf_counter()
+    audio, text = make_bases(args.output_dir, args.size, args.tokenizer)
+    data = make_data(args.output_dir / "data", min(800, args.steps * args.batch))
+    print(f"bases and data in {time.perf_counter() - began:.0f} s", flush=True)
+    run = args.output_dir / f"run-{args.size}-{args.batch}-{time.strftime('%H%M%S')}"
+    flags = [name for name in ("load_in_4bit", "gradient_checkpointing") if getattr(args, name)]
+    command = [
+        "train", "--train_file", data, "--output_dir", run, "--audio_model", audio, "--text_model", text, "--save_steps", args.steps,
+        "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1, "--num_train_epochs", 1000,
+        "--dataloader_num_workers", 8 if torch.cuda.is_available() else 0, *(f"--{name}" for name in flags),
+    ]  # fmt: skip
+    if args.resume:
+        held_out = write_jsonl(data.with_name("eval.jsonl"), [json.loads(x) for x in data.read_text().splitlines()[:16]])
+        command += ["--eval_file", held_out]
+        qwhisper(*command, "--max_steps", args.steps // 2)
+        qwhisper(*command, "--max_steps", args.steps, "--resume_from_checkpoint")
+    else:
+        qwhisper(*command, "--max_steps", args.steps)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "loss" in step]
+    late = steps[len(steps) // 2 :]
+    assert len(steps) == args.steps, f"{len(steps)} steps are logged, {args.steps} were run"
+    result = {
+        "size": args.size,
+        "batch": args.batch,
+        "steps": args.steps,
+        "flags": flags + (["resume"] if args.resume else []),
+        "samples_per_second": round(args.batch * len(late) / sum(step["seconds"] for step in late), 2),
+        "peak_memory_gib": max(step.get("peak_memory_gib", 0.0) for step in steps),
+        "loss_first": round(float(steps[0]["loss"]), 4),
+        "loss_last": round(float(steps[-1]["loss"]), 4),
+        "max_grad_norm_seen": round(max(float(step["grad_norm"]) for step in steps), 2),
+        "skipped_or_retried": sum(1 for _ in (run / "events.jsonl").open()) if (run / "events.jsonl").exists() else 0,
+    }
+    append_result("real_shapes", result)
+
+
+if __name__ == "__main__":
+    main()
