@@ -10,8 +10,11 @@ import numpy as np
 import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, WhisperConfig, WhisperFeatureExtractor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from qwhisper.data.collator import ConversationCollator
+from qwhisper.frames import FrameArithmetic
 
 TEMPLATE = Path(__file__).parents[1] / "qwhisper/demo/qwen3_chat_template.jinja"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -82,3 +85,24 @@ def write_dialogues(folder: Path, count: int = 12, *, name: str = "train.jsonl",
     path = folder / name
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def teach_to_read(text_folder: Path, words: list[str], *, num_steps: int = 150) -> None:
+    """Pre-trains the small Qwen3 in place, until it answers "Pitch?" with the word that stands before it."""
+    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    model = Qwen3ForCausalLM.from_pretrained(text_folder)
+    collator = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
+    dialogues = [
+        {"id": word, "messages": [{"role": "user", "content": f"{word}Pitch?"}, {"role": "assistant", "content": word}]}
+        for word in words
+    ]
+    batch = collator(dialogues)
+    del batch["valid_label_count"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(num_steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1, f"the small model has not learned to read: {loss.item()}"
+    model.save_pretrained(text_folder)

@@ -1,0 +1,78 @@
+"""That a run learns, and from the audio: a falling loss alone can be what the text gives away."""
+
+from pathlib import Path
+
+import pytest
+
+from qwhisper.data.conversation import read_conversations
+from qwhisper.evaluate.run import evaluate_model
+from qwhisper.infer.generate import load_for_inference
+from qwhisper.train.run import main
+from tests.small import teach_to_read, write_dialogues, write_small_bases
+from tests.train.helpers import read_lines
+
+
+def test_the_loss_falls_at_the_stable_recipes_rate(run_training):
+    args = run_training(
+        max_steps=60,
+        save_steps=60,
+        learning_rate=3e-5,
+        projector_learning_rate=None,
+        freeze_projector_steps=20,
+        early_lr_steps=0,
+        lr_scheduler_type="constant",
+    )
+    losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl")]
+    # 12 steps see every dialogue four times, so both sums are over the same samples.
+    assert sum(losses[-12:]) < sum(losses[:12])
+
+
+def test_swapped_audio_ends_up_costing_more_than_the_true_audio(arguments, tmp_path, shared):
+    _, text = write_small_bases(tmp_path, hidden_size=64)
+    teach_to_read(text, ["low", "high"])
+    train = write_dialogues(tmp_path / "data", 48)
+    held_out = write_dialogues(tmp_path / "data", 12, name="eval.jsonl", first=100)
+    args = arguments(
+        train_file=str(train),
+        audio_model=str(shared / "models/whisper-tiny.en"),
+        text_model=str(text),
+        max_steps=100,
+        save_steps=100,
+        learning_rate=2e-3,
+        per_device_train_batch_size=6,
+        freeze_projector_steps=0,
+        early_lr_steps=0,
+    )
+    assert main(args) == 0
+    model, _, collator = load_for_inference(args.output_dir, "cpu")
+    result = evaluate_model(model, collator, read_conversations(held_out), max_new_tokens=2)
+    assert result["counts"]["swapped_same_question"] > 0
+    assert result["loss_swapped"] > result["loss_unswapped"] + 1.0
+
+
+def test_a_base_in_4_bits_trains_evaluates_and_resumes(arguments):
+    pytest.importorskip("bitsandbytes")
+    args = arguments(load_in_4bit=True, max_steps=2, save_steps=1)
+    assert main(args) == 0
+    more = arguments(load_in_4bit=True, max_steps=4, save_steps=1, resume_from_checkpoint="latest")
+    assert main(more) == 0
+    losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl")]
+    assert len(losses) == 4
+    assert all(0 < loss < 20 for loss in losses)
+    model, _, collator = load_for_inference(args.output_dir, "cpu")
+    assert model.is_loaded_in_4bit
+    result = evaluate_model(model, collator, read_conversations(args.train_file)[:3], swap=False, max_new_tokens=2)
+    assert 0 < result["loss"] < 20
+
+
+def test_trackers_are_fed_through_transformers_own_callbacks(arguments):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = arguments(report_to=["tensorboard"], max_steps=3)
+    assert main(args) == 0
+    folder = next(path for path in Path(args.output_dir).rglob("*tfevents*")).parent
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    logged = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl")]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
