@@ -59,7 +59,8 @@ class TwoOptimizers:
     def __init__(self, model: nn.Module, matrices: Callable[[str, Tensor], bool], adamw_lr: float, num_steps: int):
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         muon = torch.optim.Muon([p for name, p in trainable if matrices(name, p)], lr=MUON_LR, weight_decay=0.0)
-        adamw = torch.optim.AdamW([p for name, p in trainable if not matrices(name, p)], lr=adamw_lr, weight_decay=0.0)
+        rest = [p for name, p in trainable if not matrices(name, p)]
+        adamw = torch.optim.AdamW(rest, lr=adamw_lr, weight_decay=0.0, fused=True)
         warmup = max(1, num_steps // 20)
         self._optimizers = (muon, adamw)
 
