@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from augment import write_altered
 from common import append_result, audio_part, pick, qwhisper, recordings, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -45,6 +46,12 @@ def dialogue(kind: str, id: str, generator: random.Random, files: dict) -> dict:
 def training_set(files: dict[str, dict], count: int, generator: random.Random) -> list[dict]:
     kinds = generator.choices(list(TAUGHT), list(TAUGHT.values()), k=count)
     return [dialogue(kind, f"t{i}", generator, files[generator.choice(sorted(files))]) for i, kind in enumerate(kinds)]
+
+
+def with_altered(digits: dict[int, list[Path]], folder: Path, copies: int, seed: int) -> dict[int, list[Path]]:
+    """A speaker's recordings and `copies` altered ones of each."""
+    groups = {digit: write_altered(files, folder, copies, seed) for digit, files in digits.items()}
+    return {digit: [path for group in groups[digit] for path in group] for digit in digits}
 
 
 def evaluation_set(files: dict, each: int, generator: random.Random) -> list[dict]:
@@ -104,6 +111,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=300 if torch.cuda.is_available() else 130)
     parser.add_argument("--batch", type=int, default=16 if torch.cuda.is_available() else 6)
+    parser.add_argument(
+        "--copies", type=int, default=4, help="altered copies of each training recording, for more voices"
+    )
     parser.add_argument("--each", type=int, default=100, help="questions of each kind in the evaluation")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -116,7 +126,11 @@ def main() -> None:
     speaker = args.eval_speaker or sorted(files)[-1]
     generator = random.Random(args.seed)
     run, data = args.output_dir / f"run-{speaker}-{args.seed}", args.output_dir / f"data-{speaker}-{args.seed}"
-    others = {name: digits for name, digits in files.items() if name != speaker}
+    others = {
+        name: with_altered(digits, data / "clips" / name, args.copies, args.seed)
+        for name, digits in files.items()
+        if name != speaker
+    }
     train = write_jsonl(data / "train.jsonl", training_set(others, args.steps * args.batch, generator))
     evaluation = evaluation_set(files[speaker], args.each, generator)
     held_out = write_jsonl(data / "eval.jsonl", evaluation)

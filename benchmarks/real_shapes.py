@@ -1,10 +1,11 @@
 """Speed and memory with the real shapes of Whisper Large V3 Turbo and Qwen3, random weights, through `qwhisper train`.
 
     python benchmarks/real_shapes.py --tokenizer DIR --output_dir DIR --size 0.6b --batch 16
-    python benchmarks/real_shapes.py --tokenizer DIR --output_dir DIR --size 8b --batch 4 --load_in_4bit --steps 200 --resume
+    python benchmarks/real_shapes.py --tokenizer DIR --output_dir DIR --size 8b --load_in_4bit --steps 200 --resume
 
-Audio is noise of 1 to 30 s, 9 s on average, as in read and conversational speech; questions and answers are random words. Reports samples
-a second over the second half of the steps, and the peak of allocated memory. --resume also stops half-way and goes on from there.
+Audio is noise of 1 to 30 s, 9 s on average, as in read and conversational speech; questions and answers are random
+words. Reports samples a second over the second half of the steps, and the peak of allocated memory. --resume also
+stops half-way and goes on from there.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SIZES = {  # hidden, layers, intermediate, heads, key heads, tied embeddings
     "8b": (4096, 36, 12288, 32, 8, False),
     "tiny": (64, 2, 128, 4, 2, True),
 }
-WORDS = "time year people way day man thing woman life child world school state family student group country problem".split()
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
 def save_random(model_class, config, folder: Path) -> None:
@@ -104,12 +105,15 @@ def main() -> None:
     run = args.output_dir / f"run-{args.size}-{args.batch}-{time.strftime('%H%M%S')}"
     flags = [name for name in ("load_in_4bit", "gradient_checkpointing") if getattr(args, name)]
     command = [
-        "train", "--train_file", data, "--output_dir", run, "--audio_model", audio, "--text_model", text, "--save_steps", args.steps,
+        "train", "--train_file", data, "--output_dir", run, "--audio_model", audio, "--text_model", text,
+        "--save_steps", args.steps,
         "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1, "--num_train_epochs", 1000,
         "--dataloader_num_workers", 8 if torch.cuda.is_available() else 0, *(f"--{name}" for name in flags),
     ]  # fmt: skip
     if args.resume:
-        held_out = write_jsonl(data.with_name("eval.jsonl"), [json.loads(x) for x in data.read_text().splitlines()[:16]])
+        held_out = write_jsonl(
+            data.with_name("eval.jsonl"), [json.loads(x) for x in data.read_text().splitlines()[:16]]
+        )
         command += ["--eval_file", held_out]
         qwhisper(*command, "--max_steps", args.steps // 2)
         qwhisper(*command, "--max_steps", args.steps, "--resume_from_checkpoint")
