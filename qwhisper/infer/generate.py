@@ -45,14 +45,12 @@ def load_for_inference(
     in_4bit = trained_as.get("load_in_4bit", False)
     check_versions(quantized=in_4bit)
     options = LoadOptions(
-        dtype="fp32" if dtype == "auto" and where.type == "cpu" else dtype,
+        dtype=dtype,
         device_map={"": str(where)},
         load_in_4bit=in_4bit,
-        whisper_cpu=where.type == "cpu",
         projector_fp32=trained_as.get("projector_fp32", True),
     )
     model = load_trained(folder, options)
-    model.model.audio_tower.to(where)
     processor = Qwen3AudioProcessor.from_pretrained(folder)
     return model.eval(), processor, collator_of(processor)
 

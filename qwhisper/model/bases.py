@@ -28,6 +28,8 @@ WEIGHT_FILES = (
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+SPREADING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of transformers: over all devices there are
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
@@ -48,7 +50,11 @@ class LoadOptions:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """Where the encoder goes: the device that `device_map` names for everything, else the first accelerator."""
+        whole = self.device_map.get("") if isinstance(self.device_map, dict) else self.device_map
+        if whole is None or whole in SPREADING_MAPS:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(whole)
 
     @property
     def encoder_device(self) -> torch.device:

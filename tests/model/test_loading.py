@@ -308,3 +308,18 @@ def test_a_fingerprint_covers_every_shard(bases, tmp_path):
 def test_load_options_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LoadOptions().dtype = "fp16"
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"": torch.device("cpu")}])
+def test_a_device_map_of_one_device_is_the_encoders_too(monkeypatch, device_map):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = LoadOptions(device_map=device_map)
+    assert options.device == options.encoder_device == torch.device("cpu")
+    assert options.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", {"model.layers.0": 0}])
+def test_other_device_maps_leave_the_encoder_on_the_first_accelerator(monkeypatch, device_map):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert LoadOptions(device_map=device_map).encoder_device == torch.device("cuda")
+    assert LoadOptions(device_map=device_map, whisper_cpu=True).encoder_device == torch.device("cpu")
