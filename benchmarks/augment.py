@@ -17,10 +17,13 @@ SPEEDS = (0.78, 1.28)  # slow and deep to fast and high; uniform in the logarith
 TILTS = (-0.4, 0.6)  # of a first-order filter: dull to sharp
 NOISE_DB = (15.0, 45.0)  # below the speech
 GAINS_DB = (-8.0, 8.0)
+CUT = 0.12  # of the recording at most, at either end: people who cut their recordings close lose a first "s" or a last "x"
 
 
 def altered(waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """float32 [samples] to float32 [other samples], both at 16 kHz."""
+    first, last = (int(generator.uniform(0, CUT) * len(waveform)) for _ in range(2))
+    waveform = waveform[first : len(waveform) - last]
     speed = np.exp(generator.uniform(*np.log(SPEEDS)))
     x = soxr.resample(waveform, SAMPLE_RATE * speed, SAMPLE_RATE).astype(np.float64)
     x[1:] = x[1:] - generator.uniform(*TILTS) * x[:-1]
