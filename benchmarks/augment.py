@@ -17,7 +17,7 @@ SPEEDS = (0.78, 1.28)  # slow and deep to fast and high; uniform in the logarith
 TILTS = (-0.4, 0.6)  # of a first-order filter: dull to sharp
 NOISE_DB = (15.0, 45.0)  # below the speech
 GAINS_DB = (-8.0, 8.0)
-CUT = 0.12  # of the recording at most, at either end: people who cut their recordings close lose a first "s" or a last "x"
+CUT = 0.12  # of the recording at most, at either end: some cut theirs so close that a first "s" or a last "x" is lost
 
 
 def altered(waveform: np.ndarray, generator: np.random.Generator) -> np.ndarray:
