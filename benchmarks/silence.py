@@ -3,9 +3,9 @@
     python benchmarks/silence.py --audio_model DIR --data DIR
 
 For each lead and tail silence: the cosine between the encoder's frames over the speech and those of the same clip
-padded to 30 s, as Whisper was trained; and a linear probe (softmax regression on the speech frames' mean and on four
-equal parts of them), trained on all speakers but one and tested on that one, each left out in turn. One JSON line a
-setting.
+padded to 30 s, as Whisper was trained; and a linear probe (softmax regression on the mean of what the projector would
+be given and of four equal parts of it), trained on all speakers but one and tested on that one, each left out in turn.
+One JSON line a setting.
 """
 
 import argparse
@@ -17,26 +17,24 @@ import torch
 from common import append_result, recordings
 
 from qwhisper.data.audio import clip_windows, load_audio
-from qwhisper.frames import CONV_STRIDE, HOP_LENGTH, SAMPLE_RATE, FrameArithmetic
+from qwhisper.frames import SAMPLE_RATE, FrameArithmetic, encoder_frames
 from qwhisper.model.loading import load_encoder
 from qwhisper.model.mel import packed_log_mel
 
-LEADS, TAILS = (0.0, 0.1, 0.25, 0.5), (0.0, 0.25, 0.5, 1.0, 2.0)
+LEADS, TAILS = (0.0, 0.25, 0.5, 1.0), (0.0, 0.5, 1.0, 2.0, 4.0)
 PARTS = 4
 
 
 def encode(encoder, clips: list, lead: float, tail: float) -> list[torch.Tensor]:
-    """The encoder's frames over the speech alone, [frames, d_model] for each clip."""
+    """What the projector would be given of each clip, [frames, d_model]."""
     frames = FrameArithmetic(lead_silence_s=lead, tail_silence_s=tail)
-    skip = round(lead * SAMPLE_RATE / HOP_LENGTH / CONV_STRIDE)
     spoken = []
     for start in range(0, len(clips), 25):
         windows = [clip_windows(clip, frames)[0] for clip in clips[start : start + 25]]
         waveforms = torch.cat([torch.from_numpy(window) for window in windows])
         mel, lengths = packed_log_mel(waveforms, [len(w) for w in windows], encoder.num_mel_bins)
-        hidden = encoder(mel, lengths).split([(n + 1) // 2 for n in lengths])
-        counts = [max(1, len(clip) // (HOP_LENGTH * CONV_STRIDE)) for clip in clips[start : start + 25]]
-        spoken += [h[skip : skip + n] for h, n in zip(hidden, counts, strict=True)]
+        hidden = encoder(mel, lengths).split([encoder_frames(n) for n in lengths])
+        spoken += [h[frames.kept_frames(len(h))] for h in hidden]
     return spoken
 
 
@@ -96,7 +94,7 @@ def main() -> None:
             began = time.perf_counter()
             with torch.no_grad():
                 hidden = encode(encoder, clips, lead, tail)
-            cosines = [torch.cosine_similarity(a, b).mean() for a, b in zip(hidden[::8], padded, strict=True)]
+            cosines = [torch.cosine_similarity(a, b[: len(a)]).mean() for a, b in zip(hidden[::8], padded, strict=True)]
             accuracy = probe(torch.stack([pooled(h) for h in hidden]), labels, [speaker for speaker, _, _ in chosen])
             scores = {"probe_mean": sum(accuracy.values()) / len(accuracy), "probe_worst": min(accuracy.values())}
             result = {"lead_s": lead, "tail_s": tail, "cosine_to_30_s": float(torch.stack(cosines).mean())} | scores

@@ -1,9 +1,9 @@
 """How many samples, mel frames, encoder frames and placeholder tokens a clip has: one arithmetic for data and model.
 
-Plain integers, no torch. A clip is lead silence + audio + tail silence, cut into windows of at most 30 s, each of which
-the encoder sees by itself. Windows of one clip are of nearly equal length (31 s are two windows of 15.5 s, not 30 + 1),
-and every window but the last is a whole number of tokens, so that a window's tokens can be computed without its
-neighbours.
+Plain integers, no torch. A clip is cut into windows of nearly equal length (31 s are two of 15.5 s, not 30 + 1), each
+of which the encoder sees by itself, with silence before and after it. The silence is context for the encoder, which
+never learned from speech that begins or ends at the edge of its window. Its frames are dropped before the projector,
+but for a short rest after the speech, so it costs the language model next to nothing.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ SAMPLE_RATE = 16_000
 HOP_LENGTH = 160  # samples a mel frame
 N_FFT = 400  # samples an STFT window; also the shortest window that reflect padding allows for comfortably
 CONV_STRIDE = 2  # mel frames an encoder frame
+FRAME_SAMPLES = HOP_LENGTH * CONV_STRIDE  # 20 ms
+KEPT_SILENCE_FRAMES = 12  # after the speech: what was said last is also in the frames behind it
 
 
 def mel_frames(num_samples: int) -> int:
@@ -30,7 +32,7 @@ class FrameArithmetic:
 
     stack: encoder frames that the projector joins into one token.
     max_encoder_frames: positions of the encoder, 1500 for Whisper (30 s).
-    lead_silence_s, tail_silence_s: seconds of silence put before and after every clip.
+    lead_silence_s, tail_silence_s: seconds of silence before and after the speech of every window, in steps of 20 ms.
     """
 
     stack: int = 4
@@ -43,35 +45,63 @@ class FrameArithmetic:
             raise ValueError(f"stack {self.stack} does not fit an encoder of {self.max_encoder_frames} positions")
         if min(self.lead_silence_s, self.tail_silence_s) < 0:
             raise ValueError("silence must be 0 seconds or more")
+        if self.max_speech_samples < self.samples_per_token:
+            raise ValueError(
+                f"{self.lead_silence_s} and {self.tail_silence_s} s of silence leave no room for speech in a window of "
+                f"{self.max_encoder_frames * FRAME_SAMPLES / SAMPLE_RATE:g} s"
+            )
 
     @property
     def samples_per_token(self) -> int:
-        return HOP_LENGTH * CONV_STRIDE * self.stack
+        return FRAME_SAMPLES * self.stack
 
     @property
-    def max_window_samples(self) -> int:
-        return self.max_encoder_frames // self.stack * self.samples_per_token
+    def lead_frames(self) -> int:
+        return round(self.lead_silence_s * SAMPLE_RATE / FRAME_SAMPLES)
+
+    @property
+    def tail_frames(self) -> int:
+        return round(self.tail_silence_s * SAMPLE_RATE / FRAME_SAMPLES)
 
     @property
     def lead_samples(self) -> int:
-        return round(self.lead_silence_s * SAMPLE_RATE)
+        return self.lead_frames * FRAME_SAMPLES
 
     @property
-    def tail_samples(self) -> int:
-        return round(self.tail_silence_s * SAMPLE_RATE)
+    def silence_samples(self) -> int:
+        """Of one window, before and after the speech."""
+        return (self.lead_frames + self.tail_frames) * FRAME_SAMPLES
+
+    @property
+    def max_speech_samples(self) -> int:
+        """Of one window; a whole number of tokens."""
+        speech_frames = self.max_encoder_frames - self.lead_frames - self.tail_frames
+        return speech_frames // self.stack * self.samples_per_token
 
     def window_lengths(self, num_samples: int) -> list[int]:
         """Samples of each window of a clip of `num_samples` samples, silence included."""
-        total = max(self.lead_samples + num_samples + self.tail_samples, N_FFT)
-        num_windows = -(-total // self.max_window_samples)
-        tokens_per_window = -(-total // (num_windows * self.samples_per_token))
-        length = tokens_per_window * self.samples_per_token
-        full, rest = divmod(total, length)
-        return [length] * full + ([rest] if rest else [])
+        speech = max(num_samples, N_FFT)
+        num_windows = -(-speech // self.max_speech_samples)
+        tokens_per_window = -(-speech // (num_windows * self.samples_per_token))
+        full, rest = divmod(speech, tokens_per_window * self.samples_per_token)
+        pieces = [tokens_per_window * self.samples_per_token] * full + ([rest] if rest else [])
+        return [piece + self.silence_samples for piece in pieces]
+
+    def kept_frames(self, num_encoder_frames: int) -> slice:
+        """Which of a window's encoder frames reach the projector: the speech and a short rest after it."""
+        end = num_encoder_frames - max(0, self.tail_frames - KEPT_SILENCE_FRAMES)
+        if end <= self.lead_frames:
+            raise ValueError(
+                f"a window of {num_encoder_frames} encoder frames is no longer than its silence "
+                f"({self.lead_frames} before, {self.tail_frames} after): make windows with `clip_windows` and this "
+                "model's silence"
+            )
+        return slice(self.lead_frames, end)
 
     def window_tokens(self, window_samples: int) -> int:
-        """Placeholder tokens of one window."""
-        return -(-encoder_frames(mel_frames(window_samples)) // self.stack)
+        """Placeholder tokens of one window, its silence included in `window_samples`."""
+        kept = self.kept_frames(encoder_frames(mel_frames(window_samples)))
+        return -(-(kept.stop - kept.start) // self.stack)
 
     def num_tokens(self, num_samples: int) -> int:
         """Placeholder tokens of a clip of `num_samples` samples, before silence is added."""

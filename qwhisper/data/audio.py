@@ -31,14 +31,18 @@ def load_audio(path: str | Path, start: float | None = None, end: float | None =
 
 
 def clip_windows(waveform: np.ndarray, frames: FrameArithmetic) -> list[np.ndarray]:
-    """Windows, float32 [samples] each, of a waveform float32 [samples] with its lead and tail silence.
+    """Windows, float32 [samples] each, of a waveform float32 [samples], with silence around the speech of each.
 
     Their lengths are `frames.window_lengths(len(waveform))`, their tokens `frames.num_tokens(len(waveform))`.
     """
-    lengths = frames.window_lengths(len(waveform))
-    padded = np.zeros(sum(lengths), dtype=np.float32)
-    padded[frames.lead_samples : frames.lead_samples + len(waveform)] = waveform
-    return np.split(padded, np.cumsum(lengths)[:-1])
+    windows, start = [], 0
+    for length in frames.window_lengths(len(waveform)):
+        piece = waveform[start : start + length - frames.silence_samples]
+        window = np.zeros(length, dtype=np.float32)
+        window[frames.lead_samples : frames.lead_samples + len(piece)] = piece
+        windows.append(window)
+        start += len(piece)
+    return windows
 
 
 def _read_stretch(file: soundfile.SoundFile, path: str | Path, start: float, end: float | None) -> np.ndarray:

@@ -18,7 +18,7 @@ class Qwen3AudioConfig(PreTrainedConfig):
     projector_stack: encoder frames (20 ms each) joined into one token. projector_hidden_act: activation between its
     layers.
     projector_scale: factor on the projector's output. projector_init_scale: factor on its Xavier initialisation.
-    audio_lead_silence, audio_tail_silence: seconds of silence around every clip, see docs/silence.md for the
+    audio_lead_silence, audio_tail_silence: seconds of silence around every window's speech, see docs/silence.md for the
     measurement.
     audio_base, text_base: {"name", "fingerprint"} of the bases whose weights are not saved with this model; None when
     they are.

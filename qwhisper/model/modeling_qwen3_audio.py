@@ -73,17 +73,24 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
     def encode_audio(self, waveforms: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
         """waveforms: [sum(lengths)] float32 at 16 kHz, windows end to end.
 
-        Returns ([frames, d_model], frames of each window).
+        Returns as `encode_mel`.
         """
         device = self.audio_tower.conv1.weight.device
         mel, mel_lengths = packed_log_mel(waveforms.to(device), lengths, self.config.audio_config.num_mel_bins)
         return self.encode_mel(mel, mel_lengths)
 
     def encode_mel(self, mel: Tensor, mel_lengths: list[int]) -> tuple[Tensor, list[int]]:
-        """mel: [sum(mel_lengths), num_mel_bins]. Returns ([frames, d_model], frames of each window)."""
+        """mel: [sum(mel_lengths), num_mel_bins], each window with the configuration's silence around its speech.
+
+        Returns ([frames, d_model], frames of each window): of the speech and a short rest after it, see
+        `FrameArithmetic.kept_frames`.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
             hidden_states = self.audio_tower(mel.to(self.audio_tower.conv1.weight.device), mel_lengths)
-        return hidden_states, [encoder_frames(n) for n in mel_lengths]
+        lengths = [encoder_frames(n) for n in mel_lengths]
+        arithmetic = self.config.frames
+        kept = [frames[arithmetic.kept_frames(len(frames))] for frames in hidden_states.split(lengths)]
+        return torch.cat(kept), [len(frames) for frames in kept]
 
     def get_audio_features(
         self,
@@ -98,7 +105,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
         input_features: [windows, num_mel_bins, mel_frames] with input_features_mask [windows, mel_frames], the
         processor's.
         audio_waveforms: [samples] float32, windows end to end, audio_lengths [windows] their samples, the collator's.
-        audio_features: [frames, d_model], cached encoder output, audio_lengths [windows] their frames.
+        audio_features: [frames, d_model], cached output of `encode_audio`, audio_lengths [windows] their frames.
         Returns last_hidden_state [frames, d_model] and pooler_output [tokens, hidden_size] in the projector's dtype.
         """
         if audio_waveforms is not None:

@@ -108,7 +108,7 @@ def test_the_encoder_learns_to_spell(tmp_path):
     paths = [tmp_path / f"{n}.wav" for n in range(48)]
     write_clips(utterances, paths)
     words = [utterance.text for utterance in utterances]
-    report = bases.make_whisper_base(tmp_path / "whisper", paths, words, 0, num_steps=80, held_out=(paths, words))
+    report = bases.make_whisper_base(tmp_path / "whisper", paths, words, 0, num_steps=120, held_out=(paths, words))
 
     assert report["character_error_rate"] < 0.2
     assert report["word_accuracy"] > 0.8

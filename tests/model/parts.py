@@ -13,6 +13,7 @@ from transformers import (
     WhisperConfig,
 )
 
+from qwhisper.data.audio import clip_windows
 from qwhisper.data.collator import Sample
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
@@ -88,17 +89,17 @@ def noise(num_samples: int, seed: int = 0) -> np.ndarray:
 def make_sample(model, text_lengths: list[int], clip_samples: list[int] = (), *, seed: int = 0) -> Sample:
     """Text of the given lengths with a clip between each two of them; the last text is supervised."""
     generator = np.random.default_rng(seed)
-    windows = [noise(n, seed + i) for i, n in enumerate(clip_samples)]
+    clips = [clip_windows(noise(n, seed + i), model.config.frames) for i, n in enumerate(clip_samples)]
     ids: list[int] = []
     for i, length in enumerate(text_lengths):
         ids += generator.integers(3, VOCABULARY - 2, size=length).tolist()
-        if i < len(windows):
-            ids += [model.config.audio_token_id] * model.config.frames.window_tokens(len(windows[i]))
+        if i < len(clips):
+            ids += [model.config.audio_token_id] * model.config.frames.num_tokens(clip_samples[i])
     ids = np.array(ids, dtype=np.int64)
     labels = np.full_like(ids, -100)
     labels[-text_lengths[-1] :] = ids[-text_lengths[-1] :]
     labels[0] = -100
-    return Sample(f"s{seed}", "test", ids, labels, windows)
+    return Sample(f"s{seed}", "test", ids, labels, [window for clip in clips for window in clip])
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

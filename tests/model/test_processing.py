@@ -50,7 +50,9 @@ def test_text_and_clips_become_placeholders_and_features(processor):
     assert ids.count(processor.audio_token_id) == sum(tokens)
     assert ids[: tokens[0] + 1].count(processor.audio_token_id) == tokens[0]
     assert inputs["input_features"].shape == (2, 80, inputs["input_features_mask"].shape[1])
-    assert inputs["input_features_mask"].sum(1).tolist() == [(len(clip) + 2400) // 160 for clip in clips]
+    assert inputs["input_features_mask"].sum(1).tolist() == [
+        processor.frames.window_lengths(len(clip))[0] // 160 for clip in clips
+    ]
 
 
 def test_several_texts_are_padded_on_the_left(processor):
