@@ -4,6 +4,7 @@ What is optimised (the samples) and how it is executed (the packs) are apart: an
 rounding.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -140,6 +141,8 @@ class Executor:
                 f"--manual_loss: {used} positions were supervised, the labels of {names} have {counted}"
             )
         fast, plain = float(loss.detach()), float(self.model.last_manual_loss)
+        if not math.isfinite(fast) and not math.isfinite(plain):
+            return  # the two agree that the step is lost, and the finite check skips it
         # Both sum the same fp32 terms in another order; the head's matrix product rounds by shape, in its own dtype.
         head = self.model.lm_head.weight
         tolerance = max(1e-5, 4 * torch.finfo(head.dtype).eps if head.is_floating_point() else 0.03)

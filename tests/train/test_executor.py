@@ -119,6 +119,15 @@ def test_manual_loss_stops_loudly_where_the_two_part(run, monkeypatch, fault):
         loss_and_gradients(run, samples[:3], max_tokens=10_000)
 
 
+def test_manual_loss_leaves_a_loss_that_is_nan_both_ways_to_the_finite_check(run):
+    run, samples = run
+    run.executor.model.manual_loss = True
+    with torch.no_grad():
+        run.executor.model.model.language_model.norm.weight[0] = float("nan")
+    loss, _ = run.executor.forward_backward(samples[:2], sum(s.num_supervised for s in samples[:2]))
+    assert loss.isnan()
+
+
 def test_evaluation_weighs_by_tokens_whatever_the_packs(run):
     run, samples = run
     run.executor.max_tokens_per_pack = 10_000
