@@ -50,12 +50,6 @@ def audio_part(digit: int, path: Path) -> dict:
     return {"type": "audio", "audio": str(path), "transcript": DIGITS[digit]}
 
 
-def write_jsonl(path: Path, records: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
 def circumstances() -> dict:
     """Device, versions and commit: what a figure is worth nothing without."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

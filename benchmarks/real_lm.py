@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from augment import write_altered
-from common import append_result, audio_part, pick, qwhisper, recordings, write_jsonl
+from common import append_result, audio_part, pick, qwhisper, recordings
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.evaluate.metrics import same
 
 QUESTIONS = {

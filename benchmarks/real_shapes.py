@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from common import append_result, qwhisper, write_jsonl
+from common import append_result, qwhisper
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from qwhisper.demo.dialogues import write_jsonl
 
 SIZES = {  # hidden, layers, intermediate, heads, key heads, tied embeddings
     "0.6b": (1024, 28, 3072, 16, 8, True),

@@ -16,13 +16,13 @@ import soundfile
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import logging as hf_logging
 
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import AudioClip, Conversation, Message, read_conversations
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_for_inference, training_arguments
+from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints, resolve_checkpoint
 from qwhisper.train.executor import Executor
 
@@ -61,8 +61,7 @@ class Proof:
 
 def main(arguments: "VerifyArguments") -> None:
     """Print what was proved; raises CheckpointError otherwise."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    quieten_transformers()
     print(verify(arguments.checkpoint, device=arguments.device, dtype=arguments.dtype))
 
 
@@ -72,10 +71,8 @@ def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | to
     Raises CheckpointError naming what failed, UsageError for a folder that is neither.
     """
     given = Path(checkpoint)
-    for each in checkpoints(given) or [given]:
-        _check_files(each)
+    files = {each: _check_files(each) for each in checkpoints(given) or [given]}
     folder = resolve_checkpoint(checkpoint)
-    files = _check_files(folder)
     tensors = _check_saved_numbers(folder)
     try:
         model, processor, _ = load_for_inference(folder, device, dtype)
@@ -88,7 +85,7 @@ def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | to
         sample, prompt, dialogue = _first_dialogue(folder, collator, Path(scratch))
     answer = _answer(folder, model, collator, prompt)
     loss, moved, trainable = _step(folder, model, collator, sample)
-    return Proof(folder, files, tensors, dialogue, loss, moved, trainable, answer)
+    return Proof(folder, files[folder], tensors, dialogue, loss, moved, trainable, answer)
 
 
 def _check_files(folder: Path) -> int | None:

@@ -213,7 +213,8 @@ def _replace_clips(turns: list[dict], clips: list[dict]) -> list[dict]:
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> Path:
-    """One record a line, UTF-8."""
+    """One record a line, UTF-8; the folder is made if need be."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path

@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import logging as hf_logging
-
 from qwhisper.cli import main as command_line
 from qwhisper.data.conversation import read_conversations
 from qwhisper.demo.bases import LEAD_SILENCE_S, TAIL_SILENCE_S
@@ -20,6 +18,7 @@ from qwhisper.evaluate.run import evaluate_model
 from qwhisper.infer.generate import collator_of
 from qwhisper.model.loading import build_from_bases
 from qwhisper.report.events import read_jsonl
+from qwhisper.report.terminal import quieten_transformers
 
 if TYPE_CHECKING:
     from qwhisper.arguments import DemoArguments
@@ -42,8 +41,7 @@ def main(arguments: "DemoArguments") -> None:
     if (folder / "run").exists() or (folder / "demo.json").exists():
         raise UsageError(f"--output_dir {folder} holds an earlier demo: remove it, or give another folder")
     started = time.perf_counter()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    quieten_transformers()
     commands: list[str] = []
     headline("Speech, dialogues and two small base models, from nothing")
     paths = prepare(folder, arguments.seed)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import logging as hf_logging
 
 from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
 from qwhisper.data.conversation import Conversation, read_conversations
@@ -30,6 +29,7 @@ from qwhisper.evaluate.metrics import (
 from qwhisper.evaluate.tables import markdown
 from qwhisper.infer.generate import answer_prompts, load_for_inference
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.executor import Executor
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ DIALOGUES_AT_ONCE = 256  # whose audio is in memory together
 
 def main(arguments: "EvalArguments") -> None:
     """Evaluate a checkpoint, print the table, write the files asked for."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    quieten_transformers()
     conversations = read_conversations(
         arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples
     )

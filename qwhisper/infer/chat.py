@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TextStreamer
-from transformers import logging as hf_logging
 
 from qwhisper.data.audio import load_audio
 from qwhisper.data.conversation import AudioClip, Message
 from qwhisper.errors import BadClipError, DataError
 from qwhisper.infer.generate import decode_answer, generate_tokens, load_for_inference
+from qwhisper.report.terminal import quieten_transformers
 
 if TYPE_CHECKING:
     from qwhisper.arguments import ChatArguments
@@ -32,8 +32,7 @@ HELP = """A line is sent as text. A line that begins with audio files (`a.wav b.
 
 def main(arguments: "ChatArguments") -> None:
     """One answer to --audio and --text, or a conversation until the input ends."""
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    quieten_transformers()
     clips = [_clip(path) for path in arguments.audio]
     model, _, collator = load_for_inference(arguments.checkpoint, arguments.device, arguments.dtype)
     chat = Chat(model, collator, system=arguments.system, max_new_tokens=arguments.max_new_tokens)

@@ -3,6 +3,7 @@
 import sys
 
 from tqdm import tqdm
+from transformers import logging as hf_logging
 
 
 class StepLines:
@@ -35,6 +36,12 @@ class StepLines:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def quieten_transformers() -> None:
+    """Keeps the library's own bars and notes out of what a command prints."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
 
 
 def format_seconds(seconds: float) -> str:

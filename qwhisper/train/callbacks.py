@@ -35,14 +35,12 @@ class ConfiguringCallback(TrainerCallback):
     """A callback whose work our loop does by itself once `configure` has handed over the values."""
 
     in_our_loop = False
+    values: dict[str, int | float]  # of the arguments that stand for this callback
 
     def configure(self, args: TrainArguments) -> TrainArguments:
         """The run's arguments with this callback's values in them."""
         self.in_our_loop = True
-        return dataclasses.replace(args, **self.values())
-
-    def values(self) -> dict:
-        raise NotImplementedError
+        return dataclasses.replace(args, **self.values)
 
 
 class ProjectorFreezeHook(ConfiguringCallback):
@@ -53,9 +51,7 @@ class ProjectorFreezeHook(ConfiguringCallback):
 
     def __init__(self, steps: int = 20):
         self.steps = steps
-
-    def values(self) -> dict:
-        return {"freeze_projector_steps": self.steps}
+        self.values = {"freeze_projector_steps": steps}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self.in_our_loop and state.global_step < self.steps:
@@ -72,12 +68,10 @@ class LoRAStabilizeCallback(ConfiguringCallback):
         self.lora_grad_clip = lora_grad_clip
         self.skipped_steps = 0
         self._full_rates: list[float] | None = None
-
-    def values(self) -> dict:
-        return {
-            "early_lr_factor": self.early_lr_factor,
-            "early_lr_steps": self.early_lr_steps,
-            "lora_grad_clip": self.lora_grad_clip,
+        self.values = {
+            "early_lr_factor": early_lr_factor,
+            "early_lr_steps": early_lr_steps,
+            "lora_grad_clip": lora_grad_clip,
         }
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):

@@ -16,7 +16,7 @@ PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -41,7 +41,7 @@ def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None]) 
     aside.mkdir(parents=True)
     fill(aside)
     files = sorted(p for p in aside.rglob("*") if p.is_file())
-    entries = {p.relative_to(aside).as_posix(): {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in files}
+    entries = {p.relative_to(aside).as_posix(): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
     manifest = aside / MANIFEST
     manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
     for path in [*files, manifest, aside]:
@@ -68,7 +68,7 @@ def check_manifest(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder}: {name} is missing")
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{folder}: {name} is not what was written (damaged or changed since)")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from qwhisper.data.collator import Sample, pack_samples, pad_samples
 from qwhisper.data.packing import plan_packs
 from qwhisper.errors import MemoryLimitError, NumericalError
+from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 
 AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved on the first out-of-memory; a planner will know better
@@ -28,7 +29,7 @@ def supports_packing(text_config) -> bool:
     """
     layers = getattr(text_config, "layer_types", None) or []
     recurrent = any(word in layer for layer in layers for word in UNPACKABLE_LAYERS)
-    return not recurrent and getattr(text_config, "attn_logit_softcapping", None) is None
+    return not recurrent and attention_for(text_config) == PACKED_ATTENTION
 
 
 @dataclass

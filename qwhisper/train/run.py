@@ -4,7 +4,6 @@ Everything that can be refused is refused before a model is loaded.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import TrainerCallback
-from transformers import logging as hf_logging
 
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, read_conversations
@@ -25,6 +23,7 @@ from qwhisper.model.lora import add_lora
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.report.events import RunLog, read_jsonl
+from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.callbacks import ConfiguringCallback
@@ -44,8 +43,7 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
     for callback in callbacks:
         if isinstance(callback, ConfiguringCallback):
             args = callback.configure(args)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    quieten_transformers()
     for notice in args.notices():
         print(f"note: {notice}")
     folder = Path(args.output_dir)
@@ -56,8 +54,12 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
     print(f"{len(conversations)} dialogues to train on, {len(held_out)} held out")
 
     set_up_torch(args)
-    state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=file_sha256(args.train_file))
-    if resumed and state.train_file_sha256 != file_sha256(args.train_file):
+    state = (
+        TrainState.load(resumed)
+        if resumed
+        else TrainState(train_file_sha256=checkpoints.file_sha256(Path(args.train_file)))
+    )
+    if resumed and state.train_file_sha256 != checkpoints.file_sha256(Path(args.train_file)):
         print(
             f"note: {args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
             "may differ"
@@ -120,13 +122,7 @@ def resume_command(folder: Path) -> str:
     return f"qwhisper train --config {folder / CONFIG_FILE} --resume_from_checkpoint"
 
 
-def file_sha256(path: str) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def set_up_torch(args: TrainArguments) -> None:
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward is wrong at some lengths, see docs/stability.md
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
@@ -158,8 +154,8 @@ def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForCond
         if args.projector_scale is not None:
             model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
     prepare_trainable(model, args)
-    if start_from is not None:
-        load_trained_weights(model, start_from)
+    if start_from is not None and not args.freeze_whisper:
+        load_trained_weights(model, start_from)  # the encoder is in fp32 only now; it was rounded as it came
     return model, processor
 
 
