@@ -9,6 +9,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -35,7 +36,7 @@ class ConfiguringCallback(TrainerCallback):
     """A callback whose work our loop does by itself once `configure` has handed over the values."""
 
     in_our_loop = False
-    values: dict[str, int | float]  # of the arguments that stand for this callback
+    values: dict[str, Any]  # of the arguments that stand for this callback
 
     def configure(self, args: TrainArguments) -> TrainArguments:
         """The run's arguments with this callback's values in them."""

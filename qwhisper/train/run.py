@@ -54,12 +54,9 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
     print(f"{len(conversations)} dialogues to train on, {len(held_out)} held out")
 
     set_up_torch(args)
-    state = (
-        TrainState.load(resumed)
-        if resumed
-        else TrainState(train_file_sha256=checkpoints.file_sha256(Path(args.train_file)))
-    )
-    if resumed and state.train_file_sha256 != checkpoints.file_sha256(Path(args.train_file)):
+    train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))
+    state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
+    if resumed and state.train_file_sha256 != train_file_sha256:
         print(
             f"note: {args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
             "may differ"
