@@ -9,7 +9,6 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 import torch
 from transformers import TrainerCallback
