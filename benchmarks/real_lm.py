@@ -24,7 +24,7 @@ from qwhisper.evaluate.metrics import same
 QUESTIONS = {
     "clip": (1, "Which digit was said? Answer with one digit."),
     "last": (2, "Which digit was said last? Answer with one digit."),
-    "sum": (2, "What is the sum of the two digits? Answer with a number."),
+    "sum": (2, "What do the two digits add up to? Answer with the number alone."),
     "even": (1, "Is the digit even? Answer yes or no."),
 }
 TAUGHT = {"clip": 0.7, "last": 0.3}
