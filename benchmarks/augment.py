@@ -13,9 +13,9 @@ import soxr
 from qwhisper.data.audio import load_audio
 from qwhisper.frames import SAMPLE_RATE
 
-SPEEDS = (0.9, 1.12)  # slow and deep to fast and high; uniform in the logarithm
-TILTS = (-0.2, 0.3)  # of a first-order filter: dull to sharp
-NOISE_DB = (25.0, 50.0)  # below the speech
+SPEEDS = (0.8, 1.25)  # slow and deep to fast and high; uniform in the logarithm
+TILTS = (-0.3, 0.5)  # of a first-order filter: dull to sharp
+NOISE_DB = (15.0, 45.0)  # below the speech
 GAINS_DB = (-8.0, 8.0)
 CUT = 0.12  # of the recording at most, at either end: some cut theirs so close that a first "s" or a last "x" is lost
 
