@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qwhisper.infer.generate import collator_of
+from qwhisper.model.bases import LoadOptions
 from qwhisper.model.loading import build_from_bases
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main as train
@@ -17,11 +18,13 @@ LAYER_STD, EMBEDDING_STD = 0.4, 0.3
 def small_model(tmp_path_factory):
     """(model, collator): random weights, so loud that different prompts have different answers.
 
-    Weights as they are drawn for training repeat the last token whatever stands before it.
+    Weights as they are drawn for training repeat the last token whatever stands before it. They are in fp32, and drawn
+    on the CPU, on any machine: bf16 rounds by the batch's shape, and a GPU draws other numbers from the same seed.
     """
     audio, text = write_small_bases(tmp_path_factory.mktemp("bases"))
     torch.manual_seed(2)
-    model, processor = build_from_bases(str(audio), str(text), audio_lead_silence=0.0, audio_tail_silence=0.1)
+    options = LoadOptions(dtype="fp32", device_map="cpu")
+    model, processor = build_from_bases(str(audio), str(text), options, audio_lead_silence=0.0, audio_tail_silence=0.1)
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(AUDIO_GAIN)
         model.get_input_embeddings().weight.normal_(std=EMBEDDING_STD)
@@ -29,7 +32,7 @@ def small_model(tmp_path_factory):
             attention = layer.self_attn
             for linear in (attention.q_proj, attention.v_proj, attention.o_proj, layer.mlp.down_proj):
                 linear.weight.normal_(std=LAYER_STD)
-    return model.eval(), collator_of(processor)
+    return model.to(LoadOptions().device).eval(), collator_of(processor)
 
 
 @pytest.fixture(scope="session")

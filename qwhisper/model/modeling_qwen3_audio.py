@@ -333,7 +333,10 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         The audio is put into the prompt's embeddings once; ids, cache, beams and streamers then work as for any LM. The
         placeholder itself is never generated.
         """
-        input_ids = kwargs.pop("input_ids", inputs).to(self.get_input_embeddings().weight.device)
+        device = self.get_input_embeddings().weight.device
+        input_ids = kwargs.pop("input_ids", inputs).to(device)
+        if kwargs.get("attention_mask") is not None:  # transformers counts positions on the mask's device
+            kwargs["attention_mask"] = kwargs["attention_mask"].to(device)
         audio = {k: kwargs.pop(k, None) for k in (*AUDIO_INPUTS, "input_features_mask", "audio_lengths")}
         for unused in ("labels", "valid_label_count"):
             kwargs.pop(unused, None)

@@ -1,7 +1,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import soundfile
 import torch
@@ -120,7 +119,9 @@ def test_run_folder_loads_its_newest_checkpoint_as_trained(finished_run):
     older, _, _ = load_for_inference(finished_run / "checkpoint-1", dtype="bf16")
     assert not model.training
     assert collator.chat_template == processor.chat_template
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    # On a GPU "auto" rounds the bases to bf16; what was trained is in fp32 in both.
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a.cpu(), b.to(a.dtype)) for a, b in pairs)
     assert older.model.language_model.dtype == torch.bfloat16
     assert older.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
     difference = older.model.multi_modal_projector.linear_1.weight - model.model.multi_modal_projector.linear_1.weight
@@ -137,7 +138,7 @@ def test_base_trained_on_in_4_bits_is_loaded_in_4_bits(finished_run, tmp_path):
     assert model.is_loaded_in_4bit
     prompt = collator.encode_prompt([Message("user", ("Hello",))])
     generated = generate_tokens(model, collator, [prompt], 2, return_dict_in_generate=True, output_logits=True)
-    assert np.isfinite(generated.logits[0].float().numpy()).all()
+    assert generated.logits[0].isfinite().all()
 
 
 def test_folder_that_is_no_checkpoint_is_named(tmp_path):
