@@ -120,8 +120,6 @@ def generate_tokens(
 ):
     """`model.generate` on left-padded prompts, greedy, until the turn's end; keywords: more of generate's own."""
     batch: dict[str, Any] = dict(pad_samples(prompts, collator.pad_token_id, padding_side="left"))
-    device: Any = model.get_input_embeddings().weight.device
-    batch |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     return model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
