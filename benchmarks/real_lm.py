@@ -169,6 +169,7 @@ def main() -> None:
             "audio_model": args.audio_model.name,
             "steps": args.steps,
             "batch": args.batch,
+            "copies": args.copies,
         }
         | {
             "seed": args.seed,

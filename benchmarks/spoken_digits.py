@@ -154,7 +154,9 @@ def main() -> None:
     scores = {name: round(value, 4) for name, value in scores.items()}
     args.output_json.parent.mkdir(parents=True, exist_ok=True)
     args.output_json.write_text(json.dumps(scores), encoding="utf-8")
-    settings = {k: getattr(args, k) for k in ("train_speakers", "eval_speakers", "steps", "batch", "seed")}
+    names = ("train_speakers", "eval_speakers", "steps", "batch", "seed", "copies", "synthesised")
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {flag.removeprefix("--"): value for flag, value in (SILENCE | RATES).items()}
     seconds = {"train_seconds": round(train_seconds, 1), "seconds": round(time.perf_counter() - began, 1)}
     append_result("spoken_digits", scores | settings | {"audio_model": args.audio_model.name} | seconds)
 
