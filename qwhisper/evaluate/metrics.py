@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import jiwer
 
 FINAL_PUNCTUATION = ".,;:!?。、।؟۔"  # as NFKC leaves them: it turns full-width ones into ASCII
+AT_END = re.compile(rf"[\s{FINAL_PUNCTUATION}]+\Z")
 # Scripts that put no space between words: Chinese characters, kana, Thai, Lao, Khmer, Burmese.
 UNSPACED = re.compile(
     "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
@@ -24,7 +25,7 @@ def normalise(text: str) -> str:
     A text of punctuation alone stays as it is.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
-    return text.rstrip(FINAL_PUNCTUATION + " \t\n") or text
+    return AT_END.sub("", text) or text
 
 
 def same(reference: str, answer: str) -> bool:

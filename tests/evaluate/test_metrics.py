@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwhisper.evaluate.metrics import (
@@ -51,6 +51,7 @@ def test_another_answer(reference, answer):
 
 
 @given(st.text())
+@example("0\r.")
 def test_normalising_twice_is_normalising_once(text):
     assert normalise(normalise(text)) == normalise(text)
 
