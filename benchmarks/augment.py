@@ -1,4 +1,5 @@
-"""More voices out of few: each recording at other speeds (and pitches with it), tilted, noisier, louder or softer.
+"""More voices out of few: each recording at other speeds (and pitches with it), tilted, noisier, louder or softer; and
+a synthesiser's besides.
 
 Three or four speakers are too few to learn what is the voice and what is the word. Written as WAV files before
 training, so that what is trained on can be listened to.
@@ -11,6 +12,8 @@ import soundfile
 import soxr
 
 from qwhisper.data.audio import load_audio
+from qwhisper.demo.dialogues import NUMBERS
+from qwhisper.demo.speech import draw_utterances, write_clips
 from qwhisper.frames import SAMPLE_RATE
 
 SPEEDS = (0.8, 1.25)  # slow and deep to fast and high; uniform in the logarithm
@@ -46,3 +49,12 @@ def write_altered(paths: list[Path], folder: Path, copies: int, seed: int) -> li
             group.append(target.resolve())
         groups.append(group)
     return groups
+
+
+def write_synthesised(folder: Path, count: int, seed: int) -> list[tuple[str, Path]]:
+    """(number in words, file) of `count` clips in many voices: speakers to learn from that nobody had to record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    utterances = draw_utterances(NUMBERS, count, held_out=False, seed=seed)
+    paths = [(folder / f"{index}.wav").resolve() for index in range(count)]
+    write_clips(utterances, paths)
+    return [(spoken.text, path) for spoken, path in zip(utterances, paths, strict=True)]

@@ -15,13 +15,12 @@ import random
 import time
 from pathlib import Path
 
-from augment import write_altered
+from augment import write_altered, write_synthesised
 from common import append_result, qwhisper, recordings
 from transformers import AutoTokenizer
 
 from qwhisper.demo.bases import make_qwen3_base
 from qwhisper.demo.dialogues import NUMBERS, QUESTIONS, Clip, spoken_dialogues, text_dialogues, write_jsonl
-from qwhisper.demo.speech import draw_utterances, write_clips
 from qwhisper.evaluate.metrics import share, whole_dialogue_share
 
 TEXT_DIALOGUES = 12_000
@@ -92,15 +91,6 @@ def with_altered(clips: list[Clip], folder: Path, copies: int, seed: int) -> lis
     return [Clip(str(path), clip.word) for clip, group in zip(clips, groups, strict=True) for path in group]
 
 
-def synthesised(folder: Path, count: int, seed: int) -> list[Clip]:
-    """Digits in many voices of a synthesiser: speakers to learn from that nobody had to record."""
-    folder.mkdir(parents=True, exist_ok=True)
-    utterances = draw_utterances(NUMBERS, count, held_out=False, seed=seed)
-    paths = [folder / f"{index}.wav" for index in range(count)]
-    write_clips(utterances, paths)
-    return [Clip(str(path.resolve()), spoken.text) for path, spoken in zip(paths, utterances, strict=True)]
-
-
 def single_clips(clips: list[Clip]) -> list[dict]:
     """One dialogue a recording: which number is it?"""
     question = {"type": "text", "text": QUESTIONS["number"][0]}
@@ -123,7 +113,8 @@ def main() -> None:
     run = args.output_dir / f"{args.eval_speakers}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run.mkdir(parents=True)
     train_clips = with_altered(clips_of(args.data, args.train_speakers), run / "clips", args.copies, args.seed)
-    train_clips += synthesised(run / "synthesised", args.synthesised, args.seed)
+    made = write_synthesised(run / "synthesised", args.synthesised, args.seed)
+    train_clips += [Clip(str(path), word) for word, path in made]
     eval_clips = clips_of(args.data, args.eval_speakers)
     train, _ = spoken_dialogues(train_clips, args.steps * args.batch, "train", args.seed)
     held_out, _ = spoken_dialogues(eval_clips, args.eval_dialogues, "eval", args.seed + 1)

@@ -17,6 +17,7 @@ class Qwen3AudioConfig(PreTrainedConfig):
     audio_token_id: the placeholder's id; it may lie outside the LM's vocabulary, since it is never looked up.
     projector_stack: encoder frames (20 ms each) joined into one token. projector_hidden_act: activation between its
     layers.
+    projector_dropout: share of the projector's input that is dropped in training.
     projector_scale: factor on the projector's output. projector_init_scale: factor on its Xavier initialisation.
     audio_lead_silence, audio_tail_silence: seconds of silence around every window's speech, see docs/silence.md for the
     measurement.
@@ -37,6 +38,7 @@ class Qwen3AudioConfig(PreTrainedConfig):
     audio_token_id: int = 151669
     projector_stack: int = 4
     projector_hidden_act: str = "gelu"
+    projector_dropout: float = 0.0
     projector_scale: float = 1.0
     projector_init_scale: float = 0.1
     audio_lead_silence: float = 0.25

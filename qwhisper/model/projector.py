@@ -24,7 +24,11 @@ class ProjectorLinear(nn.Linear):
 
 
 class AudioProjection(nn.Module):
-    """LayerNorm, two linear layers with an activation between, times `projector_scale`."""
+    """LayerNorm, dropout, two linear layers with an activation between, times `projector_scale`.
+
+    The dropout (Srivastava et al., 2014; 0 unless configured) stands before the first layer: what a few recorded voices
+    have in common with a word is then no longer read from a few of the encoder's dimensions alone.
+    """
 
     def __init__(self, config: Qwen3AudioConfig):
         super().__init__()
@@ -33,6 +37,7 @@ class AudioProjection(nn.Module):
         stacked_size = config.audio_config.d_model * self.stack
         hidden_size = config.get_text_config().hidden_size
         self.norm = nn.LayerNorm(stacked_size)
+        self.dropout = nn.Dropout(config.projector_dropout)
         self.linear_1 = ProjectorLinear(stacked_size, hidden_size)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = ProjectorLinear(hidden_size, hidden_size)
@@ -53,6 +58,6 @@ class AudioProjection(nn.Module):
         """
         dtype = self.linear_1.weight.dtype
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            x = self.norm(self.stack_frames(hidden_states.to(dtype), lengths))
+            x = self.dropout(self.norm(self.stack_frames(hidden_states.to(dtype), lengths)))
             x = self.linear_2(self.act(self.linear_1(x)))
             return x * self.scale

@@ -54,7 +54,7 @@ NOT_NEGATIVE = (
     "dataloader_num_workers",
     "seed",
 )
-BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")  # and not negative
+BELOW_ONE = ("lora_dropout", "projector_dropout", "adam_beta1", "adam_beta2")  # and not negative
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,6 +113,11 @@ class ProjectorFlags:
         "Factor on the projector's output (default: 1.0; with --init_from, the one it was trained with). Below 1, "
         "such as 0.7, when NaNs come back in 4-bit runs.",
     )
+    projector_dropout: float = flag(
+        0.0,
+        "Dropout of what the projector reads. Up to 0.5 where a few speakers must stand for all: it then hears new "
+        "voices better. At 0 every way of packing the same samples gives the same result.",
+    )
     freeze_projector_steps: int = flag(
         None,
         "Optimizer steps in which the projector does not move (default: 20; with --no_use_lora 0, since nothing else "

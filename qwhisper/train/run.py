@@ -150,6 +150,7 @@ def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForCond
         processor = Qwen3AudioProcessor.from_pretrained(start_from)
         if args.projector_scale is not None:
             model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
+    model.config.projector_dropout = model.model.multi_modal_projector.dropout.p = args.projector_dropout
     prepare_trainable(model, args)
     if start_from is not None and not args.freeze_whisper:
         load_trained_weights(model, start_from)  # the encoder is in fp32 only now; it was rounded as it came

@@ -66,3 +66,19 @@ def test_projector_scale_multiplies_the_output():
     _, scaled = projector_of(projector_scale=0.5)
     frames = torch.randn(4, 16)
     torch.testing.assert_close(scaled(frames, [4]), 0.5 * plain(frames, [4]))
+
+
+def test_projector_dropout_drops_its_share_of_the_input_in_training_alone():
+    model, projector = projector_of(projector_dropout=0.5)
+    seen = []
+    projector.linear_1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    frames = torch.randn(4000, 16)
+    model.eval()
+    projector(frames, [4000])
+    model.train()
+    projector(frames, [4000])
+    kept = seen[1] != 0
+    # 64,000 draws: five standard deviations of their mean.
+    assert kept.float().mean() == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(64_000))
+    torch.testing.assert_close(seen[1][kept], 2 * seen[0][kept])
+    assert seen[0].ne(0).all()

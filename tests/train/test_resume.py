@@ -35,6 +35,7 @@ def outcome(folder: Path, step: int):
 def test_resume_is_bit_exact(arguments, tmp_path, stop, workers):
     values = {
         "lora_dropout": 0.2,
+        "projector_dropout": 0.2,
         "max_steps": 6,
         "save_steps": 100,
         "dataloader_num_workers": workers,
