@@ -1,5 +1,10 @@
 """Audio files to 16 kHz mono waveforms, and waveforms to the windows that the encoder hears."""
 
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +14,50 @@ import soxr
 from qwhisper.errors import BadClipError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 
-BLOCK_SECONDS = 30  # an hour of 48 kHz stereo is 1.4 GB as float32; read in blocks it never exists as a whole
+# What a header may claim of the stretch that is read; whatever claims more is refused before any of it is decoded.
+MAX_SECONDS = 4 * 3600  # 0.9 GB of waveform
+MAX_CHANNELS = 64
+SAMPLE_RATES = (1_000, 768_000)
+MAX_SAMPLES = 2**33  # of all channels together; an hour of 8 channels at 192 kHz has 5.5e9
+
+BLOCK_SAMPLES = 2**20  # an hour of 48 kHz stereo is 1.4 GB as float32; read in blocks it never exists as a whole
 SILENCE_PEAK = 1e-4  # below this no sample differs from dither
+LOUDEST_PEAK = 100.0  # 40 dB above full scale: no sound, but integers stored as floats, or broken
+MISSING_SECONDS = 0.1  # the padding of a decoder and the rounding of a list of stretches; more is speech that is lost
+
+# libsndfile takes a file that was cut for a short one: the bytes that its header claims stand in the log alone.
+CLAIM = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
+UNKNOWN_LENGTH = 0x7FFF0000  # bytes; what writes to a pipe can't know the length, and claims this or more
 
 
 def load_audio(path: str | Path, start: float | None = None, end: float | None = None) -> np.ndarray:
     """The stretch from `start` to `end` (seconds; None: the file's edge) as float32 [samples], mono, 16 kHz.
 
-    Any sample rate, any number of channels (their mean), any length. Raises BadClipError where the file can't be read,
-    the stretch is empty, or the sound is not finite or silent.
+    Any sample rate from 1 to 768 kHz, up to 64 channels (their mean), up to 4 hours and 2^33 samples of all channels
+    together. Raises BadClipError where that is exceeded, the path is no file, can't be read or decoded, the stretch is
+    empty or goes on more than 0.1 s after the sound has ended, or the sound is not finite, silent or absurdly loud.
     """
-    try:
+    with _faults_named(path):
+        if fault := file_fault(path):
+            raise BadClipError(f"{path} {fault}; leave it out")
         with soundfile.SoundFile(path) as file:
             waveform = _read_stretch(file, path, start or 0.0, end)
-    except (soundfile.LibsndfileError, OSError, ValueError) as error:
-        raise BadClipError(f"{path}: unreadable audio ({error}); convert it to WAV or FLAC, or leave it out") from error
-    peak = float(max(waveform.max(), -waveform.min()))  # np.abs would copy an hour of audio
-    if peak < SILENCE_PEAK:
-        raise BadClipError(f"{path}: silent (peak {peak:.1e}) {_stretch_name(start, end)}; check the recording")
+        _check_audible(waveform, path, _stretch_name(start, end))
     return waveform
+
+
+def file_fault(path: str | Path) -> str | None:
+    """What keeps `path` from being read as a file, or None. Nothing is opened: a FIFO would wait for its writer."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"can't be reached ({error.strerror})"
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    return f"is {next((kind for kind, matches in kinds.items() if matches(mode)), 'a device')}, not a file"
 
 
 def clip_windows(waveform: np.ndarray, frames: FrameArithmetic) -> list[np.ndarray]:
@@ -45,31 +75,100 @@ def clip_windows(waveform: np.ndarray, frames: FrameArithmetic) -> list[np.ndarr
     return windows
 
 
+@contextmanager
+def _faults_named(path: str | Path) -> Iterator[None]:
+    """Whatever a decoder makes of a broken file, out of memory for what a header claims too, is the file's fault."""
+    try:
+        yield
+    except BadClipError:
+        raise
+    except Exception as error:
+        what = str(error) if isinstance(error, soundfile.LibsndfileError) else f"{type(error).__name__}: {error}"
+        raise BadClipError(f"{path}: unreadable audio ({what}); convert it to WAV or FLAC, or leave it out") from error
+
+
 def _read_stretch(file: soundfile.SoundFile, path: str | Path, start: float, end: float | None) -> np.ndarray:
     rate = file.samplerate
-    first, last = round(start * rate), file.frames if end is None else min(round(end * rate), file.frames)
+    first = round(start * rate)
+    last = _claimed_frames(file) if end is None else round(end * rate)
+    _check_header(file, path, last - first)
     if file.frames == 0:
         raise BadClipError(f"{path}: empty, no samples in it; leave it out")
-    if first >= last:
+    if first >= file.frames:
         raise BadClipError(f"{path}: nothing {_stretch_name(start, end)}, the file ends at {file.frames / rate:.3f} s")
     file.seek(first)
-    # The file's header gives the length; the few samples more are for the resampler's rounding.
-    waveform = np.empty(int((last - first) * SAMPLE_RATE / rate) + 16, dtype=np.float32)
+    waveform, num_frames = _decode(file, path, min(last, file.frames) - first)
+    _check_complete(path, should_end=last / rate, ends=(first + num_frames) / rate)
+    if len(waveform) == 0:
+        raise BadClipError(f"{path}: empty {_stretch_name(start, end)}; leave it out")
+    return waveform
+
+
+def _decode(file: soundfile.SoundFile, path: str | Path, num_frames: int) -> tuple[np.ndarray, int]:
+    """Up to `num_frames` from where the file stands, as mono at 16 kHz, and how many there were."""
+    rate, remaining, filled = file.samplerate, num_frames, 0
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
-    filled = 0
-    remaining = last - first
-    while remaining:
-        block = file.read(min(remaining, BLOCK_SECONDS * rate), dtype="float32", always_2d=True).mean(axis=1)
-        if not np.isfinite(block).all():
-            raise BadClipError(f"{path}: NaN or Inf among the samples; export it again")
-        remaining = remaining - len(block) if len(block) else 0  # a file cut short ends before its header says
+    # The few samples more are for the resampler's rounding; memory that no sample reaches is never touched.
+    waveform = np.empty(int(num_frames * SAMPLE_RATE / rate) + 16, dtype=np.float32)
+    ended = False
+    while not ended:
+        frames = min(remaining, max(1, BLOCK_SAMPLES // file.channels))
+        block = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+        _check_samples(block, path)
+        remaining -= len(block)
+        ended = remaining == 0 or len(block) == 0  # a file cut short ends before its header says
         if resampler is not None:
-            block = resampler.resample_chunk(block, last=remaining == 0)
+            block = resampler.resample_chunk(block, last=ended)
         waveform[filled : filled + len(block)] = block
         filled += len(block)
-    if filled == 0:
-        raise BadClipError(f"{path}: empty {_stretch_name(start, end)}; leave it out")
-    return waveform[:filled]
+    return waveform[:filled], num_frames - remaining
+
+
+def _claimed_frames(file: soundfile.SoundFile) -> int:
+    """The length by the header, also where the file is shorter."""
+    claim = CLAIM.search(file.extra_info)
+    if claim is None:
+        return file.frames
+    claimed, there = int(claim[1]), int(claim[2])
+    return file.frames if claimed >= UNKNOWN_LENGTH else round(file.frames * claimed / max(there, 1))
+
+
+def _check_header(file: soundfile.SoundFile, path: str | Path, num_frames: int) -> None:
+    rate, channels, seconds = file.samplerate, file.channels, num_frames / file.samplerate
+    low, high = SAMPLE_RATES
+    limits = [
+        (channels <= MAX_CHANNELS, f"{channels} channels (at most {MAX_CHANNELS})"),
+        (low <= rate <= high, f"{rate} Hz ({low} to {high})"),
+        (seconds <= MAX_SECONDS, f"{seconds:.5g} s to read (at most {MAX_SECONDS})"),
+        (num_frames * channels <= MAX_SAMPLES, f"{num_frames * channels:.2g} samples (at most {MAX_SAMPLES:.2g})"),
+    ]
+    if exceeded := [claim for kept, claim in limits if not kept]:
+        raise BadClipError(
+            f"{path}: its header claims {', '.join(exceeded)}; leave it out or, if that is true, convert it or give "
+            "`start` and `end`"
+        )
+
+
+def _check_samples(block: np.ndarray, path: str | Path) -> None:
+    if not np.isfinite(block).all():
+        raise BadClipError(f"{path}: NaN or Inf among the samples; export it again")
+    peak = float(max(block.max(initial=0.0), -block.min(initial=0.0)))
+    if peak > LOUDEST_PEAK:
+        raise BadClipError(f"{path}: samples up to {peak:.1e}, where full scale is 1; export it again")
+
+
+def _check_complete(path: str | Path, *, should_end: float, ends: float) -> None:
+    if should_end - ends > MISSING_SECONDS:
+        raise BadClipError(
+            f"{path}: cut short, the sound ends at {ends:.3f} s and should go on to {should_end:.3f} s; copy it again, "
+            "or mend `end`"
+        )
+
+
+def _check_audible(waveform: np.ndarray, path: str | Path, stretch: str) -> None:
+    peak = (float(waveform.max()) - float(waveform.min())) / 2  # a constant offset is no sound
+    if peak < SILENCE_PEAK:
+        raise BadClipError(f"{path}: silent (peak {peak:.1e}) {stretch}; check the recording")
 
 
 def _stretch_name(start: float | None, end: float | None) -> str:

@@ -6,15 +6,23 @@ Whatever is wrong with a file is found here, without tokenizer or model; a fault
 import json
 import math
 import os
+import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwhisper.data.audio import file_fault
 from qwhisper.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 AUDIO_MARKS = ("<audio>", "<|audio_pad|>")  # ms-swift's placeholder, and the token that a rendered text has for audio
 MAX_FAULTS_SHOWN = 20
+MAX_LINE_BYTES = 2**24  # 16 MiB of text in one dialogue; a file without line breaks would be one line of any length
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+# What a fault quotes of a file may be of any length and depth.
+_quoted = reprlib.Repr()
+_quoted.maxstring = _quoted.maxother = 200
 
 
 @dataclass(frozen=True)
@@ -83,9 +91,8 @@ def scan_conversations(
     Raises DataError only if there is no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {what}: give a JSONL file with one dialogue a line")
+    if fault := file_fault(path):
+        raise DataError(f"{path} {fault}: give a JSONL file with one dialogue a line")
     conversations: list[Conversation] = []
     faults: list[str] = []
     first_seen: dict[str, str] = {}
@@ -98,7 +105,8 @@ def scan_conversations(
         if conversation is None:
             continue
         if conversation.id in first_seen:
-            faults.append(f"{source}: id {conversation.id!r} was used before, at {first_seen[conversation.id]}")
+            identity = _quoted.repr(conversation.id)
+            faults.append(f"{source}: id {identity} was used before, at {first_seen[conversation.id]}")
             continue
         first_seen[conversation.id] = source
         conversations.append(conversation)
@@ -121,19 +129,35 @@ def parse_conversation(
 
 def _records(path: Path) -> Iterator[tuple[str, dict | str]]:
     """(source, record) of each line that is not blank; a line that is no JSON object gives its fault instead."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             source = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                record = json.loads(text) if text else None
-            except UnicodeDecodeError as error:
-                yield source, f"not UTF-8 (byte {error.start + 1}): save the file as UTF-8"
-            except ValueError as error:
-                yield source, f"not valid JSON ({error})"
-            else:
-                if text:
-                    yield source, record if isinstance(record, dict) else "not a JSON object with `messages`"
+            if len(line) > MAX_LINE_BYTES:
+                yield source, f"longer than {MAX_LINE_BYTES} bytes; each line should be one dialogue"
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(2**16)
+                continue
+            record = _record(line, "utf-8-sig" if number == 1 else "utf-8")
+            if record is not None:
+                yield source, record
+
+
+def _record(line: bytes, encoding: str) -> dict | str | None:
+    """The object in a line, or what is wrong with it; None where it is blank."""
+    try:
+        text = line.decode(encoding).strip()
+        record = json.loads(text) if text else None
+        if SURROGATE_ESCAPE.search(text):
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte {error.start + 1}): save the file as UTF-8"
+    except UnicodeEncodeError as error:
+        return f"half of a surrogate pair, \\u{ord(error.object[error.start]):x}, which is no character: mend the text"
+    except RecursionError:
+        return "not valid JSON (nested too deeply)"
+    except ValueError as error:
+        return f"not valid JSON ({error})"
+    return record if isinstance(record, dict) or not text else "not a JSON object with `messages`"
 
 
 def _parse(record: dict, source: str, root: Path, data_root) -> tuple[Conversation | None, list[str]]:
@@ -149,9 +173,11 @@ def _parse(record: dict, source: str, root: Path, data_root) -> tuple[Conversati
     if not any(message.role == "assistant" for message in messages) and not faults:
         faults.append("no assistant message: there is nothing to learn from")
     messages = _place_audios(messages, record.get("audios"), roots, faults)
+    identity = record.get("id")
+    if isinstance(identity, dict | list):
+        faults.append(f"`id` must be a text or a number, not {type(identity).__name__}")
     if faults:
         return None, faults
-    identity = record.get("id")
     return Conversation(source if identity is None else str(identity), tuple(messages), source), []
 
 
@@ -161,16 +187,20 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
         return Message("?", ())
     role, content, faults_before = raw.get("role"), raw.get("content"), len(faults)
     if role not in ROLES:
-        faults.append(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
+        faults.append(f"{where}: unknown role {_quoted.repr(role)}; known are {', '.join(ROLES)}")
+        role = "?"
     if isinstance(content, str):
         parts: list[str | AudioClip] = [content]
     elif isinstance(content, list):
         parts = [_parse_part(part, f"{where}, part {n}", roots, faults) for n, part in enumerate(content, 1)]
     else:
         faults.append(f"{where}: `content` must be a text or a list of parts, not {type(content).__name__}")
-        return Message(str(role), ())
+        return Message(role, ())
     kind = raw.get("kind")
-    message = Message(str(role), tuple(parts), kind=None if kind is None else str(kind))
+    if isinstance(kind, dict | list):
+        faults.append(f"{where}: `kind` must be a text, not {type(kind).__name__}")
+        kind = None
+    message = Message(role, tuple(parts), kind=None if kind is None else str(kind))
     if len(faults) > faults_before:  # what is missing because of them is no fault of its own
         return message
     if role == "assistant":
@@ -212,7 +242,8 @@ def _parse_part(part: object, where: str, roots: list[Path], faults: list[str]) 
         return ""
     start, end = part.get("start"), part.get("end")
     if not _is_stretch(start, end):
-        faults.append(f"{where}: start {start!r} and end {end!r} must be seconds with 0 <= start < end")
+        stretch = f"start {_quoted.repr(start)} and end {_quoted.repr(end)}"
+        faults.append(f"{where}: {stretch} must be seconds with 0 <= start < end")
     transcript = part.get("transcript")
     if transcript is not None and not isinstance(transcript, str):
         faults.append(f"{where}: `transcript` must be a text, not {type(transcript).__name__}")
@@ -228,14 +259,18 @@ def _is_stretch(start: object, end: object) -> bool:
 
 def _resolve(location: str, where: str, roots: list[Path], faults: list[str]) -> str:
     """The absolute path of an audio file; symbolic links are followed before it is asked where the file lies."""
+    shown = _quoted.repr(location)
+    if "\0" in location:
+        faults.append(f"{where}: {shown} holds a NUL, which no path can")
+        return ""
     if location.rstrip().endswith("|"):
-        faults.append(f"{where}: {location!r} is a Kaldi pipe, and commands are never run: write the audio to a file")
+        faults.append(f"{where}: {shown} is a Kaldi pipe, and commands are never run: write the audio to a file")
         return ""
     path = os.path.realpath(roots[0] / location)
     if not any(Path(path).is_relative_to(os.path.realpath(root)) for root in roots):
-        faults.append(f"{where}: {location} lies outside {roots[-1]}: move it there or give --data_root")
-    elif not os.path.isfile(path):
-        faults.append(f"{where}: audio file {location} does not exist (looked at {path})")
+        faults.append(f"{where}: {shown} lies outside {roots[-1]}: move it there or give --data_root")
+    elif fault := file_fault(path):
+        faults.append(f"{where}: audio file {shown} {fault} (looked at {_quoted.repr(path)})")
     return path
 
 

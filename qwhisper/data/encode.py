@@ -3,7 +3,7 @@
 Where each answer stands is known from the pieces that the dialogue was rendered into; no text is ever searched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from qwhisper.data.audio import clip_windows, load_audio
 from qwhisper.data.conversation import AudioClip, Message
 from qwhisper.data.template import Piece, added_token_ids, encode_text, render_pieces
-from qwhisper.errors import DataError
+from qwhisper.errors import BadClipError, DataError
 from qwhisper.frames import FrameArithmetic
 
 IGNORE = -100  # a position that no loss is taken at
@@ -133,7 +133,8 @@ def fit_last_exchange(
     parts: Sequence[Part], messages: Sequence[Message], max_length: int, added_ids: set[int], events: list[str]
 ) -> Row:
     """One exchange made to fit: its prompt's text is shortened from the front; if that is not enough, all of the
-    prompt's content goes, audio with it; at worst the reply's tail.
+    prompt goes; at worst the reply's tail. Raises BadClipError where audio would have to go: a reply that is learned
+    without what it answers teaches the model to invent.
     """
 
     def is_prompt(part: Part) -> bool:
@@ -144,6 +145,7 @@ def fit_last_exchange(
     excess = row.answers[len(messages) - 1][1] - max_length
     text_tokens = sum(len(part.ids) for part in parts if is_prompt(part) and part.piece.kind == "text")
     if excess > text_tokens:
+        _refuse_to_drop_audio(part for part in parts if is_prompt(part))
         events.append("kept the last reply alone")
         row = join_parts([part for part in parts if not is_prompt(part)], messages, added_ids)
     elif excess > 0:
@@ -160,6 +162,15 @@ def fit_last_exchange(
     if end > max_length:
         events.append(f"cut the tail of the reply: {end} > {max_length} tokens")
     return _cut_at(row, min(end, max_length))
+
+
+def _refuse_to_drop_audio(parts: Iterable[Part]) -> None:
+    clips = {part.piece.clip.path: len(part.ids) for part in parts if part.piece.clip is not None}
+    if clips:
+        raise BadClipError(
+            f"{', '.join(clips)}: {sum(clips.values())} tokens of audio and the reply do not fit into max_length; "
+            "raise it, or choose a stretch with `start` and `end`"
+        )
 
 
 def _cut_at(row: Row, end: int) -> Row:

@@ -16,7 +16,7 @@ from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
 from qwhisper.data.conversation import Conversation, read_conversations
 from qwhisper.data.encode import IGNORE
 from qwhisper.errors import BadClipError, DataError
-from qwhisper.evaluate.listening import Turn, swap_audio, turns_of
+from qwhisper.evaluate.listening import Turn, answer_row, swap_audio, turns_of
 from qwhisper.evaluate.metrics import (
     character_error_rate,
     majority_share,
@@ -150,20 +150,9 @@ class _TokenMean:
 
 
 def _rows(collator: ConversationCollator, turns: Sequence[Turn]) -> Iterator[list[Sample]]:
-    """Rows of turns, many at a time, each with its answer alone supervised.
-
-    The answer's reasoning is left out: the prompt is the one that is served, which leaves no room for it.
-    """
+    """Rows of turns, many at a time, each with its answer alone supervised."""
     for first in range(0, len(turns), DIALOGUES_AT_ONCE):
-        rows = []
-        for turn in turns[first : first + DIALOGUES_AT_ONCE]:
-            messages = (*turn.history, replace(turn.answer, reasoning=None))
-            row = collator.encode(replace(turn.conversation, messages=messages))
-            start, end = row.answer_spans[-1]
-            labels = np.full_like(row.labels, IGNORE)
-            labels[start:end] = row.input_ids[start:end]
-            rows.append(replace(row, labels=labels, answer_spans=[(start, end)]))
-        yield rows
+        yield [answer_row(collator, turn) for turn in turns[first : first + DIALOGUES_AT_ONCE]]
 
 
 def _prompt(row: Sample) -> Sample:

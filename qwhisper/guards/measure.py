@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from qwhisper.guards.decide import StepStatistics
+
 Groups = dict[str, list[nn.Parameter]]
 
 
@@ -10,16 +12,23 @@ def gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def step_statistics(loss: Tensor, groups: Groups) -> dict[str, float]:
-    """Loss and gradient norm of each group, fetched in one wait for the device.
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """2-norm over all elements, fp32 scalar."""
+    if not tensors:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm([t.float() for t in tensors]))))
 
-    loss: scalar. A group's norm is the 2-norm over all its gradients in fp32, 0 for a group without any; NaN and Inf
-    come through as they are. Returns {"loss": …, group name: norm, …}.
-    """
+
+@torch.no_grad()
+def step_statistics(loss: Tensor, groups: Groups) -> StepStatistics:
+    """Loss, gradient and weight norms of each group, fetched in one wait for the device. loss: scalar."""
     values = [loss.detach().float()]
-    for parameters in groups.values():
-        norms = torch._foreach_norm([g.float() for g in gradients(parameters)]) if gradients(parameters) else []
-        values.append(torch.linalg.vector_norm(torch.stack(list(norms))) if norms else torch.zeros(()))
-    device = loss.device
-    numbers = torch.stack([v.to(device) for v in values]).tolist()
-    return dict(zip(["loss", *groups], numbers, strict=True))
+    values += [norm_of(gradients(parameters)) for parameters in groups.values()]
+    values += [norm_of([p.detach() for p in parameters]) for parameters in groups.values()]
+    first, *norms = torch.stack([value.to(loss.device) for value in values]).tolist()
+    names = list(groups)
+    return StepStatistics(
+        loss=first,
+        gradients=dict(zip(names, norms[: len(names)], strict=True)),
+        weights=dict(zip(names, norms[len(names) :], strict=True)),
+    )

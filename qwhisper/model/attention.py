@@ -3,7 +3,7 @@
 Samples lie end to end in one row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses. CUDA
 uses `torch.nn.attention.varlen`; where that cannot run (CPU, fp32, dropout, heads wider than 256) the same result comes
 from one SDPA call a segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own SDPA,
-with its mask.
+with its mask. A kernel that is found wrong (see `kernels.check_kernels`) is replaced by the next of its ladder.
 
 cuDNN's attention is switched off at import: its masked backward gives NaN in grad_q where length % 128 = 64 and a row's
 log-sum-exp is under -88.7 (pytorch#196678), and on some cards gradients that are wrong by up to 960 times.
@@ -14,6 +14,7 @@ import itertools
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -45,11 +46,12 @@ def _varlen_keywords(num_key_value_groups: int) -> dict:
     return {"enable_gqa": True} if takes_gqa and num_key_value_groups > 1 else {}
 
 
-def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window) -> Tensor:
-    """[tokens, heads, head_dim] each, bf16 or fp16 on CUDA."""
+def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout) -> Tensor:
+    """[1, heads, tokens, head_dim] each, bf16 or fp16 on CUDA, dropout 0. Returns [tokens, heads, head_dim]."""
     from torch.nn.attention.varlen import varlen_attn
 
     left = window - 1 if window else -1
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     out = varlen_attn(
         query,
         key,
@@ -74,8 +76,8 @@ def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
     return (distance >= 0) & (distance < window)
 
 
-def _sdpa_per_segment(query, key, value, cu_seq_lens, *, scale, causal, window, dropout) -> Tensor:
-    """[1, heads, tokens, head_dim] each; the exact, slower twin of `_varlen`. Returns [tokens, heads, head_dim]."""
+def _sdpa_per_segment(query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout) -> Tensor:
+    """The exact, slower twin of `_varlen`."""
     bounds = cu_seq_lens.tolist()
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -95,9 +97,57 @@ def _sdpa_per_segment(query, key, value, cu_seq_lens, *, scale, causal, window, 
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
+def _math_per_segment(*args, **kwargs) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return _sdpa_per_segment(*args, **kwargs)
+
+
+def _sdpa(*args, **kwargs) -> Tensor:
+    return sdpa_attention_forward(*args, **kwargs)[0]
+
+
+def _math(*args, **kwargs) -> Tensor:
+    """Separate matrix products and softmax, in fp32 within: slow, and right wherever those are."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return _sdpa(*args, **kwargs)
+
+
+# Ladders: the first that runs and was not found wrong is used. What each computes is the same.
+PACKED_KERNELS = {"varlen": _varlen, "sdpa_per_segment": _sdpa_per_segment, "math_per_segment": _math_per_segment}
+PADDED_KERNELS = {"sdpa": _sdpa, "math": _math}
+_found_wrong: set[str] = set()
+
+
+def replace_kernel(name: str) -> str | None:
+    """Takes a kernel out of use in this process. Returns the one that follows; None, and no change, if none does."""
+    ladder = PACKED_KERNELS if name in PACKED_KERNELS else PADDED_KERNELS
+    names = list(ladder)
+    following = [other for other in names[names.index(name) + 1 :] if other not in _found_wrong]
+    if not following:
+        return None
+    _found_wrong.add(name)
+    return following[0]
+
+
+def restore_kernels() -> None:
+    """All kernels are in use again."""
+    _found_wrong.clear()
+
+
 def varlen_can_run(query: Tensor, dropout: float) -> bool:
     """Whether `torch.nn.attention.varlen` takes these tensors; otherwise one SDPA call a segment does the same."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0 and query.shape[-1] <= 256
+
+
+def packed_kernel(query: Tensor, dropout: float = 0.0) -> str:
+    """Which of PACKED_KERNELS attends over packed rows of such queries."""
+    usable = (name for name in PACKED_KERNELS if name not in _found_wrong)
+    return next(name for name in usable if name != "varlen" or varlen_can_run(query, dropout))
+
+
+def padded_kernel() -> str:
+    """Which of PADDED_KERNELS attends in padded batches and in generation."""
+    return next(name for name in PADDED_KERNELS if name not in _found_wrong)
 
 
 def packed_attention_forward(
@@ -126,16 +176,21 @@ def packed_attention_forward(
             "batches, as `qwhisper train` does by itself for a model with soft-capped scores"
         )
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-    causal = module.is_causal if is_causal is None else is_causal
-    common = {"scale": scaling, "causal": causal, "window": sliding_window}
-    if varlen_can_run(query, dropout):
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, **common)
-    else:
-        out = _sdpa_per_segment(query, key, value, cu_seq_lens_q, dropout=dropout, **common)
+        keywords = {"scaling": scaling, "is_causal": is_causal, **kwargs}
+        attend = PADDED_KERNELS[padded_kernel()]
+        return attend(module, query, key, value, attention_mask, dropout, **keywords), None
+    attend = PACKED_KERNELS[packed_kernel(query, dropout)]
+    out = attend(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        max_length_q,
+        scale=scaling,
+        causal=module.is_causal if is_causal is None else is_causal,
+        window=sliding_window,
+        dropout=dropout,
+    )
     return out[None], None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
 
@@ -210,7 +211,7 @@ def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | 
         model.model.multi_modal_projector.load_state_dict(load_file(projector))
         if encoder is not None:
             model.model.audio_tower.load_state_dict(load_file(encoder))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{name}: its weights do not fit this model ({error})") from error
 
 

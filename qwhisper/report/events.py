@@ -4,20 +4,40 @@ metrics.jsonl has every step, events.jsonl every act of a guard, quarantine.json
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 
 class RunLog:
-    """Appends one JSON object a line; a line is complete on disk as soon as it is written."""
+    """Appends one JSON object a line; a line is complete on disk as soon as it is written.
+
+    A log that can't be written is said once and given up for the moment: no run ends for want of its log.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._torn: dict[str, bool] = {}  # by file: whether it may end in half a line
+        self._lost: set[str] = set()
 
     def _append(self, file: str, record: dict[str, Any]) -> None:
-        with (self.folder / file).open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        path = self.folder / file
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        try:
+            if self._torn.get(file, True):  # a kill, or a full disk, in the middle of a line
+                line = "\n" * _ends_in_half_a_line(path) + line
+            self._torn[file] = True
+            with path.open("a", encoding="utf-8") as handle:
+                handle.write(line)
+            self._torn[file] = False
+        except OSError as error:
+            if file not in self._lost:
+                self._lost.add(file)
+                print(
+                    f"{path} can't be written ({error}): the run goes on without; free disk space or mend the disk",
+                    file=sys.stderr,
+                )
 
     def metric(self, **values: Any) -> None:
         self._append("metrics.jsonl", values)
@@ -29,8 +49,25 @@ class RunLog:
         self._append("quarantine.jsonl", {"id": id, "source": source, "reason": reason, "step": step})
 
 
+def _ends_in_half_a_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as handle:
+        handle.seek(-1, 2)
+        return handle.read(1) != b"\n"
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All records of one of these files; an empty list where there is none."""
+    """All whole records of one of these files; an empty list where there is none."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [record for line in lines if (record := _parse(line)) is not None]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """None for the half of a line that a kill or a full disk left."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

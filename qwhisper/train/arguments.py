@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwhisper.errors import UsageError
+from qwhisper.guards.switch import BOUND
 from qwhisper.train import flags
 
 DEFAULT_AUDIO_MODELS = {  # by hub: the same weights
@@ -43,6 +44,7 @@ ABOVE_ZERO = (
     "adam_epsilon",
 )
 NOT_NEGATIVE = (
+    "max_rewinds",
     "audio_lead_silence",
     "audio_tail_silence",
     "freeze_projector_steps",
@@ -86,6 +88,13 @@ class TrainArguments(
         return None if self.max_tokens_per_pack == "auto" else int(self.max_tokens_per_pack)
 
     @property
+    def clamp_bound(self) -> float | None:
+        """What --activation_clamp bounds to, whether it is on yet or not; None for off."""
+        if self.activation_clamp == "off":
+            return None
+        return BOUND if self.activation_clamp == "auto" else float(self.activation_clamp)
+
+    @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -105,6 +114,8 @@ class TrainArguments(
             self._set("resume_from_checkpoint", None)
         self._set("report_to", [name for name in self.report_to if name != "none"])
         self._set("max_tokens_per_pack", str(self.max_tokens_per_pack))
+        clamp = str(self.activation_clamp).lower()
+        self._set("activation_clamp", "off" if clamp == "false" else clamp)  # YAML reads a bare off as false
 
     def _check_numbers(self) -> None:
         for names, allowed, wanted in (
@@ -127,6 +138,9 @@ class TrainArguments(
             raise UsageError(
                 f"--max_tokens_per_pack {self.max_tokens_per_pack}: must be auto or a number of tokens, 1 or more"
             )
+
+        if self.activation_clamp not in ("auto", "off") and not _is_positive(self.activation_clamp):
+            raise UsageError(f"--activation_clamp {self.activation_clamp}: must be auto, off or a number above 0")
 
     def _check_combinations(self) -> None:
         if self.early_lr_factor > 1:
@@ -205,3 +219,10 @@ class TrainArguments(
                 "the projector does not learn in this run"
             ]
         return []
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import decide
+from qwhisper.guards.diagnose import describe
 from qwhisper.guards.measure import step_statistics
 from qwhisper.model.lora import lora_parameters
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
@@ -81,7 +82,7 @@ class LoRAStabilizeCallback(ConfiguringCallback):
         lora = {id(p) for _, p in lora_parameters(model)}
         groups = {"lora": [p for p in trainable if id(p) in lora], "rest": [p for p in trainable if id(p) not in lora]}
         statistics = step_statistics(torch.zeros((), device=trainable[0].device), groups)
-        decision = decide(statistics, group_bounds={"lora": self.lora_grad_clip}, max_grad_norm=0.0)
+        decision = decide(statistics, {}, group_bounds={"lora": self.lora_grad_clip}, max_grad_norm=0.0)
         if decision.skip:
             drop_gradients(groups)
             self.skipped_steps += 1
@@ -146,17 +147,3 @@ class NaNMonitorCallback(TrainerCallback):
             print(f"step {state.global_step}: {self.first_bad} is not finite; snapshot in {path}; stopping")
             control.should_training_stop = True
         return control
-
-
-def describe(name: str, tensor: torch.Tensor) -> dict:
-    """What a look at a bad tensor should tell first."""
-    tensor = tensor.detach().float()
-    finite = tensor[torch.isfinite(tensor)]
-    return {
-        "name": name,
-        "shape": list(tensor.shape),
-        "nan": int(tensor.isnan().sum()),
-        "inf": int(tensor.isinf().sum()),
-        "finite_min": float(finite.min()) if finite.numel() else None,
-        "finite_max": float(finite.max()) if finite.numel() else None,
-    }

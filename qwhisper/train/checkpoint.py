@@ -1,19 +1,30 @@
 """Checkpoint folders: written aside, flushed to disk, renamed; read only if every file is what the manifest says.
 
-Knows files and hashes, nothing of models: whoever saves hands over a function that fills a folder.
+Knows files and hashes, nothing of models or torch: whoever saves hands over a function that fills a folder.
+
+A save can be killed anywhere. What it leaves then is a hidden folder that nobody reads (`.checkpoint-N.writing`,
+`.checkpoint-N.deleting`), or, where a step is saved for the second time, the first one under a hidden name
+(`.checkpoint-N.old`), which counts until its successor is there. The next save clears them away.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from qwhisper.errors import CheckpointError, UsageError
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
+WRITING, DELETING, OLD = ".writing", ".deleting", ".old"
+# Kinds of files that a model, tokenizer or optimizer is loaded from: one that was added since must not be.
+LOADED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".bin", ".pt", ".pth", ".pkl")
+# How the tokenizer's and safetensors' libraries, which are not Python, report what Python calls an OSError.
+FOREIGN_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def file_sha256(path: Path) -> str:
@@ -30,77 +41,145 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
+def write_whole(path: Path, text: str) -> None:
+    """A text file that is there with all of `text`, or as it was before."""
+    aside = path.with_name(f".{path.name}{WRITING}")
+    aside.write_text(text, encoding="utf-8")
+    _flush(aside)
+    aside.replace(path)
+    _flush(path.parent)
+
+
+def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None], *, finite: bool = True) -> Path:
     """Writes `run_folder`/checkpoint-`step`, which appears whole or not at all.
 
-    One that stood there before is replaced. fill: writes all files into the folder that it is given.
+    One that stood there before is replaced. fill: writes all files into the folder that it is given. finite: whether
+    all weights are; a checkpoint without is never gone on from. Raises OSError where the disk does not take it, and
+    leaves all checkpoints as they were.
     """
+    _clear_leftovers(run_folder)
     final = run_folder / f"{PREFIX}{step}"
-    aside = run_folder / f".{PREFIX}{step}.writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    fill(aside)
-    files = sorted(p for p in aside.rglob("*") if p.is_file())
-    entries = {p.relative_to(aside).as_posix(): {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in files}
-    manifest = aside / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1), encoding="utf-8")
-    for path in [*files, manifest, aside]:
-        _flush(path)
-    if final.exists():
-        old = run_folder / f".{PREFIX}{step}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
+    aside, old = _hidden(final, WRITING), _hidden(final, OLD)
+    try:
+        aside.mkdir(parents=True)
+        fill(aside)
+        _write_manifest(aside, step, finite)
+        if final.exists():
+            final.rename(old)
         aside.rename(final)
-        shutil.rmtree(old)
-    else:
-        aside.rename(final)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, Exception) and (found := FOREIGN_OS_ERROR.search(str(error))):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
     _flush(run_folder)
+    shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def check_manifest(folder: Path) -> None:
-    """Raises CheckpointError naming the first file that is missing or not what was written."""
+def _write_manifest(folder: Path, step: int, finite: bool) -> None:
+    """Hashes what is there, and brings all of it to the disk."""
+    files = _files(folder)
+    entries = {name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
+    manifest = {"step": step, "finite": finite, "files": entries}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file of a checkpoint but the manifest, by its path in it."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files.pop(MANIFEST, None)
+    return files
+
+
+def _hidden(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}{suffix}")
+
+
+def _clear_leftovers(run_folder: Path) -> None:
+    """Puts away what a killed save left behind."""
+    for folder in run_folder.glob(f".{PREFIX}*"):
+        replaced = folder.with_name(folder.stem.removeprefix("."))
+        if folder.suffix == OLD and not replaced.exists():
+            folder.rename(replaced)
+        elif folder.suffix in (WRITING, DELETING, OLD):
+            shutil.rmtree(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises CheckpointError where there is none that can be read."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        complete = all({"sha256", "bytes"} <= entry.keys() for entry in manifest["files"].values())
+        if not complete or not isinstance(manifest["finite"], bool):
+            raise ValueError("not as it was written")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST} ({error})") from None
+
+
+def check_manifest(folder: Path) -> None:
+    """Raises CheckpointError naming the first file that is missing, not what was written, or not of this checkpoint."""
+    entries = read_manifest(folder)["files"]
+    files = _files(folder)
     for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file():
+        if name not in files:
             raise CheckpointError(f"{folder}: {name} is missing")
-        if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+        if files[name].stat().st_size != entry["bytes"] or _sha256_or_error(files[name]) != entry["sha256"]:
             raise CheckpointError(f"{folder}: {name} is not what was written (damaged or changed since)")
+    for name in files.keys() - entries.keys():
+        if name.endswith(LOADED_SUFFIXES):
+            raise CheckpointError(f"{folder}: {name} was added since it was written; move it away")
+
+
+def _sha256_or_error(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:  # a disk that no longer gives back what it holds
+        return str(error)
+
+
+def check_usable(folder: Path) -> None:
+    """Raises CheckpointError where a file is not what was written, or a weight was not finite when it was."""
+    check_manifest(folder)
+    if not read_manifest(folder)["finite"]:
+        raise CheckpointError(f"{folder}: a weight in it is not finite; go on from an older checkpoint")
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
-    """checkpoint-N folders, oldest first."""
-    found = [p for p in run_folder.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    """checkpoint-N folders, oldest first; N alone says which is older, not the clock."""
+    named = {folder.name.removeprefix(PREFIX): folder for folder in run_folder.glob(f"{PREFIX}*")}
+    # Under its hidden name where a kill came between the two renames of a replacement.
+    hidden = {folder.stem.removeprefix(f".{PREFIX}"): folder for folder in run_folder.glob(f".{PREFIX}*{OLD}")}
+    found = {int(step): folder for step, folder in (hidden | named).items() if step.isdigit() and folder.is_dir()}
+    return [found[step] for step in sorted(found)]
 
 
 def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, or None; and what was wrong with each newer one."""
-    damaged: list[str] = []
+    """The newest checkpoint that is whole and finite, or None; and what was wrong with each newer one."""
+    passed_over: list[str] = []
     for folder in reversed(checkpoints(run_folder)):
         try:
-            check_manifest(folder)
-            return folder, damaged
+            check_usable(folder)
+            return folder, passed_over
         except CheckpointError as error:
-            damaged.append(str(error))
-    return None, damaged
+            passed_over.append(str(error))
+    return None, passed_over
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
     """A checkpoint folder from itself, or from its run folder.
 
-    Of a run it is the best one by evaluation, else the newest whole one. Raises UsageError where there is neither,
-    CheckpointError where what there is is damaged.
+    Of a run it is the best one by evaluation, else the newest that is whole and finite. Raises UsageError where there
+    is neither, CheckpointError where what there is is damaged or not finite.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{path}: no such folder; give a run folder or one of its {PREFIX}N folders")
     if (folder / MANIFEST).is_file():
-        check_manifest(folder)
+        check_usable(folder)
         return folder
     if not checkpoints(folder):
         if (folder / "projector.safetensors").is_file():  # saved by `save_pretrained`, without a run around it
@@ -108,18 +187,32 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
         if folder.name.startswith(PREFIX):
             raise CheckpointError(f"{path}: {MANIFEST} is missing, so nothing in it can be relied on")
         raise UsageError(f"{path}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
-    newest, damaged = newest_valid(folder)
+    newest, passed_over = newest_valid(folder)
     if newest is None:
-        raise CheckpointError(f"{path}: no checkpoint is whole: {'; '.join(damaged)}")
+        raise CheckpointError(f"{path}: no checkpoint can be used: {'; '.join(passed_over)}")
     best = json.loads((newest / "state.json").read_text(encoding="utf-8")).get("best_checkpoint")
-    if best and (folder / best).is_dir():
-        check_manifest(folder / best)
+    if best and best != newest.name and (folder / best).is_dir():
+        check_usable(folder / best)
         return folder / best
     return newest
 
 
 def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:
-    """Deletes all but the newest `keep_last` checkpoints; those named in `protected` stay whatever their age."""
-    for folder in checkpoints(run_folder)[:-keep_last]:
-        if folder.name not in protected:
-            shutil.rmtree(folder)
+    """Deletes all but the newest `keep_last` checkpoints.
+
+    Those named in `protected` stay whatever their age, and so does the newest one whose weights are finite.
+    """
+    found = checkpoints(run_folder)
+    healthy = next((folder.name for folder in reversed(found) if _says_finite(folder)), None)
+    for folder in found[:-keep_last]:
+        if folder.name not in protected | {healthy}:
+            # By a name that nobody reads: a kill in the middle leaves no half of a checkpoint.
+            going = folder.rename(_hidden(folder, DELETING))
+            shutil.rmtree(going, ignore_errors=True)
+
+
+def _says_finite(folder: Path) -> bool:
+    try:
+        return read_manifest(folder)["finite"]
+    except CheckpointError:
+        return False

@@ -3,16 +3,16 @@
 A bad dialogue becomes a named rejection, never an exception.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
+from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import Conversation
-from qwhisper.data.sampler import GlobalBatch, GlobalBatches
-from qwhisper.errors import BadClipError
+from qwhisper.data.sampler import GlobalBatches
+from qwhisper.errors import DataError
+from qwhisper.train.workers import WorkerDied, how_it_dies, work_ahead
+
+MAX_DEATHS = 3  # of workers in a row while the same samples are awaited
 
 
 @dataclass
@@ -24,12 +24,13 @@ class Rejection:
     reason: str
 
 
-class EncodedDialogues(Dataset):
+class EncodedDialogues:
     """Item i: the rows of dialogue i, or its rejection."""
 
     def __init__(self, conversations: list[Conversation], collator: ConversationCollator):
         self.conversations = conversations
         self.collator = collator
+        self.killers: dict[int, Rejection] = {}
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -38,23 +39,52 @@ class EncodedDialogues(Dataset):
         conversation = self.conversations[index]
         try:
             return self.collator.encode_rows(conversation)
-        except (BadClipError, NoLabelsError) as error:
+        except DataError as error:
             return Rejection(conversation.id, conversation.source, str(error))
+
+    def items(self, indices: Iterable[int]) -> list[list[Sample] | Rejection]:
+        return [self.killers[index] if index in self.killers else self[index] for index in indices]
+
+    def reject_killers(self, indices: Iterable[int]) -> list[str]:
+        """Reads each in a process of its own; those that it dies of are rejections from now on. Returns their ids."""
+        found = []
+        for index in indices:
+            if index not in self.killers and (how := how_it_dies(self.__getitem__, index)):
+                conversation = self.conversations[index]
+                reason = f"{conversation.source}: reading it kills the process ({how}); convert it, or leave it out"
+                self.killers[index] = Rejection(conversation.id, conversation.source, reason)
+                found.append(conversation.id)
+        return found
+
+
+@dataclass
+class WorkerDeath:
+    """A process that reads ahead died. how: by which signal or exit code; samples: ids of those that it died of."""
+
+    how: str
+    samples: list[str]
 
 
 @dataclass
 class StepSamples:
-    """What one optimizer step is given; epoch and offset are the sampler's position after it."""
+    """What one optimizer step is given; epoch and offset are the sampler's position after it.
+
+    deaths: of workers while these samples were awaited.
+    """
 
     samples: list[Sample]
     rejections: list[Rejection]
     epoch: int
     offset: int
+    deaths: list[WorkerDeath] = field(default_factory=list)
 
 
 def encode_all(dataset: EncodedDialogues) -> tuple[list[Sample], list[Rejection]]:
     """Every dialogue's rows at once, for evaluation."""
-    items = [dataset[i] for i in range(len(dataset))]
+    return _sort(dataset.items(range(len(dataset))))
+
+
+def _sort(items: list[list[Sample] | Rejection]) -> tuple[list[Sample], list[Rejection]]:
     rejections = [item for item in items if isinstance(item, Rejection)]
     return [sample for item in items if not isinstance(item, Rejection) for sample in item], rejections
 
@@ -64,22 +94,25 @@ def step_samples(
 ) -> Iterator[StepSamples]:
     """Endless, from a position in the epochs on.
 
-    The order depends on the seed alone, not on the workers or on where it was resumed.
+    The order depends on the seed alone, not on the workers or on where it was resumed. Where a worker dies, all are
+    started again at the position that was reached, without the samples that kill whoever reads them. Raises DataError
+    where they die in a row though each sample can be read.
     """
     batches = GlobalBatches(num_samples=len(dataset), batch_size=samples_per_step, seed=seed)
-    positions: list[GlobalBatch] = []
-
-    def indices() -> Iterator[list[int]]:
-        for batch in batches.starting_at(epoch, offset):
-            positions.append(batch)
-            yield batch.indices
-
-    # A generator of its own: the loader would otherwise draw its workers' seed from the one that dropout uses.
-    loader = DataLoader(
-        dataset, batch_sampler=indices(), num_workers=num_workers, collate_fn=list, generator=torch.Generator()
-    )
-    for items in loader:
-        position = positions.pop(0)
-        rejections = [item for item in items if isinstance(item, Rejection)]
-        samples = [sample for item in items if not isinstance(item, Rejection) for sample in item]
-        yield StepSamples(samples, rejections, position.epoch, position.offset)
+    deaths: list[WorkerDeath] = []
+    while True:
+        try:
+            tasks = batches.starting_at(epoch, offset)
+            for batch, items in work_ahead(lambda batch: dataset.items(batch.indices), tasks, num_workers):
+                samples, rejections = _sort(items)
+                yield StepSamples(samples, rejections, batch.epoch, batch.offset, deaths)
+                epoch, offset, deaths = batch.epoch, batch.offset, []
+        except WorkerDied as death:
+            awaited = next(batches.starting_at(epoch, offset))
+            deaths.append(WorkerDeath(death.how, dataset.reject_killers(awaited.indices)))
+            if len(deaths) == MAX_DEATHS:
+                raise DataError(
+                    f"{MAX_DEATHS} times in a row a process that reads audio died ({death.how}), though each sample "
+                    f"of that step can be read by itself: too little memory, perhaps; lower --dataloader_num_workers "
+                    f"{num_workers}"
+                ) from None

@@ -5,7 +5,8 @@ rounding.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from qwhisper.data.collator import Sample, pack_samples, pad_samples
 from qwhisper.data.packing import plan_packs
 from qwhisper.errors import MemoryLimitError, NumericalError
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
+from qwhisper.model.loss import supervised_loss
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 
 AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved on the first out-of-memory; a planner will know better
@@ -52,9 +54,12 @@ class Executor:
         self.device = device
         self.max_tokens_per_pack = max_tokens_per_pack or AUTO_TOKENS_PER_PACK.get(self.device.type, 4096)
         self.pad_token_id = pad_token_id
+        self.half_precision = model.dtype == torch.float16
+        self.loss_scale = 1.0  # what the loss is multiplied by before the backward pass, and gradients divided by after
         self.packing = supports_packing(model.config.get_text_config())
 
-    def _batch(self, samples: Sequence[Sample]) -> dict:
+    def batch(self, samples: Sequence[Sample]) -> dict:
+        """One pack as the model's keyword arguments, on the model's device."""
         batch = pack_samples(samples) if self.packing else pad_samples(samples, self.pad_token_id)
         move = {k for k, v in batch.items() if isinstance(v, Tensor) and k not in HOST_KEYS}
         return {k: v.to(self.device, non_blocking=True) if k in move else v for k, v in batch.items()}
@@ -80,20 +85,52 @@ class Executor:
             for state, (_, restore) in zip(states, generators, strict=True):
                 restore(state)
 
-        return self._within_memory(lambda: self._run(samples, num_supervised), samples, start_again)
+        loss, halvings = self._within_memory(lambda: self._run(samples, num_supervised), samples, start_again)
+        if self.loss_scale != 1.0:
+            scaled = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(scaled, 1.0 / self.loss_scale)
+        return loss, halvings
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[Sample]) -> float:
         """Mean loss over all supervised tokens of all samples, in nats; 0 without any sample."""
         if not samples:
             return 0.0
+        with self._in_evaluation_mode():
+            total, _ = self._within_memory(lambda: self._run(samples, 1), samples, lambda: None)
+        return float(total) / max(1, sum(sample.num_supervised for sample in samples))
+
+    @torch.no_grad()
+    def sample_losses(self, samples: Sequence[Sample]) -> list[float]:
+        """Loss of each sample, summed over its supervised tokens, in nats; as `evaluate` computes it, in one wait.
+
+        Lets `torch.OutOfMemoryError` through: packs of this size have been trained on, and are not made smaller here.
+        """
+        losses: dict[int, Tensor] = {}
+        with self._in_evaluation_mode():
+            for pack in self.packs(samples):
+                losses |= dict(zip(map(id, pack), self._losses_of_pack(pack), strict=True))
+        return torch.stack([losses[id(sample)] for sample in samples]).tolist() if samples else []
+
+    def _losses_of_pack(self, pack: Sequence[Sample]) -> list[Tensor]:
+        batch = self.batch(pack)
+        labels = batch.pop("labels")
+        del batch["valid_label_count"]
+        hidden_states = self.model.model(**batch).last_hidden_state
+        lengths = [len(sample.input_ids) for sample in pack]
+        sizes, dim = (lengths, 1) if self.packing else ([1] * len(pack), 0)
+        rows = zip(hidden_states.split(sizes, dim), labels.to(hidden_states.device).split(sizes, dim), strict=True)
+        head, softcap = self.model.lm_head, self.model._softcap
+        return [supervised_loss(row, own, head, num_items_in_batch=1, softcap=softcap)[0] for row, own in rows]
+
+    @contextmanager
+    def _in_evaluation_mode(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            total, _ = self._within_memory(lambda: self._run(samples, 1), samples, lambda: None)
+            yield
         finally:
             self.model.train(was_training)
-        return float(total) / max(1, sum(sample.num_supervised for sample in samples))
 
     def _within_memory(
         self, attempt: Callable[[], Tensor], samples: Sequence[Sample], start_again: Callable[[], None]
@@ -123,11 +160,11 @@ class Executor:
     def _run(self, samples: Sequence[Sample], num_supervised: int) -> Tensor:
         losses = []
         for pack in self.packs(samples):
-            loss = self.model(**self._batch(pack), num_items_in_batch=num_supervised).loss
+            loss = self.model(**self.batch(pack), num_items_in_batch=num_supervised).loss
             if self.model.manual_loss:
                 self._compare_with_reference(pack, loss)
             if loss.requires_grad:
-                loss.backward()
+                (loss * self.loss_scale).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 

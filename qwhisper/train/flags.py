@@ -198,11 +198,22 @@ class OptimizationFlags:
         "Compute a plain fp32 loss beside the fast one, recount the mask, and stop with exit code 5 where they part. "
         "Costs time; for the first run on new data.",
     )
+    activation_clamp: str = flag(
+        "auto",
+        "Bound what the first layer's q_proj reads: off, a number, or auto (±8 after three gradient peaks within 50 "
+        "steps, off again after 200 steps without). What is clamped is counted.",
+    )
+    dynamic_lr: bool = flag(
+        False,
+        "Lower the learning rate by a third where gradient peaks come in pairs, down to a tenth, and bring it back "
+        "when they are over.",
+    )
     max_bad_steps: int = flag(
         5,
-        "Skipped steps in a row after which the run stops with exit code 5: one bad step is the data's fault, five in "
-        "a row are the weights'.",
+        "Bad steps in a row (skipped, or with a gradient far above its running average) after which the run goes back "
+        "to a snapshot at half the learning rate: one is the data's fault, five in a row are the weights'.",
     )
+    max_rewinds: int = flag(3, "Rewinds after which a run that is bad again stops with exit code 5.")
 
 
 @dataclass(frozen=True, kw_only=True)

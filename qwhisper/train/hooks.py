@@ -1,5 +1,7 @@
 """Fires `transformers.TrainerCallback` events from our loop, so that trackers and users' callbacks work unchanged."""
 
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +28,43 @@ def hf_arguments(args: TrainArguments, total_steps: int) -> TrainingArguments:
     )
 
 
-def tracker_callbacks(report_to: list[str]) -> list[TrainerCallback]:
+class Tracker:
+    """A tracker's callback that no run dies of: once it raises, it is named and called no more.
+
+    A user's own callback is not wrapped: what it raises is a fault that its author wants to see.
+    """
+
+    def __init__(self, callback: TrainerCallback):
+        self.callback = callback
+        self.is_down = False
+
+    def __getattr__(self, event: str) -> Callable[..., TrainerControl | None]:
+        handler = getattr(self.callback, event)
+
+        def call(*shown: Any, **values: Any) -> TrainerControl | None:
+            if self.is_down:
+                return None
+            try:
+                return handler(*shown, **values)
+            except Exception as error:
+                self.is_down = True
+                print(
+                    f"--report_to: {type(self.callback).__name__} failed in {event} ({type(error).__name__}: {error}) "
+                    "and is left out from now on; metrics.jsonl has everything",
+                    file=sys.stderr,
+                )
+                return None
+
+        return call
+
+
+def tracker_callbacks(report_to: list[str]) -> list[Tracker]:
     """transformers' own callbacks for tensorboard, wandb, trackio, …
 
     Raises UsageError naming one that is unknown or not installed.
     """
     try:
-        return [callback() for callback in get_reporting_integration_callbacks(report_to)]
+        return [Tracker(callback()) for callback in get_reporting_integration_callbacks(report_to)]
     except (ImportError, RuntimeError, ValueError) as error:
         raise UsageError(
             f"--report_to {' '.join(report_to)}: {error}; install the tracker's package or leave it out"
@@ -43,7 +75,12 @@ class Hooks:
     """The callbacks of one run and what they are shown: `args`, `state`, `control`, model, optimizer, scheduler."""
 
     def __init__(
-        self, callbacks: list[TrainerCallback], args: TrainingArguments, *, steps_per_epoch: int, **shown: Any
+        self,
+        callbacks: Sequence[TrainerCallback | Tracker],
+        args: TrainingArguments,
+        *,
+        steps_per_epoch: int,
+        **shown: Any,
     ):
         self.callbacks = callbacks
         self.args = args

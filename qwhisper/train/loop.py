@@ -4,165 +4,140 @@
 """
 
 import dataclasses
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
-import torch
-
-from qwhisper.data.collator import Sample
-from qwhisper.errors import DataError, NumericalError
+from qwhisper.errors import CheckpointError, DataError, NumericalError
 from qwhisper.guards.apply import drop_gradients, scale_gradients
-from qwhisper.guards.decide import decide
-from qwhisper.guards.measure import Groups, step_statistics
-from qwhisper.report.events import RunLog
-from qwhisper.report.terminal import StepLines
-from qwhisper.train.arguments import TrainArguments
+from qwhisper.guards.decide import Decision, decide
+from qwhisper.train.checkpoint import newest_valid
+from qwhisper.train.context import Run, StepReport
 from qwhisper.train.dataset import StepSamples
-from qwhisper.train.executor import Executor
-from qwhisper.train.hooks import Hooks
+from qwhisper.train.rescue import after_step, drop_bad_samples, num_supervised, run_samples
+from qwhisper.train.signals import StopSignals
 from qwhisper.train.state import TrainState
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@dataclass
-class Run:
-    """Everything that one training run holds; `save` writes a checkpoint of it and returns its folder."""
-
-    args: TrainArguments
-    total_steps: int
-    num_dialogues: int
-    groups: Groups
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    executor: Executor
-    state: TrainState
-    log: RunLog
-    hooks: Hooks
-    eval_samples: list[Sample]
-    save: Callable[["Run"], Path]
-
-    def fire(self, event: str, **values) -> None:
-        self.hooks.fire(event, self.state.step, **values)
-
-
-@dataclass
-class StepReport:
-    """What a step did. loss: nats a supervised token; grad_norm: before clipping; skipped: why, or None."""
-
-    loss: float
-    tokens: int
-    grad_norm: float
-    skipped: str | None
-    seconds: float
-    group_norms: dict[str, float]
+from qwhisper.train.step_log import log_step, log_window, readable
+from qwhisper.train.watch import watch
 
 
 def train_step(run: Run, fetched: StepSamples) -> StepReport:
     """One optimizer step on the given samples: the same mathematics however they are packed.
 
-    A step whose loss or gradient is not finite leaves parameters, moments and Adam's step counts untouched; learning
-    rate and data go on. So does a step that was left without samples.
+    Samples whose loss or gradient is not finite are left out and named. A step that is skipped, because no sample is
+    left or the sum of their gradients is not finite, leaves parameters, moments and Adam's step counts untouched;
+    learning rate and data go on.
     """
-    started = time.perf_counter()
-    samples, args = fetched.samples, run.args
+    args, guards, samples = run.args, run.state.guards, fetched.samples
     quarantine(run, fetched)
 
-    num_supervised = sum(sample.num_supervised for sample in samples)
-    if samples:
-        loss, halvings = run.executor.forward_backward(samples, num_supervised)
-        for halved in halvings:
-            run.log.event("out_of_memory", step=run.state.step, tokens=halved.tokens, max_tokens_per_pack=halved.now)
-    else:
-        loss = torch.zeros(())
-
-    if run.state.step < args.freeze_projector_steps:
-        drop_gradients({name: p for name, p in run.groups.items() if name == "projector"})
-    statistics = step_statistics(loss, run.groups)
-    decision = decide(statistics, group_bounds={"lora": args.lora_grad_clip}, max_grad_norm=args.max_grad_norm)
-    skipped = decision.skip if samples else "no sample left"
+    statistics = run_samples(run, samples, num_supervised(samples))
+    if statistics.not_finite and not statistics.broken_weights:
+        samples, statistics = drop_bad_samples(run, samples, statistics)
+    bounds = {"lora": args.lora_grad_clip}
+    decision = decide(statistics, guards.averages, group_bounds=bounds, max_grad_norm=args.max_grad_norm)
+    skipped = decision.skip or (None if samples else "no sample left")
 
     if skipped:
-        drop_gradients(run.groups)
         run.state.skipped_steps += 1
-        run.log.event(
-            "skipped",
-            step=run.state.step,
-            reason=skipped,
-            statistics=readable(statistics),
-            samples=[s.id for s in samples],
-        )
+        ids = [sample.id for sample in fetched.samples]
+        norms = readable({"loss": statistics.loss, **statistics.gradients})
+        run.log.event("skipped", step=run.state.step, reason=skipped, statistics=norms, samples=ids)
     else:
         scale_gradients(decision, run.groups)
         run.fire("on_pre_optimizer_step")
         run.optimizer.step()
         run.fire("on_optimizer_step")
-    run.scheduler.step()
+        guards.loss_scale.step_taken()
     drop_gradients(run.groups)
+    run.scheduler.step()
 
-    run.state.bad_steps_in_a_row = run.state.bad_steps_in_a_row + 1 if decision.skip else 0
+    if fetched.samples:
+        guards.feed(statistics, decision)
     run.state.step += 1
     run.state.epoch, run.state.offset = fetched.epoch, fetched.offset
-    run.state.supervised_tokens += num_supervised
-    norms = {name: value for name, value in statistics.items() if name != "loss"}
+    run.state.supervised_tokens += num_supervised(samples)
+    answer_peaks(run, decision, [sample.id for sample in samples])
+    after_step(run, statistics, decision, [sample.id for sample in fetched.samples])
     return StepReport(
-        statistics["loss"], num_supervised, decision.grad_norm, skipped, time.perf_counter() - started, norms
+        loss=statistics.loss,
+        tokens=num_supervised(samples),
+        grad_norm=decision.grad_norm,
+        skipped=skipped,
+        group_norms=statistics.gradients,
+        num_samples=len(samples),
+        has_audio=any(sample.windows for sample in samples),
+        frozen=frozenset({"projector"} if run.state.step <= args.freeze_projector_steps else ()),
     )
 
 
 def train(run: Run, steps: Iterator[StepSamples]) -> int:
     """Runs to the end, or to a signal, and leaves a checkpoint.
 
-    Returns the exit code: 0, or 128 + the signal's number.
+    Returns the exit code: 0, or 128 + the signal's number. Raises CheckpointError where the last one can't be written.
     """
+    with StopSignals() as signals:
+        saved = take_steps(run, steps, signals)
+    run.fire("on_train_end")
+    if not saved:
+        newest, _ = newest_valid(run.log.folder)
+        raise CheckpointError(
+            f"step {run.state.step} could not be saved (events.jsonl says why); the last whole checkpoint is {newest}. "
+            "Make room on the disk or mend it, then resume"
+        )
+    return 128 + signals.received if signals.received else 0
+
+
+def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> bool:
+    """Whether what was reached is saved."""
     args, state = run.args, run.state
-    lines = StepLines(run.total_steps, state.step)
-    caught: list[int] = []
-    previous = {number: signal.signal(number, lambda received, frame: caught.append(received)) for number in SIGNALS}
     # A skipped first step is meant: the schedule goes on, the optimizer does not.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     run.executor.model.train()
+    if not run.snapshots.take(state.step):
+        raise NumericalError("a weight or moment is not finite before the first step: start from another checkpoint")
     run.fire("on_train_begin")
     window: list[StepReport] = []
     last_saved = state.step
     try:
-        while state.step < run.total_steps and not caught and not run.hooks.control.should_training_stop:
+        while state.step < run.total_steps and not run.hooks.control.should_training_stop:
             begun = time.perf_counter()
+            fetched = signals.unless_stopped(lambda: next(steps))
+            if fetched is None:
+                break
             run.fire("on_step_begin")
             learning_rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
-            report = train_step(run, next(steps))
+            report = train_step(run, fetched)
             report.seconds = time.perf_counter() - begun
             window.append(report)
-            log_step(run, report, learning_rates, lines)
+            log_step(run, report, learning_rates)
             run.fire("on_step_end", step_report=report)
-            stop_if_dead(run)
+            due = state.step % args.save_steps == 0
+            watch(run, report, learning_rates, save_is_due=due or state.step == run.total_steps)
             if state.step % args.logging_steps == 0 or state.step == run.total_steps:
-                log_window(run, window, max(learning_rates.values()), lines)
+                log_window(run, window, max(learning_rates.values()))
                 window = []
-            at_end = state.step == run.total_steps or bool(caught)
-            if run.eval_samples and (state.step % args.eval_steps == 0 or at_end) and not caught:
-                evaluate(run, lines)
-            if state.step % args.save_steps == 0 or at_end or state.best_checkpoint == f"checkpoint-{state.step}":
-                last_saved = save(run, lines)
-        if last_saved != state.step:
-            save(run, lines)
+            at_end = state.step == run.total_steps
+            if run.eval_samples and (state.step % args.eval_steps == 0 or at_end):
+                evaluate(run, signals)
+            if (due or state.best_checkpoint == f"checkpoint-{state.step}") and not at_end and save(run):
+                last_saved = state.step
+        return last_saved == state.step or save(run)
     finally:
-        lines.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    run.fire("on_train_end")
-    return 128 + caught[0] if caught else 0
+        run.lines.close()
 
 
 def quarantine(run: Run, fetched: StepSamples) -> None:
     """Names bad dialogues; ends the run when they are more than --max_bad_fraction of the data."""
+    for death in fetched.deaths:
+        run.log.event("worker_died", step=run.state.step, **dataclasses.asdict(death))
+        run.lines.say(f"step {run.state.step}: a process that reads data died ({death.how}); read again from there")
     for rejection in fetched.rejections:
         run.state.bad_samples += 1
         run.log.quarantine(**dataclasses.asdict(rejection), step=run.state.step)
+    for sample in fetched.samples if fetched.epoch == 0 else []:
+        if sample.events:  # a long dialogue cut at a turn, and the like
+            run.log.event("sample_changed", step=run.state.step, samples=[sample.id], what=sample.events)
     passes = 1 + run.state.epoch
     if fetched.rejections and run.state.bad_samples > run.args.max_bad_fraction * run.num_dialogues * passes:
         raise DataError(
@@ -172,77 +147,51 @@ def quarantine(run: Run, fetched: StepSamples) -> None:
         )
 
 
-def readable(statistics: dict[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN: non-finite numbers become their names."""
-    return {name: value if abs(value) < float("inf") else str(value) for name, value in statistics.items()}
+def answer_peaks(run: Run, decision: Decision, ids: list[str]) -> None:
+    """Names gradients that were brought down to their adaptive bound; --dynamic_lr and the clamp act on them."""
+    step, guards = run.state.step, run.state.guards
+    if decision.peaks:
+        times = {name: round(times_average, 2) for name, times_average in decision.peaks.items()}
+        run.log.event("gradient_peak", step=step, times_average=times, bad=decision.bad, samples=ids)
+    peak = bool(decision.peaks or decision.skip)
+    if run.args.dynamic_lr and guards.rate.observe(peak):
+        run.set_learning_rates()
+        run.log.event("learning_rate", step=step, dynamic_factor=guards.rate.factor)
+    if run.clamp and run.args.activation_clamp == "auto" and (turned := guards.clamp.observe(peak)):
+        run.clamp.on = guards.clamp.on
+        run.log.event("activation_clamp", step=step, turned=turned, module=run.clamp.name, bound=run.clamp.bound)
+        run.lines.say(f"step {step}: activation clamp {turned} (±{run.clamp.bound:g} before {run.clamp.name})")
 
 
-def log_step(run: Run, report: StepReport, learning_rates: dict[str, float], lines: StepLines) -> None:
-    values = {"loss": report.loss, "grad_norm": report.grad_norm} | {
-        f"grad_norm_{k}": v for k, v in report.group_norms.items()
-    }
-    rates = {f"learning_rate_{name}": rate for name, rate in learning_rates.items()}
-    run.log.metric(
-        step=run.state.step,
-        **readable(values),
-        valid_label_count=report.tokens,
-        **rates,
-        **memory(run),
-        seconds=round(report.seconds, 4),
-    )
-    lines.step(loss=report.loss, tokens=report.tokens, grad_norm=report.grad_norm)
-    if report.skipped:
-        lines.say(
-            f"step {run.state.step}: skipped, {report.skipped} (events.jsonl names the samples); weights are untouched"
-        )
-
-
-def memory(run: Run) -> dict[str, float]:
-    """The most that was ever allocated on the accelerator, in GiB; nothing on a CPU."""
-    if run.executor.device.type != "cuda":
-        return {}
-    return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(run.executor.device) / 2**30, 3)}
-
-
-def log_window(run: Run, window: list[StepReport], learning_rate: float, lines: StepLines) -> None:
-    """One line for the last steps: loss weighted by tokens, skipped steps left out of the averages."""
-    taken = [report for report in window if not report.skipped]
-    tokens = sum(report.tokens for report in taken)
-    loss = sum(report.loss * report.tokens for report in taken) / tokens if tokens else float("nan")
-    grad_norm = sum(report.grad_norm for report in taken) / len(taken) if taken else float("nan")
-    seconds = sum(report.seconds for report in window) / len(window)
-    lines.line(
-        step=run.state.step, loss=loss, tokens=tokens, grad_norm=grad_norm, learning_rate=learning_rate, seconds=seconds
-    )
-    run.fire(
-        "on_log",
-        logs={"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "supervised_tokens": tokens},
-    )
-
-
-def evaluate(run: Run, lines: StepLines) -> None:
+def evaluate(run: Run, signals: StopSignals) -> None:
     """Held-out loss over all supervised tokens; remembers the best step, whose checkpoint is kept."""
-    loss = run.executor.evaluate(run.eval_samples)
+    loss = signals.unless_stopped(lambda: run.executor.evaluate(run.eval_samples))
+    if loss is None:
+        return
     best = run.state.best_loss is None or loss < run.state.best_loss
     if best:
         run.state.best_loss, run.state.best_checkpoint = loss, f"checkpoint-{run.state.step}"
     run.log.metric(step=run.state.step, **readable({"eval_loss": loss}))
-    lines.say(f"step {run.state.step}: held-out loss {loss:.4f}{' (best so far)' if best else ''}")
+    run.lines.say(f"step {run.state.step}: held-out loss {loss:.4f}{' (best so far)' if best else ''}")
     run.fire("on_evaluate", metrics={"eval_loss": loss})
     run.fire("on_log", logs={"eval_loss": loss})
 
 
-def save(run: Run, lines: StepLines) -> int:
-    folder = run.save(run)
-    lines.say(f"step {run.state.step}: saved {folder}")
-    run.fire("on_save")
-    return run.state.step
-
-
-def stop_if_dead(run: Run) -> None:
-    if run.state.bad_steps_in_a_row >= run.args.max_bad_steps:
-        raise NumericalError(
-            f"{run.state.bad_steps_in_a_row} steps in a row had a loss or gradient that is not finite, the last at "
-            f"step {run.state.step}: {run.log.folder / 'events.jsonl'} names the samples. The last checkpoint is "
-            "sound; resume with a lower --learning_rate, or a lower --lora_grad_clip or --projector_scale"
+def save(run: Run) -> bool:
+    """Whether the disk took a checkpoint. Where it did not, the run goes on and the older ones are as they were."""
+    step = run.state.step
+    try:
+        folder = run.save(run)
+    except OSError as error:
+        newest, _ = newest_valid(run.log.folder)
+        kept = TrainState.load(newest) if newest else TrainState()
+        run.state.best_loss, run.state.best_checkpoint = kept.best_loss, kept.best_checkpoint
+        run.log.event("save_failed", step=step, error=str(error), last_whole=newest and newest.name)
+        run.lines.say(
+            f"step {step}: not saved ({error}); the last whole checkpoint is {newest}. Make room on the disk or mend "
+            "it: the next save tries again"
         )
+        return False
+    run.lines.say(f"step {step}: saved {folder}")
+    run.fire("on_save")
+    return True

@@ -4,7 +4,6 @@ Everything that can be refused is refused before a model is loaded.
 """
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -17,22 +16,30 @@ from transformers import TrainerCallback
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, read_conversations
 from qwhisper.errors import CheckpointError, DataError, UsageError
+from qwhisper.guards.clamp import ActivationClamp, first_q_proj
+from qwhisper.guards.fingerprint import fingerprint, frozen_parameters
+from qwhisper.guards.snapshot import Snapshots
 from qwhisper.model.bases import LoadOptions, resolve_model
+from qwhisper.model.kernels import check_kernels
 from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
 from qwhisper.model.lora import add_lora
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.report.events import RunLog, read_jsonl
-from qwhisper.report.terminal import quieten_transformers
+from qwhisper.report.terminal import StepLines, quieten_transformers
 from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.callbacks import ConfiguringCallback
+from qwhisper.train.context import Run
 from qwhisper.train.dataset import EncodedDialogues, encode_all, step_samples
 from qwhisper.train.executor import Executor
 from qwhisper.train.groups import make_optimizer, parameter_groups, parameter_names
 from qwhisper.train.hooks import Hooks, hf_arguments, tracker_callbacks
-from qwhisper.train.loop import Run, train
-from qwhisper.train.schedule import learning_rate_factor
+from qwhisper.train.loop import train
+from qwhisper.train.probe import first_probe_step, make_probe
+from qwhisper.train.resume import changed_arguments, save_arguments
+from qwhisper.train.run_lock import run_lock
+from qwhisper.train.schedule import guarded_factor
 from qwhisper.train.state import TrainState, load_generators, load_optimizer, save_generators, save_optimizer
 
 CONFIG_FILE = "config.yaml"
@@ -46,6 +53,11 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
     quieten_transformers()
     for notice in args.notices():
         print(f"note: {notice}")
+    with run_lock(Path(args.output_dir)):
+        return prepare_and_go(args, callbacks)
+
+
+def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -> int:
     folder = Path(args.output_dir)
     resumed = find_resume_point(args, folder)
     trackers = tracker_callbacks(args.report_to)
@@ -56,6 +68,8 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
     set_up_torch(args)
     train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
+    if resumed:
+        adopt_changes(args, resumed, state)
     if resumed and state.train_file_sha256 != train_file_sha256:
         print(
             f"note: {args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
@@ -63,12 +77,12 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
         )
     torch.manual_seed(args.seed)
     model, processor = build(args, resumed)
-    folder.mkdir(parents=True, exist_ok=True)
     write_config(args, folder)
     run = assemble_run(args, model, processor, conversations, held_out, state, [*callbacks, *trackers])
     describe(run)
     if resumed:
         restore(run, resumed)
+    try_kernels(run)
     return go(run, processor, conversations)
 
 
@@ -104,15 +118,25 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
         return None
     if args.resume_from_checkpoint != "latest":
         path = Path(args.resume_from_checkpoint)
-        checkpoints.check_manifest(path)
+        checkpoints.check_usable(path)
         return path
-    newest, damaged = checkpoints.newest_valid(folder)
-    for line in damaged:
+    newest, passed_over = checkpoints.newest_valid(folder)
+    for line in passed_over:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
-    if newest is None and damaged:
-        raise CheckpointError(f"{folder}: no checkpoint is whole; start again in another folder")
+    if newest is None and passed_over:
+        raise CheckpointError(f"{folder}: no checkpoint is whole and finite; start again in another folder")
     print(f"resuming from {newest}" if newest else f"{folder} has no checkpoint yet: starting from the beginning")
     return newest
+
+
+def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState) -> None:
+    """Says what is told differently this time; a changed pack size wins over the one that the run had settled on."""
+    changed = changed_arguments(args, resumed)
+    if "max_tokens_per_pack" in changed:
+        state.max_tokens_per_pack = None
+    if changed:
+        told = ", ".join(f"--{name} {now} (was {was})" for name, (was, now) in changed.items())
+        print(f"note: {resumed.name} goes on with {told}")
 
 
 def resume_command(folder: Path) -> str:
@@ -197,7 +221,7 @@ def collator_for(args: TrainArguments, processor: Qwen3AudioProcessor) -> Conver
 def write_config(args: TrainArguments, folder: Path) -> None:
     """Everything that is needed to run it again: `qwhisper train --config` reads it."""
     values = {k: v for k, v in dataclasses.asdict(args).items() if v is not None and k != "resume_from_checkpoint"}
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    checkpoints.write_whole(folder / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def assemble_run(args, model, processor, conversations, held_out, state: TrainState, callbacks) -> Run:
@@ -212,7 +236,9 @@ def assemble_run(args, model, processor, conversations, held_out, state: TrainSt
     optimizer = make_optimizer(groups, args)
     steps_per_epoch = -(-len(conversations) // args.samples_per_step)
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, args, total_steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: guarded_factor(step, args, total_steps, state.guards)
+    )
     executor = Executor(
         model, max_tokens_per_pack=state.max_tokens_per_pack or args.pack_limit, pad_token_id=collator.pad_token_id
     )
@@ -225,6 +251,12 @@ def assemble_run(args, model, processor, conversations, held_out, state: TrainSt
         optimizer=optimizer,
         lr_scheduler=scheduler,
     )
+    first_probe = first_probe_step(
+        total_steps=total_steps,
+        freeze_projector_steps=args.freeze_projector_steps,
+        samples_per_step=args.samples_per_step,
+    )
+    dialogues = held_out or conversations
     return Run(
         args=args,
         total_steps=total_steps,
@@ -233,12 +265,29 @@ def assemble_run(args, model, processor, conversations, held_out, state: TrainSt
         optimizer=optimizer,
         scheduler=scheduler,
         executor=executor,
+        snapshots=Snapshots(groups, optimizer),
+        clamp=make_clamp(args, model, state),
         state=state,
         log=log,
+        lines=StepLines(total_steps, state.step),
         hooks=hooks,
         eval_samples=eval_samples,
+        probe=make_probe(executor, collator, dialogues, state.probe, first_step=first_probe, seed=args.seed),
+        frozen=fingerprint(frozen_parameters(model)),
         save=lambda run: save_checkpoint(run, processor),
     )
+
+
+def make_clamp(args: TrainArguments, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:
+    """--activation_clamp, as it stands; None for off, and for an LM whose first layer has no q_proj."""
+    if args.clamp_bound is None:
+        return None
+    found = first_q_proj(model)
+    if found is None:
+        print("note: --activation_clamp has no effect: this language model's first layer has no q_proj")
+        return None
+    on = state.guards.clamp.on if args.activation_clamp == "auto" else True
+    return ActivationClamp(*found, bound=args.clamp_bound, on=on)
 
 
 def describe(run: Run) -> None:
@@ -247,6 +296,14 @@ def describe(run: Run) -> None:
     print(
         f"training {trained}; {run.total_steps} steps of {run.args.samples_per_step} samples on {run.executor.device}"
     )
+
+
+def try_kernels(run: Run) -> None:
+    """Every attention kernel that this run uses, on this device, against fp32; a wrong one is named and replaced."""
+    longest = run.args.max_length or run.executor.max_tokens_per_pack
+    for wrong in check_kernels(run.executor.model, longest):
+        run.log.event("kernel_replaced", step=run.state.step, **dataclasses.asdict(wrong))
+        run.lines.say(str(wrong))
 
 
 def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
@@ -262,9 +319,9 @@ def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
         save_optimizer(run.optimizer, parameter_names(model), folder)
         save_generators(folder)
         state.save(folder)
-        (folder / "arguments.json").write_text(json.dumps(dataclasses.asdict(run.args), indent=1), encoding="utf-8")
+        save_arguments(run.args, folder)
 
-    folder = checkpoints.write_checkpoint(run.log.folder, state.step, fill)
+    folder = checkpoints.write_checkpoint(run.log.folder, state.step, fill, finite=finite)
     if finite:
         checkpoints.rotate(
             run.log.folder, run.args.save_total_limit, {state.best_checkpoint} if state.best_checkpoint else set()
@@ -282,9 +339,7 @@ def restore(run: Run, folder: Path) -> None:
     except (KeyError, OSError) as error:
         raise CheckpointError(f"{folder}: its optimizer state does not fit this run ({error})") from error
     load_generators(folder)
-    for group, base in zip(run.optimizer.param_groups, run.scheduler.base_lrs, strict=True):
-        group["lr"] = base * learning_rate_factor(run.state.step, run.args, run.total_steps)
-    run.scheduler.last_epoch = run.state.step
+    run.set_learning_rates()
 
 
 def closing_line(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 import math
 
+from qwhisper.guards.ladder import GuardState
 from qwhisper.train.arguments import TrainArguments
 
 
@@ -25,3 +26,9 @@ def learning_rate_factor(step: int, args: TrainArguments, total_steps: int) -> f
     if args.lr_scheduler_type == "linear":
         return early * (1.0 - progress)
     return early
+
+
+def guarded_factor(step: int, args: TrainArguments, total_steps: int, guards: GuardState) -> float:
+    """The schedule's factor times those of the rewinds so far and, with --dynamic_lr, of the peaks lately."""
+    dynamic = guards.rate.factor if args.dynamic_lr else 1.0
+    return learning_rate_factor(step, args, total_steps) * guards.lr_factor * dynamic

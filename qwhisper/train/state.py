@@ -5,12 +5,17 @@ JSON and safetensors; nothing is unpickled.
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from qwhisper.errors import CheckpointError
+from qwhisper.guards.alarms import Alarms
+from qwhisper.guards.ladder import GuardState
+from qwhisper.train.probe import ProbeState
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -28,20 +33,45 @@ class TrainState:
     epoch: int = 0
     offset: int = 0
     skipped_steps: int = 0
-    bad_steps_in_a_row: int = 0
     bad_samples: int = 0
     supervised_tokens: int = 0
     max_tokens_per_pack: int | None = None
     best_loss: float | None = None
     best_checkpoint: str | None = None
     train_file_sha256: str | None = None
+    guards: GuardState = field(default_factory=GuardState)
+    alarms: Alarms = field(default_factory=Alarms)
+    probe: ProbeState = field(default_factory=ProbeState)
 
     def save(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
-        return cls(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        """Raises CheckpointError where the file is not what this version of qwhisper writes."""
+        path = folder / STATE_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                **values
+                | {
+                    "guards": GuardState.from_dict(values["guards"]),
+                    "alarms": Alarms(**values["alarms"]),
+                    "probe": ProbeState(**values["probe"]),
+                }
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: not as this version of qwhisper writes it ({type(error).__name__}: {error})"
+            ) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file's content, on the CPU. Raises CheckpointError where it is missing or anything else."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: no readable safetensors file ({error})") from error
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
@@ -56,17 +86,15 @@ def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, s
 def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
     """Puts saved moments back, each on its parameter's device.
 
-    Raises KeyError for a parameter that is not trained here.
+    Raises KeyError for a parameter that is not trained here, CheckpointError where the file is missing or damaged.
     """
     by_name = {name: parameter for parameter, name in names.items()}
-    with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
-        for entry in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            name, key = entry.rsplit("|", 1)
-            parameter = by_name[name]
-            value = file.get_tensor(entry)
-            # Adam's step count stays on the CPU unless the optimizer is fused, as torch itself keeps it.
-            on_device = key != "step" or optimizer.defaults.get("fused")
-            optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
+    for entry, value in read_tensors(folder / OPTIMIZER_FILE).items():
+        name, key = entry.rsplit("|", 1)
+        parameter = by_name[name]
+        # Adam's step count stays on the CPU unless the optimizer is fused, as torch itself keeps it.
+        on_device = key != "step" or optimizer.defaults.get("fused")
+        optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
 
 
 def save_generators(folder: Path) -> None:
@@ -77,7 +105,7 @@ def save_generators(folder: Path) -> None:
 
 
 def load_generators(folder: Path) -> None:
-    states = load_file(folder / GENERATOR_FILE)
+    states = read_tensors(folder / GENERATOR_FILE)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -17,6 +17,10 @@ def record(clip, reply="One.", text="Which digit?"):
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]}
 
 
+def typed(reply):
+    return {"messages": [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": reply}]}
+
+
 @pytest.fixture
 def write(tmp_path, recordings):
     shutil.copy(recordings[1], tmp_path / "a.wav")
@@ -54,7 +58,7 @@ def test_one_bad_clip_in_a_hundred_is_what_training_puts_up_with(write):
 
 def test_tokenizer_adds_lengths_labels_and_cuts(write):
     frames = FrameArithmetic()
-    path = write(record("a.wav"), record("a.wav", reply="x" * 200), record("a.wav", text="y" * 200))
+    path = write(record("a.wav"), typed(reply="x" * 200), record("a.wav", text="y" * 200))
     report = check_dataset(path, tokenizer=byte_tokenizer(CHATML), frames=frames, max_length=100)
     assert report["answer_tokens"] == (
         5,
@@ -68,8 +72,10 @@ def test_tokenizer_adds_lengths_labels_and_cuts(write):
 
 
 def test_dialogue_that_leaves_nothing_to_learn_is_listed(write):
-    report = check_dataset(write(record("a.wav")), tokenizer=byte_tokenizer(CHATML), max_length=10)
-    assert "no supervised token is left" in report["without_labels"][0]
+    path = write(typed(reply="One."), record("a.wav"))
+    report = check_dataset(path, tokenizer=byte_tokenizer(CHATML), max_length=10)
+    assert f"{path}:1: no supervised token is left" in report["without_labels"][0]
+    assert "5 tokens of audio and the reply do not fit into max_length" in report["without_labels"][1]
     assert not report["ok"]
 
 

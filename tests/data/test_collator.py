@@ -208,6 +208,11 @@ def test_any_length_keeps_whole_turns_whole_clips_and_a_reply(make, frames, reco
         assert "t.jsonl:1: no supervised token is left (kept the last reply alone" in str(error)  # noqa: PT017
         assert max_length < 40
         return
+    except BadClipError as error:
+        assert "of audio and the reply do not fit into max_length" in str(error)  # noqa: PT017
+        without_text = make().encode(talk(user(*conversation.messages[-2].clips), conversation.messages[-1]))
+        assert without_text.answer_spans[-1][1] > max_length
+        return
     assert len(sample.input_ids) <= max_length
     assert sample.num_supervised > 0
     placeholders = sum(frames.window_tokens(len(window)) for window in sample.windows)
@@ -250,10 +255,21 @@ def test_where_the_first_exchange_is_too_long_the_last_reply_is_kept(make, recor
     text, windows, events = decoded(exact - 5)
     assert (text, windows) == ("[user\nkeep][assistant\ntwo<|im_end|>", 1)
     assert events == [f"{alone}, without the first 5 tokens of its prompt's text"]
-    only_reply = ("[user\n][assistant\ntwo<|im_end|>", 0, ["kept the last reply alone"])
-    assert decoded(exact - 10) == only_reply
-    assert decoded(scaffold + 3) == only_reply
-    text, _, events = decoded(scaffold + 1)
+    with pytest.raises(BadClipError, match=rf"t\.jsonl:1: .*wav: {tokens} tokens of audio and the reply do not fit"):
+        make(max_length=exact - 10).encode(conversation)
+
+
+def test_where_a_typed_prompt_and_its_reply_are_too_long_the_reply_is_kept(make):
+    scaffold = len(make().encode(talk(user("_"), reply("_"))).input_ids) - 3
+
+    def decoded(max_length):
+        collator = make(max_length=max_length)
+        sample = collator.encode(talk(user("x" * 300), reply("1"), user("drop"), reply("two")))
+        text = collator.tokenizer.decode(sample.input_ids)
+        return text.replace("<|im_start|>", "[").replace("<|im_end|>\n", "]"), sample.events
+
+    assert decoded(scaffold + 3)[0] == "[user\n][assistant\ntwo<|im_end|>"
+    text, events = decoded(scaffold + 1)
     assert text == "[user\n][assistant\ntw"
     assert events[1] == f"cut the tail of the reply: {scaffold + 3} > {scaffold + 1} tokens"
 

@@ -3,7 +3,13 @@ import shutil
 
 import pytest
 
-from qwhisper.data.conversation import AudioClip, parse_conversation, read_conversations, scan_conversations
+from qwhisper.data.conversation import (
+    MAX_LINE_BYTES,
+    AudioClip,
+    parse_conversation,
+    read_conversations,
+    scan_conversations,
+)
 from qwhisper.errors import DataError
 
 
@@ -78,14 +84,26 @@ FAULTS = {
     "no content": (dialogue(user=None), "message 1: `content` must be a text or a list of parts, not NoneType"),
     "strange part": (dialogue(user=[{"type": "image"}]), "message 1, part 1: neither a text nor an audio part"),
     "placeholder part": (dialogue(user=audio_part()), "message 1, part 1: an audio placeholder without audio"),
-    "missing file": (dialogue(user=audio_part(audio="clips/c.wav")), "audio file clips/c.wav does not exist"),
-    "outside": (dialogue(user=audio_part(audio="../a.wav")), "../a.wav lies outside"),
-    "absolute outside": (dialogue(user=audio_part(audio="/etc/hostname")), "/etc/hostname lies outside"),
+    "missing file": (dialogue(user=audio_part(audio="clips/c.wav")), "audio file 'clips/c.wav' does not exist"),
+    "outside": (dialogue(user=audio_part(audio="../a.wav")), "'../a.wav' lies outside"),
+    "absolute outside": (dialogue(user=audio_part(audio="/etc/hostname")), "'/etc/hostname' lies outside"),
     "pipe": (dialogue(user=audio_part(audio="sph2pipe -f wav a.sph |")), "is a Kaldi pipe"),
     "reversed": (dialogue(user=audio_part(audio="clips/a.wav", start=2, end=1)), "0 <= start < end"),
     "negative": (dialogue(user=audio_part(audio="clips/a.wav", start=-1)), "0 <= start < end"),
     "start text": (dialogue(user=audio_part(audio="clips/a.wav", start="1")), "must be seconds"),
     "nan": (dialogue(user=audio_part(audio="clips/a.wav", start=float("nan"))), "0 <= start < end"),
+    "start nested": (dialogue(user=audio_part(audio="clips/a.wav", start=[[[[[[[[[]]]]]]]]])), "must be seconds"),
+    "deep": ('{"messages": ' + "[" * 100_000, "not valid JSON (nested too deeply)"),
+    "surrogate": (dialogue(user="\ud800"), r"half of a surrogate pair, \ud800"),
+    "surrogate id": (dialogue(id="\udfff"), r"half of a surrogate pair, \udfff"),
+    "NUL": (dialogue(user=audio_part(audio="clips/a.wav\0")), "holds a NUL"),
+    "folder": (dialogue(user=audio_part(audio="clips")), "audio file 'clips' is a folder, not a file"),
+    "long name": (dialogue(user=audio_part(audio="x" * 10_000)), "File name too long"),
+    "id list": (dialogue(id=[1]), "`id` must be a text or a number, not list"),
+    "kind list": (
+        {"messages": [text_message("user", "hi", kind=["a"]), text_message("assistant", "Yes.")]},
+        "message 1: `kind` must be a text, not list",
+    ),
     "mark alone": (dialogue(user="<audio>Which digit?"), "message 1: the text holds the placeholder <audio> without"),
     "token alone": (dialogue(user="<|audio_pad|>What?"), "the text holds the placeholder <|audio_pad|> without"),
     "too few audios": (dialogue(user="<audio><audio>?", audios=["clips/a.wav"]), "2 <audio> in the text but 1 in"),
@@ -108,6 +126,25 @@ def test_fault_is_named_with_file_and_line(write, name):
     assert str(error.value).startswith(f"{path}:3: ")
     assert sentence in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 1_000
+
+
+def test_emoji_escaped_as_surrogate_pairs_is_an_ordinary_text(write):
+    (conversation,) = read_conversations(write(dialogue(user="Hi \U0001f600")))
+    assert conversation.messages[0].text == "Hi \U0001f600"
+
+
+@pytest.mark.parametrize(("length", "fits"), [(MAX_LINE_BYTES, True), (MAX_LINE_BYTES + 1, False)])
+def test_line_may_have_sixteen_megabytes_and_the_next_one_is_read(folder, length, fits):
+    first, second = json.dumps(dialogue(user="")), json.dumps(dialogue())
+    path = folder / "long.jsonl"
+    long = json.dumps(dialogue(user="x" * (length - 1 - len(first))))  # 1: the line break
+    path.write_text(f"{long}\n{second}\n", "utf-8")
+    conversations, faults = scan_conversations(path)
+    assert [c.source for c in conversations] == [f"{path}:1", f"{path}:2"][1 - fits :]
+    assert (
+        faults == [] if fits else faults == [f"{path}:1: longer than 16777216 bytes; each line should be one dialogue"]
+    )
 
 
 def test_every_fault_of_a_file_is_named_and_the_twenty_first_only_counted(write):

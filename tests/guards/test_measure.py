@@ -21,19 +21,33 @@ def group(*gradients):
 def test_norms_are_per_group_and_frozen_groups_are_zero():
     frozen = [nn.Parameter(torch.zeros(3))]
     statistics = step_statistics(torch.tensor(0.5), {"lora": group([3.0, 0.0], [4.0]), "projector": frozen})
-    assert statistics == {"loss": 0.5, "lora": 5.0, "projector": 0.0}
+    assert statistics.loss == 0.5 and statistics.gradients == {"lora": 5.0, "projector": 0.0}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_bad_element_shows_in_its_groups_norm_alone(value):
     statistics = step_statistics(torch.tensor(1.0), {"lora": group([1.0, value]), "projector": group([2.0])})
-    assert not math.isfinite(statistics["lora"]) and statistics["projector"] == 2.0
+    assert not math.isfinite(statistics.gradients["lora"]) and statistics.gradients["projector"] == 2.0
+    assert statistics.not_finite == ["gradient of lora"] and not statistics.broken_weights
 
 
 def test_half_precision_gradients_are_measured_in_fp32():
     parameter = nn.Parameter(torch.zeros(4, dtype=torch.float16))
     parameter.grad = torch.full((4,), 60_000.0, dtype=torch.float16)
-    assert step_statistics(torch.tensor(0.0), {"lora": [parameter]})["lora"] == pytest.approx(120_000, rel=1e-3)
+    assert step_statistics(torch.tensor(0.0), {"lora": [parameter]}).gradients["lora"] == pytest.approx(
+        120_000, rel=1e-3
+    )
+
+
+def test_weights_are_measured_beside_their_gradients():
+    groups = {"lora": [nn.Parameter(torch.tensor([3.0, 4.0]))], "projector": [nn.Parameter(torch.tensor([math.nan]))]}
+    statistics = step_statistics(torch.tensor(0.0), groups)
+    assert statistics.weights["lora"] == 5.0 and statistics.not_finite == ["weights of projector"]
+    assert statistics.broken_weights
+
+
+def test_gradients_whose_square_overflows_are_not_finite():
+    assert step_statistics(torch.tensor(0.0), {"lora": group([1e30])}).not_finite == ["gradient of lora"]
 
 
 def test_apply_scales_named_groups_and_drops_all():

@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,6 +42,21 @@ def loss_and_gradients(model, batch: dict):
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), gradients(model)
+
+
+@contextmanager
+def sdpa_calls():
+    """The set of (math, flash, memory-efficient) switches that torch's attention was called under."""
+    seen, plain = set(), torch.nn.functional.scaled_dot_product_attention
+    cuda = torch.backends.cuda
+
+    def spy(*args, **keywords):
+        seen.add((cuda.math_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()))
+        return plain(*args, **keywords)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        yield seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,3 +190,44 @@ def test_grouped_heads_are_told_to_a_varlen_that_asks(monkeypatch):
 
 def test_cudnn_attention_is_off():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_of_a_ladder_gives_the_same_loss_and_gradients(family):
+    model = trainable_model(family)
+    samples = [make_sample(model, [3 * SLIDING_WINDOW]), make_sample(model, [4, 5], [2000], seed=1)]
+    batches = [pack_samples(samples), pad_samples(samples, pad_token_id=0)]
+    expected = [loss_and_gradients(model, batch) for batch in batches]
+    try:
+        attention.replace_kernel("sdpa_per_segment")
+        attention.replace_kernel("sdpa")
+        with sdpa_calls() as backends:
+            found = [loss_and_gradients(model, batch) for batch in batches]
+    finally:
+        attention.restore_kernels()
+    assert backends == {(True, False, False)}
+    for (loss, grads), (right_loss, right_grads) in zip(found, expected, strict=True):
+        torch.testing.assert_close(loss, right_loss, atol=1e-6, rtol=1e-6)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, right_grads[name], atol=2e-5, rtol=1e-3)
+
+
+def test_kernels_are_replaced_down_their_ladder_and_the_last_one_stays():
+    try:
+        query = torch.empty(0, 64)
+        assert attention.packed_kernel(query) == "sdpa_per_segment"  # varlen does not run here
+        assert attention.replace_kernel("sdpa_per_segment") == "math_per_segment"
+        assert attention.replace_kernel("varlen") == "math_per_segment"
+        assert attention.replace_kernel("math_per_segment") is None
+        assert attention.packed_kernel(query) == "math_per_segment" and attention.padded_kernel() == "sdpa"
+        assert attention.replace_kernel("sdpa") == "math" and attention.replace_kernel("math") is None
+        assert attention.padded_kernel() == "math"
+    finally:
+        attention.restore_kernels()
+    assert attention.packed_kernel(query) == "sdpa_per_segment" and attention.padded_kernel() == "sdpa"
+
+
+def test_packed_rows_on_cuda_prefer_varlen(monkeypatch):
+    monkeypatch.setattr(attention, "varlen_can_run", lambda query, dropout: dropout == 0)
+    query = torch.empty(0, 64)
+    assert attention.packed_kernel(query) == "varlen" and attention.packed_kernel(query, 0.1) == "sdpa_per_segment"

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from qwhisper.errors import DataError, NumericalError
+from qwhisper.guards.averages import FIRST_NORMS, PEAK, NormAverage
 from qwhisper.train.dataset import Rejection, StepSamples
 from qwhisper.train.loop import train_step
 from qwhisper.train.run import main
 from tests.small import write_dialogues
-from tests.train.helpers import checkpoint_tensors, make_run, read_lines, same_bits, trainable
+from tests.train.helpers import checkpoint_tensors, gradients, make_run, read_lines, same_bits, trainable
 
 
 def step(run, samples, rejections=()):
@@ -55,14 +56,150 @@ def test_skipped_step_leaves_parameters_and_adam_bit_identical(arguments, monkey
     assert same_bits(before, trainable(run)) != []
 
 
-def test_bad_steps_in_a_row_end_the_run_with_exit_code_5(arguments, monkeypatch):
+def plant_in_sample(run, monkeypatch, bad_id: str, value: float = math.nan) -> None:
+    """Puts `value` into one LoRA gradient of every forward and backward pass that has the sample in it."""
+    honest = run.executor.forward_backward
+
+    def planted(samples, count):
+        result = honest(samples, count)
+        if any(sample.id == bad_id for sample in samples):
+            next(p for p in run.groups["lora"] if p.grad is not None).grad.view(-1)[3] = value
+        return result
+
+    monkeypatch.setattr(run.executor, "forward_backward", planted)
+
+
+def step_gradients(run, monkeypatch, samples) -> dict:
+    """The gradients that the optimizer is given."""
+    seen = {}
+    monkeypatch.setattr(run.optimizer, "step", lambda: seen.update(gradients(run)))
+    step(run, samples)
+    return seen
+
+
+def test_a_bad_sample_is_dropped_and_named_and_the_rest_is_the_step_without_it(arguments, monkeypatch):
+    values = {"freeze_projector_steps": 0, "dtype": "fp32", "max_grad_norm": 0.0}
+    run, samples = make_run(arguments(**values))
+    with monkeypatch.context() as patch:
+        expected = step_gradients(run, patch, [samples[0], samples[1], samples[3]])
+    run, samples = make_run(arguments(**values))
+    plant_in_sample(run, monkeypatch, samples[2].id)
+    given = step_gradients(run, monkeypatch, samples[:4])
+    largest = max(float(g.abs().max()) for g in expected.values())
+    assert given.keys() == expected.keys()
+    # Sums of a few thousand fp32 products in another order, as for packings (test_executor).
+    assert max(float((given[n] - expected[n]).abs().max()) for n in expected) <= 1e-5 * largest
+    event = read_lines(run.log.folder / "events.jsonl")[-1]
+    assert event["kind"] == "dropped_samples" and event["kept"] == 3
+    assert [(s["id"], s["not_finite"]) for s in event["samples"]] == [(samples[2].id, "gradient of lora")]
+    assert run.state.supervised_tokens == sum(s.num_supervised for s in samples[:4]) - samples[2].num_supervised
+    assert run.state.guards.bad_steps_in_a_row == 0 and run.state.skipped_steps == 0
+
+
+def test_what_does_not_happen_again_costs_no_sample(arguments, monkeypatch):
+    run, samples = make_run(arguments())
+    honest, calls = run.executor.forward_backward, []
+
+    def once(given, count):
+        result = honest(given, count)
+        if not calls:
+            next(p for p in run.groups["lora"] if p.grad is not None).grad.view(-1)[0] = math.nan
+        calls.append(len(given))
+        return result
+
+    monkeypatch.setattr(run.executor, "forward_backward", once)
+    report = step(run, samples[:4])
+    assert calls == [4, 1, 1, 1, 1] and report.skipped is None
+    assert report.tokens == sum(s.num_supervised for s in samples[:4])
+    assert [e["kind"] for e in read_lines(run.log.folder / "events.jsonl")] == ["not_repeated"]
+
+
+def test_bad_steps_in_a_row_rewind_to_the_snapshot_at_half_the_rate_and_the_data_goes_on(arguments, monkeypatch):
+    run, samples = make_run(arguments(max_bad_steps=2, early_lr_steps=0, lr_scheduler_type="constant"))
+    run.snapshots.take(0)
+    before, rate = trainable(run), run.optimizer.param_groups[0]["lr"]
+    step(run, samples[:4])
+    assert same_bits(before, trainable(run)) != []
+    plant_gradient(run, monkeypatch, math.nan)
+    for index in range(2):
+        step(run, samples[4 * index : 4 * index + 4])
+    assert same_bits(before, trainable(run)) == [] and run.state.step == 3
+    assert [group["lr"] for group in run.optimizer.param_groups] == [rate / 2] * 2
+    run.scheduler.step()
+    assert run.optimizer.param_groups[0]["lr"] == rate / 2
+    event = read_lines(run.log.folder / "events.jsonl")[-1]
+    assert (event["kind"], event["to_step"], event["bad_steps"]) == ("rewind", 0, 2)
+    assert event["samples"] == [s.id for s in samples[4:8]]
+
+
+def test_after_the_last_rewind_the_run_ends_with_exit_code_5(arguments, monkeypatch):
     from qwhisper.train import executor
 
     honest = executor.Executor._run
     monkeypatch.setattr(executor.Executor, "_run", lambda self, s, n: honest(self, s, n) * float("nan"))
-    with pytest.raises(NumericalError, match="3 steps in a row") as caught:
-        main(arguments(max_bad_steps=3))
+    args = arguments(max_bad_steps=2, max_rewinds=1)
+    with pytest.raises(NumericalError, match="dead at step 4 after 1 rewinds") as caught:
+        main(args)
     assert caught.value.exit_code == 5
+    events = read_lines(Path(args.output_dir) / "events.jsonl")
+    kinds = [event["kind"] for event in events if "clamp" not in event["kind"]]
+    twice = ["dropped_samples", "skipped"] * 2
+    assert kinds == [*twice, "rewind", *twice]
+
+
+def test_a_weight_that_is_not_finite_rewinds_at_once(arguments):
+    run, samples = make_run(arguments())
+    run.snapshots.take(0)
+    before = trainable(run)
+    with torch.no_grad():
+        run.groups["lora"][0].view(-1)[0] = math.nan
+    report = step(run, samples[:4])
+    assert report.skipped is not None and "weights of lora" in report.skipped
+    assert same_bits(before, trainable(run)) == []
+
+
+def test_a_peak_is_brought_down_to_three_averages_and_reported(arguments, monkeypatch):
+    run, samples = make_run(arguments(max_grad_norm=0.0, lora_grad_clip=0.0))
+    run.state.guards.averages["lora"] = NormAverage(mean=1e-4, first=[1e-4] * FIRST_NORMS)
+    given = step_gradients(run, monkeypatch, samples[:4])
+    norm = torch.stack([g.norm() for name, g in given.items() if "lora" in name]).norm()
+    assert float(norm) == pytest.approx(PEAK * 1e-4, rel=1e-5)
+    event = read_lines(run.log.folder / "events.jsonl")[-1]
+    assert event["kind"] == "gradient_peak" and event["times_average"]["lora"] > PEAK
+    assert event["samples"] == [s.id for s in samples[:4]]
+
+
+def test_half_precision_overflow_shrinks_the_loss_scale_and_repeats_the_step(arguments, monkeypatch):
+    run, samples = make_run(arguments(dtype="fp16", freeze_projector_steps=0))
+    assert run.executor.half_precision
+    honest, scales = run.executor.forward_backward, []
+
+    def overflowing(given, count):
+        scales.append(run.executor.loss_scale)
+        result = honest(given, count)
+        if run.executor.loss_scale > 2**10:
+            next(p for p in run.groups["lora"] if p.grad is not None).grad.view(-1)[0] = math.inf
+        return result
+
+    monkeypatch.setattr(run.executor, "forward_backward", overflowing)
+    report = step(run, samples[:4])
+    assert scales == [2.0**15, 2.0**13, 2.0**11, 2.0**9] and report.skipped is None
+    assert run.state.guards.bad_steps_in_a_row == 0 and read_lines_or_none(run) == []
+
+
+def read_lines_or_none(run) -> list:
+    path = run.log.folder / "events.jsonl"
+    return read_lines(path) if path.exists() else []
+
+
+def test_the_loss_scale_leaves_no_trace_in_the_gradients(arguments):
+    run, samples = make_run(arguments(dtype="fp32", freeze_projector_steps=0))
+    run.executor.forward_backward(samples[:4], 10)
+    expected = gradients(run)
+    run.executor.model.zero_grad(set_to_none=True)
+    run.executor.loss_scale = 2.0**12  # a power of two: nothing is rounded
+    run.executor.forward_backward(samples[:4], 10)
+    assert same_bits(expected, gradients(run)) == []
 
 
 def test_projector_is_bit_identical_through_step_n_and_moves_at_n_plus_1(arguments):
@@ -132,7 +269,7 @@ def test_a_step_without_samples_is_skipped_and_named(arguments):
     assert read_lines(run.log.folder / "quarantine.jsonl") == [
         {"id": "d9", "source": "train.jsonl:9", "reason": "unreadable", "step": 0}
     ]
-    assert run.state.bad_steps_in_a_row == 0
+    assert run.state.guards.bad_steps_in_a_row == 0
 
 
 def test_bad_clips_are_quarantined_and_too_many_end_the_run(arguments, tmp_path):

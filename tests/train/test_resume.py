@@ -27,6 +27,7 @@ class StopAfter(TrainerCallback):
 
 def outcome(folder: Path, step: int):
     state = json.loads((folder / f"checkpoint-{step}/state.json").read_text())
+    del state["probe"]  # seconds
     return checkpoint_tensors(folder / f"checkpoint-{step}"), state
 
 

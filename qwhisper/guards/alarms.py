@@ -1,0 +1,191 @@
+"""Alarms for failures that leave no NaN behind: they observe, say once what was found, and change nothing.
+
+Plain Python: the facts of a step in, alarms out.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+STEPS_WITHOUT_GRADIENT = 3  # one step's audio may stand behind all of its supervised tokens; not that of three in a row
+MEMORISED_LOSS = 0.01  # fp32 rounds a token's loss to 0 at a probability of 1 - 6e-8; small losses lead there first
+STEPS_UNTIL_MOVED = 10  # the last steps of a cosine are too small to move a large fp32 weight, but not all weights
+WEIGHTS_EVERY = 50  # steps between checksums: about 15 µs a tensor, of which LoRA has hundreds
+NOISES = 2.0  # standard errors: a deaf model's gain lies above them in 1 probe of 40
+AUDIO_GROUPS = ("projector", "encoder")  # without audio they have no gradient
+
+Key = tuple[str, str]  # kind of the alarm, and what it is about
+Findings = dict[Key, str | None]  # None: looked at, and in order
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """kind: one of loss_zero, labels_masked, gradient_zero, not_moving, base_changed, not_listening.
+
+    about: the group that is concerned, or "". message: what was found, where, and what to do next.
+    """
+
+    kind: str
+    about: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """What the alarms know of a step. Everything by group is keyed by the group's name.
+
+    step: its number. loss: nats a supervised token. tokens: supervised ones. num_samples, has_audio: of the samples
+    that it was computed on. group_norms: of gradients. frozen: groups whose gradient was dropped on purpose. skipped:
+    the optimizer did not step.
+    Not looked at in every step, and empty or None then: weight_checksums, numbers that change with any bit of the
+    group's weights; changed_weights, names of frozen tensors that are not what they were; listening_gain and its
+    standard error listening_noise, nats a supervised token.
+    """
+
+    step: int
+    loss: float
+    tokens: int
+    num_samples: int
+    has_audio: bool
+    skipped: bool
+    group_norms: Mapping[str, float]
+    learning_rates: Mapping[str, float]
+    frozen: frozenset[str] = frozenset()
+    weight_checksums: Mapping[str, int] = field(default_factory=dict)
+    changed_weights: Sequence[str] | None = None
+    listening_gain: float | None = None
+    listening_noise: float | None = None
+
+    def should_learn(self, group: str) -> bool:
+        """Whether the group's gradient must differ from 0 in this step."""
+        return (
+            not self.skipped
+            and self.tokens > 0
+            and self.loss != 0
+            and group not in self.frozen
+            and (self.has_audio or group not in AUDIO_GROUPS)
+        )
+
+
+@dataclass
+class Alarms:
+    """What alarms remember from step to step, as JSON can hold it: `Alarms(**dataclasses.asdict(alarms))` goes on.
+
+    active: raised and not cleared yet, as "kind/about". last_loss: of the last step whose loss was not 0. By group:
+    without_gradient, steps in a row; unmoved, steps taken since its weights were last seen to change; checksums, of the
+    weights when they were last looked at.
+    """
+
+    active: list[str] = field(default_factory=list)
+    last_loss: float | None = None
+    without_gradient: dict[str, int] = field(default_factory=dict)
+    unmoved: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
+
+    def wants_weights(self, step: int) -> bool:
+        """Whether the facts of this step should have weight_checksums."""
+        return not self.checksums or step % WEIGHTS_EVERY == 0
+
+    def forget_weights(self) -> None:
+        """After a rewind: weights that were put back have not stood still."""
+        self.unmoved, self.checksums = {}, {}
+
+    def observe(self, facts: StepFacts) -> list[Alarm]:
+        """The alarms that this step raises; one that is raised is silent until it has cleared."""
+        found = (
+            self._masked_labels(facts)
+            | self._zero_loss(facts)
+            | self._zero_gradients(facts)
+            | self._unmoved_weights(facts)
+            | self._changed_base(facts)
+            | self._deafness(facts)
+        )
+        raised = []
+        for (kind, about), message in found.items():
+            name = f"{kind}/{about}"
+            if message is None and name in self.active:
+                self.active.remove(name)
+            elif message is not None and name not in self.active:
+                self.active.append(name)
+                raised.append(Alarm(kind, about, message))
+        return raised
+
+    def _masked_labels(self, facts: StepFacts) -> Findings:
+        if not facts.num_samples:
+            return {}
+        message = (
+            f"all labels are masked: the {facts.num_samples} samples of step {facts.step} have no supervised token, so "
+            "nothing is learned from them. `qwhisper data check` names such dialogues; --train_on and --max_length "
+            "decide what is supervised"
+        )
+        return {("labels_masked", ""): None if facts.tokens else message}
+
+    def _zero_loss(self, facts: StepFacts) -> Findings:
+        if facts.skipped or not facts.tokens or not math.isfinite(facts.loss):
+            return {}
+        if facts.loss != 0:
+            self.last_loss = facts.loss
+            return {("loss_zero", ""): None}
+        if self.last_loss is not None and self.last_loss < MEMORISED_LOSS:
+            return {}
+        message = (
+            f"the loss of step {facts.step} is exactly 0 over {facts.tokens} supervised tokens, which no model that "
+            "still learns can reach. --manual_loss computes it the plain way as well, and stops where the two part"
+        )
+        return {("loss_zero", ""): message}
+
+    def _zero_gradients(self, facts: StepFacts) -> Findings:
+        """Per group: at step 0 LoRA's A has none, because B is zero, but B has one."""
+        found: Findings = {}
+        for group, norm in facts.group_norms.items():
+            if not facts.should_learn(group):
+                continue
+            count = self.without_gradient[group] = self.without_gradient.get(group, 0) + 1 if norm == 0 else 0
+            message = (
+                f"the gradient of {group} has been exactly 0 for {count} steps, up to step {facts.step}: the loss does "
+                "not depend on it. Look for a detach, a no_grad or a frozen part between the two in changed code or a "
+                "callback; in fp16 it may have been rounded away: --dtype bf16"
+            )
+            if count == 0 or count >= STEPS_WITHOUT_GRADIENT:
+                found["gradient_zero", group] = message if count else None
+        return found
+
+    def _unmoved_weights(self, facts: StepFacts) -> Findings:
+        for group, norm in facts.group_norms.items():
+            if facts.should_learn(group) and norm > 0 and facts.learning_rates.get(group, 0.0) > 0:
+                self.unmoved[group] = self.unmoved.get(group, 0) + 1
+        found: Findings = {}
+        for group, checksum in facts.weight_checksums.items():
+            count = self.unmoved.get(group, 0)
+            if self.checksums.get(group) != checksum:
+                self.checksums[group], self.unmoved[group] = checksum, 0
+                found["not_moving", group] = None
+            elif count >= STEPS_UNTIL_MOVED:
+                found["not_moving", group] = (
+                    f"no weight of {group} has changed in {count} steps, up to step {facts.step}, though it has "
+                    f"gradients and a learning rate of {facts.learning_rates[group]:.2g}: the optimizer does not hold "
+                    "its parameters, or the rate is too small for their dtype (keep --lora_fp32, raise the rate)"
+                )
+        return found
+
+    def _changed_base(self, facts: StepFacts) -> Findings:
+        names = facts.changed_weights
+        if not names:
+            return {} if names is None else {("base_changed", ""): None}
+        message = (
+            f"{len(names)} frozen weights are no longer what they were at the start, found at step {facts.step}; the "
+            f"first is {names[0]}. What is saved won't fit the base that it is loaded with: look for what writes into "
+            "the base models, and go on from a checkpoint of before"
+        )
+        return {("base_changed", ""): message}
+
+    def _deafness(self, facts: StepFacts) -> Findings:
+        gain, noise = facts.listening_gain, facts.listening_noise
+        if gain is None or noise is None or not (math.isfinite(gain) and math.isfinite(noise)):
+            return {}
+        message = (
+            f"the model is not listening: at step {facts.step} the true audio gains {gain:.4f} ± {noise:.4f} nats a "
+            "supervised token over audio with another right answer. Check that audio and transcripts belong together; "
+            "then --projector_learning_rate 1e-3, the projector alone first (--no_use_lora), or more steps"
+        )
+        return {("not_listening", ""): message if gain <= NOISES * noise else None}

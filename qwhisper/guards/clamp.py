@@ -1,0 +1,64 @@
+"""`--activation_clamp`: keeps outliers out of the first decoder layer's q_proj. `auto` has its rule in switch.py.
+
+The clamp acts in training alone. What is evaluated and served has none: there is nothing to save, export or remember,
+and the held-out loss shows the model as it will be used.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwhisper.guards.switch import BOUND
+
+FIRST_Q_PROJ = re.compile(r"(^|\.)0\.(.+\.)?q_proj$")  # layers.0.self_attn.q_proj, h.0.attn.q_proj, …
+
+
+def first_q_proj(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of the first decoder layer's q_proj in any Hugging Face causal LM, with or without LoRA.
+
+    None where that layer has none of this name (GPT-2, recurrent layers): the clamp then has no effect for this model.
+    """
+    get_decoder: Any = model.get_decoder
+    in_decoder = {id(module): name for name, module in get_decoder().named_modules()}
+    for name, module in model.named_modules():
+        if FIRST_Q_PROJ.search(in_decoder.get(id(module), "")):
+            return name, module
+    return None
+
+
+def clamped(x: Tensor, bound: float) -> Tensor:
+    """x within ±bound, with a zero gradient where it was not. NaN stays NaN, for the finite check to see."""
+    return torch.clamp(x, -bound, bound)
+
+
+class ActivationClamp:
+    """A pre-hook on one module that bounds its first input, while `on` and in training mode.
+
+    Counts what it changes, infinite values included, in one int64 on the module's device, without waiting for it; a
+    pass that is run again (out of memory, a diagnosis) counts again. NaN is neither changed nor counted.
+    """
+
+    def __init__(self, name: str, module: nn.Module, *, bound: float = BOUND, on: bool = False):
+        self.name, self.bound, self.on = name, bound, on
+        self._count = torch.zeros((), dtype=torch.int64, device=next(module.parameters()).device)
+        self._handle = module.register_forward_pre_hook(self._before)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def take_counts(self) -> dict[str, int]:
+        """{module's name: values clamped since the last call}; waits for the device."""
+        count = int(self._count)
+        self._count.zero_()
+        return {self.name: count}
+
+    def _before(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not (self.on and module.training):
+            return None
+        x = args[0]
+        # Gradient checkpointing runs the layer again within the backward pass: values that are counted already.
+        if torch._C._current_graph_task_id() == -1:
+            self._count += (x.detach().abs() > self.bound).sum()
+        return (clamped(x, self.bound), *args[1:])

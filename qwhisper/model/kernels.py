@@ -1,0 +1,132 @@
+"""The attention kernels of a model, tried before a run and replaced by name where they are wrong."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from qwhisper.errors import NumericalError
+from qwhisper.guards.preflight import Attention, Fault, Kernel, Layout, first_fault, trials
+from qwhisper.model import attention as kernels
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class WrongKernel:
+    """A wrong kernel. case: attention, batch and scores. what: which tensor was wrong, and by how much."""
+
+    kernel: str
+    case: str
+    what: str
+    replaced_by: str
+
+    def __str__(self) -> str:
+        return f"attention kernel {self.kernel}: {self.what}; {self.case}. Replaced by {self.replaced_by}"
+
+
+def check_kernels(model: Qwen3AudioForConditionalGeneration, longest: int) -> list[WrongKernel]:
+    """Tries the kernels that this model's attention uses, on each of its devices, and replaces those that are wrong.
+
+    longest: tokens of the longest row that the run may have. What earlier calls replaced is tried anew. Touches neither
+    weights nor generators. Raises NumericalError where no kernel is right.
+    """
+    kernels.restore_kernels()
+    findings: list[WrongKernel] = []
+    while (wrong := _first_wrong(model, longest)) is not None:
+        name, fault = wrong
+        replaced_by = kernels.replace_kernel(name)
+        if replaced_by is None:
+            raise NumericalError(
+                f"no attention kernel is right on this machine; the last, {name}: {fault.what}; {fault.case}. Update "
+                "PyTorch or the driver, or try another --dtype or another card"
+            )
+        findings.append(WrongKernel(name, fault.case, fault.what, replaced_by))
+    return findings
+
+
+def _first_wrong(model: Qwen3AudioForConditionalGeneration, longest: int) -> tuple[str, Fault] | None:
+    """The first kernel in use that is wrong."""
+    for attention in attentions(model):
+        in_encoder = attention.owner == "encoder"
+        tokens = model.config.audio_config.max_source_positions if in_encoder else longest
+        for name, kernel, packed in kernels_in_use(attention, padded=not in_encoder):
+            if (fault := first_fault(kernel, trials(attention, tokens, packed=packed))) is not None:
+                return name, fault
+    return None
+
+
+def kernels_in_use(attention: Attention, *, padded: bool) -> Iterator[tuple[str, Kernel, bool]]:
+    """(name, kernel, whether it is for packed rows)."""
+    query = torch.empty(0, attention.head_dim, dtype=attention.dtype, device=attention.device)
+    yield (name := kernels.packed_kernel(query)), _packed(name), True
+    if padded:
+        yield (name := kernels.padded_kernel()), _padded(name), False
+
+
+def _packed(name: str) -> Kernel:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, attention: Attention) -> Tensor:
+        borders = torch.tensor([0, *layout.lengths]).cumsum(0).to(attention.device, torch.int32)
+        out = kernels.PACKED_KERNELS[name](
+            query,
+            key,
+            value,
+            borders,
+            max(layout.lengths),
+            scale=attention.scale,
+            causal=attention.causal,
+            window=attention.window,
+            dropout=0.0,
+        )
+        return out[None]
+
+    return kernel
+
+
+def _padded(name: str) -> Kernel:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, attention: Attention) -> Tensor:
+        module = SimpleNamespace(num_key_value_groups=attention.groups, is_causal=attention.causal)
+        mask = layout.mask(attention)
+        return kernels.PADDED_KERNELS[name](module, query, key, value, mask, scaling=attention.scale)
+
+    return kernel
+
+
+def attentions(model: Qwen3AudioForConditionalGeneration) -> list[Attention]:
+    """Every kind of attention in the model that goes through our kernels."""
+    body = model.model
+    encoder, config = body.audio_tower, body.config.audio_config
+    head_dim = config.d_model // config.encoder_attention_heads
+    weight = encoder.conv1.weight
+    # Whisper scales its queries before it calls the kernel.
+    found = [
+        Attention(owner="encoder", groups=1, head_dim=head_dim, scale=1.0, causal=False, window=None,
+                  dtype=weight.dtype, device=weight.device, trained=body.encoder_is_trained)
+    ]  # fmt: skip
+    if body.language_model.config._attn_implementation == kernels.PACKED_ATTENTION:
+        found += _language_model_attentions(body.language_model)
+    return found
+
+
+def _language_model_attentions(language_model) -> list[Attention]:
+    embeddings = language_model.get_input_embeddings().weight
+    found = []
+    for module in language_model.modules():
+        if not hasattr(module, "is_causal") or not hasattr(module, "head_dim"):
+            continue
+        devices = {p.device for p in module.parameters()} - {torch.device("meta")}  # meta: offloaded to the host
+        found.append(
+            Attention(
+                owner="language model",
+                groups=getattr(module, "num_key_value_groups", 1),
+                head_dim=module.head_dim,
+                scale=module.scaling,
+                causal=module.is_causal,
+                window=getattr(module, "sliding_window", None),
+                dtype=embeddings.dtype,
+                device=min(devices, key=str, default=embeddings.device),
+                trained=True,
+            )
+        )
+    return list(dict.fromkeys(found))

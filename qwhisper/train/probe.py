@@ -1,0 +1,173 @@
+"""The listening probe: what the true audio is worth to the model, against audio whose right answer is another one.
+
+A falling loss alone can be what the text gives away. The probe looks only: it draws no random number, keeps no
+gradient, and leaves model and optimizer as they were.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qwhisper.data.collator import ConversationCollator, Sample
+from qwhisper.data.conversation import Conversation
+from qwhisper.errors import DataError
+from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audio, turns_of
+from qwhisper.train.executor import Executor
+
+TIME_SHARE = 0.005  # of the training time, at most
+MAX_PAIRS = 16  # a probe is then 32 forward passes of one dialogue each: 4 steps of 4 dialogues
+MIN_PAIRS = 8  # with fewer the noise is itself too uncertain to be judged by
+MAX_DIALOGUES = 256  # that pairs are looked for in
+WARMUP_STEPS = 600  # twice what a 1.5B language model needed to hear spoken digits at the stable recipe's rate
+MIN_WARMUP_STEPS = 300  # for short runs; batches of 16 at a projector rate of 1e-3 took 50 to 100
+
+
+@dataclass(frozen=True)
+class ListeningGain:
+    """gain: loss with swapped audio minus loss with true audio, nats a supervised token. noise: its standard error."""
+
+    gain: float
+    noise: float
+    pairs: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One answer after its own audio, and after that of another dialogue in which it would be wrong."""
+
+    true: Sample
+    swapped: Sample
+
+
+@dataclass
+class ProbeState:
+    """Seconds of all steps, of all probes, of the last probe, and of the steps since; saved with the run as JSON."""
+
+    trained: float = 0.0
+    probed: float = 0.0
+    last_probe: float = 0.0
+    trained_since: float = 0.0
+
+
+class ListeningProbe:
+    """Decides when the model is probed, and probes it. `state` is saved by whoever saves the run."""
+
+    def __init__(self, executor: Executor, pairs: Sequence[Pair], state: ProbeState, *, first_step: int):
+        self.executor = executor
+        self.pairs = list(pairs)
+        self.state = state
+        self.first_step = first_step
+
+    def due(self, step: int, step_seconds: float) -> bool:
+        """Whether to probe now. Call once after each step, with its number and its seconds.
+
+        First at `first_step`; then as soon as the steps since the last one have paid for another like it, and all of
+        them are within TIME_SHARE of the training time.
+        """
+        state = self.state
+        state.trained += step_seconds
+        state.trained_since += step_seconds
+        paid = state.last_probe <= TIME_SHARE * state.trained_since
+        return step >= self.first_step and paid and state.probed + state.last_probe <= TIME_SHARE * state.trained
+
+    def measure(self) -> ListeningGain | None:
+        """None where a loss is not finite, or where memory does not suffice: the run matters more."""
+        started = time.perf_counter()
+        samples = [pair.true for pair in self.pairs] + [pair.swapped for pair in self.pairs]
+        try:
+            losses = self.executor.sample_losses(samples)
+        except torch.OutOfMemoryError:
+            losses = []
+        self._spend(time.perf_counter() - started)
+        if not losses or not all(map(math.isfinite, losses)):
+            return None
+        count = len(self.pairs)
+        return listening_gain(losses[:count], losses[count:], [pair.true.num_supervised for pair in self.pairs])
+
+    def _spend(self, seconds: float) -> None:
+        self.state.last_probe, self.state.trained_since = seconds, 0.0
+        self.state.probed += seconds
+
+
+def make_probe(
+    executor: Executor,
+    collator: ConversationCollator,
+    conversations: Sequence[Conversation],
+    state: ProbeState,
+    *,
+    first_step: int,
+    seed: int,
+) -> ListeningProbe | None:
+    """A probe on held-out dialogues, or on those of the training where there are no others; decodes their audio.
+
+    None where they give fewer than MIN_PAIRS pairs, as text-only ones do.
+    """
+    pairs = choose_pairs(conversations, collator, seed=seed)
+    return ListeningProbe(executor, pairs, state, first_step=first_step) if len(pairs) >= MIN_PAIRS else None
+
+
+def first_probe_step(*, total_steps: int, freeze_projector_steps: int, samples_per_step: int) -> int:
+    """The step from which a missing gain is a fault, and which pays for the probe.
+
+    Half of the run, at least MIN_WARMUP_STEPS and at most WARMUP_STEPS, after the steps in which the projector is
+    frozen; later where TIME_SHARE of the time would not suffice by then. A probe of dialogues like those of the
+    training costs half as much as training on them: the backward pass, through frozen weights, is as long as the
+    forward pass.
+    """
+    warmup = min(WARMUP_STEPS, max(MIN_WARMUP_STEPS, total_steps // 2))
+    probe_in_steps = 2 * MAX_PAIRS / (2 * samples_per_step)
+    return freeze_projector_steps + max(warmup, math.ceil(probe_in_steps / TIME_SHARE))
+
+
+def listening_gain(true: Sequence[float], swapped: Sequence[float], tokens: Sequence[int]) -> ListeningGain:
+    """From each pair's losses, summed over its supervised tokens.
+
+    The gain is a ratio of sums, so that long answers count for more; its standard error is that of a ratio estimator
+    (Cochran, Sampling Techniques, 1977, chapter 6).
+    """
+    count, total = len(tokens), sum(tokens)
+    gains = [with_other - with_own for with_own, with_other in zip(true, swapped, strict=True)]
+    gain = sum(gains) / total
+    residuals = sum((own - gain * n) ** 2 for own, n in zip(gains, tokens, strict=True))
+    return ListeningGain(gain, math.sqrt(residuals * count / (count - 1)) / total, count, total)
+
+
+def choose_pairs(conversations: Sequence[Conversation], collator: ConversationCollator, *, seed: int) -> list[Pair]:
+    """At most MAX_PAIRS pairs, from as many dialogues as possible: two answers of one dialogue are less than two tests.
+
+    Left out: pairs with a bad clip, and those that `collator` would cut, because what is left may be another answer.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(conversations))[:MAX_DIALOGUES]
+    turns = turns_of([conversations[index] for index in chosen])
+    pairs: list[Pair] = []
+    for turn, swapped in _by_preference(turns, swap_audio(turns, seed=seed)):
+        if len(pairs) == MAX_PAIRS:
+            break
+        try:
+            pair = Pair(answer_row(collator, turn), answer_row(collator, swapped.turn))
+        except DataError:
+            continue
+        if not pair.true.events and not pair.swapped.events:
+            pairs.append(pair)
+    return pairs
+
+
+def _by_preference(turns: Sequence[Turn], swaps: Sequence[SwappedTurn | None]) -> Iterator[tuple[Turn, SwappedTurn]]:
+    """One turn of every dialogue, then a second one of each, and so on.
+
+    Within a dialogue those come first whose partner was asked the same, so that the audio alone differs; then the
+    earliest, which are the shortest.
+    """
+    by_dialogue: dict[str, list[tuple[Turn, SwappedTurn]]] = {}
+    for turn, swapped in zip(turns, swaps, strict=True):
+        if swapped is not None:
+            by_dialogue.setdefault(turn.conversation.id, []).append((turn, swapped))
+    ranked = [sorted(found, key=lambda item: not item[1].same_question) for found in by_dialogue.values()]
+    for rank in range(max(map(len, ranked), default=0)):
+        of_this_rank = [found[rank] for found in ranked if rank < len(found)]
+        yield from sorted(of_this_rank, key=lambda item: not item[1].same_question)

@@ -1,0 +1,131 @@
+"""What is done about a step whose numbers are not finite: run it again, find the samples, rewind, or stop."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from qwhisper.data.collator import Sample
+from qwhisper.errors import NumericalError
+from qwhisper.guards.apply import drop_gradients
+from qwhisper.guards.decide import Decision, StepStatistics
+from qwhisper.guards.diagnose import Finding, diagnose
+from qwhisper.guards.measure import step_statistics
+from qwhisper.train.context import Run
+
+
+def num_supervised(samples: list[Sample]) -> int:
+    return sum(sample.num_supervised for sample in samples)
+
+
+def run_samples(run: Run, samples: list[Sample], count: int) -> StepStatistics:
+    """Forward and backward; leaves the gradients of sum(token losses) / count and returns what they look like.
+
+    In fp16 an overflow of the gradients is met by a smaller loss scale and the same samples once more.
+    """
+    scale = run.state.guards.loss_scale
+    while True:
+        run.executor.loss_scale = scale.scale if run.executor.half_precision else 1.0
+        loss, halvings = run.executor.forward_backward(samples, count) if samples else (torch.zeros(()), [])
+        for halved in halvings:
+            run.log.event("out_of_memory", step=run.state.step, tokens=halved.tokens, max_tokens_per_pack=halved.now)
+        if run.state.step < run.args.freeze_projector_steps:
+            drop_gradients({name: p for name, p in run.groups.items() if name == "projector"})
+        statistics = step_statistics(loss, run.groups)
+        overflow = statistics.not_finite and math.isfinite(statistics.loss) and not statistics.broken_weights
+        if not (overflow and run.executor.half_precision and scale.shrink()):
+            return statistics
+        drop_gradients(run.groups)
+
+
+def drop_bad_samples(run: Run, samples: list[Sample], failed: StepStatistics) -> tuple[list[Sample], StepStatistics]:
+    """Runs a step that was not finite again, a sample at a time, and leaves the gradients of the finite ones.
+
+    They are weighted by the tokens that are left, as if the bad ones had never been there. Returns the samples kept and
+    their statistics, or none and the failed ones. This path may wait for the device.
+    """
+    count, before = num_supervised(samples), run.state.guards.loss_scale.scale
+    kept, dropped, loss = [], [], 0.0
+    drop_gradients(run.groups)
+    finding = find_cause(run, samples)
+    sums: dict[torch.nn.Parameter, Tensor] = {}
+    for sample in samples:
+        drop_gradients(run.groups)
+        statistics = run_samples(run, [sample], count)
+        if statistics.not_finite:
+            dropped.append((sample, " and ".join(statistics.not_finite)))
+            run.state.guards.loss_scale.scale = before  # it shrank in vain
+            continue
+        kept.append(sample)
+        loss += statistics.loss
+        for parameter in (p for parameters in run.groups.values() for p in parameters):
+            if parameter.grad is not None:
+                sums[parameter] = sums[parameter] + parameter.grad if parameter in sums else parameter.grad
+    drop_gradients(run.groups)
+    report_dropped(run, kept, dropped, failed, finding)
+    if not kept:
+        return [], failed
+    rest = count / num_supervised(kept)
+    for parameter, gradient in sums.items():
+        parameter.grad = gradient * rest
+    return kept, step_statistics(torch.tensor(loss * rest, device=run.executor.device), run.groups)
+
+
+def find_cause(run: Run, samples: list[Sample]) -> Finding | None:
+    """Where the first number breaks in the packs as they were run: some faults need the neighbours or the padding."""
+    for pack in run.executor.packs(samples):
+        batch = run.executor.batch(pack) | {"num_items_in_batch": num_supervised(samples)}
+        if finding := diagnose(run.executor.model, batch, loss_scale=run.executor.loss_scale):
+            return finding
+    return None
+
+
+def report_dropped(
+    run: Run, kept: list[Sample], dropped: list[tuple[Sample, str]], failed: StepStatistics, finding: Finding | None
+) -> None:
+    """One event with every sample concerned and where the numbers broke first."""
+    step = run.state.step
+    told = {"not_finite": failed.not_finite, "diagnosis": None if finding is None else finding.as_dict()}
+    if not dropped:
+        run.log.event("not_repeated", step=step, samples=[sample.id for sample in kept], **told)
+        run.lines.say(f"step {step}: {' and '.join(failed.not_finite)} not finite, but not sample by sample; taken")
+        return
+    named = [{"id": sample.id, "source": sample.source, "not_finite": what} for sample, what in dropped]
+    run.log.event("dropped_samples", step=step, samples=named, kept=len(kept), **told)
+    names = ", ".join(sample.id for sample, _ in dropped[:3]) + (" …" if len(dropped) > 3 else "")
+    cause = finding or "not finite, of no cause that a second run would show"
+    run.lines.say(f"step {step}: dropped {len(dropped)} of {len(kept) + len(dropped)} samples ({names}): {cause}")
+
+
+def after_step(run: Run, statistics: StepStatistics, decision: Decision, samples: list[str]) -> None:
+    """Goes down the ladder after a bad step: on, back to a snapshot at half the rate, or NumericalError (exit 5)."""
+    guards, step = run.state.guards, run.state.step
+    act = guards.next_act(statistics, max_bad_steps=run.args.max_bad_steps, max_rewinds=run.args.max_rewinds)
+    if act == "rewind":
+        rewind(run, decision, samples)
+    elif act == "stop":
+        raise NumericalError(
+            f"numerically dead at step {step} after {guards.rewinds} rewinds: {decision.skip or 'peaks'} (samples "
+            f"{', '.join(samples[:5])}). {run.log.folder / 'events.jsonl'} has the diagnosis of every bad step. The "
+            "last checkpoint is sound; resume with a lower --learning_rate, or a lower --lora_grad_clip or "
+            "--projector_scale"
+        )
+    elif guards.snapshot_due and run.snapshots.take(step):
+        guards.clean_steps = 0
+
+
+def rewind(run: Run, decision: Decision, samples: list[str]) -> None:
+    """Weights and moments as they were; the data goes on forward."""
+    guards = run.state.guards
+    bad_steps = guards.bad_steps_in_a_row
+    guards.rewound()
+    run.state.alarms.forget_weights()
+    to = run.snapshots.restore()
+    run.set_learning_rates()
+    run.log.event(
+        "rewind", step=run.state.step, to_step=to, bad_steps=bad_steps, lr_factor=guards.lr_factor, samples=samples
+    )
+    run.lines.say(
+        f"step {run.state.step}: {bad_steps} bad steps in a row ({decision.skip or 'peaks'}); back to the weights of "
+        f"step {to}, learning rate × {guards.lr_factor:g} from here on"
+    )

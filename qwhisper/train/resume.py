@@ -1,0 +1,51 @@
+"""What a resumed run is told differently from the one that it goes on with: said, or refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.train.arguments import TrainArguments
+
+ARGUMENTS_FILE = "arguments.json"
+# Made when the run began and read from the checkpoint since: another value would have no effect.
+MADE_AT_THE_START = (
+    "use_lora",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_fp32",
+    "freeze_whisper",
+    "audio_lead_silence",
+    "audio_tail_silence",
+)
+# Say where things lie, not what is computed. The bases are told apart by their fingerprints.
+PLACES = ("output_dir", "run_name", "resume_from_checkpoint", "init_from", "audio_model", "text_model", "hub")
+
+
+def save_arguments(args: TrainArguments, folder: Path) -> None:
+    (folder / ARGUMENTS_FILE).write_text(json.dumps(dataclasses.asdict(args), indent=1), encoding="utf-8")
+
+
+def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+    """Name to (value then, value now) of the flags that differ from what the checkpoint's run was told.
+
+    Raises UsageError for one that can't be changed on the way, CheckpointError where the old ones can't be read.
+    """
+    try:
+        then = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(dataclasses.asdict(args)))
+        names = (then.keys() & now.keys()) - set(PLACES)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint}: no readable {ARGUMENTS_FILE} ({error})") from error
+    changed = {name: (then[name], now[name]) for name in sorted(names) if then[name] != now[name]}
+    for name in MADE_AT_THE_START:
+        if name in changed:
+            was, wanted = changed[name]
+            raise UsageError(
+                f"--{name} is {wanted}, but {checkpoint} was made with {was}, which can't be changed on the way: leave "
+                "the flag as it was, or begin a new run with --init_from"
+            )
+    return changed

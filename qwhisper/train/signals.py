@@ -1,0 +1,56 @@
+"""SIGINT and SIGTERM while training: noted, and acted on between two steps, or where nothing is half done."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+T = TypeVar("T")
+
+
+class _Stopped(BaseException):
+    """No Exception, as KeyboardInterrupt is none: code that is left by it must not take it for a fault of its own."""
+
+
+class StopSignals:
+    """From `with` to its end, a signal ends the training after the step that it is in; a second one changes nothing.
+
+    received: the first one's number, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._at_once = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+        if self._at_once:
+            self._at_once = False
+            raise _Stopped
+
+    def unless_stopped(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns, or None where a signal came before or meanwhile.
+
+        For what may take long, such as waiting for data or an evaluation, and may be left anywhere without harm.
+        """
+        try:
+            self._at_once = True
+            if self.received:
+                return None
+            result = work()
+            self._at_once = False
+            return result
+        except _Stopped:
+            return None
+        finally:
+            self._at_once = False

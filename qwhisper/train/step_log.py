@@ -1,0 +1,64 @@
+"""What is written of each step: metrics.jsonl, the terminal's lines and the trackers' logs."""
+
+import torch
+
+from qwhisper.guards.ladder import ALL
+from qwhisper.train.context import Run, StepReport
+
+
+def readable(statistics: dict[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN: non-finite numbers become their names."""
+    return {name: value if abs(value) < float("inf") else str(value) for name, value in statistics.items()}
+
+
+def log_step(run: Run, report: StepReport, learning_rates: dict[str, float]) -> None:
+    values = {"loss": report.loss, "grad_norm": report.grad_norm} | {
+        f"grad_norm_{k}": v for k, v in report.group_norms.items()
+    }
+    rates = {f"learning_rate_{name}": rate for name, rate in learning_rates.items()}
+    run.log.metric(
+        step=run.state.step,
+        **readable(values),
+        **grad_norm_average(run),
+        valid_label_count=report.tokens,
+        **rates,
+        **memory(run),
+        seconds=round(report.seconds, 4),
+    )
+    run.lines.step(loss=report.loss, tokens=report.tokens, grad_norm=report.grad_norm)
+    if report.skipped:
+        run.lines.say(
+            f"step {run.state.step}: skipped, {report.skipped} (events.jsonl names the samples); weights are untouched"
+        )
+
+
+def grad_norm_average(run: Run) -> dict[str, float]:
+    """Exponential mean and variance of all groups' gradient norm together."""
+    average = run.state.guards.averages.get(ALL)
+    return {} if average is None else {"grad_norm_mean": average.mean, "grad_norm_variance": average.variance}
+
+
+def memory(run: Run) -> dict[str, float]:
+    """The most that was ever allocated on the accelerator, in GiB; nothing on a CPU."""
+    if run.executor.device.type != "cuda":
+        return {}
+    return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(run.executor.device) / 2**30, 3)}
+
+
+def log_window(run: Run, window: list[StepReport], learning_rate: float) -> None:
+    """One line for the last steps: loss weighted by tokens, skipped steps left out of the averages."""
+    taken = [report for report in window if not report.skipped]
+    tokens = sum(report.tokens for report in taken)
+    loss = sum(report.loss * report.tokens for report in taken) / tokens if tokens else float("nan")
+    grad_norm = sum(report.grad_norm for report in taken) / len(taken) if taken else float("nan")
+    seconds = sum(report.seconds for report in window) / len(window)
+    run.lines.line(
+        step=run.state.step, loss=loss, tokens=tokens, grad_norm=grad_norm, learning_rate=learning_rate, seconds=seconds
+    )
+    if run.clamp and run.clamp.on:
+        run.log.event("activations_clamped", step=run.state.step, values=run.clamp.take_counts())
+    run.fire(
+        "on_log",
+        logs={"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "supervised_tokens": tokens}
+        | grad_norm_average(run),
+    )

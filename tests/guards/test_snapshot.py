@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from qwhisper.guards.snapshot import Snapshots
+
+
+@pytest.fixture
+def parts():
+    torch.manual_seed(0)
+    groups = {"lora": [nn.Parameter(torch.randn(4, 3))], "projector": [nn.Parameter(torch.randn(5))]}
+    optimizer = torch.optim.AdamW([p for parameters in groups.values() for p in parameters], lr=0.1)
+    return groups, optimizer, Snapshots(groups, optimizer)
+
+
+def step(groups, optimizer, only=("lora", "projector")):
+    for name in only:
+        for parameter in groups[name]:
+            parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def bits(groups, optimizer):
+    parameters = [p for group in groups.values() for p in group]
+    moments = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in parameters]
+    return [p.detach().clone() for p in parameters], moments
+
+
+def same(first, second) -> bool:
+    weights = all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    moments = all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        for a, b in zip(first[1], second[1], strict=True)
+    )
+    return weights and moments
+
+
+def test_what_comes_back_is_bit_identical_also_before_a_parameters_first_step(parts):
+    groups, optimizer, snapshots = parts
+    step(groups, optimizer, only=("lora",))
+    expected = bits(groups, optimizer)
+    assert snapshots.take(1)
+    for _ in range(3):
+        step(groups, optimizer)
+    assert not same(bits(groups, optimizer), expected)
+    assert snapshots.restore() == 1
+    assert same(bits(groups, optimizer), expected)
+    step(groups, optimizer)  # the copy is not what now moves
+    assert snapshots.restore() == 1
+    assert same(bits(groups, optimizer), expected)
+
+
+def test_the_second_rewind_without_a_new_copy_goes_further_back(parts):
+    groups, optimizer, snapshots = parts
+    for number in (1, 2, 3):
+        snapshots.take(number)
+        step(groups, optimizer)
+    assert [snapshots.restore() for _ in range(3)] == [3, 2, 2]
+    snapshots.take(4)
+    assert snapshots.restore() == 4
+
+
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_a_number_that_is_not_finite_is_never_kept(parts, where):
+    groups, optimizer, snapshots = parts
+    step(groups, optimizer)
+    snapshots.take(1)
+    parameter = groups["lora"][0]
+    (parameter.data if where == "weight" else optimizer.state[parameter]["exp_avg"])[0, 0] = math.nan
+    assert not snapshots.take(2)
+    assert snapshots.restore() == 1 and torch.isfinite(parameter).all()

@@ -1,0 +1,154 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qwhisper.data.collator import pack_samples, pad_samples
+from qwhisper.errors import NumericalError
+from qwhisper.guards.preflight import Attention, first_fault, trials
+from qwhisper.model import attention as ladders
+from qwhisper.model.kernels import attentions, check_kernels, kernels_in_use
+from tests.model.parts import SLIDING_WINDOW, make_sample, small_model
+from tests.wrong_kernels import (
+    packed_that_leaks,
+    packed_with_large_gradient,
+    packed_with_nan_gradient,
+    padded_with_nan_gradient,
+)
+
+LONGEST = 150
+QWEN3 = Attention(
+    owner="language model", groups=2, head_dim=128, scale=128**-0.5, causal=True, window=None,
+    dtype=torch.bfloat16, device=torch.device("cpu"), trained=True,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def all_kernels_in_use():
+    yield
+    ladders.restore_kernels()
+
+
+def plant(monkeypatch, name: str, wrong) -> list:
+    """Puts `wrong(right kernel)` in a kernel's place; returns a list that grows with its calls."""
+    ladder = ladders.PACKED_KERNELS if name in ladders.PACKED_KERNELS else ladders.PADDED_KERNELS
+    calls = []
+
+    def kernel(*args, **keywords):
+        calls.append(name)
+        return planted(*args, **keywords)
+
+    # varlen runs on CUDA alone; its twin stands in for it.
+    planted = wrong(ladders._sdpa_per_segment if name == "varlen" else ladder[name])
+    monkeypatch.setitem(ladder, name, kernel)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_right_kernels_give_no_finding_and_leave_no_trace(family, dtype):
+    model = small_model(family).to(dtype).train()
+    state = torch.get_rng_state()
+    assert check_kernels(model, LONGEST) == []
+    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+    assert all(p.grad is None for p in model.parameters())
+    assert ladders.packed_kernel(torch.empty(0, 8)) == "sdpa_per_segment" and ladders.padded_kernel() == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        QWEN3,
+        replace(QWEN3, groups=4, head_dim=64, scale=0.125, dtype=torch.float16),
+        replace(QWEN3, window=48),
+        replace(QWEN3, owner="encoder", groups=1, head_dim=64, scale=1.0, causal=False, dtype=torch.float32),
+    ],
+    ids=["heads of 128", "heads of 64", "window", "encoder"],
+)
+def test_every_kernel_of_the_ladders_is_right_on_this_machine(attention):
+    tried = []
+    for replaced in ((), ("sdpa_per_segment", "sdpa")):
+        for name in replaced:
+            ladders.replace_kernel(name)
+        for name, kernel, packed in kernels_in_use(attention, padded=attention.causal):
+            assert first_fault(kernel, trials(attention, LONGEST, packed=packed)) is None
+            tried.append(name)
+    padded = ["sdpa", "math"] if attention.causal else []
+    assert sorted(tried) == sorted(["sdpa_per_segment", "math_per_segment", *padded])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "replaced_by", "words"),
+    [
+        ("sdpa_per_segment", packed_with_nan_gradient, "math_per_segment", "gradient of queries is not finite in"),
+        ("sdpa_per_segment", packed_with_large_gradient, "math_per_segment", "gradient of queries is "),
+        ("sdpa_per_segment", packed_that_leaks, "math_per_segment", "the result is "),
+        ("varlen", packed_with_nan_gradient, "sdpa_per_segment", "gradient of queries is not finite in"),
+        ("varlen", packed_with_large_gradient, "sdpa_per_segment", "gradient of queries is "),
+        ("sdpa", padded_with_nan_gradient, "math", "gradient of queries is not finite in"),
+    ],
+)
+def test_a_wrong_kernel_is_named_and_replaced(name, wrong, replaced_by, words, monkeypatch):
+    model = small_model()
+    calls = plant(monkeypatch, name, wrong)
+    monkeypatch.setattr(ladders, "varlen_can_run", lambda query, dropout: name == "varlen")
+    (found,) = check_kernels(model, LONGEST)
+    assert (found.kernel, found.replaced_by) == (name, replaced_by) and words in found.what
+    if wrong in (packed_with_nan_gradient, padded_with_nan_gradient):
+        assert "language model" in found.case and "log-sum-exp under -100" in found.case
+    assert str(found).startswith(f"attention kernel {name}: ") and str(found).endswith(f"Replaced by {replaced_by}")
+
+    calls.clear()
+    samples = [make_sample(model, [30]), make_sample(model, [9, 4], [2000], seed=1)]
+    for batch in (pack_samples(samples), pad_samples(samples, pad_token_id=0)):
+        assert model(**batch).loss.isfinite()
+    assert calls == []
+
+
+def test_a_kernel_that_is_wrong_in_the_encoder_alone_is_found(monkeypatch):
+    def not_causal_is_wrong(right):
+        return lambda *args, causal, **rest: right(*args, causal=True, **rest)
+
+    plant(monkeypatch, "sdpa_per_segment", not_causal_is_wrong)
+    (found,) = check_kernels(small_model(), LONGEST)
+    assert found.case.startswith("encoder (float32, heads of 8 in groups of 1)")
+
+
+def test_a_gradient_that_the_run_never_takes_is_not_held_against_a_kernel(monkeypatch):
+    def wrong_where_not_causal(right):
+        wrong = packed_with_large_gradient(right)
+        return lambda *args, causal, **rest: (right if causal else wrong)(*args, causal=causal, **rest)
+
+    plant(monkeypatch, "sdpa_per_segment", wrong_where_not_causal)
+    model = small_model()
+    assert check_kernels(model, LONGEST) == []
+    model.model.audio_tower.requires_grad_(True)
+    assert [found.kernel for found in check_kernels(model, LONGEST)] == ["sdpa_per_segment"]
+
+
+def test_with_no_right_kernel_left_the_run_does_not_begin(monkeypatch):
+    for name in ("sdpa_per_segment", "math_per_segment"):
+        plant(monkeypatch, name, packed_with_large_gradient)
+    with pytest.raises(NumericalError, match=r"the last, math_per_segment: the gradient of queries is .* another card"):
+        check_kernels(small_model(), LONGEST)
+
+
+def test_each_run_tries_all_kernels_anew(monkeypatch):
+    model = small_model()
+    with monkeypatch.context() as patched:
+        plant(patched, "sdpa", padded_with_nan_gradient)
+        check_kernels(model, LONGEST)
+    assert ladders.padded_kernel() == "math"
+    assert check_kernels(model, LONGEST) == [] and ladders.padded_kernel() == "sdpa"
+
+
+def test_what_is_tried_are_the_models_own_attentions():
+    model = small_model("gemma3").to(torch.bfloat16)
+    model.model.audio_tower.float().requires_grad_(True)
+    encoder, sliding, full = attentions(model)
+    assert (encoder.owner, encoder.dtype, encoder.causal, encoder.trained) == ("encoder", torch.float32, False, True)
+    assert (sliding.window, full.window) == (SLIDING_WINDOW, None)
+    assert (full.groups, full.head_dim, full.dtype, full.causal) == (2, 8, torch.bfloat16, True)
+    assert full.scale == pytest.approx(8**-0.5)
+    model.model.language_model.set_attn_implementation("eager")
+    assert [attention.owner for attention in attentions(model)] == ["encoder"]

@@ -1,0 +1,279 @@
+"""Audio files that are broken, samples that are no sound, and sound that only looks wrong."""
+
+import random
+import struct
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soxr
+
+from qwhisper.data import audio, encode
+from qwhisper.data.audio import load_audio
+from qwhisper.errors import BadClipError
+from qwhisper.frames import FrameArithmetic
+from tests.small import tone
+from tests.test_faults import broken_data as broken
+from tests.test_faults.broken_data import NAMED, RIGHT, BrokenRun, unchecked, write_float, write_tone
+from tests.test_faults.matrix import fault
+
+HOUR = 3600
+
+
+@pytest.fixture
+def run(arguments, tmp_path):
+    return BrokenRun(arguments, tmp_path)
+
+
+def cut_in_half(write):
+    def write_half(path: Path) -> None:
+        write(path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+
+    return write_half
+
+
+def patched(write, offset: int, layout: str, value: int):
+    """A file whose header says something else."""
+
+    def write_patched(path: Path) -> None:
+        write(path)
+        header = bytearray(path.read_bytes())
+        struct.pack_into(layout, header, offset, value)
+        path.write_bytes(header)
+
+    return write_patched
+
+
+def flac_claiming(num_frames: int):
+    """The last 32 bits of STREAMINFO's 36; what a test needs more is in the 4 before them."""
+
+    def write_flac(path: Path) -> None:
+        write_tone(path)
+        header = bytearray(path.read_bytes())
+        header[21] = header[21] & 0xF0 | num_frames >> 32
+        struct.pack_into(">I", header, 22, num_frames & 0xFFFFFFFF)
+        path.write_bytes(header)
+
+    return write_flac
+
+
+# Broken files.
+
+
+@fault("random bytes in a .wav", of="data", guarantee=NAMED, without=broken.few_errors_named)
+def test_random_bytes(run):
+    run.named(run.train(lambda path: path.write_bytes(random.Random(0).randbytes(5_000))), "unreadable")
+
+
+@fault("a WAV cut in half", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
+def test_cut_wav(run):
+    run.named(run.train(cut_in_half(write_tone)), "cut short, the sound ends at 0.149 s and should go on to 0.300 s")
+
+
+@fault("an MP3 cut in half", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
+def test_cut_mp3(run):
+    run.named(run.train(cut_in_half(lambda path: write_tone(path, 2.0)), clip="d3.mp3"), "cut short")
+
+
+@fault("a FLAC cut in half", of="data", guarantee=NAMED, without=broken.few_errors_named)
+def test_cut_flac(run):
+    run.named(run.train(cut_in_half(write_tone), clip="d3.flac"), "unreadable")
+
+
+@fault("a file of zero bytes", of="data", guarantee=NAMED, without=broken.silence_stands_in)
+def test_empty_file(run):
+    run.named(run.train(lambda path: path.write_bytes(b"")), "unreadable")
+
+
+@fault("a header without a sample after it", of="data", guarantee=NAMED, without=broken.no_rejections)
+def test_header_alone(run):
+    run.named(run.train(lambda path: write_float(path, np.zeros(0))), "empty, no samples in it")
+
+
+@fault("a WAV header that claims hours", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
+def test_wav_claims_hours(run):
+    run.named(run.train(patched(write_tone, 40, "<I", 2 * HOUR * 32_000)), "should go on to 7200.000 s")
+
+
+@fault("a FLAC header that claims an hour", of="data", guarantee=NAMED, without=broken.few_errors_named)
+def test_flac_claims_an_hour(run):
+    run.named(run.train(flac_claiming(HOUR * 16_000), clip="d3.flac"), "unreadable")
+
+
+@fault(
+    "a FLAC header that claims 2^36 samples",
+    of="data",
+    guarantee="refused by its header (4 hours at most), before memory is taken; quarantined and named",
+    without=unchecked(audio, "_check_header"),
+)
+def test_flac_claims_all_memory(run):
+    run.named(run.train(flac_claiming(2**36 - 1), clip="d3.flac"), "its header claims", "s to read (at most 14400)")
+
+
+@fault(
+    "a thousand channels",
+    of="data",
+    guarantee="refused by its header (64 channels at most); quarantined and named",
+    without=unchecked(audio, "_check_header"),
+)
+def test_thousand_channels(run):
+    run.named(
+        run.train(lambda path: write_float(path, np.repeat(tone(440, 0.1)[:, None], 1000, axis=1))), "1000 channels"
+    )
+
+
+@fault(
+    "a header that states 4 MHz",
+    of="data",
+    guarantee="refused by its header (1 to 768 kHz); quarantined and named",
+    without=unchecked(audio, "_check_header"),
+)
+def test_absurd_rate(run):
+    run.named(
+        run.train(patched(lambda path: write_tone(path, 20.0), 24, "<I", 4_000_000)), "4000000 Hz (1000 to 768000)"
+    )
+
+
+# Samples that are no sound.
+
+
+@fault("a clip of NaN", of="data", guarantee=NAMED, without=unchecked(audio, "_check_samples"))
+def test_all_nan(run):
+    run.named(run.train(lambda path: write_float(path, np.full(4_800, np.nan))), "NaN or Inf among the samples")
+
+
+@fault("a clip with Inf in it", of="data", guarantee=NAMED, without=unchecked(audio, "_check_samples"))
+def test_inf(run):
+    run.named(run.train(lambda path: write_float(path, np.r_[tone(440, 0.2), np.inf, -np.inf])), "NaN or Inf")
+
+
+@fault("one NaN sample in a clip", of="data", guarantee=NAMED, without=unchecked(audio, "_check_samples"))
+def test_one_nan(run):
+    run.named(run.train(lambda path: write_float(path, np.r_[tone(440, 0.2), np.nan, tone(440, 0.1)])), "NaN or Inf")
+
+
+def only_finite(monkeypatch) -> None:
+    def check(block, path):
+        if not np.isfinite(block).all():
+            raise BadClipError(f"{path}: NaN or Inf")
+
+    monkeypatch.setattr(audio, "_check_samples", check)
+
+
+@fault("samples of 1e30, finite but of no use", of="data", guarantee=NAMED, without=only_finite)
+def test_absurd_amplitude(run):
+    run.named(
+        run.train(lambda path: write_float(path, 1e30 * tone(440, 0.3))), "samples up to 3.0e+29, where full scale is 1"
+    )
+
+
+@fault("silence", of="data", guarantee=NAMED, without=unchecked(audio, "_check_audible"))
+def test_silence(run):
+    run.named(run.train(lambda path: write_float(path, np.full(4_800, 5e-5))), "silent")
+
+
+def loud_enough(waveform, path, stretch) -> None:
+    if np.abs(waveform).max() < audio.SILENCE_PEAK:
+        raise BadClipError(f"{path}: silent")
+
+
+@fault(
+    "a constant offset and no sound",
+    of="data",
+    guarantee=NAMED,
+    without=lambda monkeypatch: monkeypatch.setattr(audio, "_check_audible", loud_enough),
+)
+def test_offset(run):
+    run.named(run.train(lambda path: write_float(path, np.full(4_800, 0.5))), "silent")
+
+
+@fault("two channels that cancel each other", of="data", guarantee=NAMED, without=unchecked(audio, "_check_audible"))
+def test_opposite_channels(run):
+    left = tone(440, 0.3)
+    run.named(run.train(lambda path: write_float(path, np.stack([left, -left], axis=1))), "silent")
+
+
+# Sound that only looks wrong.
+
+
+class NoResampler:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def resample_chunk(self, block, last):
+        return block
+
+
+@fault(
+    "clips at 8, 44.1 and 192 kHz",
+    of="data",
+    guarantee=RIGHT,
+    without=lambda monkeypatch: monkeypatch.setattr(soxr, "ResampleStream", NoResampler),
+)
+@pytest.mark.parametrize("rate", [8_000, 44_100, 192_000])
+def test_rates(run, rate):
+    outcome = run.train(lambda path: write_tone(path, 0.3, rate))
+    run.right(outcome)
+    waveform = load_audio(run.data / "d3.wav")
+    assert abs(len(waveform) - 4_800) <= 1
+    assert abs(np.abs(np.fft.rfft(waveform)).argmax() - 440 * 0.3) <= 1
+
+
+def thirty_seconds_alone(waveform, frames):
+    return [waveform[:480_000]]
+
+
+@fault(
+    "a clip of an hour",
+    of="data",
+    guarantee="heard whole, in windows of at most 30 s",
+    without=lambda monkeypatch: monkeypatch.setattr(encode, "clip_windows", thirty_seconds_alone),
+)
+def test_hour(tmp_path):
+    with wave.open(str(tmp_path / "hour.wav"), "wb") as file:
+        file.setparams((1, 1, 1_000, 0, "NONE", ""))
+        file.writeframes(np.random.default_rng(0).integers(0, 256, HOUR * 1_000, dtype=np.uint8).tobytes())
+    waveform, frames = load_audio(tmp_path / "hour.wav"), FrameArithmetic()
+    assert len(waveform) == HOUR * 16_000
+    windows = encode.clip_windows(waveform, frames)
+    assert sum(map(len, windows)) == len(waveform)
+    assert max(map(len, windows)) == 30 * 16_000
+    assert sum(frames.window_tokens(len(window)) for window in windows) == frames.num_tokens(len(waveform)) == 45_000
+
+
+# Stretches.
+
+
+def stretch(start: float, end: float):
+    return lambda record: record["messages"][0]["content"][0].update(start=start, end=end)
+
+
+@fault("a stretch that begins after the file has ended", of="data", guarantee=NAMED, without=broken.silence_stands_in)
+def test_start_beyond(run):
+    run.named(run.train(change=stretch(2.0, 3.0)), "nothing from 2 s to 3 s, the file ends at 0.300 s")
+
+
+@fault(
+    "a stretch that ends after the file",
+    of="data",
+    guarantee="named where more than 0.1 s of it is missing, instead of an answer to less than was said",
+    without=unchecked(audio, "_check_complete"),
+)
+def test_end_beyond(run):
+    run.named(
+        run.train(change=stretch(0.1, 3.0)), "the sound ends at 0.300 s and should go on to 3.000 s", "mend `end`"
+    )
+
+
+@fault(
+    "more audio than --max_length has room for",
+    of="data",
+    guarantee="the dialogue is quarantined and named; no answer is learned without what it answers",
+    without=unchecked(encode, "_refuse_to_drop_audio"),
+)
+def test_audio_longer_than_a_row(run):
+    outcome = run.train(lambda path: write_tone(path, 10.0), max_length=60)
+    run.named(outcome, "127 tokens of audio and the reply do not fit into max_length", checked=False)

@@ -1,0 +1,122 @@
+"""Trackers that fail, and logs that the disk does not take."""
+
+import json
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from qwhisper.report import events
+from qwhisper.report.events import RunLog, read_jsonl
+from qwhisper.train import hooks
+from tests.test_faults.inject import outcome_of
+from tests.test_faults.matrix import fault
+
+
+def trackers_as_they_are(monkeypatch) -> None:
+    monkeypatch.setattr(hooks, "Tracker", lambda callback: callback)
+
+
+def fails_in(event: str) -> type[TrainerCallback]:
+    def raising(self, args, state, control, **kwargs):
+        raise ConnectionError("the tracking server is gone")
+
+    return type("BrokenTracker", (TrainerCallback,), {event: raising})
+
+
+def outcome_with_tracker(arguments, monkeypatch, event: str):
+    """Of a run with a tracker that raises in `event`."""
+    monkeypatch.setattr(hooks, "get_reporting_integration_callbacks", lambda names: [fails_in(event)])
+    return outcome_of(arguments(report_to=["broken"]))
+
+
+def assert_named_once(said: str, event: str) -> None:
+    assert said.count("BrokenTracker failed in") == 1 and f"failed in {event} (ConnectionError" in said
+
+
+@fault(
+    "a tracker fails while logging",
+    of="logger",
+    guarantee="it is named once and left out; the run goes on to its end",
+    without=trackers_as_they_are,
+)
+def test_tracker_fails_in_on_log(arguments, monkeypatch, capsys):
+    outcome = outcome_with_tracker(arguments, monkeypatch, "on_log")
+    assert outcome.code == 0, outcome.message
+    assert_named_once(capsys.readouterr().err, "on_log")
+
+
+@fault(
+    "a tracker can't be reached when the run begins",
+    of="logger",
+    guarantee="it is named once and left out; the run goes on to its end",
+    without=trackers_as_they_are,
+)
+def test_tracker_fails_in_on_train_begin(arguments, monkeypatch, capsys):
+    outcome = outcome_with_tracker(arguments, monkeypatch, "on_train_begin")
+    assert outcome.code == 0, outcome.message
+    assert_named_once(capsys.readouterr().err, "on_train_begin")
+
+
+def test_what_a_users_own_callback_raises_is_not_hidden(arguments):
+    outcome = outcome_of(arguments(), [fails_in("on_log")()])
+    assert outcome.code is None and "the tracking server is gone" in outcome.message
+
+
+def errors_of_logs_are_errors_of_the_run(monkeypatch) -> None:
+    def append(self, file, record):
+        with (self.folder / file).open("a") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+    monkeypatch.setattr(RunLog, "_append", append)
+
+
+def full_disk(log: Path) -> None:
+    """Nothing can be written to it: ENOSPC, from the kernel itself. It must not be read: that never ends."""
+    log.symlink_to("/dev/full")
+
+
+@fault(
+    "the disk is full when a log is written",
+    of="logger",
+    guarantee="it is said once on stderr, the run goes on to its end and saves its checkpoints",
+    without=errors_of_logs_are_errors_of_the_run,
+)
+def test_logs_on_a_full_disk(arguments, capsys):
+    args = arguments()
+    Path(args.output_dir).mkdir()
+    full_disk(Path(args.output_dir) / "metrics.jsonl")
+    outcome = outcome_of(args)
+    assert outcome.code == 0 and outcome.finite, outcome.message
+    said = capsys.readouterr().err
+    assert said.count("metrics.jsonl can't be written ([Errno 28] No space left on device)") == 1
+
+
+@fault(
+    "a kill in the middle of a line of a log",
+    of="logger",
+    guarantee="the lines before and after it can be read",
+    without=lambda monkeypatch: monkeypatch.setattr(events, "_ends_in_half_a_line", lambda path: False),
+)
+def test_half_a_line(tmp_path):
+    RunLog(tmp_path).event("first", step=1)
+    whole = (tmp_path / "events.jsonl").read_text()
+    (tmp_path / "events.jsonl").write_text(whole + whole[: len(whole) // 2])
+    log = RunLog(tmp_path)
+    for kind in ("second", "third"):
+        log.event(kind, step=2)
+    assert [record["kind"] for record in read_jsonl(tmp_path / "events.jsonl")] == ["first", "second", "third"]
+
+
+def test_a_log_that_is_written_again_after_a_full_disk_goes_on_with_whole_lines(tmp_path):
+    log = RunLog(tmp_path)
+    log.metric(step=1)
+    path = tmp_path / "metrics.jsonl"
+    path.rename(tmp_path / "kept")
+    full_disk(path)
+    log.metric(step=2)
+    path.unlink()
+    (tmp_path / "kept").rename(path)
+    with path.open("a") as handle:
+        handle.write('{"step": 2')
+    log.metric(step=3)
+    assert [record["step"] for record in read_jsonl(path)] == [1, 3]

@@ -1,0 +1,129 @@
+"""Memory that runs out: in the forward pass, the backward pass, an evaluation, with one sample alone."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from qwhisper.train.executor import Executor
+from tests.test_faults.inject import outcome_of
+from tests.test_faults.matrix import fault
+from tests.train.helpers import make_run
+from tests.train.test_executor import TOLERANCE, assert_same, loss_and_gradients
+
+VALUES = {"max_steps": 3, "save_steps": 3, "freeze_projector_steps": 0, "dtype": "fp32"}
+
+
+def without_retry(monkeypatch) -> None:
+    """Out of memory is let through, as a plain loop does."""
+    monkeypatch.setattr(Executor, "_within_memory", lambda self, attempt, samples, again: (attempt(), []))
+
+
+def too_little_memory(monkeypatch, *, tokens: int, training: bool) -> None:
+    """A forward pass of more than `tokens` tokens, in training or in evaluation, does not fit."""
+    honest = Executor._run
+
+    def planted(self, samples, count):
+        if torch.is_grad_enabled() == training and any(
+            sum(len(s.input_ids) for s in pack) > tokens for pack in self.packs(samples)
+        ):
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return honest(self, samples, count)
+
+    monkeypatch.setattr(Executor, "_run", planted)
+
+
+def survived(call):
+    """What `call` gives, or None where it ran out of memory."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        return None
+
+
+@fault(
+    "out of memory in the forward pass",
+    of="memory",
+    guarantee="the pack is halved and the step run again: same samples, same gradients",
+    without=without_retry,
+)
+def test_forward(arguments, monkeypatch):
+    run, samples = make_run(arguments(**VALUES))
+    expected = loss_and_gradients(run, samples[:4], max_tokens=10_000)
+    too_little_memory(monkeypatch, tokens=2 * max(len(s.input_ids) for s in samples[:4]), training=True)
+    got = survived(lambda: loss_and_gradients(run, samples[:4], max_tokens=10_000))
+    assert got is not None, "the step is lost"
+    assert_same(expected, got)
+    assert run.executor.max_tokens_per_pack < 10_000
+
+
+@fault(
+    "out of memory in the backward pass, after other packs have left their gradients",
+    of="memory",
+    guarantee="what they left is dropped before the step is run again: nothing counts twice",
+    without=lambda monkeypatch: monkeypatch.setattr(torch.nn.Module, "zero_grad", lambda self, **kwargs: None),
+)
+def test_backward(arguments, monkeypatch):
+    run, samples = make_run(arguments(**VALUES))
+    longest = max(len(s.input_ids) for s in samples[:4])
+    expected = loss_and_gradients(run, samples[:4], max_tokens=2 * longest)
+    for parameter in run.executor.model.parameters():
+        parameter.grad = None
+    backward, calls = torch.Tensor.backward, []
+
+    def planted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", planted)
+    assert_same(expected, loss_and_gradients(run, samples[:4], max_tokens=2 * longest))
+    assert len(calls) > 3
+
+
+@fault(
+    "out of memory in an evaluation",
+    of="memory",
+    guarantee="smaller packs, the same held-out loss; training goes on",
+    without=without_retry,
+)
+def test_evaluation(arguments, monkeypatch):
+    run, samples = make_run(arguments(**VALUES))
+    expected = run.executor.evaluate(samples)
+    too_little_memory(monkeypatch, tokens=2 * max(len(s.input_ids) for s in samples), training=False)
+    loss = survived(lambda: run.executor.evaluate(samples))
+    assert loss is not None, "the evaluation is lost"
+    assert abs(loss - expected) <= TOLERANCE * expected and run.executor.model.training
+
+
+@fault(
+    "out of memory in mid-run",
+    of="memory",
+    guarantee="the pack size it settled on is saved with the run and named in an event; the weights are what they "
+    "would have been",
+    without=without_retry,
+)
+def test_a_run_settles_on_smaller_packs(arguments, monkeypatch, tmp_path):
+    whole = outcome_of(arguments(**VALUES, output_dir=str(tmp_path / "whole")))
+    too_little_memory(monkeypatch, tokens=150, training=True)
+    args = arguments(**VALUES)
+    outcome = outcome_of(args)
+    assert outcome.code == 0 and outcome.count("out_of_memory") >= 1
+    state = json.loads((Path(args.output_dir) / "checkpoint-3/state.json").read_text())
+    assert state["max_tokens_per_pack"] == outcome.events[-1]["max_tokens_per_pack"]
+    weights = [name for name in whole.tensors if name.startswith(("projector", "adapter"))]
+    # Three AdamW steps of 1e-2 at most, each with gradients that differ by roundings alone.
+    assert all(torch.allclose(whole.tensors[n], outcome.tensors[n], atol=3e-3) for n in weights)
+
+
+@fault(
+    "one sample that does not fit by itself",
+    of="memory",
+    guarantee="exit code 4; the message names the sample, its length and the flags that help",
+    without=without_retry,
+)
+def test_a_sample_too_long(arguments, monkeypatch):
+    too_little_memory(monkeypatch, tokens=10, training=True)
+    outcome = outcome_of(arguments(**VALUES))
+    assert outcome.code == 4 and "train.jsonl" in outcome.message and "--max_length" in outcome.message

@@ -1,0 +1,497 @@
+"""Processes that die or are told to end: the trainer in a save, a step, an evaluation; those that read its data."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import select
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.train import checkpoint, dataset, loop, run_lock, workers
+from qwhisper.train import run as train_run
+from qwhisper.train.checkpoint import check_manifest, checkpoints, newest_valid
+from qwhisper.train.dataset import EncodedDialogues
+from qwhisper.train.executor import Executor
+from qwhisper.train.run import main
+from qwhisper.train.signals import StopSignals
+from tests.test_faults.inject import outcome_of
+from tests.test_faults.kill_shim import in_child, kill, killed_everywhere
+from tests.test_faults.lives import Lives, Qwhisper, random_kills
+from tests.test_faults.matrix import fault
+from tests.train.helpers import checkpoint_tensors, make_run, read_lines, same_bits
+from tests.train.test_loop import step
+
+SECONDS = 5  # after which something that should come at once is taken not to come
+SAVE = {"freeze_projector_steps": 0, "early_lr_steps": 0, "save_total_limit": 1}
+SHORT = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.2, "freeze_projector_steps": 0}
+
+
+def written_in_place(monkeypatch) -> None:
+    """The plain way to write a checkpoint: straight into its folder."""
+
+    def write(run_folder, step, fill, *, finite=True):
+        folder = run_folder / f"checkpoint-{step}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        fill(folder)
+        checkpoint._write_manifest(folder, step, finite)
+        return folder
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
+
+
+def text_written_in_place(monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "write_whole", lambda path, text: path.write_text(text, encoding="utf-8"))
+
+
+def deleted_in_place(monkeypatch) -> None:
+    monkeypatch.setattr(
+        checkpoint, "rotate", lambda folder, keep, protected: [shutil.rmtree(f) for f in checkpoints(folder)[:-keep]]
+    )
+
+
+def without_generators(monkeypatch) -> None:
+    monkeypatch.setattr(train_run, "load_generators", lambda folder: None)
+
+
+def assert_only_whole_ones(folder: Path, where: str) -> None:
+    broken = []
+    for each in checkpoints(folder):
+        try:
+            check_manifest(each)
+        except CheckpointError as error:
+            broken.append(str(error))
+    assert not broken and newest_valid(folder)[0] is not None, f"killed at {where}: {broken or 'no checkpoint left'}"
+
+
+def small_files(folder: Path) -> None:
+    for name in ("a.json", "b.json"):
+        (folder / name).write_text("{}")
+
+
+def kill_everywhere(save, folder: Path, newest: int) -> None:
+    """After each kill only whole checkpoints are there, and the next save clears what was left behind."""
+    for where in killed_everywhere(save, folder):
+        assert_only_whole_ones(folder, where)
+        checkpoint.write_checkpoint(folder, newest, small_files)
+        checkpoint.rotate(folder, 1, set())
+        assert [path.name for path in folder.glob("*checkpoint-*")] == [f"checkpoint-{newest}"], where
+
+
+@fault(
+    "SIGKILL at any write, fsync or rename of a save",
+    of="process",
+    guarantee="the older checkpoint or the new one is there, whole; the next save clears what is left",
+    without=written_in_place,
+)
+def test_a_save_killed_anywhere(arguments):
+    run, samples = make_run(arguments(**SAVE))
+    step(run, samples[:4])
+    run.save(run)
+    step(run, samples[4:8])
+    kill_everywhere(lambda: run.save(run), run.log.folder, newest=3)
+
+
+@fault(
+    "SIGKILL while a checkpoint is replaced by one of the same step",
+    of="process",
+    guarantee="the one before or the new one is there, whole, even if it is the only one",
+    without=written_in_place,
+)
+def test_a_replacement_killed_anywhere(tmp_path):
+    checkpoint.write_checkpoint(tmp_path / "run", 1, small_files)
+    kill_everywhere(lambda: checkpoint.write_checkpoint(tmp_path / "run", 1, small_files), tmp_path / "run", newest=1)
+
+
+@fault(
+    "SIGKILL while an old checkpoint is deleted",
+    of="process",
+    guarantee="it is whole or gone: no half of it is taken for a checkpoint",
+    without=deleted_in_place,
+)
+def test_a_deletion_killed_anywhere(tmp_path):
+    for number in (1, 2, 3):
+        checkpoint.write_checkpoint(tmp_path / "run", number, small_files)
+    kill_everywhere(lambda: checkpoint.rotate(tmp_path / "run", 1, set()), tmp_path / "run", newest=4)
+
+
+@fault(
+    "SIGKILL while a resumed run writes its config.yaml",
+    of="process",
+    guarantee="the file is whole, as it was or as it is to be",
+    without=text_written_in_place,
+)
+def test_config_killed_anywhere(arguments, tmp_path):
+    args = arguments()
+    (tmp_path / "run").mkdir()
+    texts = []
+    for rate in (1e-2, 2e-2):
+        train_run.write_config(dataclasses.replace(args, learning_rate=rate), tmp_path / "run")
+        texts.append((tmp_path / "run/config.yaml").read_text())
+    for where in killed_everywhere(lambda: train_run.write_config(args, tmp_path / "run"), tmp_path / "run"):
+        assert (tmp_path / "run/config.yaml").read_text() in texts, where
+
+
+class At(TrainerCallback):
+    """Does something at the end of one step."""
+
+    def __init__(self, step: int, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act()
+
+
+def end_state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint_tensors(folder / f"checkpoint-{step}")
+
+
+def run_killed_then_resumed(args, tmp_path, killing) -> None:
+    """The uninterrupted run and one in which `killing` ends the first child; both must end in the same bits."""
+    whole = dataclasses.replace(args, output_dir=str(tmp_path / "whole"))
+    assert in_child(lambda: main(whole)) == 0
+    assert in_child(killing) == -signal.SIGKILL
+    folder = Path(args.output_dir)
+    reached = max(line["step"] for line in read_lines(folder / "metrics.jsonl"))
+    newest, _ = newest_valid(folder)
+    assert newest is not None and reached - int(newest.name.split("-")[1]) <= args.save_steps
+    assert in_child(lambda: main(dataclasses.replace(args, resume_from_checkpoint="latest"))) == 0
+    assert same_bits(end_state(tmp_path / "whole", args.max_steps), end_state(folder, args.max_steps)) == []
+
+
+@fault(
+    "SIGKILL in a step",
+    of="process",
+    guarantee="at most one save interval is lost; the resumed run ends in the same bits as an uninterrupted one",
+    without=without_generators,
+)
+def test_killed_in_a_step(arguments, tmp_path, monkeypatch):
+    args = arguments(**SHORT, dataloader_num_workers=2)
+    honest = loop.train_step
+
+    def killing() -> None:
+        def train_step(run, fetched):
+            if run.state.step == 3:
+                monkeypatch.setattr(run.optimizer, "step", kill)
+            return honest(run, fetched)
+
+        monkeypatch.setattr(loop, "train_step", train_step)
+        main(args)
+
+    run_killed_then_resumed(args, tmp_path, killing)
+
+
+@fault(
+    "SIGKILL in an evaluation",
+    of="process",
+    guarantee="at most one save interval is lost; the resumed run ends in the same bits as an uninterrupted one",
+    without=without_generators,
+)
+def test_killed_in_an_evaluation(arguments, tmp_path, train_file, monkeypatch):
+    args = arguments(**SHORT, eval_file=str(train_file), eval_steps=3)
+
+    def killing() -> None:
+        monkeypatch.setattr(Executor, "evaluate", lambda self, samples: kill())
+        main(args)
+
+    run_killed_then_resumed(args, tmp_path, killing)
+
+
+def signals_wait(monkeypatch) -> None:
+    """A signal is looked at between steps alone."""
+    monkeypatch.setattr(StopSignals, "unless_stopped", lambda self, work: None if self.received else work())
+
+
+@fault(
+    "SIGTERM in the middle of an evaluation",
+    of="process",
+    guarantee="the evaluation is left at once, a checkpoint is written, exit code 143",
+    without=signals_wait,
+)
+def test_evaluation_is_left_at_a_signal(arguments, train_file, monkeypatch):
+    args = arguments(max_steps=6, save_steps=100, eval_file=str(train_file), eval_steps=2, max_tokens_per_pack="60")
+    honest, packs = Qwen3AudioForConditionalGeneration.forward, []
+
+    def forward(self, **batch):
+        if not self.training:
+            packs.append(batch)
+            if len(packs) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, **batch)
+
+    monkeypatch.setattr(Qwen3AudioForConditionalGeneration, "forward", forward)
+    assert outcome_of(args).code == 128 + signal.SIGTERM
+    assert len(packs) == 1, "the evaluation went on"
+    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-2"
+    assert main(dataclasses.replace(args, resume_from_checkpoint="latest")) == 0
+
+
+def steps_logged(args) -> int:
+    path = Path(args.output_dir) / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@fault(
+    "SIGINT while waiting for data that does not come",
+    of="process",
+    guarantee="the wait is left at once, a checkpoint is written, exit code 130",
+    without=signals_wait,
+)
+def test_waiting_for_data_is_left_at_a_signal(arguments, monkeypatch):
+    args = arguments(max_steps=5, save_steps=100, dataloader_num_workers=1)
+    nothing_comes, _ = os.pipe()
+    honest, trainer, calls = EncodedDialogues.items, os.getpid(), iter(range(100))
+
+    def items(self, indices):
+        if (
+            os.getpid() != trainer and next(calls) == 3
+        ):  # counted in the worker; the trainer has had three steps' samples and waits for these
+            while steps_logged(args) < 3:
+                os.sched_yield()
+            os.kill(os.getppid(), signal.SIGINT)
+            select.select([nothing_comes], [], [], SECONDS)
+        return honest(self, indices)
+
+    monkeypatch.setattr(EncodedDialogues, "items", items)
+    assert outcome_of(args).code == 128 + signal.SIGINT
+    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-3", "it waited for the samples"
+    assert not multiprocessing.active_children()
+
+
+@fault(
+    "a second signal in the middle of the save that the first one asked for",
+    of="process",
+    guarantee="the save is finished: a whole checkpoint, the first signal's exit code",
+    without=lambda monkeypatch: monkeypatch.setattr(StopSignals, "_receive", signal.default_int_handler),
+)
+def test_second_signal_in_the_save(arguments, monkeypatch):
+    args = arguments(max_steps=6, save_steps=100)
+    honest = checkpoint._write_manifest
+
+    def interrupted(*values):
+        os.kill(os.getpid(), signal.SIGINT)
+        honest(*values)
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        code = None
+        code = main(args, [At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    assert code == 128 + signal.SIGTERM
+    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-2"
+
+
+def worker_pids() -> list[int]:
+    return [process.pid for process in multiprocessing.active_children()]
+
+
+def deaths_are_let_through(monkeypatch) -> None:
+    """A dead worker is an error of the run, as in torch's DataLoader."""
+
+    class NeverRaised(Exception):
+        pass
+
+    monkeypatch.setattr(dataset, "WorkerDied", NeverRaised)
+
+
+def whole_run(args, tmp_path, **values) -> dict[str, torch.Tensor]:
+    args = dataclasses.replace(args, output_dir=str(tmp_path / "whole"), dataloader_num_workers=0, **values)
+    assert main(args) == 0
+    return end_state(tmp_path / "whole", args.max_steps)
+
+
+@fault(
+    "a process that reads data is killed",
+    of="process",
+    guarantee="all are started again at the same position; one event; the same samples in the same order",
+    without=deaths_are_let_through,
+)
+def test_a_killed_worker(arguments, tmp_path):
+    args = arguments(max_steps=9, save_steps=9, dataloader_num_workers=2)
+    outcome = outcome_of(args, [At(3, lambda: os.kill(worker_pids()[0], signal.SIGKILL))])
+    assert outcome.code == 0, outcome.message
+    assert [event["how"] for event in outcome.events] == ["signal 9"]
+    assert same_bits(whole_run(args, tmp_path), outcome.tensors) == []
+
+
+def crash_on(monkeypatch, ids: set[str], how) -> None:
+    """Reading one of these dialogues does `how` to the process, unless that is the trainer."""
+    honest, trainer = EncodedDialogues.__getitem__, os.getpid()
+
+    def getitem(self, index):
+        if self.conversations[index].id in ids and os.getpid() != trainer:
+            how()
+        return honest(self, index)
+
+    monkeypatch.setattr(EncodedDialogues, "__getitem__", getitem)
+
+
+@fault(
+    "a sample whose reading kills the process, every time",
+    of="process",
+    guarantee="it is found and quarantined by name, the others of its step are trained on (needs data workers)",
+    without=lambda monkeypatch: monkeypatch.setattr(EncodedDialogues, "reject_killers", lambda self, indices: []),
+)
+def test_a_sample_that_kills_its_reader(arguments, monkeypatch):
+    crash_on(monkeypatch, {"d5", "d6"}, kill)
+    args = arguments(max_steps=6, save_steps=6, dataloader_num_workers=2, max_bad_fraction=0.5)
+    outcome = outcome_of(args)
+    assert outcome.code == 0, outcome.message
+    assert outcome.ids("worker_died") == {"d5", "d6"}
+    bad = read_lines(Path(args.output_dir) / "quarantine.jsonl")
+    assert {line["id"] for line in bad} == {"d5", "d6"} and "signal 9" in bad[0]["reason"]
+    state = json.loads((Path(args.output_dir) / "checkpoint-6/state.json").read_text())
+    assert state["skipped_steps"] == 0 and state["bad_samples"] == len(bad)
+
+
+@fault(
+    "processes that read data die again and again, whatever they read",
+    of="process",
+    guarantee="the run ends with exit code 3 and says which flag to lower",
+    without=lambda monkeypatch: monkeypatch.setattr(dataset, "MAX_DEATHS", 20),
+)
+def test_workers_that_keep_dying(arguments, monkeypatch):
+    honest, deaths = workers._serve, iter(range(10))
+
+    def serve(pipe, work, not_its):
+        if work.__name__ != "__getitem__":  # that is the one which looks for the sample
+            os._exit(3)
+        honest(pipe, work, not_its)
+
+    monkeypatch.setattr(workers, "_serve", serve)
+    monkeypatch.setattr(EncodedDialogues, "reject_killers", lambda self, indices: [] if next(deaths) < 9 else 1 / 0)
+    outcome = outcome_of(arguments(dataloader_num_workers=2))
+    assert outcome.code == 3 and "lower --dataloader_num_workers" in outcome.message
+
+
+@fault(
+    "Ctrl-C, which the terminal sends to every process",
+    of="process",
+    guarantee="those that read data take no notice; the trainer saves and ends",
+    without=lambda monkeypatch: monkeypatch.setattr(workers.signal, "SIG_IGN", signal.SIG_DFL),
+)
+def test_workers_leave_a_signal_to_the_trainer(arguments):
+    args = arguments(max_steps=9, save_steps=9, dataloader_num_workers=2)
+    outcome = outcome_of(args, [At(3, lambda: [os.kill(pid, signal.SIGINT) for pid in worker_pids()])])
+    assert outcome.code == 0 and outcome.count("worker_died") == 0
+
+
+@fault(
+    "SIGKILL of a trainer that has processes reading data",
+    of="process",
+    guarantee="they end as well: none stays behind and holds memory",
+    without=lambda monkeypatch: monkeypatch.setattr(workers.Connection, "close", lambda self: None),
+)
+def test_no_process_stays_behind(arguments, tmp_path):
+    told = tmp_path / "pids"
+
+    def tell_and_die() -> None:
+        told.write_text(" ".join(map(str, worker_pids())))
+        kill()
+
+    args = arguments(dataloader_num_workers=3)
+    assert in_child(lambda: main(args, [At(2, tell_and_die)])) == -signal.SIGKILL
+    pids = [int(pid) for pid in told.read_text().split()]
+    pidfds = [os.pidfd_open(pid) for pid in pids if Path(f"/proc/{pid}").exists()]
+    try:
+        deadline = time.monotonic() + SECONDS
+        while pidfds and select.select(pidfds, [], [], max(0.0, deadline - time.monotonic()))[0]:
+            pidfds = [fd for fd in pidfds if not select.select([fd], [], [], 0)[0]]
+        assert not pidfds, f"{len(pidfds)} of {len(pids)} are still there"
+    finally:
+        for fd in pidfds:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+
+
+@fault(
+    "a second trainer in the same folder",
+    of="process",
+    guarantee="it is refused with exit code 2 before it has changed anything; the lock ends with its process",
+    without=lambda monkeypatch: monkeypatch.setattr(run_lock, "_acquire", lambda descriptor, folder: None),
+)
+def test_two_trainers_in_one_folder(arguments):
+    args = arguments(max_steps=2, save_steps=1)
+    folder = Path(args.output_dir)
+    seen = {}
+
+    def second_trainer() -> None:
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        again = dataclasses.replace(args, resume_from_checkpoint="latest")
+        seen["exit code"] = in_child(lambda: os._exit(outcome_of(again).code or 0))
+        seen["changed"] = {path: path.stat().st_mtime_ns for path in folder.rglob("*")} != before
+
+    assert main(args, [At(1, second_trainer)]) == 0
+    assert seen == {"exit code": UsageError.exit_code, "changed": False}
+    killed = dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=4)
+    assert in_child(lambda: main(killed, [At(3, kill)])) == -signal.SIGKILL
+    assert main(killed) == 0
+
+
+def by_time(monkeypatch) -> None:
+    honest = checkpoint.checkpoints
+    monkeypatch.setattr(
+        checkpoint, "checkpoints", lambda folder: sorted(honest(folder), key=lambda p: p.stat().st_mtime)
+    )
+
+
+@fault(
+    "the clock jumps, back by a year and ahead by a year",
+    of="process",
+    guarantee="nothing depends on it: the highest step's checkpoint is the newest, no step takes negative time",
+    without=by_time,
+)
+def test_clock_jumps(arguments, tmp_path, monkeypatch):
+    args = arguments(max_steps=6, save_steps=1, save_total_limit=2)
+    folder, year, honest = Path(args.output_dir), 365 * 86_400, time.time
+    now = {"jump": 0}
+
+    def jump() -> None:
+        now["jump"] = -year if now["jump"] >= 0 else year
+        for age, each in enumerate(checkpoints(folder)):  # of the future, or long ago, and the older the later
+            os.utime(each, (honest() - now["jump"] - 1000 * age,) * 2)
+
+    class Jumps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            jump()
+
+    monkeypatch.setattr(time, "time", lambda: honest() + now["jump"])
+    assert main(args, [Jumps()]) == 0
+    jump()
+    assert newest_valid(folder)[0].name == "checkpoint-6"
+    assert all(line["seconds"] >= 0 for line in read_lines(folder / "metrics.jsonl"))
+    monkeypatch.undo()
+    assert same_bits(end_state(folder, 6), whole_run(args, tmp_path)) == []
+
+
+@fault(
+    "SIGKILL twenty times, at random moments and inside saves",
+    of="process",
+    guarantee="every resume works and loses at most one save interval; the end is that of an uninterrupted run",
+    without=without_generators,
+)
+def test_twenty_kills(arguments, tmp_path, train_file):
+    args = arguments(
+        **SHORT | {"max_steps": 8},
+        dataloader_num_workers=2,
+        save_total_limit=2,
+        eval_file=str(train_file),
+        eval_steps=4,
+    )
+    lives = Lives(Qwhisper(args), tmp_path / "lives")
+    kills = random_kills(random.Random(4), seconds=lives.seconds, saves=len(lives.operations), in_save=0.5)
+    done = in_saves = 0
+    while done < 20 or in_saves < 7:
+        life = lives.live(itertools.islice(kills, 6))
+        done, in_saves = done + life.kills, in_saves + life.in_save
+        assert not life.errors and not life.different and max(life.lost, default=0) <= args.save_steps
