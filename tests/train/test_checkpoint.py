@@ -1,15 +1,20 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
 from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.train import checkpoint
 from qwhisper.train.checkpoint import (
     check_manifest,
+    check_usable,
     checkpoints,
     newest_valid,
     resolve_checkpoint,
     rotate,
     write_checkpoint,
+    write_whole,
 )
 
 
@@ -49,7 +54,27 @@ def test_failed_write_leaves_nothing_that_looks_like_a_checkpoint(tmp_path):
 
     with pytest.raises(OSError, match="No space"):
         write_checkpoint(tmp_path, 2, full_disk)
-    assert newest_valid(tmp_path)[0].name == "checkpoint-1"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_an_error_of_the_disk_is_one_whichever_library_reports_it(tmp_path):
+    def foreign(folder):
+        raise RuntimeError("No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        write_checkpoint(tmp_path, 1, foreign)
+    assert caught.value.errno == 28
+
+    def our_own_fault(folder):
+        raise RuntimeError("a parameter has no name")
+
+    with pytest.raises(RuntimeError, match="no name"):
+        write_checkpoint(tmp_path, 1, our_own_fault)
+
+
+def test_the_writer_imports_no_torch():
+    told = "import sys, qwhisper.train.checkpoint; print({'torch', 'numpy', 'transformers'} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", told], text=True).strip() == "set()"
 
 
 def test_rewriting_a_step_replaces_it(tmp_path):
@@ -72,6 +97,68 @@ def test_rotation_keeps_the_newest_and_the_protected(tmp_path):
         write_checkpoint(tmp_path, step, fill)
     rotate(tmp_path, 2, {"checkpoint-3"})
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-5", "checkpoint-6"]
+
+
+def test_rotation_keeps_the_newest_finite_one(tmp_path):
+    for step in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, step, fill, finite=step < 3)
+    rotate(tmp_path, 1, set())
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_one_that_is_not_finite_is_passed_over_and_said_so(tmp_path):
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, fill, finite=step < 2)
+    folder, passed_over = newest_valid(tmp_path)
+    assert folder.name == "checkpoint-1" and len(passed_over) == 1 and "not finite" in passed_over[0]
+    check_manifest(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="not finite"):
+        check_usable(tmp_path / "checkpoint-2")
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path):
+    write_checkpoint(tmp_path, 1, fill)
+    for name in (".checkpoint-2.writing", ".checkpoint-0.deleting", ".checkpoint-1.old"):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1"]
+    write_checkpoint(tmp_path, 2, fill)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_one_that_was_about_to_be_replaced_counts_until_it_is(tmp_path):
+    write_checkpoint(tmp_path, 1, fill).rename(tmp_path / ".checkpoint-1.old")
+    assert newest_valid(tmp_path) == (tmp_path / ".checkpoint-1.old", [])
+    assert resolve_checkpoint(tmp_path) == tmp_path / ".checkpoint-1.old"
+    write_checkpoint(tmp_path, 2, fill)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_files_in_subfolders_are_checked_too(tmp_path):
+    def nested(folder):
+        (folder / "inner").mkdir()
+        (folder / "inner/a.bin").write_bytes(b"weights")
+
+    folder = write_checkpoint(tmp_path, 1, nested)
+    check_manifest(folder)
+    (folder / "inner/a.bin").write_bytes(b"changed")
+    with pytest.raises(CheckpointError, match=r"inner/a\.bin"):
+        check_manifest(folder)
+
+
+def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):
+    for text in ("one", "two"):
+        write_whole(tmp_path / "config.yaml", text)
+        assert (tmp_path / "config.yaml").read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_checkpoint_is_hashed_once(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1, lambda folder: fill(folder, best="checkpoint-1"))
+    hashed = []
+    honest = checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: hashed.append(path.name) or honest(path))
+    assert resolve_checkpoint(tmp_path).name == "checkpoint-1"
+    assert sorted(hashed) == ["a.bin", "state.json"]
 
 
 def test_run_folder_resolves_to_its_best_checkpoint_else_its_newest(tmp_path):
