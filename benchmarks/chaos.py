@@ -43,11 +43,11 @@ def arguments(args: argparse.Namespace, train_file: Path, output_dir: Path, seed
     demo = args.demo_dir
     return TrainArguments(
         train_file=str(train_file),
-        eval_file=str(demo / "data/eval.jsonl"),
+        eval_file=str(demo / "eval.jsonl"),
         data_root="/",
         output_dir=str(output_dir),
-        audio_model=str(demo / "whisper"),
-        text_model=str(demo / "qwen3"),
+        audio_model=str(demo / "whisper-base"),
+        text_model=str(demo / "qwen3-base"),
         audio_lead_silence=LEAD_SILENCE_S,
         audio_tail_silence=TAIL_SILENCE_S,
         learning_rate=args.learning_rate,
@@ -72,7 +72,7 @@ def quarantined(folder: Path) -> set[str]:
 
 def with_faults(args: argparse.Namespace, seed: int, folder: Path) -> tuple[Outcome, RandomFaults, set[str]]:
     faults, patch = RandomFaults(share=args.share, seed=seed), Patch()
-    spoiled = spoil_clips(args.demo_dir / "data/train.jsonl", folder / "data/train.jsonl", args.share, seed)
+    spoiled = spoil_clips(args.demo_dir / "train.jsonl", folder / "data/train.jsonl", args.share, seed)
     faults.plant(patch)
     try:
         outcome = outcome_of(arguments(args, folder / "data/train.jsonl", folder / "run", seed))
@@ -85,7 +85,7 @@ def soak(args: argparse.Namespace, seed: int) -> dict:
     """One seed with and without faults."""
     clean_folder, folder = args.output_dir / f"clean-{seed}", args.output_dir / f"faults-{seed}"
     began = time.perf_counter()
-    clean = outcome_of(arguments(args, args.demo_dir / "data/train.jsonl", clean_folder, seed))
+    clean = outcome_of(arguments(args, args.demo_dir / "train.jsonl", clean_folder, seed))
     clean_seconds, began = time.perf_counter() - began, time.perf_counter()
     outcome, faults, spoiled = with_faults(args, seed, folder)
     dropped = {
