@@ -228,7 +228,11 @@ class ExecutionFlags:
     gradient_checkpointing: bool = flag(
         False, "Recompute the language model's activations in the backward pass: less memory, more time."
     )
-    dataloader_num_workers: int = flag(0, "Processes that read audio ahead; 0 reads in the training process.")
+    dataloader_num_workers: int = flag(
+        0,
+        "Processes that read audio ahead; 0 reads in the training process. A clip whose decoding kills the process is "
+        "found and quarantined with 1 or more; with 0 it is the run that dies.",
+    )
     seed: int = flag(42, "Decides initial weights and the order of samples.")
     deterministic: bool = flag(
         False, "Only deterministic kernels on the GPU: a resumed run is then equal to the last bit. Slower."

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -168,13 +169,18 @@ def evaluate(run: Run, signals: StopSignals) -> None:
     loss = signals.unless_stopped(lambda: run.executor.evaluate(run.eval_samples))
     if loss is None:
         return
-    best = run.state.best_loss is None or loss < run.state.best_loss
+    best = improves(loss, run.state.best_loss)
     if best:
         run.state.best_loss, run.state.best_checkpoint = loss, f"checkpoint-{run.state.step}"
     run.log.metric(step=run.state.step, **readable({"eval_loss": loss}))
     run.lines.say(f"step {run.state.step}: held-out loss {loss:.4f}{' (best so far)' if best else ''}")
     run.fire("on_evaluate", metrics={"eval_loss": loss})
     run.fire("on_log", logs={"eval_loss": loss})
+
+
+def improves(loss: float, best: float | None) -> bool:
+    """Not where it is NaN, which as the first would stay the best for ever: nothing is below it."""
+    return math.isfinite(loss) and (best is None or loss < best)
 
 
 def save(run: Run) -> bool:

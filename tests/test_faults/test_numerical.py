@@ -9,6 +9,8 @@ from qwhisper.guards import averages, ladder, snapshot
 from qwhisper.guards.decide import StepStatistics
 from qwhisper.guards.loss_scale import LossScale
 from qwhisper.train import loop
+from qwhisper.train.checkpoint import resolve_checkpoint
+from qwhisper.train.executor import Executor
 from tests.test_faults.inject import gradient_element, gradients_times, loss_times, outcome_of, plant
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, read_lines, same_bits, trainable
@@ -333,3 +335,17 @@ def test_the_guards_memory_survives_a_resume(arguments, tmp_path):
     run.state.guards.rewound()
     run.state.save(tmp_path)
     assert type(run.state).load(tmp_path) == run.state
+
+
+@fault(
+    "a held-out loss that is NaN, at the first evaluation",
+    of="numerical",
+    guarantee="it is never the best: a later finite one is, and its checkpoint is kept",
+    without=lambda monkeypatch: monkeypatch.setattr(loop, "improves", lambda loss, best: best is None or loss < best),
+)
+def test_nan_is_never_the_best_loss(arguments, monkeypatch, train_file):
+    losses = iter([math.nan, 3.0, 4.0])
+    monkeypatch.setattr(Executor, "evaluate", lambda self, samples: next(losses))
+    args = arguments(max_steps=6, save_steps=2, save_total_limit=1, eval_file=str(train_file))
+    assert outcome_of(args).code == 0
+    assert resolve_checkpoint(args.output_dir).name == "checkpoint-4"

@@ -238,11 +238,6 @@ def test_evaluation_is_left_at_a_signal(arguments, train_file, monkeypatch):
     assert main(dataclasses.replace(args, resume_from_checkpoint="latest")) == 0
 
 
-def steps_logged(args) -> int:
-    path = Path(args.output_dir) / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 @fault(
     "SIGINT while waiting for data that does not come",
     of="process",
@@ -251,19 +246,24 @@ def steps_logged(args) -> int:
 )
 def test_waiting_for_data_is_left_at_a_signal(arguments, monkeypatch):
     args = arguments(max_steps=5, save_steps=100, dataloader_num_workers=1)
+    is_waiting, waits = os.pipe()
     nothing_comes, _ = os.pipe()
-    honest, trainer, calls = EncodedDialogues.items, os.getpid(), iter(range(100))
+    honest_items, trainer, tasks = EncodedDialogues.items, os.getpid(), iter(range(100))
+    honest_answer, answers = workers._Worker.answer, iter(range(100))
+
+    def answer(self):
+        if next(answers) == 3:
+            os.write(waits, b".")
+        return honest_answer(self)
 
     def items(self, indices):
-        if (
-            os.getpid() != trainer and next(calls) == 3
-        ):  # counted in the worker; the trainer has had three steps' samples and waits for these
-            while steps_logged(args) < 3:
-                os.sched_yield()
-            os.kill(os.getppid(), signal.SIGINT)
+        if os.getpid() != trainer and next(tasks) == 3:  # counted in the worker
+            os.read(is_waiting, 1)
+            os.kill(trainer, signal.SIGINT)
             select.select([nothing_comes], [], [], SECONDS)
-        return honest(self, indices)
+        return honest_items(self, indices)
 
+    monkeypatch.setattr(workers._Worker, "answer", answer)
     monkeypatch.setattr(EncodedDialogues, "items", items)
     assert outcome_of(args).code == 128 + signal.SIGINT
     assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-3", "it waited for the samples"
