@@ -13,30 +13,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
+import pytest
 from common import ROOT, append_result
 
 sys.path.insert(0, str(ROOT))
 from qwhisper.demo.bases import LEAD_SILENCE_S, TAIL_SILENCE_S
+from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
 from tests.test_faults.inject import Outcome, RandomFaults, outcome_of, spoil_clips
-from tests.train.helpers import read_lines
-
-
-class Patch:
-    """setattr that is undone at the end, under the name that the injection calls it by."""
-
-    def __init__(self) -> None:
-        self.patches: list = []
-
-    def setattr(self, target: object, name: str, value: object) -> None:
-        self.patches.append(mock.patch.object(target, name, value))
-        self.patches[-1].start()
-
-    def undo(self) -> None:
-        for patch in reversed(self.patches):
-            patch.stop()
 
 
 def arguments(args: argparse.Namespace, train_file: Path, output_dir: Path, seed: int) -> TrainArguments:
@@ -62,22 +47,15 @@ def arguments(args: argparse.Namespace, train_file: Path, output_dir: Path, seed
 
 
 def held_out_loss(folder: Path) -> float:
-    return [line["eval_loss"] for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line][-1]
-
-
-def quarantined(folder: Path) -> set[str]:
-    path = folder / "quarantine.jsonl"
-    return {line["id"] for line in read_lines(path)} if path.exists() else set()
+    return [line["eval_loss"] for line in read_jsonl(folder / "metrics.jsonl") if "eval_loss" in line][-1]
 
 
 def with_faults(args: argparse.Namespace, seed: int, folder: Path) -> tuple[Outcome, RandomFaults, set[str]]:
-    faults, patch = RandomFaults(share=args.share, seed=seed), Patch()
+    faults = RandomFaults(share=args.share, seed=seed)
     spoiled = spoil_clips(args.demo_dir / "train.jsonl", folder / "data/train.jsonl", args.share, seed)
-    faults.plant(patch)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        faults.plant(patch)
         outcome = outcome_of(arguments(args, folder / "data/train.jsonl", folder / "run", seed))
-    finally:
-        patch.undo()
     return outcome, faults, spoiled
 
 
@@ -88,12 +66,7 @@ def soak(args: argparse.Namespace, seed: int) -> dict:
     clean = outcome_of(arguments(args, args.demo_dir / "train.jsonl", clean_folder, seed))
     clean_seconds, began = time.perf_counter() - began, time.perf_counter()
     outcome, faults, spoiled = with_faults(args, seed, folder)
-    dropped = {
-        (event["step"], sample["id"])
-        for event in outcome.events
-        if event["kind"] == "dropped_samples"
-        for sample in event["samples"]
-    }
+    quarantined = {line["id"] for line in read_jsonl(folder / "run/quarantine.jsonl")}
     losses = (held_out_loss(clean_folder), held_out_loss(folder / "run"))
     false_alarms = [event["kind"] for event in clean.events if event["kind"] != "gradient_peak"]
     return {
@@ -102,10 +75,10 @@ def soak(args: argparse.Namespace, seed: int) -> dict:
         "crashes": sum(run.code != 0 for run in (clean, outcome)),
         "finite": outcome.finite,
         "samples_injected": len(faults.samples),
-        "samples_missed": len(faults.samples - dropped),
-        "samples_wrongly_dropped": len(dropped - faults.samples),
+        "samples_missed": len(faults.samples - outcome.dropped),
+        "samples_wrongly_dropped": len(outcome.dropped - faults.samples),
         "clips_injected": len(spoiled),
-        "clips_quarantined_rightly": quarantined(folder / "run") <= spoiled,
+        "clips_quarantined_rightly": quarantined <= spoiled,
         "peaks_injected": len(faults.peaks),
         "rewinds": outcome.count("rewind"),
         "false_alarms": len(false_alarms),

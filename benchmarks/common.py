@@ -16,6 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# More than the default: the recorded digits are very short, and it costs the language model nothing (docs/silence.md).
+SILENCE = {"--audio_lead_silence": 1.0, "--audio_tail_silence": 3.0}
 RECORDING = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)\.wav")
 
 
@@ -26,6 +28,15 @@ def qwhisper(*arguments: object) -> float:
     started = time.perf_counter()
     subprocess.run(command, check=True, cwd=ROOT)
     return time.perf_counter() - started
+
+
+def as_arguments(flags: dict[str, object]) -> list[object]:
+    return [part for pair in flags.items() for part in pair]
+
+
+def as_settings(flags: dict[str, object]) -> dict[str, object]:
+    """As they stand in a result."""
+    return {flag.removeprefix("--"): value for flag, value in flags.items()}
 
 
 def recordings(folder: Path) -> dict[str, dict[int, list[Path]]]:

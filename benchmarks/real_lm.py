@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from augment import write_altered, write_synthesised
-from common import DIGITS, append_result, audio_part, pick, qwhisper, recordings
+from common import DIGITS, SILENCE, append_result, as_arguments, as_settings, audio_part, pick, qwhisper, recordings
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qwhisper.demo.dialogues import write_jsonl
@@ -28,8 +28,6 @@ QUESTIONS = {
     "even": (1, "Is the digit even? Answer yes or no."),
 }
 TAUGHT = {"clip": 0.5, "last": 0.5}
-# More than the default: the clips are very short, and it costs the language model nothing (docs/silence.md).
-SILENCE = {"--audio_lead_silence": 1.0, "--audio_tail_silence": 3.0}
 # Not the stable recipe's: a few hundred steps must do what it does in thousands. The warm-up is needed: the LM's first
 # norm divides by the projector's small first outputs, so that gradients of some hundreds come early, and at the full
 # rate one run of four never listened again after one.
@@ -169,7 +167,7 @@ def main() -> None:
         "--output_dir", run, "--max_steps", args.steps, "--save_steps", args.steps, "--seed", args.seed,
         "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1,
         "--dataloader_num_workers", 4 if device == "cuda" else 0,
-        *(part for pair in (SILENCE | RATES).items() for part in pair),
+        *as_arguments(SILENCE | RATES),
     )  # fmt: skip
     report = data / "eval.json"
     began = time.perf_counter()
@@ -179,7 +177,7 @@ def main() -> None:
     scores = {kind: round(result["kinds"][kind]["turns"], 4) for kind in QUESTIONS}
     taught = [result["kinds"][kind]["swapped"] for kind in TAUGHT]
     settings = {name: getattr(args, name) for name in ("steps", "batch", "seed", "copies", "synthesised")}
-    settings |= {flag.removeprefix("--"): value for flag, value in (SILENCE | RATES).items()}
+    settings |= as_settings(SILENCE | RATES)
     settings |= {"text_model": text_model.name, "audio_model": args.audio_model.name, "eval_speaker": speaker}
     scores |= {"swapped": round(max(taught), 4), "text_lm": {k: round(v, 4) for k, v in words.items()}}
     spent = {"train_seconds": round(seconds, 1), "eval_seconds": round(time.perf_counter() - began, 1)}

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from augment import write_altered, write_synthesised
-from common import append_result, qwhisper, recordings
+from common import SILENCE, append_result, as_arguments, as_settings, qwhisper, recordings
 from transformers import AutoTokenizer
 
 from qwhisper.demo.bases import make_qwen3_base
@@ -26,8 +26,6 @@ from qwhisper.evaluate.metrics import share, whole_dialogue_share
 # More than the demo's, of both: what the model answers right in words bounds what it can answer when it listens, and
 # its own 97 % were the bound. These give 300 of 300 held-out dialogues.
 TEXT_DIALOGUES, TEXT_STEPS = 24_000, 1000
-# More than the default: the clips are very short, and it costs the language model nothing (docs/silence.md).
-SILENCE = {"--audio_lead_silence": 1.0, "--audio_tail_silence": 3.0}
 # Other than the stable recipe's 3e-5, at which a language model this small stays deaf for thousands of steps. The
 # projector learns slowly: at 5e-4 it fits the voices that it hears, and reads one it never heard worse.
 RATES = {
@@ -136,7 +134,7 @@ def main() -> None:
         "--output_dir", run / "run", "--max_steps", args.steps, "--save_steps", args.steps,
         "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1,
         "--dtype", args.dtype, "--early_lr_steps", 20, "--seed", args.seed,
-        *(part for pair in (SILENCE | RATES).items() for part in pair),
+        *as_arguments(SILENCE | RATES),
     )  # fmt: skip
     report = run / "eval.json"
     qwhisper(
@@ -156,7 +154,7 @@ def main() -> None:
     args.output_json.write_text(json.dumps(scores), encoding="utf-8")
     names = ("train_speakers", "eval_speakers", "steps", "batch", "seed", "copies", "synthesised")
     settings = {name: getattr(args, name) for name in names}
-    settings |= {flag.removeprefix("--"): value for flag, value in (SILENCE | RATES).items()}
+    settings |= as_settings(SILENCE | RATES)
     seconds = {"train_seconds": round(train_seconds, 1), "seconds": round(time.perf_counter() - began, 1)}
     append_result("spoken_digits", scores | settings | {"audio_model": args.audio_model.name} | seconds)
 

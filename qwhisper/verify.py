@@ -4,7 +4,6 @@ Hashes, every saved number finite, reload, one answer, one optimizer step on the
 CheckpointError names the first that does not.
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,8 +91,7 @@ def _check_files(folder: Path) -> int | None:
     """Number of files that are what the manifest says; None for weights saved without one."""
     if not (folder / MANIFEST).exists() and not (folder / "state.json").exists():
         return None
-    check_manifest(folder)
-    return len(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+    return len(check_manifest(folder)["files"])
 
 
 def _check_saved_numbers(folder: Path) -> int:

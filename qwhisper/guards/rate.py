@@ -5,33 +5,28 @@ the rate down by DOWN, never below LEAST, and at most once in WINDOW steps. CALM
 never above 1, and again after every further WINDOW. Going up takes longer than going down, so that it does not swing.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from qwhisper.guards.peaks import RecentPeaks
 
 WINDOW, CALM = 20, 60
 DOWN, UP, LEAST = 0.7, 1.1, 0.1
 
 
 @dataclass
-class DynamicRate:
-    """factor: on the learning rate. peaks: steps with one in the last WINDOW steps. Steps are counted by `observe`."""
+class DynamicRate(RecentPeaks):
+    """factor: on the learning rate. last_change: the step in which it last changed."""
 
     factor: float = 1.0
-    step: int = 0
-    last_peak: int = 0
     last_change: int = 0
-    peaks: list[int] = field(default_factory=list)
 
     def observe(self, peak: bool) -> bool:
         """One step; True where the factor has changed."""
-        self.step += 1
-        if peak:
-            self.last_peak = self.step
-            self.peaks.append(self.step)
-        self.peaks = [step for step in self.peaks if step > self.step - WINDOW]
+        self.note(peak, WINDOW)
         since_change = self.step - self.last_change
         if len(self.peaks) >= 2 and since_change >= WINDOW and self.factor > LEAST:
             return self._change(DOWN)
-        if self.step - self.last_peak >= CALM and since_change >= WINDOW and self.factor < 1.0:
+        if self.calm >= CALM and since_change >= WINDOW and self.factor < 1.0:
             return self._change(UP)
         return False
 

@@ -120,9 +120,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no readable {MANIFEST} ({error})") from None
 
 
-def check_manifest(folder: Path) -> None:
-    """Raises CheckpointError naming the first file that is missing, not what was written, or not of this checkpoint."""
-    entries = read_manifest(folder)["files"]
+def check_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with every file as it says.
+
+    Raises CheckpointError naming the first file that is missing, not what was written, or not of this checkpoint.
+    """
+    manifest = read_manifest(folder)
+    entries = manifest["files"]
     files = _files(folder)
     for name, entry in entries.items():
         if name not in files:
@@ -132,6 +136,7 @@ def check_manifest(folder: Path) -> None:
     for name in files.keys() - entries.keys():
         if name.endswith(LOADED_SUFFIXES):
             raise CheckpointError(f"{folder}: {name} was added since it was written; move it away")
+    return manifest
 
 
 def _sha256_or_error(path: Path) -> str:
@@ -143,8 +148,7 @@ def _sha256_or_error(path: Path) -> str:
 
 def check_usable(folder: Path) -> None:
     """Raises CheckpointError where a file is not what was written, or a weight was not finite when it was."""
-    check_manifest(folder)
-    if not read_manifest(folder)["finite"]:
+    if not check_manifest(folder)["finite"]:
         raise CheckpointError(f"{folder}: a weight in it is not finite; go on from an older checkpoint")
 
 

@@ -38,11 +38,16 @@ class Run:
     hooks: Hooks
     eval_samples: list[Sample]
     probe: ListeningProbe | None  # None: no dialogue with audio to probe with
-    frozen: dict[str, int]  # checksums of the weights that must not change
+    base_checksums: dict[str, int]  # of the weights that must not change
     save: Callable[["Run"], Path]
 
     def fire(self, event: str, **values) -> None:
         self.hooks.fire(event, self.state.step, **values)
+
+    @property
+    def frozen_groups(self) -> frozenset[str]:
+        """Groups whose gradient is dropped in the step that comes next, or is being taken."""
+        return frozenset({"projector"} if self.state.step < self.args.freeze_projector_steps else ())
 
     def set_learning_rates(self) -> None:
         """Those of the next step, after a resume or where a guard has changed its factor."""

@@ -29,7 +29,7 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
     left or the sum of their gradients is not finite, leaves parameters, moments and Adam's step counts untouched;
     learning rate and data go on.
     """
-    args, guards, samples = run.args, run.state.guards, fetched.samples
+    args, guards, samples, frozen = run.args, run.state.guards, fetched.samples, run.frozen_groups
     quarantine(run, fetched)
 
     statistics = run_samples(run, samples, num_supervised(samples))
@@ -37,7 +37,7 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
         samples, statistics = drop_bad_samples(run, samples, statistics)
     bounds = {"lora": args.lora_grad_clip}
     decision = decide(statistics, guards.averages, group_bounds=bounds, max_grad_norm=args.max_grad_norm)
-    skipped = decision.skip or (None if samples else "no sample left")
+    skipped, tokens = decision.skip or (None if samples else "no sample left"), num_supervised(samples)
 
     if skipped:
         run.state.skipped_steps += 1
@@ -57,18 +57,18 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
         guards.feed(statistics, decision)
     run.state.step += 1
     run.state.epoch, run.state.offset = fetched.epoch, fetched.offset
-    run.state.supervised_tokens += num_supervised(samples)
+    run.state.supervised_tokens += tokens
     answer_peaks(run, decision, [sample.id for sample in samples])
     after_step(run, statistics, decision, [sample.id for sample in fetched.samples])
     return StepReport(
         loss=statistics.loss,
-        tokens=num_supervised(samples),
+        tokens=tokens,
         grad_norm=decision.grad_norm,
         skipped=skipped,
         group_norms=statistics.gradients,
         num_samples=len(samples),
         has_audio=any(sample.windows for sample in samples),
-        frozen=frozenset({"projector"} if run.state.step <= args.freeze_projector_steps else ()),
+        frozen=frozen,
     )
 
 

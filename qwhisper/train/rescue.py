@@ -29,8 +29,7 @@ def run_samples(run: Run, samples: list[Sample], count: int) -> StepStatistics:
         loss, halvings = run.executor.forward_backward(samples, count) if samples else (torch.zeros(()), [])
         for halved in halvings:
             run.log.event("out_of_memory", step=run.state.step, tokens=halved.tokens, max_tokens_per_pack=halved.now)
-        if run.state.step < run.args.freeze_projector_steps:
-            drop_gradients({name: p for name, p in run.groups.items() if name == "projector"})
+        drop_gradients({name: parameters for name, parameters in run.groups.items() if name in run.frozen_groups})
         statistics = step_statistics(loss, run.groups)
         overflow = statistics.not_finite and math.isfinite(statistics.loss) and not statistics.broken_weights
         if not (overflow and run.executor.half_precision and scale.shrink()):

@@ -36,7 +36,7 @@ from qwhisper.train.executor import Executor
 from qwhisper.train.groups import make_optimizer, parameter_groups, parameter_names
 from qwhisper.train.hooks import Hooks, hf_arguments, tracker_callbacks
 from qwhisper.train.loop import train
-from qwhisper.train.probe import first_probe_step, make_probe
+from qwhisper.train.probe import ListeningProbe, first_probe_step, make_probe
 from qwhisper.train.resume import changed_arguments, save_arguments
 from qwhisper.train.run_lock import run_lock
 from qwhisper.train.schedule import guarded_factor
@@ -69,12 +69,7 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
     if resumed:
-        adopt_changes(args, resumed, state)
-    if resumed and state.train_file_sha256 != train_file_sha256:
-        print(
-            f"note: {args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
-            "may differ"
-        )
+        adopt_changes(args, resumed, state, train_file_sha256)
     torch.manual_seed(args.seed)
     model, processor = build(args, resumed)
     write_config(args, folder)
@@ -129,14 +124,19 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
     return newest
 
 
-def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState) -> None:
-    """Says what is told differently this time; a changed pack size wins over the one that the run had settled on."""
+def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_file_sha256: str) -> None:
+    """Says what is different this time; a changed pack size wins over the one that the run had settled on."""
     changed = changed_arguments(args, resumed)
     if "max_tokens_per_pack" in changed:
         state.max_tokens_per_pack = None
     if changed:
         told = ", ".join(f"--{name} {now} (was {was})" for name, (was, now) in changed.items())
         print(f"note: {resumed.name} goes on with {told}")
+    if state.train_file_sha256 != train_file_sha256:
+        print(
+            f"note: {args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
+            "may differ"
+        )
 
 
 def resume_command(folder: Path) -> str:
@@ -251,12 +251,6 @@ def assemble_run(args, model, processor, conversations, held_out, state: TrainSt
         optimizer=optimizer,
         lr_scheduler=scheduler,
     )
-    first_probe = first_probe_step(
-        total_steps=total_steps,
-        freeze_projector_steps=args.freeze_projector_steps,
-        samples_per_step=args.samples_per_step,
-    )
-    dialogues = held_out or conversations
     return Run(
         args=args,
         total_steps=total_steps,
@@ -272,10 +266,22 @@ def assemble_run(args, model, processor, conversations, held_out, state: TrainSt
         lines=StepLines(total_steps, state.step),
         hooks=hooks,
         eval_samples=eval_samples,
-        probe=make_probe(executor, collator, dialogues, state.probe, first_step=first_probe, seed=args.seed),
-        frozen=fingerprint(frozen_parameters(model)),
+        probe=probe_of(args, executor, collator, held_out or conversations, state, total_steps),
+        base_checksums=fingerprint(frozen_parameters(model)),
         save=lambda run: save_checkpoint(run, processor),
     )
+
+
+def probe_of(args, executor, collator, dialogues, state: TrainState, total_steps: int) -> ListeningProbe | None:
+    """The listening probe; None for a run that ends before its first one, which need not decode its audio."""
+    first_step = first_probe_step(
+        total_steps=total_steps,
+        freeze_projector_steps=args.freeze_projector_steps,
+        samples_per_step=args.samples_per_step,
+    )
+    if first_step > total_steps:
+        return None
+    return make_probe(executor, collator, dialogues, state.probe, first_step=first_step, seed=args.seed)
 
 
 def make_clamp(args: TrainArguments, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:
@@ -336,7 +342,7 @@ def restore(run: Run, folder: Path) -> None:
     """Optimizer, schedule and generators as they were; the weights are loaded already."""
     try:
         load_optimizer(run.optimizer, parameter_names(run.executor.model), folder)
-    except (KeyError, OSError) as error:
+    except KeyError as error:
         raise CheckpointError(f"{folder}: its optimizer state does not fit this run ({error})") from error
     load_generators(folder)
     run.set_learning_rates()

@@ -35,4 +35,4 @@ def watch(run: Run, report: StepReport, learning_rates: dict[str, float], *, sav
 
 def altered_base(run: Run) -> list[str]:
     """Names of frozen weights that are no longer what they were when the run began."""
-    return changed(run.frozen, fingerprint(frozen_parameters(run.executor.model)))
+    return changed(run.base_checksums, fingerprint(frozen_parameters(run.executor.model)))

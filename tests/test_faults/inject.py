@@ -11,6 +11,7 @@ import soundfile
 import torch
 
 from qwhisper.errors import QwhisperError
+from qwhisper.report.events import read_jsonl
 from qwhisper.train import loop
 from qwhisper.train.executor import Executor
 from qwhisper.train.run import main
@@ -37,6 +38,12 @@ class Outcome:
         named = [sample for event in self.events if event["kind"] == kind for sample in event["samples"]]
         return {sample["id"] if isinstance(sample, dict) else sample for sample in named}
 
+    @property
+    def dropped(self) -> set[tuple[int, str]]:
+        """(step, id) of every sample that was dropped."""
+        drops = [event for event in self.events if event["kind"] == "dropped_samples"]
+        return {(event["step"], sample["id"]) for event in drops for sample in event["samples"]}
+
     def count(self, kind: str) -> int:
         return sum(event["kind"] == kind for event in self.events)
 
@@ -50,7 +57,7 @@ def outcome_of(args, callbacks=()) -> Outcome:
     except Exception as error:  # a crash is an outcome, and no guarantee allows it
         code, message = None, repr(error)
     folder = Path(args.output_dir)
-    events = read_lines(folder / "events.jsonl") if (folder / "events.jsonl").exists() else []
+    events = read_jsonl(folder / "events.jsonl")
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     return Outcome(code, message, events, checkpoint_tensors(found[-1]) if found else {})
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from unittest import mock
 
 import torch
+from transformers import TrainerCallback
 
 from qwhisper.cli import main as command_line
 from qwhisper.report.events import read_jsonl
@@ -179,3 +180,18 @@ class Qwhisper:
     def give_up(self, folder: Path) -> None:
         newest, _ = newest_valid(folder)
         shutil.rmtree(newest or folder)
+
+
+class At(TrainerCallback):
+    """Does something at the end of one step."""
+
+    def __init__(self, step: int, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act()
+
+
+def end_state(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint_tensors(folder / f"checkpoint-{step}")

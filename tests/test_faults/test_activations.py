@@ -13,8 +13,7 @@ from qwhisper.guards.switch import SPIKES, ClampSwitch
 from qwhisper.model.attention import PACKED_ATTENTION, packed_attention_forward
 from qwhisper.model.lora import lora_parameters
 from tests.test_faults.matrix import fault
-from tests.train.helpers import make_run, same_bits, trainable
-from tests.train.test_loop import step
+from tests.train.helpers import make_run, same_bits, step, trainable
 
 LM = "model.language_model"
 OUTLIER = 3  # a channel

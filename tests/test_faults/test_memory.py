@@ -8,8 +8,7 @@ import torch
 from qwhisper.train.executor import Executor
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.matrix import fault
-from tests.train.helpers import make_run
-from tests.train.test_executor import TOLERANCE, assert_same, loss_and_gradients
+from tests.train.helpers import TOLERANCE, assert_same, loss_and_gradients, make_run
 
 VALUES = {"max_steps": 3, "save_steps": 3, "freeze_projector_steps": 0, "dtype": "fp32"}
 

@@ -13,8 +13,7 @@ from qwhisper.train.checkpoint import resolve_checkpoint
 from qwhisper.train.executor import Executor
 from tests.test_faults.inject import gradient_element, gradients_times, loss_times, outcome_of, plant
 from tests.test_faults.matrix import fault
-from tests.train.helpers import make_run, read_lines, same_bits, trainable
-from tests.train.test_loop import adam_state, step
+from tests.train.helpers import adam_state, make_run, read_lines, same_bits, step, trainable
 
 BAD = {"d3"}
 ONE_EPOCH = {"max_steps": 3, "save_steps": 3, "freeze_projector_steps": 0, "early_lr_steps": 0}

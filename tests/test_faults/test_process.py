@@ -1,14 +1,11 @@
-"""Processes that die or are told to end: the trainer in a save, a step, an evaluation; those that read its data."""
+"""Processes that are told to end or die: the trainer, those that read its data, and two trainers in one folder."""
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import os
-import random
 import select
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,197 +13,20 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.errors import UsageError
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.train import checkpoint, dataset, loop, run_lock, workers
-from qwhisper.train import run as train_run
-from qwhisper.train.checkpoint import check_manifest, checkpoints, newest_valid
+from qwhisper.train import checkpoint, dataset, run_lock, workers
+from qwhisper.train.checkpoint import checkpoints, newest_valid
 from qwhisper.train.dataset import EncodedDialogues
-from qwhisper.train.executor import Executor
 from qwhisper.train.run import main
 from qwhisper.train.signals import StopSignals
 from tests.test_faults.inject import outcome_of
-from tests.test_faults.kill_shim import in_child, kill, killed_everywhere
-from tests.test_faults.lives import Lives, Qwhisper, random_kills
+from tests.test_faults.kill_shim import in_child, kill
+from tests.test_faults.lives import At, end_state
 from tests.test_faults.matrix import fault
-from tests.train.helpers import checkpoint_tensors, make_run, read_lines, same_bits
-from tests.train.test_loop import step
+from tests.train.helpers import read_lines, same_bits
 
 SECONDS = 5  # after which something that should come at once is taken not to come
-SAVE = {"freeze_projector_steps": 0, "early_lr_steps": 0, "save_total_limit": 1}
-SHORT = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.2, "freeze_projector_steps": 0}
-
-
-def written_in_place(monkeypatch) -> None:
-    """The plain way to write a checkpoint: straight into its folder."""
-
-    def write(run_folder, step, fill, *, finite=True):
-        folder = run_folder / f"checkpoint-{step}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        fill(folder)
-        checkpoint._write_manifest(folder, step, finite)
-        return folder
-
-    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
-
-
-def text_written_in_place(monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "write_whole", lambda path, text: path.write_text(text, encoding="utf-8"))
-
-
-def deleted_in_place(monkeypatch) -> None:
-    monkeypatch.setattr(
-        checkpoint, "rotate", lambda folder, keep, protected: [shutil.rmtree(f) for f in checkpoints(folder)[:-keep]]
-    )
-
-
-def without_generators(monkeypatch) -> None:
-    monkeypatch.setattr(train_run, "load_generators", lambda folder: None)
-
-
-def assert_only_whole_ones(folder: Path, where: str) -> None:
-    broken = []
-    for each in checkpoints(folder):
-        try:
-            check_manifest(each)
-        except CheckpointError as error:
-            broken.append(str(error))
-    assert not broken and newest_valid(folder)[0] is not None, f"killed at {where}: {broken or 'no checkpoint left'}"
-
-
-def small_files(folder: Path) -> None:
-    for name in ("a.json", "b.json"):
-        (folder / name).write_text("{}")
-
-
-def kill_everywhere(save, folder: Path, newest: int) -> None:
-    """After each kill only whole checkpoints are there, and the next save clears what was left behind."""
-    for where in killed_everywhere(save, folder):
-        assert_only_whole_ones(folder, where)
-        checkpoint.write_checkpoint(folder, newest, small_files)
-        checkpoint.rotate(folder, 1, set())
-        assert [path.name for path in folder.glob("*checkpoint-*")] == [f"checkpoint-{newest}"], where
-
-
-@fault(
-    "SIGKILL at any write, fsync or rename of a save",
-    of="process",
-    guarantee="the older checkpoint or the new one is there, whole; the next save clears what is left",
-    without=written_in_place,
-)
-def test_a_save_killed_anywhere(arguments):
-    run, samples = make_run(arguments(**SAVE))
-    step(run, samples[:4])
-    run.save(run)
-    step(run, samples[4:8])
-    kill_everywhere(lambda: run.save(run), run.log.folder, newest=3)
-
-
-@fault(
-    "SIGKILL while a checkpoint is replaced by one of the same step",
-    of="process",
-    guarantee="the one before or the new one is there, whole, even if it is the only one",
-    without=written_in_place,
-)
-def test_a_replacement_killed_anywhere(tmp_path):
-    checkpoint.write_checkpoint(tmp_path / "run", 1, small_files)
-    kill_everywhere(lambda: checkpoint.write_checkpoint(tmp_path / "run", 1, small_files), tmp_path / "run", newest=1)
-
-
-@fault(
-    "SIGKILL while an old checkpoint is deleted",
-    of="process",
-    guarantee="it is whole or gone: no half of it is taken for a checkpoint",
-    without=deleted_in_place,
-)
-def test_a_deletion_killed_anywhere(tmp_path):
-    for number in (1, 2, 3):
-        checkpoint.write_checkpoint(tmp_path / "run", number, small_files)
-    kill_everywhere(lambda: checkpoint.rotate(tmp_path / "run", 1, set()), tmp_path / "run", newest=4)
-
-
-@fault(
-    "SIGKILL while a resumed run writes its config.yaml",
-    of="process",
-    guarantee="the file is whole, as it was or as it is to be",
-    without=text_written_in_place,
-)
-def test_config_killed_anywhere(arguments, tmp_path):
-    args = arguments()
-    (tmp_path / "run").mkdir()
-    texts = []
-    for rate in (1e-2, 2e-2):
-        train_run.write_config(dataclasses.replace(args, learning_rate=rate), tmp_path / "run")
-        texts.append((tmp_path / "run/config.yaml").read_text())
-    for where in killed_everywhere(lambda: train_run.write_config(args, tmp_path / "run"), tmp_path / "run"):
-        assert (tmp_path / "run/config.yaml").read_text() in texts, where
-
-
-class At(TrainerCallback):
-    """Does something at the end of one step."""
-
-    def __init__(self, step: int, act):
-        self.step, self.act = step, act
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.act()
-
-
-def end_state(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return checkpoint_tensors(folder / f"checkpoint-{step}")
-
-
-def run_killed_then_resumed(args, tmp_path, killing) -> None:
-    """The uninterrupted run and one in which `killing` ends the first child; both must end in the same bits."""
-    whole = dataclasses.replace(args, output_dir=str(tmp_path / "whole"))
-    assert in_child(lambda: main(whole)) == 0
-    assert in_child(killing) == -signal.SIGKILL
-    folder = Path(args.output_dir)
-    reached = max(line["step"] for line in read_lines(folder / "metrics.jsonl"))
-    newest, _ = newest_valid(folder)
-    assert newest is not None and reached - int(newest.name.split("-")[1]) <= args.save_steps
-    assert in_child(lambda: main(dataclasses.replace(args, resume_from_checkpoint="latest"))) == 0
-    assert same_bits(end_state(tmp_path / "whole", args.max_steps), end_state(folder, args.max_steps)) == []
-
-
-@fault(
-    "SIGKILL in a step",
-    of="process",
-    guarantee="at most one save interval is lost; the resumed run ends in the same bits as an uninterrupted one",
-    without=without_generators,
-)
-def test_killed_in_a_step(arguments, tmp_path, monkeypatch):
-    args = arguments(**SHORT, dataloader_num_workers=2)
-    honest = loop.train_step
-
-    def killing() -> None:
-        def train_step(run, fetched):
-            if run.state.step == 3:
-                monkeypatch.setattr(run.optimizer, "step", kill)
-            return honest(run, fetched)
-
-        monkeypatch.setattr(loop, "train_step", train_step)
-        main(args)
-
-    run_killed_then_resumed(args, tmp_path, killing)
-
-
-@fault(
-    "SIGKILL in an evaluation",
-    of="process",
-    guarantee="at most one save interval is lost; the resumed run ends in the same bits as an uninterrupted one",
-    without=without_generators,
-)
-def test_killed_in_an_evaluation(arguments, tmp_path, train_file, monkeypatch):
-    args = arguments(**SHORT, eval_file=str(train_file), eval_steps=3)
-
-    def killing() -> None:
-        monkeypatch.setattr(Executor, "evaluate", lambda self, samples: kill())
-        main(args)
-
-    run_killed_then_resumed(args, tmp_path, killing)
 
 
 def signals_wait(monkeypatch) -> None:
@@ -472,26 +292,3 @@ def test_clock_jumps(arguments, tmp_path, monkeypatch):
     assert all(line["seconds"] >= 0 for line in read_lines(folder / "metrics.jsonl"))
     monkeypatch.undo()
     assert same_bits(end_state(folder, 6), whole_run(args, tmp_path)) == []
-
-
-@fault(
-    "SIGKILL twenty times, at random moments and inside saves",
-    of="process",
-    guarantee="every resume works and loses at most one save interval; the end is that of an uninterrupted run",
-    without=without_generators,
-)
-def test_twenty_kills(arguments, tmp_path, train_file):
-    args = arguments(
-        **SHORT | {"max_steps": 8},
-        dataloader_num_workers=2,
-        save_total_limit=2,
-        eval_file=str(train_file),
-        eval_steps=4,
-    )
-    lives = Lives(Qwhisper(args), tmp_path / "lives")
-    kills = random_kills(random.Random(4), seconds=lives.seconds, saves=len(lives.operations), in_save=0.5)
-    done = in_saves = 0
-    while done < 20 or in_saves < 7:
-        life = lives.live(itertools.islice(kills, 6))
-        done, in_saves = done + life.kills, in_saves + life.in_save
-        assert not life.errors and not life.different and max(life.lost, default=0) <= args.save_steps

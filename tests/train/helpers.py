@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from qwhisper.data.conversation import read_conversations
-from qwhisper.train.dataset import EncodedDialogues, encode_all
+from qwhisper.train.dataset import EncodedDialogues, StepSamples, encode_all
+from qwhisper.train.loop import train_step
 from qwhisper.train.run import assemble_run, build, collator_for
 from qwhisper.train.state import TrainState
 
+# Sums of at most a few thousand fp32 products, in another order: 1e-5 of the largest gradient is about 100 roundings.
+TOLERANCE = 1e-5
 WEIGHT_FILES = ("projector.safetensors", "adapter_model.safetensors", "optimizer.safetensors", "generators.safetensors")
 
 
@@ -59,3 +63,32 @@ def gradients(run) -> dict[str, torch.Tensor]:
 
 def trainable(run) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.executor.model.named_parameters() if p.requires_grad}
+
+
+def step(run, samples, rejections=()):
+    return train_step(run, StepSamples(list(samples), list(rejections), 0, 0))
+
+
+def adam_state(run) -> dict:
+    return {
+        f"{i}|{key}": value.clone()
+        for i, moments in enumerate(run.optimizer.state.values())
+        for key, value in moments.items()
+    }
+
+
+def loss_and_gradients(run, samples, *, max_tokens, packing=True):
+    run.executor.model.zero_grad(set_to_none=True)
+    run.executor.max_tokens_per_pack, run.executor.packing = max_tokens, packing
+    loss, _ = run.executor.forward_backward(samples, sum(s.num_supervised for s in samples))
+    return float(loss), gradients(run)
+
+
+def assert_same(first, second):
+    loss, grads = first
+    other_loss, other_grads = second
+    assert loss == pytest.approx(other_loss, rel=TOLERANCE)
+    assert grads.keys() == other_grads.keys() and grads
+    scale = max(float(g.abs().max()) for g in grads.values())
+    for name in grads:
+        assert float((grads[name] - other_grads[name]).abs().max()) <= TOLERANCE * scale, name

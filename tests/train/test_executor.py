@@ -6,10 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwhisper.errors import MemoryLimitError, NumericalError
-from tests.train.helpers import gradients, make_run
-
-# Sums of at most a few thousand fp32 products, in another order: 1e-5 of the largest gradient is about 100 roundings.
-TOLERANCE = 1e-5
+from tests.train.helpers import TOLERANCE, assert_same, gradients, loss_and_gradients, make_run
 
 
 @pytest.fixture
@@ -21,23 +18,6 @@ def run(arguments):
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     return run, samples
-
-
-def loss_and_gradients(run, samples, *, max_tokens, packing=True):
-    run.executor.model.zero_grad(set_to_none=True)
-    run.executor.max_tokens_per_pack, run.executor.packing = max_tokens, packing
-    loss, _ = run.executor.forward_backward(samples, sum(s.num_supervised for s in samples))
-    return float(loss), gradients(run)
-
-
-def assert_same(first, second):
-    loss, grads = first
-    other_loss, other_grads = second
-    assert loss == pytest.approx(other_loss, rel=TOLERANCE)
-    assert grads.keys() == other_grads.keys() and grads
-    scale = max(float(g.abs().max()) for g in grads.values())
-    for name in grads:
-        assert float((grads[name] - other_grads[name]).abs().max()) <= TOLERANCE * scale, name
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -8,35 +8,20 @@ import torch
 
 from qwhisper.errors import DataError, NumericalError
 from qwhisper.guards.averages import FIRST_NORMS, PEAK, NormAverage
-from qwhisper.train.dataset import Rejection, StepSamples
-from qwhisper.train.loop import train_step
+from qwhisper.report.events import read_jsonl
+from qwhisper.train.dataset import Rejection
 from qwhisper.train.run import main
 from tests.small import write_dialogues
-from tests.train.helpers import checkpoint_tensors, gradients, make_run, read_lines, same_bits, trainable
-
-
-def step(run, samples, rejections=()):
-    return train_step(run, StepSamples(list(samples), list(rejections), 0, 0))
-
-
-def adam_state(run) -> dict:
-    return {
-        f"{i}|{key}": value.clone()
-        for i, moments in enumerate(run.optimizer.state.values())
-        for key, value in moments.items()
-    }
-
-
-def plant_gradient(run, monkeypatch, value: float) -> None:
-    """Puts `value` into one element of one LoRA gradient after the backward pass."""
-    honest = run.executor.forward_backward
-
-    def planted(samples, num_supervised):
-        result = honest(samples, num_supervised)
-        next(p for p in run.groups["lora"] if p.grad is not None).grad.view(-1)[3] = value
-        return result
-
-    monkeypatch.setattr(run.executor, "forward_backward", planted)
+from tests.train.helpers import (
+    adam_state,
+    checkpoint_tensors,
+    gradients,
+    make_run,
+    read_lines,
+    same_bits,
+    step,
+    trainable,
+)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -56,13 +41,13 @@ def test_skipped_step_leaves_parameters_and_adam_bit_identical(arguments, monkey
     assert same_bits(before, trainable(run)) != []
 
 
-def plant_in_sample(run, monkeypatch, bad_id: str, value: float = math.nan) -> None:
-    """Puts `value` into one LoRA gradient of every forward and backward pass that has the sample in it."""
+def plant_gradient(run, monkeypatch, value: float, sample_id: str | None = None) -> None:
+    """Puts `value` into one LoRA gradient after each backward pass, or after those that have the sample in them."""
     honest = run.executor.forward_backward
 
     def planted(samples, count):
         result = honest(samples, count)
-        if any(sample.id == bad_id for sample in samples):
+        if sample_id is None or any(sample.id == sample_id for sample in samples):
             next(p for p in run.groups["lora"] if p.grad is not None).grad.view(-1)[3] = value
         return result
 
@@ -83,7 +68,7 @@ def test_a_bad_sample_is_dropped_and_named_and_the_rest_is_the_step_without_it(a
     with monkeypatch.context() as patch:
         expected = step_gradients(run, patch, [samples[0], samples[1], samples[3]])
     run, samples = make_run(arguments(**values))
-    plant_in_sample(run, monkeypatch, samples[2].id)
+    plant_gradient(run, monkeypatch, math.nan, samples[2].id)
     given = step_gradients(run, monkeypatch, samples[:4])
     largest = max(float(g.abs().max()) for g in expected.values())
     assert given.keys() == expected.keys()
@@ -184,12 +169,7 @@ def test_half_precision_overflow_shrinks_the_loss_scale_and_repeats_the_step(arg
     monkeypatch.setattr(run.executor, "forward_backward", overflowing)
     report = step(run, samples[:4])
     assert scales == [2.0**15, 2.0**13, 2.0**11, 2.0**9] and report.skipped is None
-    assert run.state.guards.bad_steps_in_a_row == 0 and read_lines_or_none(run) == []
-
-
-def read_lines_or_none(run) -> list:
-    path = run.log.folder / "events.jsonl"
-    return read_lines(path) if path.exists() else []
+    assert run.state.guards.bad_steps_in_a_row == 0 and read_jsonl(run.log.folder / "events.jsonl") == []
 
 
 def test_the_loss_scale_leaves_no_trace_in_the_gradients(arguments):
