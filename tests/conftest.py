@@ -1,10 +1,15 @@
 """What tests of every room may ask for."""
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+# On some CPUs bitsandbytes tells, as it is imported, of a faster kernel that could be installed. A test process lets go
+# of it at its end only, after the summary that continuous integration looks for in the last line.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("any machine", deadline=None)
