@@ -1,5 +1,7 @@
 """The one tensor of statistics that a step is judged by, computed where the gradients are."""
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -21,14 +23,19 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def step_statistics(loss: Tensor, groups: Groups) -> StepStatistics:
-    """Loss, gradient and weight norms of each group, fetched in one wait for the device. loss: scalar."""
-    values = [loss.detach().float()]
-    values += [norm_of(gradients(parameters)) for parameters in groups.values()]
-    values += [norm_of([p.detach() for p in parameters]) for parameters in groups.values()]
-    first, *norms = torch.stack([value.to(loss.device) for value in values]).tolist()
-    names = list(groups)
-    return StepStatistics(
-        loss=first,
-        gradients=dict(zip(names, norms[: len(names)], strict=True)),
-        weights=dict(zip(names, norms[len(names) :], strict=True)),
-    )
+    """Loss and each group's gradient norm, fetched in one wait for the device. loss: scalar.
+
+    The weights' norms are fetched, in a second wait, only where one of these is not finite: a broken weight that takes
+    part makes them so, and all that is left to find out is whether it was one.
+    """
+    values = {name: norm_of(gradients(parameters)) for name, parameters in groups.items()}
+    first, *norms = _fetch([loss.detach().float(), *values.values()], loss.device)
+    statistics = StepStatistics(loss=first, gradients=dict(zip(values, norms, strict=True)))
+    if not statistics.not_finite:
+        return statistics
+    weights = _fetch([norm_of([p.detach() for p in parameters]) for parameters in groups.values()], loss.device)
+    return dataclasses.replace(statistics, weights=dict(zip(groups, weights, strict=True)))
+
+
+def _fetch(scalars: list[Tensor], device: torch.device) -> list[float]:
+    return torch.stack([scalar.to(device) for scalar in scalars]).tolist() if scalars else []

@@ -1,35 +1,46 @@
 """Copies of the trainable weights and the optimizer's moments in host memory: what a run rewinds to."""
 
 from collections import deque
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qwhisper.guards.measure import Groups
 
 KEPT = 2  # the newest may already be poisoned without showing it
+WEIGHT = "weight"  # no optimizer calls a moment so
+
+
+@dataclass
+class Copy:
+    """Of each parameter its moments by their names, and itself as WEIGHT."""
+
+    step: int
+    tensors: list[dict[str, Tensor]]
 
 
 class Snapshots:
-    """Of one run's parameters and optimizer, the newest last."""
+    """Of one run's parameters and optimizer, the newest last.
+
+    From a GPU the copies go to pinned memory, without a wait: the device does what comes later in the same stream. The
+    memory of the copy that is given up is used again, since pinning takes longer than copying.
+    """
 
     def __init__(self, groups: Groups, optimizer: torch.optim.Optimizer):
         self.parameters = [p for parameters in groups.values() for p in parameters]
         self.optimizer = optimizer
-        self.kept: deque[tuple[int, list[torch.Tensor], list[dict]]] = deque(maxlen=KEPT)
+        self.kept: deque[Copy] = deque()
         self.restored: int | None = None
 
     @torch.no_grad()
     def take(self, step: int) -> bool:
         """Copies everything, unless a number in it is not finite. Returns whether it did."""
-        weights = [p.detach().to("cpu", copy=True) for p in self.parameters]
-        moments = [
-            {key: value.detach().to("cpu", copy=True) for key, value in self.optimizer.state.get(p, {}).items()}
-            for p in self.parameters
-        ]
-        tensors = weights + [value for entry in moments for value in entry.values()]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        tensors = [{WEIGHT: p.detach()} | self.optimizer.state.get(p, {}) for p in self.parameters]
+        if not all_finite([tensor for entry in tensors for tensor in entry.values()]):
             return False
-        self.kept.append((step, weights, moments))
+        spare = self.kept.popleft().tensors if len(self.kept) == KEPT else [{} for _ in tensors]
+        self.kept.append(Copy(step, [on_host(*pair) for pair in zip(tensors, spare, strict=True)]))
         self.restored = None
         return True
 
@@ -43,13 +54,31 @@ class Snapshots:
             self.kept.pop()
         if not self.kept:
             return None
-        step, weights, moments = self.kept[-1]
-        for parameter, weight, saved in zip(self.parameters, weights, moments, strict=True):
-            parameter.copy_(weight)
-            state = self.optimizer.state[parameter]
-            for key in [key for key in state if key not in saved]:
+        copy = self.kept[-1]
+        for parameter, saved in zip(self.parameters, copy.tensors, strict=True):
+            parameter.copy_(saved[WEIGHT])
+            state, moments = self.optimizer.state[parameter], saved.keys() - {WEIGHT}
+            for key in state.keys() - moments:
                 del state[key]
-            for key, value in saved.items():
-                state[key] = value.to(state[key].device, copy=True)
-        self.restored = step
-        return step
+            for key in moments:
+                state[key] = saved[key].to(state[key].device, copy=True)
+        self.restored = copy.step
+        return copy.step
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """In one wait for the device."""
+    largest = torch._foreach_norm(tensors, float("inf"))  # a NaN among the values is the result
+    device = tensors[0].device
+    return bool(torch.stack([value.to(device, torch.float32) for value in largest]).isfinite().all())
+
+
+def on_host(tensors: dict[str, Tensor], spare: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, in the memory of `spare` where it has some of that name."""
+    copies = {}
+    for name, tensor in tensors.items():
+        into = spare.get(name)
+        if into is None:
+            into = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = into.copy_(tensor, non_blocking=True)
+    return copies

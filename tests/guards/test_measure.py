@@ -41,8 +41,9 @@ def test_half_precision_gradients_are_measured_in_fp32():
 
 def test_weights_are_measured_beside_their_gradients():
     groups = {"lora": [nn.Parameter(torch.tensor([3.0, 4.0]))], "projector": [nn.Parameter(torch.tensor([math.nan]))]}
-    statistics = step_statistics(torch.tensor(0.0), groups)
-    assert statistics.weights["lora"] == 5.0 and statistics.not_finite == ["weights of projector"]
+    assert step_statistics(torch.tensor(0.0), groups).weights == {}
+    statistics = step_statistics(torch.tensor(math.nan), groups)
+    assert statistics.weights["lora"] == 5.0 and statistics.not_finite == ["weights of projector", "loss"]
     assert statistics.broken_weights
 
 
