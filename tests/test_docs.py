@@ -12,17 +12,19 @@ from transformers import TrainingArguments
 
 from qwhisper import cli
 from qwhisper.cli import VERBS
+from qwhisper.guards.alarms import Alarm
 from qwhisper.model.loading import build_from_bases
 from qwhisper.parsing import parse, shipped_recipes
 from tests.small import write_dialogues, write_small_bases
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
+STABILITY = ("docs/stability.md", "docs/stability.zh.md")
 PAGES = (
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    "docs/stability.md",
+    *STABILITY,
     "docs/silence.md",
     "docs/performance.md",
 )
@@ -95,6 +97,44 @@ def test_the_table_of_silences_is_the_one_of_the_results():
     assert silence.between_marks(read("docs/silence.md")) == silence.silence_table(), (
         "run: python docs/make_silence_table.py"
     )
+
+
+def test_the_stability_tables_are_those_of_the_results():
+    stability = load("make_stability_tables")
+    for language, page in stability.PAGES.items():
+        for name, make in stability.TABLES.items():
+            shown = stability.between_marks(page.read_text(encoding="utf-8"), name)
+            assert shown == make(stability.WORDS[language]), "run: python docs/make_stability_tables.py"
+
+
+def outline(name):
+    """Levels of the headings, and how many rows each section's tables have."""
+    _, *sections = re.split(r"^(#+) .*$", read(name), flags=re.MULTILINE)
+    rows = [len(re.findall(r"^\|", body, flags=re.MULTILINE)) for body in sections[1::2]]
+    return list(zip(sections[::2], rows, strict=True))
+
+
+def test_both_stability_pages_have_the_same_sections_tables_links_and_example():
+    english, chinese = STABILITY
+    assert outline(english) == outline(chinese)
+    assert examples(english) == examples(chinese)
+    tests = [re.findall(r"\]\((\.\./(?:tests|qwhisper|benchmarks)/[^)]+)\)", read(name)) for name in STABILITY]
+    assert tests[0] == tests[1]
+
+
+def events_and_alarms():
+    """Every kind that a run may write into events.jsonl, from the code; an alarm's own in the place of "alarm"."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "qwhisper/train").glob("*.py"))
+    alarms = re.search(r"kind: one of ([\w, ]+)\.", Alarm.__doc__)[1].split(", ")
+    return {*re.findall(r'log\.event\(\s*"(\w+)"', sources), *alarms} - {"alarm"}
+
+
+@pytest.mark.parametrize("name", STABILITY)
+def test_every_event_and_alarm_stands_beside_its_symptom(name):
+    symptoms = "\n".join(line for line in read(name).splitlines() if line.startswith("|") and line.count(" | ") == 3)
+    kinds = events_and_alarms()
+    assert len(kinds) > 15
+    assert {kind for kind in kinds if f"`{kind}`" not in symptoms} == set()
 
 
 def examples(name):

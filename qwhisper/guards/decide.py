@@ -4,18 +4,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qwhisper.guards.averages import NormAverage
+from qwhisper.guards.averages import BAD, NormAverage
 
 LARGEST_NORM = 1e18  # fp32 can square no more: kernels differ in what they make of it, so it counts as not finite
-BAD = 10.0  # a norm this many times above its adaptive bound makes the step a bad one: it is taken, but counted
 
 
 @dataclass(frozen=True)
 class StepStatistics:
     """What is known of a step before it is taken.
 
-    loss: nats a supervised token. gradients, weights: 2-norm of each group's gradients, 0 for a group without any, and
-    of its weights as they are before the step.
+    loss: nats a supervised token. gradients: 2-norm of each group's gradients, 0 for a group without any. weights: of
+    each group's weights as they are before the step; empty where loss and gradients are finite.
     """
 
     loss: float
@@ -39,14 +38,15 @@ class Decision:
     """What to do with a step's gradients.
 
     skip: why the step is not taken, or None. grad_norm: of all groups, before clipping. factors: what each group's
-    gradients are multiplied by (1 is left out). peaks: groups above their adaptive bound, with norm / average. bad:
-    skipped, or far above a bound.
+    gradients are multiplied by (1 is left out). peaks: groups above their adaptive bound, with norm / average; spikes:
+    those of them that no sound run has. bad: skipped, or far above a bound.
     """
 
     skip: str | None
     grad_norm: float
     factors: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
+    spikes: dict[str, float] = field(default_factory=dict)
     bad: bool = False
 
 
@@ -84,5 +84,6 @@ def decide(
         grad_norm=grad_norm,
         factors={name: factor * whole for name, factor in factors.items() if factor * whole != 1.0},
         peaks=peaks,
+        spikes={name: times for name, times in peaks.items() if norms[name] > averages[name].spike_bound},
         bad=any(norms[name] > BAD * adaptive[name] for name in peaks),
     )

@@ -1,4 +1,4 @@
-"""The peaks of the last steps: what --dynamic_lr and the clamp decide by. Plain Python; saved with the run."""
+"""The peaks or spikes of the last steps, for --dynamic_lr and the clamp. Plain Python; saved with the run."""
 
 from dataclasses import dataclass, field
 

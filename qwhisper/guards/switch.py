@@ -1,4 +1,8 @@
-"""When `--activation_clamp auto` is on. Plain Python; its fields are saved with the run."""
+"""When `--activation_clamp auto` is on. Plain Python; its fields are saved with the run.
+
+It answers spikes (averages.py says what one is) and steps that had to be skipped, which sound runs don't have. Ordinary
+peaks mean nothing to it: hard samples make them.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,15 +18,19 @@ CLEAN = 200  # four windows: going off takes longer than coming on, so that it d
 
 @dataclass
 class ClampSwitch(RecentPeaks):
-    """On after SPIKES peaks within WINDOW steps, off after CLEAN steps without any."""
+    """On after SPIKES spikes within WINDOW steps, off after CLEAN steps without any.
+
+    clamped: activations that were clamped since it last went on; whoever counts them adds them.
+    """
 
     on: bool = False
+    clamped: int = 0
 
     def observe(self, spiked: bool) -> Literal["on", "off"] | None:
         """One step; what the clamp has to be from now on, or None where it stays as it is."""
         self.note(spiked, WINDOW)
         if not self.on and len(self.peaks) >= SPIKES:
-            self.on = True
+            self.on, self.clamped = True, 0
             return "on"
         if self.on and self.calm >= CLEAN:
             self.on = False

@@ -7,9 +7,11 @@ CPU.
 
 import torch
 from torch import Tensor, nn
+from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from qwhisper.frames import CONV_STRIDE, encoder_frames
+from qwhisper.model.half_precision import OverflowClamp
 
 
 def _slots(mel_lengths: list[int]) -> tuple[list[int], int]:
@@ -30,7 +32,14 @@ def _positions(starts: list[int], lengths: list[int], device) -> Tensor:
 
 
 class TrueLengthWhisperEncoder(WhisperEncoder):
-    """Whisper's encoder over packed windows. Frozen by default in training: the caller wraps it in `no_grad` then."""
+    """Whisper's encoder over packed windows. Frozen by default in training: the caller wraps it in `no_grad` then.
+
+    overflow: bounds and counts what would leave fp16's range.
+    """
+
+    def __init__(self, config: WhisperConfig):
+        super().__init__(config)
+        self.overflow = OverflowClamp(self)
 
     def forward(self, mel: Tensor, mel_lengths: list[int], **kwargs) -> Tensor:
         """mel: [sum(mel_lengths), num_mel_bins]; mel_lengths: frames of each window, at most 2 * max_source_positions.

@@ -158,6 +158,13 @@ class TrainArguments(
                 f"--freeze_projector_steps {self.freeze_projector_steps} with --no_use_lora: nothing would learn in "
                 "these steps; use --freeze_projector_steps 0"
             )
+        in_half = [f"--no_{name}" for name in ("projector_fp32", "lora_fp32") if not getattr(self, name)]
+        if self.dtype == "fp16" and in_half:
+            raise UsageError(
+                f"--dtype fp16 with {' and '.join(in_half)}: in fp16 AdamW's epsilon of {self.adam_epsilon:g} is lost, "
+                "and the first zero gradient divides by zero; leave out "
+                f"{' and '.join(in_half)}, or use --dtype bf16"
+            )
         if self.init_from and os.path.abspath(self.init_from) == os.path.abspath(self.output_dir):
             raise UsageError(
                 f"--init_from and --output_dir are both {self.output_dir}: a new stage needs a folder of its own; to "

@@ -61,7 +61,8 @@ class StepReport:
     """What a step did.
 
     loss: nats a supervised token. tokens, num_samples, has_audio: of the samples that it was taken on. grad_norm,
-    group_norms: before clipping. skipped: why, or None. frozen: groups whose gradient was dropped.
+    group_norms: before clipping. peaks: groups above their adaptive bound, with norm / average. skipped: why, or None.
+    frozen: groups whose gradient was dropped.
     """
 
     loss: float
@@ -69,6 +70,7 @@ class StepReport:
     grad_norm: float
     skipped: str | None
     group_norms: dict[str, float]
+    peaks: dict[str, float]
     num_samples: int
     has_audio: bool
     frozen: frozenset[str]

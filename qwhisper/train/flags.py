@@ -200,13 +200,13 @@ class OptimizationFlags:
     )
     activation_clamp: str = flag(
         "auto",
-        "Bound what the first layer's q_proj reads: off, a number, or auto (±8 after three gradient peaks within 50 "
-        "steps, off again after 200 steps without). What is clamped is counted.",
+        "Bound what the first layer's q_proj reads: off, a number, or auto (±8 after three gradient spikes or "
+        "skipped steps within 50 steps, off again after 200 steps without). What is clamped is counted.",
     )
     dynamic_lr: bool = flag(
         False,
-        "Lower the learning rate by a third where gradient peaks come in pairs, down to a tenth, and bring it back "
-        "when they are over.",
+        "Lower the learning rate by a third where gradient peaks come in pairs while the loss does not fall, or where "
+        "the loss rises, down to a tenth, and bring it back when that is over.",
     )
     max_bad_steps: int = flag(
         5,

@@ -9,6 +9,8 @@ import time
 import warnings
 from collections.abc import Iterator
 
+import torch
+
 from qwhisper.errors import CheckpointError, DataError, NumericalError
 from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import Decision, decide
@@ -18,7 +20,7 @@ from qwhisper.train.dataset import StepSamples
 from qwhisper.train.rescue import after_step, drop_bad_samples, num_supervised, run_samples
 from qwhisper.train.signals import StopSignals
 from qwhisper.train.state import TrainState
-from qwhisper.train.step_log import log_step, log_window, readable
+from qwhisper.train.step_log import log_clamped, log_step, log_window, readable
 from qwhisper.train.watch import watch
 
 
@@ -58,7 +60,7 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
     run.state.step += 1
     run.state.epoch, run.state.offset = fetched.epoch, fetched.offset
     run.state.supervised_tokens += tokens
-    answer_peaks(run, decision, [sample.id for sample in samples])
+    answer_spikes(run, statistics.loss, decision, [sample.id for sample in samples])
     after_step(run, statistics, decision, [sample.id for sample in fetched.samples])
     return StepReport(
         loss=statistics.loss,
@@ -66,6 +68,7 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
         grad_norm=decision.grad_norm,
         skipped=skipped,
         group_norms=statistics.gradients,
+        peaks=decision.peaks,
         num_samples=len(samples),
         has_audio=any(sample.windows for sample in samples),
         frozen=frozen,
@@ -148,20 +151,23 @@ def quarantine(run: Run, fetched: StepSamples) -> None:
         )
 
 
-def answer_peaks(run: Run, decision: Decision, ids: list[str]) -> None:
-    """Names gradients that were brought down to their adaptive bound; --dynamic_lr and the clamp act on them."""
+def answer_spikes(run: Run, loss: float, decision: Decision, ids: list[str]) -> None:
+    """Names spikes, which the clamp answers; --dynamic_lr answers peaks and the loss."""
     step, guards = run.state.step, run.state.guards
-    if decision.peaks:
-        times = {name: round(times_average, 2) for name, times_average in decision.peaks.items()}
-        run.log.event("gradient_peak", step=step, times_average=times, bad=decision.bad, samples=ids)
-    peak = bool(decision.peaks or decision.skip)
-    if run.args.dynamic_lr and guards.rate.observe(peak):
+    if decision.spikes:
+        times = {name: round(times_average, 2) for name, times_average in decision.spikes.items()}
+        run.log.event("gradient_spike", step=step, times_average=times, samples=ids)
+    if run.args.dynamic_lr and guards.rate.observe(loss, bool(decision.peaks or decision.skip)):
         run.set_learning_rates()
         run.log.event("learning_rate", step=step, dynamic_factor=guards.rate.factor)
-    if run.clamp and run.args.activation_clamp == "auto" and (turned := guards.clamp.observe(peak)):
+    spiked = bool(decision.spikes or decision.skip)
+    if run.clamp and run.args.activation_clamp == "auto" and (turned := guards.clamp.observe(spiked)):
+        log_clamped(run, run.clamp)
         run.clamp.on = guards.clamp.on
-        run.log.event("activation_clamp", step=step, turned=turned, module=run.clamp.name, bound=run.clamp.bound)
-        run.lines.say(f"step {step}: activation clamp {turned} (±{run.clamp.bound:g} before {run.clamp.name})")
+        told = {"turned": turned, "module": run.clamp.name, "bound": run.clamp.bound, "values": guards.clamp.clamped}
+        run.log.event("activation_clamp", step=step, **told)
+        after = f" after {guards.clamp.clamped} values" if turned == "off" else ""
+        run.lines.say(f"step {step}: activation clamp {turned}{after} (±{run.clamp.bound:g} before {run.clamp.name})")
 
 
 def evaluate(run: Run, signals: StopSignals) -> None:
@@ -184,18 +190,24 @@ def improves(loss: float, best: float | None) -> bool:
 
 
 def save(run: Run) -> bool:
-    """Whether the disk took a checkpoint. Where it did not, the run goes on and the older ones are as they were."""
+    """Whether the disk took a checkpoint. Where it did not, the run goes on and the older ones are as they were.
+
+    It is a snapshot as well, so that a run that is resumed from it rewinds to what the uninterrupted one would.
+    """
     step = run.state.step
+    if run.snapshots.take(step):
+        run.state.guards.clean_steps = 0
     try:
         folder = run.save(run)
-    except OSError as error:
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        torch.cuda.empty_cache()
         newest, _ = newest_valid(run.log.folder)
         kept = TrainState.load(newest) if newest else TrainState()
         run.state.best_loss, run.state.best_checkpoint = kept.best_loss, kept.best_checkpoint
         run.log.event("save_failed", step=step, error=str(error), last_whole=newest and newest.name)
         run.lines.say(
-            f"step {step}: not saved ({error}); the last whole checkpoint is {newest}. Make room on the disk or mend "
-            "it: the next save tries again"
+            f"step {step}: not saved ({error}); the last whole checkpoint is {newest}. Make room for it: the "
+            "next save tries again"
         )
         return False
     run.lines.say(f"step {step}: saved {folder}")

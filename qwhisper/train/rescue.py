@@ -38,45 +38,65 @@ def run_samples(run: Run, samples: list[Sample], count: int) -> StepStatistics:
 
 
 def drop_bad_samples(run: Run, samples: list[Sample], failed: StepStatistics) -> tuple[list[Sample], StepStatistics]:
-    """Runs a step that was not finite again, a sample at a time, and leaves the gradients of the finite ones.
+    """Runs a step that was not finite again and leaves the gradients of its finite samples.
 
-    They are weighted by the tokens that are left, as if the bad ones had never been there. Returns the samples kept and
-    their statistics, or none and the failed ones. This path may wait for the device.
+    Pack by pack, and a pack that is not finite again sample by sample. What is left is weighted by its tokens, as if
+    the bad samples had never been there. Returns the samples kept and their statistics, or none and the failed ones.
+    This path may wait for the device.
     """
-    count, before = num_supervised(samples), run.state.guards.loss_scale.scale
-    kept, dropped, loss = [], [], 0.0
+    count, packs = num_supervised(samples), run.executor.packs(samples)
+    kept, dropped, total, finding = [], [], GradientSum(run), None
     drop_gradients(run.groups)
-    finding = find_cause(run, samples)
-    sums: dict[torch.nn.Parameter, Tensor] = {}
-    for sample in samples:
-        drop_gradients(run.groups)
-        statistics = run_samples(run, [sample], count)
-        if statistics.not_finite:
-            dropped.append((sample, " and ".join(statistics.not_finite)))
-            run.state.guards.loss_scale.scale = before  # it shrank in vain
+    for pack in packs:
+        if len(packs) > 1 and not total.add(pack, count).not_finite:
+            kept += pack
             continue
-        kept.append(sample)
-        loss += statistics.loss
-        for parameter in (p for parameters in run.groups.values() for p in parameters):
-            if parameter.grad is not None:
-                sums[parameter] = sums[parameter] + parameter.grad if parameter in sums else parameter.grad
-    drop_gradients(run.groups)
+        finding = finding or find_cause(run, pack, count)
+        for sample in pack:
+            if bad := total.add([sample], count).not_finite:
+                dropped.append((sample, " and ".join(bad)))
+            else:
+                kept.append(sample)
     report_dropped(run, kept, dropped, failed, finding)
     if not kept:
         return [], failed
-    rest = count / num_supervised(kept)
-    for parameter, gradient in sums.items():
-        parameter.grad = gradient * rest
-    return kept, step_statistics(torch.tensor(loss * rest, device=run.executor.device), run.groups)
+    return kept, total.leave(weight=count / num_supervised(kept))
 
 
-def find_cause(run: Run, samples: list[Sample]) -> Finding | None:
-    """Where the first number breaks in the packs as they were run: some faults need the neighbours or the padding."""
-    for pack in run.executor.packs(samples):
-        batch = run.executor.batch(pack) | {"num_items_in_batch": num_supervised(samples)}
-        if finding := diagnose(run.executor.model, batch, loss_scale=run.executor.loss_scale):
-            return finding
-    return None
+class GradientSum:
+    """Sums loss and gradients of what is run and found finite; the groups' own gradients stay dropped meanwhile."""
+
+    def __init__(self, run: Run):
+        self.run, self.loss = run, 0.0
+        self.gradients: dict[torch.nn.Parameter, Tensor] = {}
+
+    def add(self, samples: list[Sample], count: int) -> StepStatistics:
+        """Runs the samples of a step of `count` supervised tokens; what is not finite is not added."""
+        scale = self.run.state.guards.loss_scale
+        before = scale.scale
+        statistics = run_samples(self.run, samples, count)
+        if statistics.not_finite:
+            scale.scale = before  # it shrank in vain
+        else:
+            self.loss += statistics.loss
+            for parameter in (p for parameters in self.run.groups.values() for p in parameters):
+                if parameter.grad is not None:
+                    known = self.gradients.get(parameter)
+                    self.gradients[parameter] = parameter.grad if known is None else known + parameter.grad
+        drop_gradients(self.run.groups)
+        return statistics
+
+    def leave(self, *, weight: float) -> StepStatistics:
+        """Puts the sum, times `weight`, where the gradients belong."""
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient * weight
+        return step_statistics(torch.tensor(self.loss * weight, device=self.run.executor.device), self.run.groups)
+
+
+def find_cause(run: Run, pack: list[Sample], count: int) -> Finding | None:
+    """Where the first number breaks in the pack as it was run: some faults need the neighbours or the padding."""
+    batch = run.executor.batch(pack) | {"num_items_in_batch": count}
+    return diagnose(run.executor.model, batch, loss_scale=run.executor.loss_scale)
 
 
 def report_dropped(

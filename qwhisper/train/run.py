@@ -6,6 +6,7 @@ Everything that can be refused is refused before a model is loaded.
 import dataclasses
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, read_conversations
-from qwhisper.errors import CheckpointError, DataError, UsageError
+from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, UsageError
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.fingerprint import fingerprint, frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
@@ -53,8 +54,15 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
     quieten_transformers()
     for notice in args.notices():
         print(f"note: {notice}")
-    with run_lock(Path(args.output_dir)):
-        return prepare_and_go(args, callbacks)
+    try:
+        with run_lock(Path(args.output_dir)):
+            return prepare_and_go(args, callbacks)
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(
+            f"out of memory outside of a forward and backward pass, where a smaller pack is no help: "
+            f"{str(error).splitlines()[0]}. Use --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a smaller "
+            f"--text_model or --lora_r, then go on with: {resume_command(Path(args.output_dir))}"
+        ) from error
 
 
 def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -> int:
@@ -354,8 +362,10 @@ def closing_line(run: Run) -> str:
     where = run.state.best_checkpoint or f"checkpoint-{run.state.step}"
     done = f"done: {run.state.step} steps, {run.state.supervised_tokens} supervised tokens; {run.log.folder / where}"
     if acts:
-        where_told = run.log.folder / "events.jsonl"
-        return f"{done}. {len(acts)} events, {run.state.skipped_steps} steps skipped: see {where_told}"
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(act["kind"] for act in acts).most_common())
+        return (
+            f"{done}. Events: {kinds}; {run.state.skipped_steps} steps skipped. See {run.log.folder / 'events.jsonl'}"
+        )
     return (
         f"{done}. No guard had to act: a larger --per_device_train_batch_size, fewer --early_lr_steps or a higher "
         "--learning_rate may now be tried" + (", and --manual_loss left out" if run.args.manual_loss else "")

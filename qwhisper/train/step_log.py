@@ -2,6 +2,7 @@
 
 import torch
 
+from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.ladder import ALL
 from qwhisper.train.context import Run, StepReport
 
@@ -15,11 +16,13 @@ def log_step(run: Run, report: StepReport, learning_rates: dict[str, float]) -> 
     values = {"loss": report.loss, "grad_norm": report.grad_norm} | {
         f"grad_norm_{k}": v for k, v in report.group_norms.items()
     }
+    peaks = {f"peak_{name}": round(times_average, 2) for name, times_average in report.peaks.items()}
     rates = {f"learning_rate_{name}": rate for name, rate in learning_rates.items()}
     run.log.metric(
         step=run.state.step,
         **readable(values),
         **grad_norm_average(run),
+        **peaks,
         valid_label_count=report.tokens,
         **rates,
         **memory(run),
@@ -46,7 +49,10 @@ def memory(run: Run) -> dict[str, float]:
 
 
 def log_window(run: Run, window: list[StepReport], learning_rate: float) -> None:
-    """One line for the last steps: loss weighted by tokens, skipped steps left out of the averages."""
+    """One line for the last steps: loss weighted by tokens, skipped steps left out of the averages.
+
+    gradient_peaks, for the trackers: steps in which a group was brought down to its adaptive bound.
+    """
     taken = [report for report in window if not report.skipped]
     tokens = sum(report.tokens for report in taken)
     loss = sum(report.loss * report.tokens for report in taken) / tokens if tokens else float("nan")
@@ -56,9 +62,17 @@ def log_window(run: Run, window: list[StepReport], learning_rate: float) -> None
         step=run.state.step, loss=loss, tokens=tokens, grad_norm=grad_norm, learning_rate=learning_rate, seconds=seconds
     )
     if run.clamp and run.clamp.on:
-        run.log.event("activations_clamped", step=run.state.step, values=run.clamp.take_counts())
-    run.fire(
-        "on_log",
-        logs={"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "supervised_tokens": tokens}
-        | grad_norm_average(run),
-    )
+        log_clamped(run, run.clamp)
+    if overflow := run.executor.model.model.audio_tower.overflow.take_counts():
+        run.log.event("encoder_overflow", step=run.state.step, values=overflow)
+    averages = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "supervised_tokens": tokens}
+    peaks = {"gradient_peaks": sum(bool(report.peaks) for report in window)}
+    run.fire("on_log", logs=averages | peaks | grad_norm_average(run))
+
+
+def log_clamped(run: Run, clamp: ActivationClamp) -> None:
+    """How many activations were clamped since the last call, by module; an event only where there were any."""
+    values = clamp.take_counts()
+    run.state.guards.clamp.clamped += sum(values.values())
+    if any(values.values()):
+        run.log.event("activations_clamped", step=run.state.step, values=values)

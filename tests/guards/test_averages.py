@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from qwhisper.guards.averages import BETA, FIRST_NORMS, PEAK, NormAverage
+from qwhisper.guards.averages import BAD, BETA, FIRST_NORMS, PEAK, SPIKE, NormAverage
 
 
 def fed(norms) -> NormAverage:
@@ -28,6 +28,32 @@ def test_a_peak_moves_the_average_no_more_than_its_bound_does(peak):
     average = fed([1.0] * FIRST_NORMS)
     average.feed(peak)
     assert average.mean == pytest.approx(1.0 + (1 - BETA) * (PEAK - 1.0))
+
+
+def test_there_is_no_spike_before_enough_norms_were_seen():
+    assert fed([1.0] * (FIRST_NORMS - 1)).spike_bound == math.inf
+
+
+def test_a_norm_that_was_ordinary_lately_is_no_spike_and_in_time_it_is_again():
+    """Hard samples among known ones, up to a thousand times the others: in sound runs it was up to 931."""
+    average = fed([1.0] * FIRST_NORMS)
+    for norm in (20.0, 150.0, 1000.0):
+        assert PEAK * average.mean < norm <= average.spike_bound
+        average.feed(norm)
+    assert average.spike_bound == SPIKE * 1000.0
+    for _ in range(1000):
+        average.feed(1.0)
+    assert average.spike_bound == pytest.approx(SPIKE * 1000.0 / 2)
+
+
+@pytest.mark.parametrize("spike", [1e3, 1e12])
+def test_spikes_hide_no_spike_after_them(spike):
+    average = fed([1.0] * FIRST_NORMS)
+    for _ in range(5):
+        assert spike > average.spike_bound
+        average.feed(spike)
+    assert average.spike_bound < 2 * BAD * PEAK
+    assert fed([spike] + [1.0] * (FIRST_NORMS - 1)).spike_bound <= SPIKE * BAD * PEAK
 
 
 def test_mean_and_variance_are_those_of_the_norms():

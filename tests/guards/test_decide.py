@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwhisper.guards.averages import FIRST_NORMS, PEAK, NormAverage
-from qwhisper.guards.decide import BAD, StepStatistics, clip_factor, decide
+from qwhisper.guards.averages import BAD, FIRST_NORMS, PEAK, SPIKE, NormAverage
+from qwhisper.guards.decide import StepStatistics, clip_factor, decide
 
 
 def average(mean: float) -> NormAverage:
@@ -71,6 +71,15 @@ def test_a_norm_above_its_average_is_a_peak_and_far_above_it_a_bad_step(times, p
     )
     assert decision.peaks == ({"lora": pytest.approx(times)} if peak else {})
     assert decision.bad == bad and decision.skip is None
+
+
+@pytest.mark.parametrize(("times_largest", "spiked"), [(SPIKE * 0.99, False), (SPIKE * 1.01, True)])
+def test_far_above_its_average_and_above_the_largest_lately_it_is_a_spike(times_largest, spiked):
+    known = NormAverage(mean=2.0, first=[2.0] * FIRST_NORMS, largest=2.0 * PEAK * BAD)
+    statistics = StepStatistics(1.0, {"lora": known.largest * times_largest, "projector": 1.0})
+    decision = decide(statistics, {"lora": known}, group_bounds={}, max_grad_norm=0)
+    assert decision.spikes == ({"lora": decision.peaks["lora"]} if spiked else {})
+    assert decision.bad  # also where such norms are ordinary: five in a row are not
 
 
 @pytest.mark.parametrize(

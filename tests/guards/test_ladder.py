@@ -63,6 +63,6 @@ def test_a_snapshot_is_due_after_enough_clean_steps():
 
 def test_it_survives_json():
     state = after(*[GOOD] * 30, SKIPPED)
-    state.rate.observe(True)
+    state.rate.observe(1.0, True)
     state.loss_scale.shrink()
     assert GuardState.from_dict(json.loads(json.dumps(dataclasses.asdict(state)))) == state

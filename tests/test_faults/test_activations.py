@@ -6,12 +6,14 @@ from contextlib import nullcontext
 import torch
 from transformers import AttentionInterface
 
-from qwhisper.data.collator import pack_samples
 from qwhisper.guards import clamp, diagnose
+from qwhisper.guards.averages import FIRST_NORMS
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.switch import SPIKES, ClampSwitch
 from qwhisper.model.attention import PACKED_ATTENTION, packed_attention_forward
 from qwhisper.model.lora import lora_parameters
+from qwhisper.report.events import read_jsonl
+from qwhisper.train.step_log import log_window
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, same_bits, step, trainable
 
@@ -35,8 +37,12 @@ def with_a_clamp_that_hides_nan(monkeypatch) -> None:
     monkeypatch.setattr(clamp, "clamped", lambda x, bound: torch.nan_to_num(x).clamp(-bound, bound))
 
 
+def events_of(run) -> list[dict]:
+    return read_jsonl(run.log.folder / "events.jsonl")
+
+
 def finding_of(run, samples) -> tuple[str, str] | None:
-    finding = diagnose.diagnose(run.executor.model, pack_samples(samples))
+    finding = diagnose.diagnose(run.executor.model, run.executor.batch(samples))
     return (finding.where, finding.when) if finding else None
 
 
@@ -109,12 +115,6 @@ def plant_outlier(model, scale: float) -> None:
             linear.weight[:, OUTLIER] = 0.0
 
 
-def lora_norm(run, samples) -> float:
-    run.executor.model.zero_grad(set_to_none=True)
-    run.executor.forward_backward(samples, sum(sample.num_supervised for sample in samples))
-    return float(torch.stack([p.grad.norm() for p in run.groups["lora"] if p.grad is not None]).norm())
-
-
 @fault(
     "an outlier channel in the first layer's activations",
     of="numerical",
@@ -122,25 +122,25 @@ def lora_norm(run, samples) -> float:
     without=without_switch,
 )
 def test_a_planted_outlier_is_clamped_and_counted(arguments):
-    run, samples = make_run(arguments(lora_target_modules=["q_proj"]))
-    model, switch = run.executor.model, ClampSwitch()
-    activation_clamp = ActivationClamp(*first_q_proj(model))
+    run, samples = make_run(arguments(lora_target_modules=["q_proj"], activation_clamp="auto", learning_rate=1e-9))
     with torch.no_grad():
-        for name, parameter in lora_parameters(model):
+        for name, parameter in lora_parameters(run.executor.model):
             parameter.normal_(0, 0.1)
             if name.endswith(".0.self_attn.q_proj.lora_A.default.weight"):
                 parameter[:, OUTLIER] = 0.0
-    plant_outlier(model, 1.0)
-    calm = lora_norm(run, samples[:4])
-    plant_outlier(model, 1e4)
-    norms = []
-    for _ in range(SPIKES + 1):
-        norms.append(lora_norm(run, samples[:4]))
-        change = switch.observe(norms[-1] > 3 * calm)
-        activation_clamp.on = activation_clamp.on if change is None else change == "on"
-    assert min(norms[:SPIKES]) > 20 * calm and norms[-1] < 3 * calm
-    ((name, count),) = activation_clamp.take_counts().items()
-    assert name == f"{LM}.layers.0.self_attn.q_proj" and count > 0
+    plant_outlier(run.executor.model, 1.0)
+    calm = [step(run, samples[:4]).group_norms["lora"] for _ in range(FIRST_NORMS)]
+    assert events_of(run) == []
+    plant_outlier(run.executor.model, 1e6)
+    spikes = [step(run, samples[:4]).group_norms["lora"] for _ in range(SPIKES)]
+    after = step(run, samples[:4])
+    assert min(spikes) > 1000 * max(calm) and after.group_norms["lora"] < 3 * max(calm)
+    log_window(run, [after], 1e-9)
+    *named, turned, clamped = events_of(run)
+    assert [event["kind"] for event in named] == ["gradient_spike"] * SPIKES
+    assert (turned["kind"], turned["turned"]) == ("activation_clamp", "on")
+    assert clamped["kind"] == "activations_clamped" and clamped["values"][turned["module"]] > 0
+    assert turned["module"] == f"{LM}.layers.0.self_attn.q_proj"
 
 
 @fault(
@@ -153,7 +153,7 @@ def test_a_nan_passes_the_clamp_unhidden(arguments):
     run, samples = make_run(arguments(freeze_projector_steps=0))
     name, q_proj = first_q_proj(run.executor.model)
     channel = torch.arange(32) == OUTLIER
-    q_proj.register_forward_pre_hook(lambda module, args: (args[0].masked_fill(channel, math.nan),))
+    q_proj.register_forward_pre_hook(lambda module, args: (args[0].masked_fill(channel.to(args[0].device), math.nan),))
     ActivationClamp(name, q_proj, on=True)
     before = trainable(run)
     report = step(run, samples[:4])

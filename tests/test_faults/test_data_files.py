@@ -183,8 +183,9 @@ class Weights(TrainerCallback):
         self.seen = []
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        weights = [p.detach() for p in model.parameters() if p.requires_grad]
         moments = [value for values in optimizer.state.values() for value in values.values()]
-        self.seen.append([t.detach().clone() for t in [*(p for p in model.parameters() if p.requires_grad), *moments]])
+        self.seen.append([t.cpu().clone() for t in weights + moments])
 
 
 @fault(

@@ -7,6 +7,8 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
+
 from qwhisper.errors import CheckpointError
 from qwhisper.train import checkpoint, loop
 from qwhisper.train import run as train_run
@@ -17,6 +19,8 @@ from tests.test_faults.kill_shim import in_child, kill, killed_everywhere
 from tests.test_faults.lives import Lives, Qwhisper, end_state, random_kills
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, read_lines, same_bits, step
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 SAVE = {"freeze_projector_steps": 0, "early_lr_steps": 0, "save_total_limit": 1}
 

@@ -1,10 +1,14 @@
-"""Memory that runs out: in the forward pass, the backward pass, an evaluation, with one sample alone."""
+"""Memory that runs out: while loading, in a pass, an evaluation, a save, with one sample alone."""
 
 import json
 from pathlib import Path
 
 import torch
 
+from qwhisper.model import loading
+from qwhisper.train import loop
+from qwhisper.train import run as train_run
+from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.executor import Executor
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.matrix import fault
@@ -126,3 +130,65 @@ def test_a_sample_too_long(arguments, monkeypatch):
     too_little_memory(monkeypatch, tokens=10, training=True)
     outcome = outcome_of(arguments(**VALUES))
     assert outcome.code == 4 and "train.jsonl" in outcome.message and "--max_length" in outcome.message
+
+
+@fault(
+    "out of memory in a save",
+    of="memory",
+    guarantee="the run goes on, an event names the last whole checkpoint, and the next save is tried",
+    without=lambda monkeypatch: monkeypatch.setattr(loop, "save", lambda run: bool(run.save(run))),
+)
+def test_save(arguments, monkeypatch):
+    honest, calls = train_run.save_optimizer, []
+
+    def planted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return honest(*args)
+
+    monkeypatch.setattr(train_run, "save_optimizer", planted)
+    args = arguments(**VALUES | {"max_steps": 3, "save_steps": 1})
+    outcome = outcome_of(args)
+    assert outcome.code == 0 and outcome.finite
+    assert [e["last_whole"] for e in outcome.events if e["kind"] == "save_failed"] == ["checkpoint-1"]
+    assert {p.name for p in Path(args.output_dir).glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+
+
+@fault(
+    "out of memory while the models are loaded",
+    of="memory",
+    guarantee="exit code 4; the message names both models and the flags that help",
+    without=lambda monkeypatch: monkeypatch.setattr(loading, "MemoryLimitError", RuntimeError),
+)
+def test_load(arguments, monkeypatch):
+    def planted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+
+    monkeypatch.setattr(loading, "load_language_model", planted)
+    args = arguments(**VALUES)
+    outcome = outcome_of(args)
+    assert outcome.code == 4 and "--load_in_4bit" in outcome.message and args.text_model in outcome.message
+
+
+@fault(
+    "out of memory in the optimizer's step",
+    of="memory",
+    guarantee="exit code 4 with the flags that help and the command to go on; the last checkpoint is whole",
+    without=lambda monkeypatch: monkeypatch.setattr(train_run, "MemoryLimitError", RuntimeError),
+)
+def test_optimizer(arguments, monkeypatch):
+    honest, calls = torch.optim.AdamW.step, []
+
+    def planted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+        return honest(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", planted)
+    args = arguments(**VALUES | {"max_steps": 3, "save_steps": 1})
+    outcome = outcome_of(args)
+    assert outcome.code == 4 and "--resume_from_checkpoint" in outcome.message
+    newest, passed_over = newest_valid(Path(args.output_dir))
+    assert newest.name == "checkpoint-2" and passed_over == []

@@ -8,6 +8,9 @@ import torch
 from qwhisper.guards import averages, ladder, snapshot
 from qwhisper.guards.decide import StepStatistics
 from qwhisper.guards.loss_scale import LossScale
+from qwhisper.model import loading
+from qwhisper.model.bases import load_encoder
+from qwhisper.model.half_precision import OverflowClamp
 from qwhisper.train import loop
 from qwhisper.train.checkpoint import resolve_checkpoint
 from qwhisper.train.executor import Executor
@@ -206,7 +209,7 @@ def test_a_broken_moment_is_rewound(arguments):
     "a snapshot that would be poisoned",
     of="numerical",
     guarantee="it is not taken; the older one is what a rewind finds",
-    without=lambda monkeypatch: monkeypatch.setattr(snapshot.torch, "isfinite", lambda t: torch.ones(1)),
+    without=lambda monkeypatch: monkeypatch.setattr(snapshot, "all_finite", lambda tensors: True),
 )
 def test_a_poisoned_snapshot_is_not_taken(arguments):
     run, _ = make_run(arguments(**ONE_EPOCH))
@@ -318,6 +321,26 @@ def test_overflow_of_fp16_costs_no_sample(arguments, monkeypatch):
     report = step(run, samples[:4])
     assert report.skipped is None and report.tokens == sum(s.num_supervised for s in samples[:4])
     assert run.state.guards.loss_scale.scale <= 2**8
+
+
+@fault(
+    "values that overflow in an fp16 encoder",
+    of="numerical",
+    guarantee="bounded, counted and named by module; the step is taken with all of its samples",
+    without=lambda monkeypatch: monkeypatch.setattr(OverflowClamp, "_after", lambda self, *args: None),
+)
+def test_overflow_in_the_encoder(arguments, monkeypatch):
+    def with_large_weights(*args, **kwargs):
+        encoder = load_encoder(*args, **kwargs)
+        with torch.no_grad():
+            encoder.layers[0].fc1.weight.mul_(1e7).clamp_(-6e4, 6e4)
+        return encoder
+
+    monkeypatch.setattr(loading, "load_encoder", with_large_weights)
+    outcome = outcome_of(arguments(**ONE_EPOCH, dtype="fp16", logging_steps=1))
+    assert outcome.code == 0 and outcome.count("dropped_samples") == outcome.count("skipped") == 0
+    overflows = [event["values"] for event in outcome.events if event["kind"] == "encoder_overflow"]
+    assert overflows and all(values["layers.0.fc1"] > 0 for values in overflows)
 
 
 @fault(

@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
@@ -25,6 +26,8 @@ from tests.test_faults.kill_shim import in_child, kill
 from tests.test_faults.lives import At, end_state
 from tests.test_faults.matrix import fault
 from tests.train.helpers import read_lines, same_bits
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 SECONDS = 5  # after which something that should come at once is taken not to come
 

@@ -131,6 +131,7 @@ def test_every_number_is_checked():
     [
         ({"early_lr_factor": 2.0}, "--early_lr_factor 2.0: above 1"),
         ({"whisper_cpu": True, "freeze_whisper": False}, "--whisper_cpu with --no_freeze_whisper"),
+        ({"dtype": "fp16", "lora_fp32": False}, "--dtype fp16 with --no_lora_fp32"),
         ({"use_lora": False, "freeze_projector_steps": 5}, "nothing would learn"),
         ({"init_from": "runs/first/"}, "a new stage needs a folder of its own"),
     ],

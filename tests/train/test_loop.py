@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from qwhisper.errors import DataError, NumericalError
-from qwhisper.guards.averages import FIRST_NORMS, PEAK, NormAverage
+from qwhisper.guards.averages import BAD, FIRST_NORMS, PEAK, NormAverage
+from qwhisper.guards.switch import CLEAN
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.dataset import Rejection
 from qwhisper.train.run import main
+from qwhisper.train.step_log import log_window
 from tests.small import write_dialogues
+from tests.test_faults.inject import gradients_times, plant
 from tests.train.helpers import (
     adam_state,
     checkpoint_tensors,
@@ -143,15 +146,19 @@ def test_a_weight_that_is_not_finite_rewinds_at_once(arguments):
     assert same_bits(before, trainable(run)) == []
 
 
-def test_a_peak_is_brought_down_to_three_averages_and_reported(arguments, monkeypatch):
+@pytest.mark.parametrize("largest", [1e-4, 1e9])
+def test_a_peak_is_brought_down_to_three_averages_and_a_spike_is_named(arguments, monkeypatch, largest):
     run, samples = make_run(arguments(max_grad_norm=0.0, lora_grad_clip=0.0))
-    run.state.guards.averages["lora"] = NormAverage(mean=1e-4, first=[1e-4] * FIRST_NORMS)
+    run.state.guards.averages["lora"] = NormAverage(mean=1e-4, first=[1e-4] * FIRST_NORMS, largest=largest)
     given = step_gradients(run, monkeypatch, samples[:4])
     norm = torch.stack([g.norm() for name, g in given.items() if "lora" in name]).norm()
     assert float(norm) == pytest.approx(PEAK * 1e-4, rel=1e-5)
-    event = read_lines(run.log.folder / "events.jsonl")[-1]
-    assert event["kind"] == "gradient_peak" and event["times_average"]["lora"] > PEAK
-    assert event["samples"] == [s.id for s in samples[:4]]
+    events = read_jsonl(run.log.folder / "events.jsonl")
+    if largest == 1e9:  # such norms are ordinary in that run
+        assert events == []
+    else:
+        assert events[-1]["kind"] == "gradient_spike" and events[-1]["times_average"]["lora"] > PEAK * BAD
+        assert events[-1]["samples"] == [s.id for s in samples[:4]]
 
 
 def test_half_precision_overflow_shrinks_the_loss_scale_and_repeats_the_step(arguments, monkeypatch):
@@ -291,3 +298,25 @@ def test_unfrozen_encoder_learns_and_is_saved(run_training):
     first, second = (checkpoint_tensors(Path(args.output_dir) / f"checkpoint-{n}") for n in (1, 2))
     assert any("audio_tower" in name for name in first) and same_bits(first, second)
     assert (Path(args.output_dir) / "checkpoint-2/encoder.safetensors").exists()
+
+
+def test_a_clamp_that_clamps_nothing_says_so_once_when_it_goes_off(arguments):
+    run, samples = make_run(arguments(activation_clamp="auto"))
+    switch = run.state.guards.clamp
+    switch.on, switch.step, run.clamp.on = True, CLEAN - 2, True
+    log_window(run, [step(run, samples[:4])], 1e-3)
+    assert read_jsonl(run.log.folder / "events.jsonl") == []
+    switch.clamped = 7  # earlier, by what those events said
+    step(run, samples[4:8])
+    (event,) = read_jsonl(run.log.folder / "events.jsonl")
+    assert (event["kind"], event["turned"], event["values"]) == ("activation_clamp", "off", 7) and not run.clamp.on
+
+
+def test_an_ordinary_peak_is_a_metric_and_no_event_and_the_closing_line_knows_it(arguments, capsys, monkeypatch):
+    plant(monkeypatch, gradients_times(10.0), calls=range(30, 31))
+    args = arguments(max_steps=40, logging_steps=40)
+    assert main(args) == 0
+    folder = Path(args.output_dir)
+    peaks = {line["step"] for line in read_lines(folder / "metrics.jsonl") if "peak_lora" in line}
+    assert 31 in peaks and read_jsonl(folder / "events.jsonl") == []
+    assert "No guard had to act" in capsys.readouterr().out
