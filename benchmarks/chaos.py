@@ -68,7 +68,6 @@ def soak(args: argparse.Namespace, seed: int) -> dict:
     outcome, faults, spoiled = with_faults(args, seed, folder)
     quarantined = {line["id"] for line in read_jsonl(folder / "run/quarantine.jsonl")}
     losses = (held_out_loss(clean_folder), held_out_loss(folder / "run"))
-    false_alarms = [event["kind"] for event in clean.events if event["kind"] != "gradient_peak"]
     return {
         "seed": seed,
         "steps": args.steps,
@@ -81,8 +80,7 @@ def soak(args: argparse.Namespace, seed: int) -> dict:
         "clips_quarantined_rightly": quarantined <= spoiled,
         "peaks_injected": len(faults.peaks),
         "rewinds": outcome.count("rewind"),
-        "false_alarms": len(false_alarms),
-        "peaks_reported_in_the_clean_run": clean.count("gradient_peak"),
+        "false_alarms": len(clean.events),
         "loss_clean": round(losses[0], 5),
         "loss_with_faults": round(losses[1], 5),
         "seconds_clean": round(clean_seconds, 1),

@@ -16,6 +16,7 @@ from tests.test_faults.matrix import CLASSES  # noqa: E402  (the repository is n
 
 PAGE = ROOT / "docs/reliability.md"
 RESULTS = ROOT / "benchmarks/results/faults_vs_hf_trainer.jsonl"
+SUMMARY = "summary"  # the name of the results' last line, which counts the others
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
@@ -42,12 +43,15 @@ def hf_outcomes() -> dict[str, str]:
 
 def row_of(fault: dict, told: dict[str, str]) -> str:
     test = f"[{fault['test'].removeprefix('test_')}](../{fault['file'].relative_to(ROOT)})"
-    return f"| {fault['name']} | {fault['guarantee']} | {test} | {told.get(fault['name'], '')} |"
+    cells = (fault["name"], fault["guarantee"], test, told.get(fault["name"], ""))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def tables() -> str:
     told, rows = hf_outcomes(), faults()
     parts = [f"{len(rows)} faults. Every test runs twice: with its guard, and without it, where it must fail."]
+    if SUMMARY in told:
+        parts += ["", f"In a plain HF Trainer: {told[SUMMARY]}."]
     for kind in CLASSES:
         parts += [
             "",
