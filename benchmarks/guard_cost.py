@@ -33,12 +33,12 @@ from qwhisper.guards.ladder import SNAPSHOT_STEPS
 from qwhisper.guards.measure import step_statistics
 from qwhisper.model.kernels import check_kernels
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.context import Run
 from qwhisper.train.dataset import EncodedDialogues, StepSamples, encode_all
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import TIME_SHARE
 from qwhisper.train.rescue import num_supervised
-from qwhisper.train.run import assemble_run, build, collator_for
 from qwhisper.train.state import TrainState
 from qwhisper.train.watch import watch
 
@@ -166,7 +166,7 @@ def assemble(args: argparse.Namespace) -> tuple[Run, list[list[Sample]]]:
     run = assemble_run(settings, model, processor, conversations, [], TrainState(), [])
     model.train()
     samples, _ = encode_all(
-        EncodedDialogues(conversations[: args.batch * args.rows], collator_for(settings, processor))
+        EncodedDialogues(conversations[: args.batch * args.rows], collator_for(settings, processor, model))
     )
     return run, [samples[start : start + args.batch] for start in range(0, len(samples), args.batch)]
 

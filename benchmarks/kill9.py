@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 from qwhisper.data.collator import pad_samples
 from qwhisper.data.conversation import read_conversations
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.assemble import build, collator_for
 from qwhisper.train.dataset import EncodedDialogues, encode_all
-from qwhisper.train.run import build, collator_for
 from tests.small import write_dialogues, write_small_bases
 from tests.test_faults.lives import Kill, Life, Lives, Qwhisper, Save, random_kills
 
@@ -72,7 +72,7 @@ class PlainTrainer:
         model, processor = build(args, None)
         self.model = Plain(model)
         self.pad = processor.tokenizer.pad_token_id
-        dialogues = EncodedDialogues(read_conversations(args.train_file), collator_for(args, processor))
+        dialogues = EncodedDialogues(read_conversations(args.train_file), collator_for(args, processor, model))
         self.samples, _ = encode_all(dialogues)
 
     def train(self, folder: Path, around_save: Callable[[Save], object]) -> None:

@@ -44,12 +44,12 @@ from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.model.projector import AudioProjection
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.assemble import assemble_run
 from qwhisper.train.dataset import StepSamples
 from qwhisper.train.executor import HOST_KEYS, Executor
 from qwhisper.train.groups import parameter_groups
 from qwhisper.train.loop import train
 from qwhisper.train.probe import Pair, choose_pairs, listening_gain
-from qwhisper.train.run import assemble_run
 from qwhisper.train.state import TrainState
 
 MEASURES = (

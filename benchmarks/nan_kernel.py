@@ -37,9 +37,9 @@ from qwhisper.model.kernels import check_kernels
 from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.dataset import StepSamples
 from qwhisper.train.loop import train
-from qwhisper.train.run import assemble_run, build, collator_for
 from qwhisper.train.state import TrainState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -245,7 +245,7 @@ class Heard:
         state = TrainState()
         run = assemble_run(told, model, processor, self.conversations, [], state, [])
         run.executor.packing = packing
-        collator = collator_for(told, processor)
+        collator = collator_for(told, processor, model)
         rows = batches([collator.encode(c) for c in self.conversations], batch, self.args.padded_to)
         gradients = NonFiniteGradients(model, lambda: state.step)
         try:

@@ -28,11 +28,11 @@ from qwhisper.data.conversation import read_conversations
 from qwhisper.guards.apply import drop_gradients
 from qwhisper.guards.measure import gradients
 from qwhisper.guards.snapshot import Snapshots
+from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.context import Run
 from qwhisper.train.dataset import EncodedDialogues, StepSamples, step_samples
 from qwhisper.train.loop import train_step
 from qwhisper.train.rescue import num_supervised
-from qwhisper.train.run import assemble_run, build, collator_for
 from qwhisper.train.state import TrainState
 
 ALL = "all"
@@ -120,7 +120,7 @@ def begin(args: argparse.Namespace, seed: int) -> tuple[Run, Iterator[StepSample
     conversations = read_conversations(told.train_file, data_root="/")
     run = assemble_run(told, model, processor, conversations, [], TrainState(), [])
     model.train()
-    dialogues = EncodedDialogues(conversations, collator_for(told, processor))
+    dialogues = EncodedDialogues(conversations, collator_for(told, processor, model))
     size = told.samples_per_step
     return run, step_samples(dialogues, samples_per_step=size, seed=seed, epoch=0, offset=0, num_workers=0)
 

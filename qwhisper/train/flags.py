@@ -27,8 +27,8 @@ class DataFlags:
     max_samples: int | None = flag(None, "Use only the first N dialogues: the dry run before a long one.")
     max_length: int | None = flag(
         None,
-        "Tokens a dialogue may have (default: no limit). A longer one is cut between turns, never inside an audio, "
-        "and the cut is reported.",
+        "Tokens a dialogue may have (default: the length that the language model was made for). A longer one is cut "
+        "between turns, never inside an audio, and the cut is reported.",
     )
     train_on: Literal["assistant", "last", "all"] = flag(
         "assistant",

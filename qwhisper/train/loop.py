@@ -117,7 +117,7 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
             log_step(run, report, learning_rates)
             run.fire("on_step_end", step_report=report)
             due = state.step % args.save_steps == 0
-            watch(run, report, learning_rates, save_is_due=due or state.step == run.total_steps)
+            watch(run, report, learning_rates, signals, save_is_due=due or state.step == run.total_steps)
             if state.step % args.logging_steps == 0 or state.step == run.total_steps:
                 log_window(run, window, max(learning_rates.values()))
                 window = []

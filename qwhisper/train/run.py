@@ -4,7 +4,6 @@ Everything that can be refused is refused before a model is loaded.
 """
 
 import dataclasses
-import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,34 +13,24 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, read_conversations
-from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, UsageError
-from qwhisper.guards.clamp import ActivationClamp, first_q_proj
-from qwhisper.guards.fingerprint import fingerprint, frozen_parameters
-from qwhisper.guards.snapshot import Snapshots
-from qwhisper.model.bases import LoadOptions, resolve_model
+from qwhisper.errors import CheckpointError, MemoryLimitError, UsageError
 from qwhisper.model.kernels import check_kernels
-from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
-from qwhisper.model.lora import add_lora
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.report.events import RunLog, read_jsonl
-from qwhisper.report.terminal import StepLines, quieten_transformers
+from qwhisper.report.events import read_jsonl
+from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.callbacks import ConfiguringCallback
 from qwhisper.train.context import Run
-from qwhisper.train.dataset import EncodedDialogues, encode_all, step_samples
-from qwhisper.train.executor import Executor
-from qwhisper.train.groups import make_optimizer, parameter_groups, parameter_names
-from qwhisper.train.hooks import Hooks, hf_arguments, tracker_callbacks
+from qwhisper.train.dataset import EncodedDialogues, step_samples
+from qwhisper.train.hooks import tracker_callbacks
 from qwhisper.train.loop import train
-from qwhisper.train.probe import ListeningProbe, first_probe_step, make_probe
-from qwhisper.train.resume import changed_arguments, save_arguments
+from qwhisper.train.resume import changed_arguments
 from qwhisper.train.run_lock import run_lock
-from qwhisper.train.schedule import guarded_factor
-from qwhisper.train.state import TrainState, load_generators, load_optimizer, save_generators, save_optimizer
+from qwhisper.train.saving import restore
+from qwhisper.train.state import TrainState
 
 CONFIG_FILE = "config.yaml"
 
@@ -92,7 +81,7 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
 def go(run: Run, processor: Qwen3AudioProcessor, conversations: list[Conversation]) -> int:
     args, state = run.args, run.state
     steps = step_samples(
-        EncodedDialogues(conversations, collator_for(args, processor)),
+        EncodedDialogues(conversations, collator_for(args, processor, run.executor.model)),
         samples_per_step=args.samples_per_step,
         seed=args.seed,
         epoch=state.epoch,
@@ -157,151 +146,10 @@ def set_up_torch(args: TrainArguments) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def load_options(args: TrainArguments) -> LoadOptions:
-    return LoadOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoadOptions)})
-
-
-def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
-    """The model with LoRA and whatever else is trained set to require gradients, and its processor."""
-    start_from = resumed or (checkpoints.resolve_checkpoint(args.init_from) if args.init_from else None)
-    if start_from is None:
-        assert args.audio_model and args.text_model  # left empty only for a run that starts from a checkpoint
-        names = ("projector_scale", "audio_lead_silence", "audio_tail_silence")
-        config_values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        model, processor = build_from_bases(
-            args.audio_model,
-            args.text_model,
-            load_options(args),
-            hub=args.hub,
-            **config_values,
-        )
-    else:
-        given = {"audio_model": args.audio_model, "text_model": args.text_model}
-        moved = {flag: resolve_model(name, args.hub, f"--{flag}") for flag, name in given.items() if name is not None}
-        model = load_trained(start_from, load_options(args), **moved)
-        processor = Qwen3AudioProcessor.from_pretrained(start_from)
-        if args.projector_scale is not None:
-            model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
-    model.config.projector_dropout = model.model.multi_modal_projector.dropout.p = args.projector_dropout
-    prepare_trainable(model, args)
-    if start_from is not None and not args.freeze_whisper:
-        load_trained_weights(model, start_from)  # the encoder is in fp32 only now; it was rounded as it came
-    return model, processor
-
-
-def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArguments) -> None:
-    """Adds LoRA if it is wanted and not there yet, and sets what requires gradients."""
-    if args.use_lora and not getattr(model, "peft_config", None):
-        add_lora(
-            model,
-            r=args.lora_r,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules,
-            init_scale=args.lora_init_scale,
-            fp32=args.lora_fp32,
-        )
-    for parameter in model.model.language_model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and args.use_lora)
-    model.model.multi_modal_projector.requires_grad_(True)
-    if not args.freeze_whisper:
-        model.model.audio_tower.requires_grad_(True).float()
-        model.model.audio_tower.embed_positions.requires_grad_(False)
-    model.manual_loss = args.manual_loss
-    if args.gradient_checkpointing:
-        model.model.language_model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": args.lora_dropout > 0}
-        )
-
-
-def collator_for(args: TrainArguments, processor: Qwen3AudioProcessor) -> ConversationCollator:
-    return ConversationCollator(
-        processor.tokenizer,
-        processor.frames,
-        audio_token_id=processor.audio_token_id,
-        chat_template=processor.chat_template,
-        train_on=args.train_on,
-        max_length=args.max_length,
-        packed=True,
-    )
-
-
 def write_config(args: TrainArguments, folder: Path) -> None:
     """Everything that is needed to run it again: `qwhisper train --config` reads it."""
     values = {k: v for k, v in dataclasses.asdict(args).items() if v is not None and k != "resume_from_checkpoint"}
     checkpoints.write_whole(folder / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def assemble_run(args, model, processor, conversations, held_out, state: TrainState, callbacks) -> Run:
-    collator = collator_for(args, processor)
-    eval_samples, rejections = encode_all(EncodedDialogues(held_out, collator))
-    log = RunLog(Path(args.output_dir))
-    for rejection in rejections:
-        log.quarantine(**dataclasses.asdict(rejection), step=state.step)
-    if held_out and not eval_samples:
-        raise DataError(f"--eval_file {args.eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
-    groups = parameter_groups(model)
-    optimizer = make_optimizer(groups, args)
-    steps_per_epoch = -(-len(conversations) // args.samples_per_step)
-    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: guarded_factor(step, args, total_steps, state.guards)
-    )
-    executor = Executor(
-        model, max_tokens_per_pack=state.max_tokens_per_pack or args.pack_limit, pad_token_id=collator.pad_token_id
-    )
-    hooks = Hooks(
-        callbacks,
-        hf_arguments(args, total_steps),
-        steps_per_epoch=steps_per_epoch,
-        model=model,
-        processing_class=processor,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-    )
-    return Run(
-        args=args,
-        total_steps=total_steps,
-        num_dialogues=len(conversations),
-        groups=groups,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        executor=executor,
-        snapshots=Snapshots(groups, optimizer),
-        clamp=make_clamp(args, model, state),
-        state=state,
-        log=log,
-        lines=StepLines(total_steps, state.step),
-        hooks=hooks,
-        eval_samples=eval_samples,
-        probe=probe_of(args, executor, collator, held_out or conversations, state, total_steps),
-        base_checksums=fingerprint(frozen_parameters(model)),
-        save=lambda run: save_checkpoint(run, processor),
-    )
-
-
-def probe_of(args, executor, collator, dialogues, state: TrainState, total_steps: int) -> ListeningProbe | None:
-    """The listening probe; None for a run that ends before its first one, which need not decode its audio."""
-    first_step = first_probe_step(
-        total_steps=total_steps,
-        freeze_projector_steps=args.freeze_projector_steps,
-        samples_per_step=args.samples_per_step,
-    )
-    if first_step > total_steps:
-        return None
-    return make_probe(executor, collator, dialogues, state.probe, first_step=first_step, seed=args.seed)
-
-
-def make_clamp(args: TrainArguments, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:
-    """--activation_clamp, as it stands; None for off, and for an LM whose first layer has no q_proj."""
-    if args.clamp_bound is None:
-        return None
-    found = first_q_proj(model)
-    if found is None:
-        print("note: --activation_clamp has no effect: this language model's first layer has no q_proj")
-        return None
-    on = state.guards.clamp.on if args.activation_clamp == "auto" else True
-    return ActivationClamp(*found, bound=args.clamp_bound, on=on)
 
 
 def describe(run: Run) -> None:
@@ -318,42 +166,6 @@ def try_kernels(run: Run) -> None:
     for wrong in check_kernels(run.executor.model, longest):
         run.log.event("kernel_replaced", step=run.state.step, **dataclasses.asdict(wrong))
         run.lines.say(str(wrong))
-
-
-def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
-    """A new checkpoint, and older ones deleted; none is deleted while the newest is not finite."""
-    model, state = run.executor.model, run.state
-    state.max_tokens_per_pack = run.executor.max_tokens_per_pack
-    trainable = [p for parameters in run.groups.values() for p in parameters]
-    finite = bool(torch.stack([torch.isfinite(p).all() for p in trainable]).all())
-
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        save_optimizer(run.optimizer, parameter_names(model), folder)
-        save_generators(folder)
-        state.save(folder)
-        save_arguments(run.args, folder)
-
-    folder = checkpoints.write_checkpoint(run.log.folder, state.step, fill, finite=finite)
-    if finite:
-        checkpoints.rotate(
-            run.log.folder, run.args.save_total_limit, {state.best_checkpoint} if state.best_checkpoint else set()
-        )
-    else:
-        run.log.event("weights_not_finite", step=state.step, checkpoint=folder.name)
-        print(f"{folder.name}: a trained weight is not finite; no older checkpoint will be deleted", file=sys.stderr)
-    return folder
-
-
-def restore(run: Run, folder: Path) -> None:
-    """Optimizer, schedule and generators as they were; the weights are loaded already."""
-    try:
-        load_optimizer(run.optimizer, parameter_names(run.executor.model), folder)
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: its optimizer state does not fit this run ({error})") from error
-    load_generators(folder)
-    run.set_learning_rates()
 
 
 def closing_line(run: Run) -> str:

@@ -3,13 +3,16 @@
 from qwhisper.guards.alarms import StepFacts
 from qwhisper.guards.fingerprint import changed, fingerprint, frozen_parameters, group_checksums
 from qwhisper.train.context import Run, StepReport
+from qwhisper.train.signals import StopSignals
 
 
-def watch(run: Run, report: StepReport, learning_rates: dict[str, float], *, save_is_due: bool) -> None:
+def watch(
+    run: Run, report: StepReport, learning_rates: dict[str, float], signals: StopSignals, *, save_is_due: bool
+) -> None:
     """After a step: probes the model where that is due, and raises the alarms that its numbers call for."""
     state, gain = run.state, None
     if run.probe and run.probe.due(state.step, report.seconds):
-        gain = run.probe.measure()
+        gain = signals.unless_stopped(run.probe.measure)
     if gain is not None:
         run.log.metric(step=state.step, listening_gain=gain.gain, listening_noise=gain.noise)
         run.lines.say(f"step {state.step}: listening gain {gain.gain:.3f} ± {gain.noise:.3f} nats a token")

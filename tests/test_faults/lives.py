@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from qwhisper.cli import main as command_line
 from qwhisper.report.events import read_jsonl
-from qwhisper.train import run as train_run
+from qwhisper.train import assemble
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.run import CONFIG_FILE, main
@@ -152,9 +152,9 @@ class Qwhisper:
         self.args = args
 
     def train(self, folder: Path, around_save: Callable[[Save], object]) -> None:
-        honest = train_run.save_checkpoint
+        honest = assemble.save_checkpoint
         saving = mock.patch.object(
-            train_run, "save_checkpoint", lambda run, processor: around_save(lambda: honest(run, processor))
+            assemble, "save_checkpoint", lambda run, processor: around_save(lambda: honest(run, processor))
         )
         with saving:
             if (folder / CONFIG_FILE).exists():

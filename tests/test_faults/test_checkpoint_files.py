@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import loading
-from qwhisper.model.processing_qwen3_audio import add_audio_token
+from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
 from qwhisper.train import checkpoint, state
 from qwhisper.train import run as train_run
+from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.checkpoint import MANIFEST, check_manifest, newest_valid, resolve_checkpoint
 from qwhisper.train.run import main
 from tests.small import write_small_bases
@@ -34,7 +35,7 @@ def finished_run(bases, train_file, tmp_path_factory) -> Path:
     """The folder of a run with the checkpoints 2 and 4. To be copied, never changed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     audio, text = bases
-    args = train_run.TrainArguments(
+    args = TrainArguments(
         train_file=str(train_file), output_dir=str(folder), audio_model=str(audio), text_model=str(text),
         max_steps=4, save_steps=2, freeze_projector_steps=0, per_device_train_batch_size=4, learning_rate=1e-3,
     )  # fmt: skip
@@ -47,9 +48,9 @@ def folder(finished_run, tmp_path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
-def resume_arguments(folder: Path, **values) -> train_run.TrainArguments:
+def resume_arguments(folder: Path, **values) -> TrainArguments:
     told = json.loads((folder / "checkpoint-4/arguments.json").read_text())
-    return train_run.TrainArguments(
+    return TrainArguments(
         **told | {"output_dir": str(folder), "resume_from_checkpoint": "latest", "max_steps": 5} | values
     )
 
@@ -332,7 +333,7 @@ def test_base_changed_since(arguments, tmp_path, folder):
 
 def processor_of_the_base(monkeypatch) -> None:
     """The tokenizer is taken from where the base lies now."""
-    honest = train_run.Qwen3AudioProcessor.from_pretrained
+    honest = Qwen3AudioProcessor.from_pretrained
 
     def from_pretrained(folder):
         processor = honest(folder)
@@ -341,7 +342,7 @@ def processor_of_the_base(monkeypatch) -> None:
         add_audio_token(processor.tokenizer)
         return processor
 
-    monkeypatch.setattr(train_run.Qwen3AudioProcessor, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(Qwen3AudioProcessor, "from_pretrained", from_pretrained)
 
 
 @fault(

@@ -14,8 +14,8 @@ import pytest
 
 from qwhisper.errors import CheckpointError
 from qwhisper.train import checkpoint, loop, state
-from qwhisper.train import run as train_run
 from qwhisper.train.checkpoint import check_manifest, checkpoints, resolve_checkpoint
+from qwhisper.train.executor import Executor
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.kill_shim import Operations, fail, operations_of
 from tests.test_faults.matrix import fault
@@ -193,7 +193,7 @@ def test_last_save_fails(arguments, monkeypatch):
 )
 def test_best_save_fails(arguments, monkeypatch, train_file):
     losses = iter([3.0, 2.0, 3.5])
-    monkeypatch.setattr(train_run.Executor, "evaluate", lambda self, samples: next(losses))
+    monkeypatch.setattr(Executor, "evaluate", lambda self, samples: next(losses))
     args = arguments(**SAVES, save_total_limit=1, eval_file=str(train_file))
     outcome = run_with_failing_save(
         arguments, monkeypatch, fail(errno.ENOSPC), save_total_limit=1, eval_file=str(train_file)

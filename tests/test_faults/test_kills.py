@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwhisper.errors import CheckpointError
-from qwhisper.train import checkpoint, loop
+from qwhisper.train import checkpoint, loop, saving
 from qwhisper.train import run as train_run
 from qwhisper.train.checkpoint import check_manifest, checkpoints, newest_valid
 from qwhisper.train.executor import Executor
@@ -52,7 +52,7 @@ def deleted_in_place(monkeypatch) -> None:
 
 
 def without_generators(monkeypatch) -> None:
-    monkeypatch.setattr(train_run, "load_generators", lambda folder: None)
+    monkeypatch.setattr(saving, "load_generators", lambda folder: None)
 
 
 def assert_only_whole_ones(folder: Path, where: str) -> None:

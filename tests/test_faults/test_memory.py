@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from qwhisper.model import loading
-from qwhisper.train import loop
+from qwhisper.train import loop, saving
 from qwhisper.train import run as train_run
 from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.executor import Executor
@@ -139,7 +139,7 @@ def test_a_sample_too_long(arguments, monkeypatch):
     without=lambda monkeypatch: monkeypatch.setattr(loop, "save", lambda run: bool(run.save(run))),
 )
 def test_save(arguments, monkeypatch):
-    honest, calls = train_run.save_optimizer, []
+    honest, calls = saving.save_optimizer, []
 
     def planted(*args):
         calls.append(1)
@@ -147,7 +147,7 @@ def test_save(arguments, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory (planted)")
         return honest(*args)
 
-    monkeypatch.setattr(train_run, "save_optimizer", planted)
+    monkeypatch.setattr(saving, "save_optimizer", planted)
     args = arguments(**VALUES | {"max_steps": 3, "save_steps": 1})
     outcome = outcome_of(args)
     assert outcome.code == 0 and outcome.finite

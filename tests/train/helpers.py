@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from qwhisper.data.conversation import read_conversations
+from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.dataset import EncodedDialogues, StepSamples, encode_all
 from qwhisper.train.loop import train_step
-from qwhisper.train.run import assemble_run, build, collator_for
 from qwhisper.train.state import TrainState
 
 # Sums of at most a few thousand fp32 products, in another order: 1e-5 of the largest gradient is about 100 roundings.
@@ -49,7 +49,7 @@ def make_run(args, callbacks=()):
     conversations = read_conversations(args.train_file)
     run = assemble_run(args, model, processor, conversations, [], TrainState(), list(callbacks))
     model.train()
-    samples, _ = encode_all(EncodedDialogues(conversations, collator_for(args, processor)))
+    samples, _ = encode_all(EncodedDialogues(conversations, collator_for(args, processor, model)))
     return run, samples
 
 

@@ -10,9 +10,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import read_conversations
+from qwhisper.train.assemble import build
 from qwhisper.train.callbacks import LoRAStabilizeCallback, LossDebugCallback, NaNMonitorCallback, ProjectorFreezeHook
 from qwhisper.train.hf_trainer import guard_trainer
-from qwhisper.train.run import build, main
+from qwhisper.train.run import main
 from tests.train.helpers import read_lines, same_bits
 
 

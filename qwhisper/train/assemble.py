@@ -1,0 +1,175 @@
+"""From arguments to everything that a run holds: model, optimizer, samples, guards."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+from qwhisper.data.collator import ConversationCollator
+from qwhisper.errors import DataError
+from qwhisper.guards.clamp import ActivationClamp, first_q_proj
+from qwhisper.guards.fingerprint import fingerprint, frozen_parameters
+from qwhisper.guards.snapshot import Snapshots
+from qwhisper.model.bases import LoadOptions, resolve_model
+from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
+from qwhisper.model.lora import add_lora
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.report.events import RunLog
+from qwhisper.report.terminal import StepLines
+from qwhisper.train import checkpoint as checkpoints
+from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.context import Run
+from qwhisper.train.dataset import EncodedDialogues, encode_all
+from qwhisper.train.executor import Executor
+from qwhisper.train.groups import make_optimizer, parameter_groups
+from qwhisper.train.hooks import Hooks, hf_arguments
+from qwhisper.train.probe import ListeningProbe, first_probe_step, make_probe
+from qwhisper.train.saving import save_checkpoint
+from qwhisper.train.schedule import guarded_factor
+from qwhisper.train.state import TrainState
+
+
+def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
+    """The model with LoRA and whatever else is trained set to require gradients, and its processor."""
+    start_from = resumed or (checkpoints.resolve_checkpoint(args.init_from) if args.init_from else None)
+    if start_from is None:
+        assert args.audio_model and args.text_model  # left empty only for a run that starts from a checkpoint
+        names = ("projector_scale", "audio_lead_silence", "audio_tail_silence")
+        config_values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        model, processor = build_from_bases(
+            args.audio_model,
+            args.text_model,
+            load_options(args),
+            hub=args.hub,
+            **config_values,
+        )
+    else:
+        given = {"audio_model": args.audio_model, "text_model": args.text_model}
+        moved = {flag: resolve_model(name, args.hub, f"--{flag}") for flag, name in given.items() if name is not None}
+        model = load_trained(start_from, load_options(args), **moved)
+        processor = Qwen3AudioProcessor.from_pretrained(start_from)
+        if args.projector_scale is not None:
+            model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
+    model.config.projector_dropout = model.model.multi_modal_projector.dropout.p = args.projector_dropout
+    prepare_trainable(model, args)
+    if start_from is not None and not args.freeze_whisper:
+        load_trained_weights(model, start_from)  # the encoder is in fp32 only now; it was rounded as it came
+    return model, processor
+
+
+def load_options(args: TrainArguments) -> LoadOptions:
+    return LoadOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoadOptions)})
+
+
+def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArguments) -> None:
+    """Adds LoRA if it is wanted and not there yet, and sets what requires gradients."""
+    if args.use_lora and not getattr(model, "peft_config", None):
+        add_lora(
+            model,
+            r=args.lora_r,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules,
+            init_scale=args.lora_init_scale,
+            fp32=args.lora_fp32,
+        )
+    for parameter in model.model.language_model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and args.use_lora)
+    model.model.multi_modal_projector.requires_grad_(True)
+    if not args.freeze_whisper:
+        model.model.audio_tower.requires_grad_(True).float()
+        model.model.audio_tower.embed_positions.requires_grad_(False)
+    model.manual_loss = args.manual_loss
+    if args.gradient_checkpointing:
+        model.model.language_model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "preserve_rng_state": args.lora_dropout > 0}
+        )
+
+
+def collator_for(
+    args: TrainArguments, processor: Qwen3AudioProcessor, model: Qwen3AudioForConditionalGeneration
+) -> ConversationCollator:
+    """Without --max_length a sample may be as long as the language model was made for."""
+    return ConversationCollator(
+        processor.tokenizer,
+        processor.frames,
+        audio_token_id=processor.audio_token_id,
+        chat_template=processor.chat_template,
+        train_on=args.train_on,
+        max_length=args.max_length or model.config.get_text_config().max_position_embeddings,
+        packed=True,
+    )
+
+
+def assemble_run(args, model, processor, conversations, held_out, state: TrainState, callbacks) -> Run:
+    collator = collator_for(args, processor, model)
+    eval_samples, rejections = encode_all(EncodedDialogues(held_out, collator))
+    log = RunLog(Path(args.output_dir))
+    for rejection in rejections:
+        log.quarantine(**dataclasses.asdict(rejection), step=state.step)
+    if held_out and not eval_samples:
+        raise DataError(f"--eval_file {args.eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
+    groups = parameter_groups(model)
+    optimizer = make_optimizer(groups, args)
+    steps_per_epoch = -(-len(conversations) // args.samples_per_step)
+    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: guarded_factor(step, args, total_steps, state.guards)
+    )
+    executor = Executor(
+        model, max_tokens_per_pack=state.max_tokens_per_pack or args.pack_limit, pad_token_id=collator.pad_token_id
+    )
+    hooks = Hooks(
+        callbacks,
+        hf_arguments(args, total_steps),
+        steps_per_epoch=steps_per_epoch,
+        model=model,
+        processing_class=processor,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+    )
+    return Run(
+        args=args,
+        total_steps=total_steps,
+        num_dialogues=len(conversations),
+        groups=groups,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        executor=executor,
+        snapshots=Snapshots(groups, optimizer),
+        clamp=make_clamp(args, model, state),
+        state=state,
+        log=log,
+        lines=StepLines(total_steps, state.step),
+        hooks=hooks,
+        eval_samples=eval_samples,
+        probe=probe_of(args, executor, collator, held_out or conversations, state, total_steps),
+        base_checksums=fingerprint(frozen_parameters(model)),
+        save=lambda run: save_checkpoint(run, processor),
+    )
+
+
+def probe_of(args, executor, collator, dialogues, state: TrainState, total_steps: int) -> ListeningProbe | None:
+    """The listening probe; None for a run that ends before its first one, which need not decode its audio."""
+    first_step = first_probe_step(
+        total_steps=total_steps,
+        freeze_projector_steps=args.freeze_projector_steps,
+        samples_per_step=args.samples_per_step,
+    )
+    if first_step > total_steps:
+        return None
+    return make_probe(executor, collator, dialogues, state.probe, first_step=first_step, seed=args.seed)
+
+
+def make_clamp(args: TrainArguments, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:
+    """--activation_clamp, as it stands; None for off, and for an LM whose first layer has no q_proj."""
+    if args.clamp_bound is None:
+        return None
+    found = first_q_proj(model)
+    if found is None:
+        print("note: --activation_clamp has no effect: this language model's first layer has no q_proj")
+        return None
+    on = state.guards.clamp.on if args.activation_clamp == "auto" else True
+    return ActivationClamp(*found, bound=args.clamp_bound, on=on)

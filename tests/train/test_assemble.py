@@ -1,0 +1,23 @@
+import pytest
+
+from qwhisper.data.conversation import read_conversations
+from qwhisper.train.assemble import build, collator_for
+from qwhisper.train.dataset import EncodedDialogues, encode_all
+
+
+@pytest.mark.parametrize(("given", "made_for", "longest"), [(None, 60, 60), (50, 60, 50), (None, 10_000, 10_000)])
+def test_without_a_max_length_a_dialogue_is_as_long_as_the_language_model_was_made_for(
+    arguments, given, made_for, longest
+):
+    args = arguments(max_length=given)
+    model, processor = build(args, None)
+    model.config.get_text_config().max_position_embeddings = made_for
+    dialogues = read_conversations(args.train_file)
+    samples, rejections = encode_all(EncodedDialogues(dialogues, collator_for(args, processor, model)))
+    lengths = [len(sample.input_ids) for sample in samples]
+    assert max(lengths, default=0) <= longest
+    whole, _ = encode_all(EncodedDialogues(dialogues, collator_for(arguments(max_length=10_000), processor, model)))
+    cut = [sample for sample in whole if len(sample.input_ids) > longest]
+    assert len(samples) + len(rejections) == len(whole)
+    assert len(cut) == len(rejections) + sum(bool(sample.events) for sample in samples)
+    assert bool(cut) == (longest < 10_000)
