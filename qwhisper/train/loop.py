@@ -195,8 +195,7 @@ def save(run: Run) -> bool:
     It is a snapshot as well, so that a run that is resumed from it rewinds to what the uninterrupted one would.
     """
     step = run.state.step
-    if run.snapshots.take(step):
-        run.state.guards.clean_steps = 0
+    run.snapshots.take(step)
     try:
         folder = run.save(run)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from transformers import TrainerCallback
 
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.train.run import main
+from tests.test_faults.inject import plant
 from tests.train.helpers import checkpoint_tensors, read_lines, same_bits
 
 
@@ -58,6 +61,31 @@ def test_resume_is_bit_exact(arguments, tmp_path, stop, workers):
         for name in ("whole", "parts")
     ]
     assert rates[0] == rates[1]
+
+
+class BadSteps(TrainerCallback):
+    """Makes every loss of some steps NaN."""
+
+    def __init__(self, steps: set[int], monkeypatch):
+        self.steps, self.now = steps, 0
+        plant(monkeypatch, lambda executor, loss: loss * math.nan if self.now in self.steps else None)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step
+
+
+def test_a_resumed_run_rewinds_to_what_the_uninterrupted_one_does(arguments, tmp_path, monkeypatch):
+    values = {"max_steps": 8, "save_steps": 3, "max_bad_steps": 2, "freeze_projector_steps": 0, "early_lr_steps": 0}
+    whole = arguments(output_dir=str(tmp_path / "whole"), **values)
+    bad = BadSteps({4, 5}, monkeypatch)
+    assert main(whole, [bad]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/checkpoint-8")
+    shutil.rmtree(tmp_path / "parts/checkpoint-6")
+    parts = dataclasses.replace(whole, output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest")
+    assert main(parts, [bad]) == 0
+    (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 8), outcome(tmp_path / "parts", 8)
+    assert same_bits(tensors, other_tensors) == [] and state == other_state and state["guards"]["rewinds"] == 1
 
 
 def test_early_factor_is_over_at_the_right_step_across_a_resume(arguments):
