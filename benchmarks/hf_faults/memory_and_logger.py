@@ -9,13 +9,14 @@ from functools import partial
 import torch
 from transformers import Trainer
 
-from hf_faults.observe import Bench, Plant, Verdict, judge
+from hf_faults import plain
+from hf_faults.observe import CRASHED, Bench, Plant, Seen, Verdict, ending, how_it_broke, judge, redirect
 from hf_faults.processes import in_evaluation
-from tests.test_faults.kill_shim import fail
+from tests.test_faults.kill_shim import fail, in_child
 from tests.test_faults.test_logger import fails_in
 
 
-def out_of_memory(*args) -> None:
+def out_of_memory(*args, **kwargs) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory (planted)")
 
 
@@ -52,6 +53,35 @@ def in_second_backward(trainer: Trainer) -> None:
         return out_of_memory() if len(calls) == 2 else honest(self, *args, **kwargs)
 
     torch.Tensor.backward = backward
+
+
+def in_call(number: int, owner: Callable[[Trainer], object], method: str) -> Plant:
+    """In that call, counted from 1, of a method of what `owner` finds in the trainer."""
+
+    def plant(trainer: Trainer) -> None:
+        honest, calls = getattr(owner(trainer), method), []
+
+        def planted(*args, **kwargs):
+            calls.append(1)
+            return out_of_memory() if len(calls) == number else honest(*args, **kwargs)
+
+        setattr(owner(trainer), method, planted)
+
+    return plant
+
+
+def while_loading(bench: Bench) -> Verdict:
+    """A script that loads its models is not yet in Trainer's hands."""
+    output = bench.fresh() / "output.txt"
+
+    def work() -> None:
+        redirect(output)
+        plain.build_from_bases = out_of_memory
+        plain.Script.on(bench.bases)
+
+    seen = Seen()
+    seen.ended, seen.message = ending(in_child(work), False, output.read_text().splitlines())
+    return Verdict(CRASHED, how_it_broke(seen), seen.facts)
 
 
 def tracker(event: str) -> Plant:
@@ -111,6 +141,13 @@ CASES = {
     ),
     "out of memory in mid-run": partial(
         ended, plant=in_forward(lambda trainer, inputs: trainer.state.global_step == 5)
+    ),
+    "out of memory in a save": partial(
+        ended, plant=in_call(2, lambda trainer: trainer, "_save_optimizer_and_scheduler"), save_steps=1
+    ),
+    "out of memory while the models are loaded": while_loading,
+    "out of memory in the optimizer's step": partial(
+        ended, plant=in_call(3, lambda trainer: torch.optim.AdamW, "step"), save_steps=1
     ),
     "one sample that does not fit by itself": partial(
         ended, plant=in_forward(lambda trainer, inputs: 3 in inputs["dialogue"].tolist())

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_faults.observe import HARMLESS, POISONED, SILENT, Bench, Plant, Seen, Verdict, judge, no_such_part
 from qwhisper.data.encode import IGNORE
+from qwhisper.model.half_precision import OverflowClamp
 from tests.small import write_dialogues
 from tests.test_faults.inject import Effect, gradient_element, gradients_times
 from tests.test_faults.lives import At
@@ -241,6 +242,16 @@ def fp16_overflow(bench: Bench) -> Verdict:
     return judge(bench.clean(max_steps=12), seen, text)
 
 
+def encoder_overflow(bench: Bench) -> Verdict:
+    def plant(trainer: Trainer) -> None:
+        OverflowClamp._after = lambda self, *args: None  # in this child alone: the model is ours
+        encoder = trainer.model.model.model.audio_tower.half()
+        with torch.no_grad():
+            encoder.layers[0].fc1.weight.mul_(1e7).clamp_(-6e4, 6e4)
+
+    return judge(bench.clean(), bench.train(plant), "it is trained on features that overflowed")
+
+
 def healthy_checkpoints(bench: Bench, plant: Plant, **flags) -> Verdict:
     """With one checkpoint kept, as many do: is the one that is left sound?"""
     seen = bench.train(plant, save_steps=1, save_total_limit=1, **flags)
@@ -332,6 +343,7 @@ CASES = {
         planted, before(lambda trainer: None), learning_rate=1e18, max_grad_norm=0.0, max_steps=12
     ),
     "fp16 gradients that overflow": fp16_overflow,
+    "values that overflow in an fp16 encoder": encoder_overflow,
     "a resume after bad steps": resumed_after_nan,
     "a held-out loss that is NaN, at the first evaluation": nan_is_best,
 }  # fmt: skip
