@@ -90,7 +90,7 @@ def diagnose(model: nn.Module, batch: dict[str, Any], *, loss_scale: float = 1.0
     loss_scale: what the loss is multiplied by before the backward pass, for fp16. The model runs in the mode, and the
     caller in the autocast, that they are in. Gradients are None afterwards, hooks gone, random generators as before.
     """
-    finding = _bad_weight(model) or _bad_input(batch)
+    finding = bad_weight(model) or _bad_input(batch)
     if finding:
         return finding
     trace = _Trace(model)
@@ -105,7 +105,8 @@ def diagnose(model: nn.Module, batch: dict[str, Any], *, loss_scale: float = 1.0
     return trace.finding()
 
 
-def _bad_weight(model: nn.Module) -> Finding | None:
+def bad_weight(model: nn.Module) -> Finding | None:
+    """The first weight that is not finite; None where all are."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not _all_finite(parameter):
             return Finding(name, "weight", f"weight {name} is not finite", (describe("values", parameter),))

@@ -18,7 +18,8 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
     """2-norm over all elements, fp32 scalar."""
     if not tensors:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm([t.float() for t in tensors]))))
+    norms = torch._foreach_norm([t.float() for t in tensors])
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 @torch.no_grad()

@@ -35,11 +35,18 @@ class Snapshots:
 
     @torch.no_grad()
     def take(self, step: int) -> bool:
-        """Copies everything, unless a number in it is not finite. Returns whether it did."""
+        """Copies everything, unless a number in it is not finite. Returns whether it did.
+
+        A second copy of one step takes the place of the first. May raise MemoryError.
+        """
         tensors = [{WEIGHT: p.detach()} | self.optimizer.state.get(p, {}) for p in self.parameters]
         if not all_finite([tensor for entry in tensors for tensor in entry.values()]):
             return False
-        spare = self.kept.popleft().tensors if len(self.kept) == KEPT else [{} for _ in tensors]
+        spare: list[dict[str, Tensor]] = [{} for _ in tensors]
+        if self.kept and self.kept[-1].step == step:
+            spare = self.kept.pop().tensors
+        elif len(self.kept) == KEPT:
+            spare = self.kept.popleft().tensors
         self.kept.append(Copy(step, [on_host(*pair) for pair in zip(tensors, spare, strict=True)]))
         self.restored = None
         return True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 BOUND = torch.finfo(torch.float16).max / 2  # the sum of two such values, a residual and what is added, is still finite
-PARTS = ("conv1", "conv2", "out_proj", "fc1", "fc2")
+PARTS = ("conv1", "conv2", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 class OverflowClamp:

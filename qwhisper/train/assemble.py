@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.conversation import Conversation
 from qwhisper.errors import DataError
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.fingerprint import fingerprint, frozen_parameters
@@ -29,6 +32,7 @@ from qwhisper.train.probe import ListeningProbe, first_probe_step, make_probe
 from qwhisper.train.saving import save_checkpoint
 from qwhisper.train.schedule import guarded_factor
 from qwhisper.train.state import TrainState
+from qwhisper.train.workers import how_it_dies
 
 
 def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
@@ -84,8 +88,14 @@ def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArgu
     model.manual_loss = args.manual_loss
     if args.gradient_checkpointing:
         model.model.language_model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": args.lora_dropout > 0}
+            {"use_reentrant": False, "preserve_rng_state": args.lora_dropout > 0 or has_dropout(model)}
         )
+
+
+def has_dropout(model: Qwen3AudioForConditionalGeneration) -> bool:
+    """Whether the language model has dropout of its own, by any of the names that configurations give it."""
+    values = model.config.get_text_config().to_dict()
+    return any(value for name, value in values.items() if ("dropout" in name or "pdrop" in name) and value is not None)
 
 
 def collator_for(
@@ -103,9 +113,18 @@ def collator_for(
     )
 
 
-def assemble_run(args, model, processor, conversations, held_out, state: TrainState, callbacks) -> Run:
+def assemble_run(
+    args: TrainArguments,
+    model: Qwen3AudioForConditionalGeneration,
+    processor: Qwen3AudioProcessor,
+    conversations: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+    state: TrainState,
+    callbacks: Sequence[TrainerCallback],
+) -> Run:
+    """A run at its first step, or at `state`'s; held-out dialogues are encoded here, bad ones quarantined."""
     collator = collator_for(args, processor, model)
-    eval_samples, rejections = encode_all(EncodedDialogues(held_out, collator))
+    eval_samples, rejections = encode_all(EncodedDialogues(held_out, collator), args.dataloader_num_workers)
     log = RunLog(Path(args.output_dir))
     for rejection in rejections:
         log.quarantine(**dataclasses.asdict(rejection), step=state.step)
@@ -151,8 +170,17 @@ def assemble_run(args, model, processor, conversations, held_out, state: TrainSt
     )
 
 
-def probe_of(args, executor, collator, dialogues, state: TrainState, total_steps: int) -> ListeningProbe | None:
-    """The listening probe; None for a run that ends before its first one, which need not decode its audio."""
+def probe_of(
+    args: TrainArguments,
+    executor: Executor,
+    collator: ConversationCollator,
+    dialogues: Sequence[Conversation],
+    state: TrainState,
+    total_steps: int,
+) -> ListeningProbe | None:
+    """The listening probe; None for a run that ends before its first one, which need not decode its audio, and where
+    decoding it kills the process that tries.
+    """
     first_step = first_probe_step(
         total_steps=total_steps,
         freeze_projector_steps=args.freeze_projector_steps,
@@ -160,7 +188,14 @@ def probe_of(args, executor, collator, dialogues, state: TrainState, total_steps
     )
     if first_step > total_steps:
         return None
-    return make_probe(executor, collator, dialogues, state.probe, first_step=first_step, seed=args.seed)
+
+    def make(_: None) -> ListeningProbe | None:
+        return make_probe(executor, collator, dialogues, state.probe, first_step=first_step, seed=args.seed)
+
+    if args.dataloader_num_workers and (how := how_it_dies(lambda task: bool(make(task)), None)):
+        print(f"note: no listening probe: reading the audio for it killed the process ({how})")
+        return None
+    return make(None)
 
 
 def make_clamp(args: TrainArguments, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qwhisper.errors import CheckpointError, UsageError
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 WRITING, DELETING, OLD = ".writing", ".deleting", ".old"
+ASIDE = "aside-"
 # Kinds of files that a model, tokenizer or optimizer is loaded from: one that was added since must not be.
 LOADED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".bin", ".pt", ".pth", ".pkl")
 # How the tokenizer's and safetensors' libraries, which are not Python, report what Python calls an OSError.
@@ -154,11 +156,29 @@ def check_usable(folder: Path) -> None:
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """checkpoint-N folders, oldest first; N alone says which is older, not the clock."""
+    found = _by_step(run_folder)
+    return [found[step] for step in sorted(found)]
+
+
+def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
+    """Renames the checkpoints of later steps than `resumed`, oldest first, and returns their new names.
+
+    They belong to another course of the run: they must neither count among the newest that are kept nor be gone on
+    from.
+    """
+    renamed, own_step = [], re.search(rf"{PREFIX}(\d+)", resumed.name)
+    for step, folder in sorted(_by_step(run_folder).items()):
+        if own_step and step > int(own_step[1]):
+            names = (folder.with_name(f"{ASIDE}{PREFIX}{step}{f'-{n}' if n else ''}") for n in count())
+            renamed.append(folder.rename(next(name for name in names if not name.exists())))
+    return renamed
+
+
+def _by_step(run_folder: Path) -> dict[int, Path]:
     named = {folder.name.removeprefix(PREFIX): folder for folder in run_folder.glob(f"{PREFIX}*")}
     # Under its hidden name where a kill came between the two renames of a replacement.
     hidden = {folder.stem.removeprefix(f".{PREFIX}"): folder for folder in run_folder.glob(f".{PREFIX}*{OLD}")}
-    found = {int(step): folder for step, folder in (hidden | named).items() if step.isdigit() and folder.is_dir()}
-    return [found[step] for step in sorted(found)]
+    return {int(step): folder for step, folder in (hidden | named).items() if step.isdigit() and folder.is_dir()}
 
 
 def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:

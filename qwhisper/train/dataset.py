@@ -3,7 +3,7 @@
 A bad dialogue becomes a named rejection, never an exception.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qwhisper.data.collator import ConversationCollator, Sample
@@ -13,6 +13,7 @@ from qwhisper.errors import DataError
 from qwhisper.train.workers import WorkerDied, how_it_dies, work_ahead
 
 MAX_DEATHS = 3  # of workers in a row while the same samples are awaited
+CHUNK = 16  # dialogues that a worker reads for an evaluation before it answers
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Rejection:
 class EncodedDialogues:
     """Item i: the rows of dialogue i, or its rejection."""
 
-    def __init__(self, conversations: list[Conversation], collator: ConversationCollator):
+    def __init__(self, conversations: Sequence[Conversation], collator: ConversationCollator):
         self.conversations = conversations
         self.collator = collator
         self.killers: dict[int, Rejection] = {}
@@ -79,9 +80,29 @@ class StepSamples:
     deaths: list[WorkerDeath] = field(default_factory=list)
 
 
-def encode_all(dataset: EncodedDialogues) -> tuple[list[Sample], list[Rejection]]:
-    """Every dialogue's rows at once, for evaluation."""
-    return _sort(dataset.items(range(len(dataset))))
+def encode_all(dataset: EncodedDialogues, num_workers: int = 0) -> tuple[list[Sample], list[Rejection]]:
+    """Every dialogue's rows at once, for evaluation. With workers, one that kills its reader is a rejection."""
+    chunks = [range(first, min(first + CHUNK, len(dataset))) for first in range(0, len(dataset), CHUNK)]
+    items: list[list[Sample] | Rejection] = []
+    done = deaths = 0
+    while done < len(chunks):
+        try:
+            for _, found in work_ahead(dataset.items, iter(chunks[done:]), num_workers):
+                items += found
+                done, deaths = done + 1, 0
+        except WorkerDied as death:
+            dataset.reject_killers(chunks[done])
+            deaths += 1
+            if deaths == MAX_DEATHS:
+                raise DataError(_always_dying(death, num_workers)) from None
+    return _sort(items)
+
+
+def _always_dying(death: WorkerDied, num_workers: int) -> str:
+    return (
+        f"{MAX_DEATHS} times in a row a process that reads audio died ({death.how}), though each sample that it was "
+        f"given can be read by itself: too little memory, perhaps; lower --dataloader_num_workers {num_workers}"
+    )
 
 
 def _sort(items: list[list[Sample] | Rejection]) -> tuple[list[Sample], list[Rejection]]:
@@ -111,8 +132,4 @@ def step_samples(
             awaited = next(batches.starting_at(epoch, offset))
             deaths.append(WorkerDeath(death.how, dataset.reject_killers(awaited.indices)))
             if len(deaths) == MAX_DEATHS:
-                raise DataError(
-                    f"{MAX_DEATHS} times in a row a process that reads audio died ({death.how}), though each sample "
-                    f"of that step can be read by itself: too little memory, perhaps; lower --dataloader_num_workers "
-                    f"{num_workers}"
-                ) from None
+                raise DataError(_always_dying(death, num_workers)) from None

@@ -54,7 +54,7 @@ class Executor:
         self.device = device
         self.max_tokens_per_pack = max_tokens_per_pack or AUTO_TOKENS_PER_PACK.get(self.device.type, 4096)
         self.pad_token_id = pad_token_id
-        self.half_precision = model.dtype == torch.float16
+        self.half_precision = model.model.language_model.dtype == torch.float16
         self.loss_scale = 1.0  # what the loss is multiplied by before the backward pass, and gradients divided by after
         self.packing = supports_packing(model.config.get_text_config())
 
@@ -88,7 +88,8 @@ class Executor:
         loss, halvings = self._within_memory(lambda: self._run(samples, num_supervised), samples, start_again)
         if self.loss_scale != 1.0:
             scaled = [p.grad for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(scaled, 1.0 / self.loss_scale)
+            if scaled:
+                torch._foreach_mul_(scaled, 1.0 / self.loss_scale)
         return loss, halvings
 
     @torch.no_grad()

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import torch
 
-from qwhisper.errors import CheckpointError, DataError, NumericalError
+from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, NumericalError
 from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import Decision, decide
 from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.context import Run, StepReport
 from qwhisper.train.dataset import StepSamples
-from qwhisper.train.rescue import after_step, drop_bad_samples, num_supervised, run_samples
+from qwhisper.train.rescue import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples
 from qwhisper.train.signals import StopSignals
 from qwhisper.train.state import TrainState
 from qwhisper.train.step_log import log_clamped, log_step, log_window, readable
@@ -55,12 +55,12 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
     drop_gradients(run.groups)
     run.scheduler.step()
 
-    if fetched.samples:
-        guards.feed(statistics, decision)
     run.state.step += 1
     run.state.epoch, run.state.offset = fetched.epoch, fetched.offset
     run.state.supervised_tokens += tokens
-    answer_spikes(run, statistics.loss, decision, [sample.id for sample in samples])
+    if fetched.samples:
+        guards.feed(statistics, decision)
+        answer_spikes(run, statistics.loss, decision, [sample.id for sample in samples])
     after_step(run, statistics, decision, [sample.id for sample in fetched.samples])
     return StepReport(
         loss=statistics.loss,
@@ -102,8 +102,11 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
         raise NumericalError("a weight or moment is not finite before the first step: start from another checkpoint")
     run.fire("on_train_begin")
     window: list[StepReport] = []
-    last_saved = state.step
+    last_saved: int | None = state.step
     try:
+        if evaluation_is_due(run):  # a signal came in the middle of it
+            evaluate(run, signals)
+            last_saved = None
         while state.step < run.total_steps and not run.hooks.control.should_training_stop:
             begun = time.perf_counter()
             fetched = signals.unless_stopped(lambda: next(steps))
@@ -117,18 +120,29 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
             log_step(run, report, learning_rates)
             run.fire("on_step_end", step_report=report)
             due = state.step % args.save_steps == 0
-            watch(run, report, learning_rates, signals, save_is_due=due or state.step == run.total_steps)
-            if state.step % args.logging_steps == 0 or state.step == run.total_steps:
+            watch(run, report, learning_rates, signals, save_is_due=due or at_end(run) or evaluation_is_due(run))
+            if state.step % args.logging_steps == 0 or at_end(run):
                 log_window(run, window, max(learning_rates.values()))
                 window = []
-            at_end = state.step == run.total_steps
-            if run.eval_samples and (state.step % args.eval_steps == 0 or at_end):
+            if evaluation_is_due(run):
                 evaluate(run, signals)
-            if (due or state.best_checkpoint == f"checkpoint-{state.step}") and not at_end and save(run):
+            if (due or state.best_checkpoint == f"checkpoint-{state.step}") and not at_end(run) and save(run):
                 last_saved = state.step
         return last_saved == state.step or save(run)
     finally:
+        if window:
+            log_window(run, window, max(learning_rates.values()))
         run.lines.close()
+
+
+def at_end(run: Run) -> bool:
+    return run.state.step == run.total_steps
+
+
+def evaluation_is_due(run: Run) -> bool:
+    step = run.state.step
+    on_schedule = step > 0 and (step % run.args.eval_steps == 0 or at_end(run))
+    return bool(run.eval_samples) and on_schedule and step != run.state.evaluated
 
 
 def quarantine(run: Run, fetched: StepSamples) -> None:
@@ -139,7 +153,7 @@ def quarantine(run: Run, fetched: StepSamples) -> None:
     for rejection in fetched.rejections:
         run.state.bad_samples += 1
         run.log.quarantine(**dataclasses.asdict(rejection), step=run.state.step)
-    for sample in fetched.samples if fetched.epoch == 0 else []:
+    for sample in fetched.samples if run.state.epoch == 0 else []:
         if sample.events:  # a long dialogue cut at a turn, and the like
             run.log.event("sample_changed", step=run.state.step, samples=[sample.id], what=sample.events)
     passes = 1 + run.state.epoch
@@ -172,9 +186,16 @@ def answer_spikes(run: Run, loss: float, decision: Decision, ids: list[str]) -> 
 
 def evaluate(run: Run, signals: StopSignals) -> None:
     """Held-out loss over all supervised tokens; remembers the best step, whose checkpoint is kept."""
-    loss = signals.unless_stopped(lambda: run.executor.evaluate(run.eval_samples))
+    try:
+        loss = signals.unless_stopped(lambda: run.executor.evaluate(run.eval_samples))
+    except MemoryLimitError as error:
+        run.state.evaluated = run.state.step
+        run.log.event("not_evaluated", step=run.state.step, error=str(error))
+        run.lines.say(f"step {run.state.step}: held-out loss not measured, training goes on: {error}")
+        return
     if loss is None:
         return
+    run.state.evaluated = run.state.step
     best = improves(loss, run.state.best_loss)
     if best:
         run.state.best_loss, run.state.best_checkpoint = loss, f"checkpoint-{run.state.step}"
@@ -192,10 +213,11 @@ def improves(loss: float, best: float | None) -> bool:
 def save(run: Run) -> bool:
     """Whether the disk took a checkpoint. Where it did not, the run goes on and the older ones are as they were.
 
-    It is a snapshot as well, so that a run that is resumed from it rewinds to what the uninterrupted one would.
+    It is a snapshot as well, so that the first rewind after a resume from it finds what the uninterrupted run's would.
+    What is not finite is not saved: the run goes back first.
     """
     step = run.state.step
-    run.snapshots.take(step)
+    keep_sound(run)
     try:
         folder = run.save(run)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:

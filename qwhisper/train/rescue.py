@@ -1,16 +1,18 @@
 """What is done about a step whose numbers are not finite: run it again, find the samples, rewind, or stop."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qwhisper.data.collator import Sample
-from qwhisper.errors import NumericalError
+from qwhisper.errors import MemoryLimitError, NumericalError
 from qwhisper.guards.apply import drop_gradients
 from qwhisper.guards.decide import Decision, StepStatistics
-from qwhisper.guards.diagnose import Finding, diagnose
+from qwhisper.guards.diagnose import Finding, bad_weight, diagnose
 from qwhisper.guards.measure import step_statistics
+from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.context import Run
 
 
@@ -21,9 +23,11 @@ def num_supervised(samples: list[Sample]) -> int:
 def run_samples(run: Run, samples: list[Sample], count: int) -> StepStatistics:
     """Forward and backward; leaves the gradients of sum(token losses) / count and returns what they look like.
 
-    In fp16 an overflow of the gradients is met by a smaller loss scale and the same samples once more.
+    In fp16 an overflow of the gradients is met by a smaller loss scale and the same samples once more. Where no scale
+    helps, it was no overflow, and the scale is as before.
     """
     scale = run.state.guards.loss_scale
+    before = scale.scale
     while True:
         run.executor.loss_scale = scale.scale if run.executor.half_precision else 1.0
         loss, halvings = run.executor.forward_backward(samples, count) if samples else (torch.zeros(()), [])
@@ -33,6 +37,8 @@ def run_samples(run: Run, samples: list[Sample], count: int) -> StepStatistics:
         statistics = step_statistics(loss, run.groups)
         overflow = statistics.not_finite and math.isfinite(statistics.loss) and not statistics.broken_weights
         if not (overflow and run.executor.half_precision and scale.shrink()):
+            if statistics.not_finite:
+                scale.scale = before
             return statistics
         drop_gradients(run.groups)
 
@@ -53,11 +59,12 @@ def drop_bad_samples(run: Run, samples: list[Sample], failed: StepStatistics) ->
             continue
         finding = finding or find_cause(run, pack, count)
         for sample in pack:
-            if bad := total.add([sample], count).not_finite:
-                dropped.append((sample, " and ".join(bad)))
+            if bad := total.add_one(sample, count):
+                dropped.append((sample, bad))
             else:
                 kept.append(sample)
     report_dropped(run, kept, dropped, failed, finding)
+    run.executor.model.last_logits = None  # they may be those of a sample that is left out
     if not kept:
         return [], failed
     return kept, total.leave(weight=count / num_supervised(kept))
@@ -72,12 +79,8 @@ class GradientSum:
 
     def add(self, samples: list[Sample], count: int) -> StepStatistics:
         """Runs the samples of a step of `count` supervised tokens; what is not finite is not added."""
-        scale = self.run.state.guards.loss_scale
-        before = scale.scale
         statistics = run_samples(self.run, samples, count)
-        if statistics.not_finite:
-            scale.scale = before  # it shrank in vain
-        else:
+        if not statistics.not_finite:
             self.loss += statistics.loss
             for parameter in (p for parameters in self.run.groups.values() for p in parameters):
                 if parameter.grad is not None:
@@ -85,6 +88,14 @@ class GradientSum:
                     self.gradients[parameter] = parameter.grad if known is None else known + parameter.grad
         drop_gradients(self.run.groups)
         return statistics
+
+    def add_one(self, sample: Sample, count: int) -> str:
+        """The same for one sample; what was not finite, or that it did not fit into memory, or ""."""
+        try:
+            return " and ".join(self.add([sample], count).not_finite)
+        except MemoryLimitError:
+            drop_gradients(self.run.groups)
+            return "out of memory where it was run alone"
 
     def leave(self, *, weight: float) -> StepStatistics:
         """Puts the sum, times `weight`, where the gradients belong."""
@@ -94,9 +105,16 @@ class GradientSum:
 
 
 def find_cause(run: Run, pack: list[Sample], count: int) -> Finding | None:
-    """Where the first number breaks in the pack as it was run: some faults need the neighbours or the padding."""
+    """Where the first number breaks in the pack as it was run: some faults need the neighbours or the padding.
+
+    None also where the look itself fails, as for want of memory: the step matters more.
+    """
     batch = run.executor.batch(pack) | {"num_items_in_batch": count}
-    return diagnose(run.executor.model, batch, loss_scale=run.executor.loss_scale)
+    try:
+        return diagnose(run.executor.model, batch, loss_scale=run.executor.loss_scale)
+    except RuntimeError as error:
+        run.log.event("no_diagnosis", step=run.state.step, error=str(error).splitlines()[0])
+        return None
 
 
 def report_dropped(
@@ -118,33 +136,50 @@ def report_dropped(
 
 def after_step(run: Run, statistics: StepStatistics, decision: Decision, samples: list[str]) -> None:
     """Goes down the ladder after a bad step: on, back to a snapshot at half the rate, or NumericalError (exit 5)."""
-    guards, step = run.state.guards, run.state.step
+    guards = run.state.guards
     act = guards.next_act(statistics, max_bad_steps=run.args.max_bad_steps, max_rewinds=run.args.max_rewinds)
-    if act == "rewind":
-        rewind(run, decision, samples)
-    elif act == "stop":
-        raise NumericalError(
-            f"numerically dead at step {step} after {guards.rewinds} rewinds: {decision.skip or 'peaks'} (samples "
-            f"{', '.join(samples[:5])}). {run.log.folder / 'events.jsonl'} has the diagnosis of every bad step. The "
-            "last checkpoint is sound; resume with a lower --learning_rate, or a lower --lora_grad_clip or "
-            "--projector_scale"
-        )
-    elif guards.snapshot_due and run.snapshots.take(step):
+    if act != "go on":
+        go_back(run, f"{guards.bad_steps_in_a_row} bad steps in a row ({decision.skip or 'peaks'})", samples)
+    elif guards.snapshot_due:
+        keep_sound(run, samples)
         guards.clean_steps = 0
 
 
-def rewind(run: Run, decision: Decision, samples: list[str]) -> None:
-    """Weights and moments as they were; the data goes on forward."""
-    guards = run.state.guards
+def keep_sound(run: Run, samples: Sequence[str] = ()) -> None:
+    """A snapshot of this step, or back to the last one where a weight or a moment is not finite.
+
+    None is taken in a row of bad steps, whose cause may be in the weights already.
+    """
+    if run.state.guards.bad_steps_in_a_row:
+        return
+    try:
+        if not run.snapshots.take(run.state.step):
+            go_back(run, "a weight or a moment of the optimizer is not finite", samples)
+    except MemoryError as error:
+        run.log.event("no_snapshot", step=run.state.step, error=str(error))
+
+
+def go_back(run: Run, why: str, samples: Sequence[str]) -> None:
+    """Weights and moments as they were, at half the learning rate; the data goes on forward. Raises NumericalError
+    after --max_rewinds.
+    """
+    guards, step = run.state.guards, run.state.step
+    weight = bad_weight(run.executor.model)
+    if guards.rewinds >= run.args.max_rewinds:
+        newest, _ = newest_valid(run.log.folder)
+        cure = "with a lower --learning_rate, --lora_grad_clip or --projector_scale"
+        raise NumericalError(
+            f"numerically dead at step {step} after {guards.rewinds} rewinds: {why} (samples "
+            f"{', '.join(samples[:5])}). {run.log.folder / 'events.jsonl'} tells of every bad step. "
+            + (f"{newest} is sound: go on from it {cure}" if newest else f"No checkpoint is sound: begin again {cure}")
+        )
     bad_steps = guards.bad_steps_in_a_row
     guards.rewound()
     run.state.alarms.forget_weights()
     to = run.snapshots.restore()
     run.set_learning_rates()
-    run.log.event(
-        "rewind", step=run.state.step, to_step=to, bad_steps=bad_steps, lr_factor=guards.lr_factor, samples=samples
-    )
+    told = {"to_step": to, "why": why, "bad_steps": bad_steps, "lr_factor": guards.lr_factor, "samples": list(samples)}
+    run.log.event("rewind", step=step, **told, diagnosis=weight and weight.as_dict())
     run.lines.say(
-        f"step {run.state.step}: {bad_steps} bad steps in a row ({decision.skip or 'peaks'}); back to the weights of "
-        f"step {to}, learning rate × {guards.lr_factor:g} from here on"
+        f"step {step}: {why}; back to the weights of step {to}, learning rate × {guards.lr_factor:g} from here on"
     )

@@ -17,6 +17,7 @@ MADE_AT_THE_START = (
     "lora_dropout",
     "lora_target_modules",
     "lora_fp32",
+    "projector_fp32",
     "freeze_whisper",
     "audio_lead_silence",
     "audio_tail_silence",

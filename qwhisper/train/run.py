@@ -111,14 +111,22 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
     if args.resume_from_checkpoint != "latest":
         path = Path(args.resume_from_checkpoint)
         checkpoints.check_usable(path)
-        return path
+        return with_later_ones_aside(folder, path)
     newest, passed_over = checkpoints.newest_valid(folder)
     for line in passed_over:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
     if newest is None and passed_over:
         raise CheckpointError(f"{folder}: no checkpoint is whole and finite; start again in another folder")
     print(f"resuming from {newest}" if newest else f"{folder} has no checkpoint yet: starting from the beginning")
-    return newest
+    return with_later_ones_aside(folder, newest) if newest else None
+
+
+def with_later_ones_aside(folder: Path, resumed: Path) -> Path:
+    """The checkpoint that is resumed, after later ones of its run have been renamed, which is said."""
+    if resumed.resolve().parent == folder.resolve():
+        for path in checkpoints.put_aside_later(folder, resumed):
+            print(f"a checkpoint of a later step is put aside: {path}")
+    return resumed
 
 
 def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_file_sha256: str) -> None:
@@ -170,14 +178,15 @@ def try_kernels(run: Run) -> None:
 
 def closing_line(run: Run) -> str:
     """What was done, and after a clean run what may be loosened."""
-    acts = read_jsonl(run.log.folder / "events.jsonl")
+    acts, bad_samples = read_jsonl(run.log.folder / "events.jsonl"), run.state.bad_samples
     where = run.state.best_checkpoint or f"checkpoint-{run.state.step}"
     done = f"done: {run.state.step} steps, {run.state.supervised_tokens} supervised tokens; {run.log.folder / where}"
-    if acts:
+    if acts or bad_samples:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(act["kind"] for act in acts).most_common())
-        return (
-            f"{done}. Events: {kinds}; {run.state.skipped_steps} steps skipped. See {run.log.folder / 'events.jsonl'}"
+        told = (
+            f"Events: {kinds or 'none'}; {run.state.skipped_steps} steps skipped, {bad_samples} dialogues quarantined"
         )
+        return f"{done}. {told}. See events.jsonl and quarantine.jsonl in {run.log.folder}"
     return (
         f"{done}. No guard had to act: a larger --per_device_train_batch_size, fewer --early_lr_steps or a higher "
         "--learning_rate may now be tried" + (", and --manual_loss left out" if run.args.manual_loss else "")

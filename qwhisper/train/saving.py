@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-import torch
-
 from qwhisper.errors import CheckpointError
+from qwhisper.guards.snapshot import all_finite
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.context import Run
@@ -18,8 +17,9 @@ def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
     """A new checkpoint, and older ones deleted; none is deleted while the newest is not finite."""
     model, state = run.executor.model, run.state
     state.max_tokens_per_pack = run.executor.max_tokens_per_pack
-    trainable = [p for parameters in run.groups.values() for p in parameters]
-    finite = bool(torch.stack([torch.isfinite(p).all() for p in trainable]).all())
+    weights = [p.detach() for parameters in run.groups.values() for p in parameters]
+    moments = [value for entry in run.optimizer.state.values() for value in entry.values()]
+    finite = all_finite(weights + moments)
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)

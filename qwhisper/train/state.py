@@ -26,7 +26,8 @@ GENERATOR_FILE = "generators.safetensors"
 class TrainState:
     """Where a run stands.
 
-    step: optimizer steps done, skipped ones included; epoch and offset: the sampler's position.
+    step: optimizer steps done, skipped ones included; epoch and offset: the sampler's position. evaluated: the step of
+    the last evaluation.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class TrainState:
     bad_samples: int = 0
     supervised_tokens: int = 0
     max_tokens_per_pack: int | None = None
+    evaluated: int = 0
     best_loss: float | None = None
     best_checkpoint: str | None = None
     train_file_sha256: str | None = None

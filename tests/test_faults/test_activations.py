@@ -22,7 +22,7 @@ OUTLIER = 3  # a channel
 
 
 def without_look_at_weights(monkeypatch) -> None:
-    monkeypatch.setattr(diagnose, "_bad_weight", lambda model: None)
+    monkeypatch.setattr(diagnose, "bad_weight", lambda model: None)
 
 
 def without_hooks(monkeypatch) -> None:

@@ -1,5 +1,7 @@
 """Any packing of a step's samples gives the same loss and gradients; memory running out changes how, not what."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -116,3 +118,18 @@ def test_evaluation_weighs_by_tokens_whatever_the_packs(run):
     run.executor.max_tokens_per_pack = 1
     assert run.executor.evaluate(samples) == pytest.approx(whole, rel=TOLERANCE)
     assert run.executor.model.training
+
+
+def test_in_fp16_a_step_may_have_no_gradient_at_all(arguments):
+    """Text alone, and a projector that nothing passes through."""
+    run, samples = make_run(arguments(dtype="fp16", use_lora=False, freeze_projector_steps=0))
+    text = [dataclasses.replace(s, input_ids=s.input_ids[-6:], labels=s.labels[-6:], windows=[]) for s in samples[:2]]
+    assert all(run.executor.model.config.audio_token_id not in sample.input_ids for sample in text)
+    run.executor.loss_scale = 1024.0
+    loss, _ = run.executor.forward_backward(text, sum(sample.num_supervised for sample in text))
+    assert float(loss) > 0 and gradients(run) == {}
+
+
+def test_a_trained_encoder_does_not_hide_that_the_language_model_is_in_fp16(arguments):
+    run, _ = make_run(arguments(dtype="fp16", freeze_whisper=False))
+    assert run.executor.half_precision

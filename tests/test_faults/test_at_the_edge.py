@@ -1,0 +1,248 @@
+"""Faults at the edges: before the last save, among the moments, in a bad streak, while another fault is looked into."""
+
+import dataclasses
+import math
+import os
+import signal
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from qwhisper.data.conversation import read_conversations
+from qwhisper.errors import MemoryLimitError
+from qwhisper.guards.snapshot import Snapshots
+from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.train import checkpoint, loop, rescue
+from qwhisper.train.assemble import collator_for
+from qwhisper.train.checkpoint import checkpoints
+from qwhisper.train.dataset import EncodedDialogues, encode_all
+from qwhisper.train.executor import Executor
+from tests.test_faults.inject import gradient_element, loss_times, outcome_of, plant
+from tests.test_faults.matrix import fault
+from tests.train.helpers import make_run, read_lines, step
+
+VALUES = {"max_steps": 4, "save_steps": 2, "freeze_projector_steps": 0, "early_lr_steps": 0}
+
+
+class Moment(TrainerCallback):
+    """Puts a value into Adam's second moment before the update of a step."""
+
+    def __init__(self, step: int, value: float):
+        self.step, self.value = step, value
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == self.step and optimizer.state:
+            next(iter(optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = self.value
+
+
+def saves_as_it_is(monkeypatch) -> None:
+    monkeypatch.setattr(loop, "keep_sound", lambda run: None)
+
+
+@fault(
+    "NaN in Adam's second moment before the last step",
+    of="numerical",
+    guarantee="found before the save: weights and moments go back to the snapshot, and what is saved is sound",
+    without=saves_as_it_is,
+)
+def test_a_broken_moment_before_the_last_save(arguments):
+    outcome = outcome_of(arguments(**VALUES), [Moment(3, math.nan)])
+    assert outcome.code == 0 and outcome.count("rewind") == 1 and outcome.finite
+
+
+@fault(
+    "infinity in Adam's second moment, which stops a weight and breaks none",
+    of="numerical",
+    guarantee="found at the next save or snapshot; both go back to the snapshot",
+    without=saves_as_it_is,
+)
+def test_an_infinite_moment(arguments):
+    outcome = outcome_of(arguments(**VALUES), [Moment(1, math.inf)])
+    assert outcome.code == 0 and outcome.count("rewind") == 1
+    assert all(torch.isfinite(tensor.float()).all() for tensor in outcome.tensors.values())
+
+
+@fault(
+    "saves in the middle of a bad streak",
+    of="numerical",
+    guarantee="no snapshot is taken there: a rewind finds weights of before the streak",
+    without=lambda monkeypatch: monkeypatch.setattr(
+        loop, "keep_sound", lambda run, samples=(): run.snapshots.take(run.state.step)
+    ),
+)
+def test_saves_in_a_bad_streak(arguments, monkeypatch):
+    plant(monkeypatch, gradient_element(math.nan), calls=range(8, 10**6))
+    outcome = outcome_of(arguments(**VALUES | {"max_steps": 30, "save_steps": 1}, max_bad_steps=3, max_rewinds=1))
+    rewinds = [event for event in outcome.events if event["kind"] == "rewind"]
+    assert outcome.code == 5 and [event["step"] - event["to_step"] for event in rewinds] == [3]
+
+
+@fault(
+    "a bad sample in an fp16 run",
+    of="numerical",
+    guarantee="the loss scale, which no smaller value helped, is as before",
+    without=lambda monkeypatch: monkeypatch.setattr(rescue, "run_samples", scale_stays(rescue.run_samples)),
+)
+def test_the_loss_scale_after_a_bad_sample(arguments, monkeypatch):
+    run, samples = make_run(arguments(**VALUES, dtype="fp16"))
+    before = run.state.guards.loss_scale.scale
+    plant(monkeypatch, gradient_element(math.nan), samples={samples[1].id})
+    report = step(run, samples[:4])
+    assert report.num_samples == 3 and run.state.guards.loss_scale.scale == before
+
+
+def scale_stays(honest):
+    def run_samples(run, samples, count):
+        statistics = honest(run, samples, count)
+        if statistics.not_finite:
+            run.state.guards.loss_scale.scale = 1.0
+        return statistics
+
+    return run_samples
+
+
+@fault(
+    "memory that runs out while a bad step is looked into",
+    of="memory",
+    guarantee="the diagnosis is done without, the bad sample is dropped and the rest of the step is taken",
+    without=lambda monkeypatch: monkeypatch.setattr(rescue, "find_cause", lambda run, pack, count: out_of_memory()),
+)
+def test_no_memory_for_the_diagnosis(arguments, monkeypatch):
+    monkeypatch.setattr(rescue, "diagnose", lambda *args, **values: out_of_memory())
+    plant(monkeypatch, loss_times(math.nan), samples={"d3"})
+    outcome = outcome_of(arguments(**VALUES))
+    assert outcome.code == 0 and {name for _, name in outcome.dropped} == {"d3"}
+    assert outcome.count("no_diagnosis") == outcome.count("dropped_samples") > 0
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+
+
+@fault(
+    "a sample of a bad step that does not fit into memory alone",
+    of="memory",
+    guarantee="it is dropped by name, the rest of the step is taken",
+    without=lambda monkeypatch: monkeypatch.setattr(
+        rescue.GradientSum, "add_one", lambda self, sample, count: " and ".join(self.add([sample], count).not_finite)
+    ),
+)
+def test_no_memory_for_one_sample(arguments, monkeypatch):
+    honest = Executor._run
+
+    def planted(self, samples, count):
+        if [sample.id for sample in samples] == ["d3"]:
+            out_of_memory()
+        return honest(self, samples, count)
+
+    monkeypatch.setattr(Executor, "_run", planted)
+    plant(monkeypatch, loss_times(math.nan), samples={"d3"})
+    outcome = outcome_of(arguments(**VALUES))
+    assert outcome.code == 0 and {name for _, name in outcome.dropped} == {"d3"}
+
+
+@fault(
+    "held-out dialogues that don't fit into memory",
+    of="memory",
+    guarantee="an event says that they were not evaluated; training goes on and is saved",
+    without=lambda monkeypatch: monkeypatch.setattr(loop, "MemoryLimitError", KeyError),
+)
+def test_no_memory_for_the_evaluation(arguments, monkeypatch, train_file):
+    def evaluate(self, samples):
+        raise MemoryLimitError("out of memory with one sample (planted)")
+
+    monkeypatch.setattr(Executor, "evaluate", evaluate)
+    outcome = outcome_of(arguments(**VALUES, eval_file=str(train_file)))
+    assert outcome.code == 0 and outcome.count("not_evaluated") == 2 and outcome.finite
+
+
+@fault(
+    "host memory that runs out in a snapshot",
+    of="memory",
+    guarantee="an event says that there is none of this step; training goes on and is saved",
+    without=lambda monkeypatch: monkeypatch.setattr(rescue, "MemoryError", KeyError, raising=False),
+)
+def test_no_memory_for_a_snapshot(arguments, monkeypatch):
+    honest, taken = Snapshots.take, []
+
+    def take(self, at):
+        taken.append(at)
+        if len(taken) > 1:
+            raise MemoryError("planted")
+        return honest(self, at)
+
+    monkeypatch.setattr(Snapshots, "take", take)
+    outcome = outcome_of(arguments(**VALUES))
+    assert outcome.code == 0 and outcome.count("no_snapshot") == 2 and outcome.finite
+
+
+@fault(
+    "a run that is resumed from an older checkpoint than its newest",
+    of="disk",
+    guarantee="later ones are put aside by name: what is written now is kept, and is what the next resume finds",
+    without=lambda monkeypatch: monkeypatch.setattr(checkpoint, "put_aside_later", lambda folder, resumed: []),
+)
+def test_resumed_from_an_older_one(arguments, capsys):
+    args = arguments(**VALUES | {"max_steps": 8}, save_total_limit=4)
+    assert outcome_of(args).code == 0
+    folder = Path(args.output_dir)
+    first = dataclasses.replace(
+        args, max_steps=4, save_total_limit=2, resume_from_checkpoint=str(folder / "checkpoint-2")
+    )
+    assert outcome_of(first).code == 0
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    assert {path.name for path in folder.glob("aside-*")} == {f"aside-checkpoint-{n}" for n in (4, 6, 8)}
+    assert "aside-checkpoint-8" in capsys.readouterr().out
+
+
+@fault(
+    "a held-out clip that kills the process that reads it",
+    of="data",
+    guarantee="with data workers the dialogue is rejected by name, and the trainer lives",
+    without=lambda monkeypatch: monkeypatch.setattr(EncodedDialogues, "reject_killers", lambda self, indices: []),
+)
+def test_a_killer_among_the_held_out(arguments, monkeypatch):
+    args = arguments()
+    run, _ = make_run(args)
+    processor = Qwen3AudioProcessor.from_pretrained(run.save(run))
+    collator = collator_for(args, processor, run.executor.model)
+    dialogues = EncodedDialogues(read_conversations(args.train_file), collator)
+    honest = EncodedDialogues.__getitem__
+
+    def read(self, index):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(self, index)
+
+    monkeypatch.setattr(EncodedDialogues, "__getitem__", read)
+    try:
+        samples, rejections = encode_all(dialogues, num_workers=1)
+    except Exception:
+        samples, rejections = [], []
+    assert [rejection.id for rejection in rejections] == ["d3"] and len(samples) == len(dialogues) - 1
+
+
+@fault(
+    "a signal in the middle of the last evaluation",
+    of="process",
+    guarantee="the evaluation is made up for when the run is resumed, and the best checkpoint is known",
+    without=lambda monkeypatch: monkeypatch.setattr(
+        loop, "evaluation_is_due", lambda run: run.state.step % run.args.eval_steps == 0 and run.state.evaluated < 0
+    ),
+)
+def test_the_evaluation_that_a_signal_cut(arguments, monkeypatch, train_file):
+    args = arguments(**VALUES | {"save_steps": 4}, eval_file=str(train_file), eval_steps=4)
+    honest, told = Executor.evaluate, []
+
+    def evaluate(self, samples):
+        if not told:
+            told.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, samples)
+
+    monkeypatch.setattr(Executor, "evaluate", evaluate)
+    outcome_of(args)
+    assert outcome_of(dataclasses.replace(args, resume_from_checkpoint="latest")).code == 0
+    losses = [line for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "eval_loss" in line]
+    assert [line["step"] for line in losses] == [4]
