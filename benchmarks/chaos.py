@@ -42,6 +42,7 @@ def arguments(args: argparse.Namespace, train_file: Path, output_dir: Path, seed
         save_steps=max(1, args.steps // 5),
         logging_steps=max(1, args.steps // 20),
         max_bad_fraction=0.1,
+        freeze_projector_steps=0,  # what is planted into a frozen group's gradient is dropped with it, unseen
         seed=seed,
     )
 

@@ -307,7 +307,26 @@ def best_save_fails(bench: Bench) -> Verdict:
     return then_resumed(bench, full_at_optimizer(4), eval_file=bench.train_file, **flags)
 
 
+def from_an_older_one(bench: Bench) -> Verdict:
+    """Of six checkpoints the second is resumed, for two steps, with two to keep."""
+    folder = bench.fresh() / "run"
+    bench.train(folder=folder, save_steps=1)
+    older = str(folder / "checkpoint-2")
+    seen = bench.train(folder=folder, save_steps=1, save_total_limit=2, max_steps=4, resume=older)
+    left = sorted(seen.checkpoints, key=lambda name: int(name.split("-")[1]))
+    text = f"{how_it_went(seen)}; {', '.join(left)} are left"
+    abandoned = [name for name in left if int(name.split("-")[1]) > 4]
+    if abandoned:
+        text += f", of which the next resume takes {abandoned[-1]}, of the course that was left"
+    return Verdict(SILENT if abandoned else HARMLESS, text, seen.facts)
+
+
+def how_it_went(seen: Seen) -> str:
+    return "finishes, says nothing" if seen.finished and not seen.said else "finishes" if seen.finished else seen.ended
+
+
 CASES = {
+    "a run that is resumed from an older checkpoint than its newest": from_an_older_one,
     "a truncated file in a checkpoint, of any kind": partial(each_file, truncated),
     "a flipped bit in a file of a checkpoint, of any kind": partial(each_file, flipped_bit),
     "a missing file in a checkpoint, of any kind": partial(each_file, Path.unlink),

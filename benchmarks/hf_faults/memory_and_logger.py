@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from hf_faults import plain
-from hf_faults.observe import CRASHED, Bench, Plant, Seen, Verdict, ending, how_it_broke, judge, redirect
+from hf_faults.observe import CRASHED, Bench, Plant, Seen, Verdict, ending, how_it_broke, judge, no_such_part, redirect
 from hf_faults.processes import in_evaluation
 from tests.test_faults.kill_shim import fail, in_child
 from tests.test_faults.test_logger import fails_in
@@ -139,6 +139,12 @@ CASES = {
     "out of memory in an evaluation": lambda bench: ended(
         bench, lambda trainer: in_evaluation(trainer, out_of_memory), eval_file=bench.train_file
     ),
+    "held-out dialogues that don't fit into memory": lambda bench: ended(
+        bench, lambda trainer: in_evaluation(trainer, out_of_memory), eval_file=bench.train_file
+    ),
+    "memory that runs out while a bad step is looked into": lambda bench: no_such_part("it looks for no cause"),
+    "a sample of a bad step that does not fit into memory alone": lambda bench: no_such_part("it runs no step again"),
+    "host memory that runs out in a snapshot": lambda bench: no_such_part("it takes no snapshots to go back to"),
     "out of memory in mid-run": partial(
         ended, plant=in_forward(lambda trainer, inputs: trainer.state.global_step == 5)
     ),

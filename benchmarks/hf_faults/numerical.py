@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_faults.observe import HARMLESS, POISONED, SILENT, Bench, Plant, Seen, Verdict, judge, no_such_part
+from hf_faults.plain import STEPS
 from qwhisper.data.encode import IGNORE
 from qwhisper.model.half_precision import OverflowClamp
 from tests.small import write_dialogues
@@ -81,8 +82,11 @@ def nan_weight(trainer: Trainer, name: str = "v_proj.lora_B") -> None:
     weight_of(trainer, name).view(-1)[0] = math.nan
 
 
-def nan_moment(trainer: Trainer) -> None:
-    next(iter(trainer.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = math.nan
+def spoil_moment(trainer: Trainer, value: float) -> None:
+    next(iter(trainer.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = value
+
+
+nan_moment = partial(spoil_moment, value=math.nan)
 
 
 def nan_activation(trainer: Trainer) -> None:
@@ -242,6 +246,26 @@ def fp16_overflow(bench: Bench) -> Verdict:
     return judge(bench.clean(max_steps=12), seen, text)
 
 
+def fp16_bad_sample(bench: Bench) -> Verdict:
+    """With torch's loss scaler, as above."""
+    told = bench.fresh() / "scale"
+
+    def plant(trainer: Trainer) -> None:
+        accelerator = trainer.accelerator
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+
+        def bad(trainer, loss) -> None:
+            told.write_text(str(accelerator.scaler.get_scale()))
+            NAN(trainer, loss)
+
+        after_backward(bad, dialogues={BAD})(trainer)
+
+    seen = bench.train(plant, fp16=True, max_steps=12)
+    lost = sum(not math.isfinite(norm) for norm in seen.logged("grad_norm"))
+    text = f"with torch's loss scaler: each step that has it is lost ({lost} of 12), and halves the scale"
+    return judge(bench.clean(max_steps=12), seen, text)
+
+
 def encoder_overflow(bench: Bench) -> Verdict:
     def plant(trainer: Trainer) -> None:
         OverflowClamp._after = lambda self, *args: None  # in this child alone: the model is ours
@@ -332,7 +356,13 @@ CASES = {
     ),
     "NaN in a weight": partial(planted, at_step(1, partial(nan_weight, name="multi_modal_projector"))),
     "NaN in Adam's second moment": partial(planted, at_step(2, nan_moment)),
+    "NaN in Adam's second moment before the last step": partial(planted, at_step(STEPS - 1, nan_moment)),
+    "infinity in Adam's second moment, which stops a weight and breaks none": partial(
+        planted, at_step(2, partial(spoil_moment, value=math.inf)), silent="the weight no longer moves"
+    ),
     "a snapshot that would be poisoned": lambda bench: no_such_part("it takes no snapshots to go back to"),
+    "saves in the middle of a bad streak": lambda bench: no_such_part("it takes no snapshots to go back to"),
+    "a bad sample in an fp16 run": fp16_bad_sample,
     "a few bad steps in a row": partial(planted, after_backward(NAN, steps=range(2, 4))),
     "bad steps that do not end by themselves": partial(planted, after_backward(NAN, steps=range(2, 10**6))),
     "a run that is bad again after every rewind": partial(

@@ -137,13 +137,14 @@ class Bench:
         *,
         folder: Path | None = None,
         train_file: Path | None = None,
-        resume: bool = False,
+        resume: bool | str = False,
         callbacks=(),
         script: Script | None = None,
         limit: float = SECONDS,
         **values,
     ) -> Seen:
-        """One training in a child. plant: is given the trainer before it begins. values: of `Script.trainer`."""
+        """One training in a child. plant: is given the trainer before it begins. resume: from the newest checkpoint, or
+        the one of this path. values: of `Script.trainer`."""
         own = self.fresh()
         folder = folder or own / "run"
         told, output = own / "told.json", own / "output.txt"
@@ -156,7 +157,7 @@ class Bench:
                 trainer.add_callback(callback)
             if plant:
                 plant(trainer)
-            trainer.train(resume_from_checkpoint=True if resume else None)
+            trainer.train(resume_from_checkpoint=resume or None)
             watch.write()
             torch.save(weights_of(trainer.model), own / LAST_STEP)
 

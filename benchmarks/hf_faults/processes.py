@@ -123,9 +123,9 @@ def interrupt_while_waiting(bench: Bench) -> Verdict:
 # Processes that read data.
 
 
-def with_workers(bench: Bench, plant: Plant) -> Verdict:
+def with_workers(bench: Bench, plant: Plant, **more) -> Verdict:
     """On more dialogues than are read ahead."""
-    values = {"train_file": bench.scratch / "many/train.jsonl", "dataloader_num_workers": 2}
+    values = more | {"train_file": bench.scratch / "many/train.jsonl", "dataloader_num_workers": 2}
     if not values["train_file"].exists():
         write_many(values["train_file"].parent, 40)
     return judge(bench.clean(**values), bench.train(plant, **values))
@@ -140,12 +140,12 @@ def to_workers(number: int, *, all_of_them: bool) -> Plant:
     return at_step(3, act)
 
 
-def kills_reader(numbers: set[int], how: Callable[[], object]) -> Plant:
+def kills_reader(numbers: set[int], how: Callable[[], object], *, held_out: bool = False) -> Plant:
     def plant(trainer: Trainer) -> None:
         honest, main = Dialogues.__getitem__, os.getpid()
 
         def getitem(self, index):
-            if index in numbers and os.getpid() != main:
+            if index in numbers and os.getpid() != main and (self is trainer.eval_dataset) == held_out:
                 how()
             return honest(self, index)
 
@@ -250,6 +250,10 @@ CASES = {
     "SIGKILL in a step": partial(killed_then_resumed, plant=kill_in_step),
     "SIGKILL twenty times, at random moments and inside saves": twenty_kills,
     "SIGTERM in the middle of an evaluation": terminate_in_evaluation,
+    "a signal in the middle of the last evaluation": terminate_in_evaluation,
+    "a held-out clip that kills the process that reads it": lambda bench: with_workers(
+        bench, kills_reader({5}, kill, held_out=True), eval_file=bench.train_file
+    ),
     "SIGINT while waiting for data that does not come": interrupt_while_waiting,
     "a second signal in the middle of the save that the first one asked for": partial(
         signalled, plant=at_step(2, terminate)
