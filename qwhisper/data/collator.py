@@ -1,11 +1,12 @@
 """ConversationCollator: dialogues to samples, samples to batches, and generation's prompts by the same path."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from qwhisper.data.conversation import Conversation, Message, parse_conversation
+from qwhisper.data.conversation import Conversation, Message, in_words, parse_conversation
 from qwhisper.data.encode import (
     IGNORE,
     TRAIN_ON,
@@ -30,7 +31,8 @@ class ConversationCollator:
 
     audio_token_id: the token that stands once for every projected audio frame. train_on: "assistant" supervises every
     answer, "last" the last one, "all" what users typed as well. max_length: tokens a row may have. packed: batches are
-    one packed row instead of a padded row a sample. `rejected` collects (id, reason) of samples that a call left out.
+    one packed row instead of a padded row a sample. teach: samples carry the same dialogue in words, for a teacher to
+    read. `rejected` collects (id, reason) of samples that a call left out.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ConversationCollator:
         train_on: str = "assistant",
         max_length: int | None = None,
         packed: bool = False,
+        teach: bool = False,
     ):
         if train_on not in TRAIN_ON:
             raise UsageError(f"train_on is {train_on!r}; it can be {', '.join(TRAIN_ON)}")
@@ -57,6 +60,7 @@ class ConversationCollator:
         self.train_on = train_on
         self.max_length = max_length
         self.packed = packed
+        self.teach = teach
         self.rejected: list[tuple[str, str]] = []
         self.pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         self._encoder = PartEncoder(tokenizer, frames, audio_token_id, chat_template)
@@ -154,7 +158,20 @@ class ConversationCollator:
         labels[:1] = IGNORE
         windows = [window for _, window in row.windows]
         sample = Sample(conversation.id, conversation.source, ids, labels, windows, sorted(spans.values()), events)
+        if self.teach:
+            sample.teacher = self._in_words(conversation, supervised, first_own, sample)
         return self._with_labels(sample)
+
+    def _in_words(
+        self, conversation: Conversation, supervised: set[int], first_own: int, heard: Sample
+    ) -> Sample | None:
+        """The dialogue as typed; None where a clip has no transcript, or where not the same would be learned."""
+        if not heard.windows:
+            return replace(heard)
+        if (typed := in_words(conversation.messages)) is None:
+            return None
+        read = self._encode(replace(conversation, messages=typed), supervised, first_own, [])
+        return read if np.array_equal(read.targets, heard.targets) else None
 
     def _fitting_row(self, messages: Sequence[Message], supervised: set[int], events: list[str]) -> tuple[Row, int]:
         """The row within max_length, and how many messages it lacks at the front."""

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +51,25 @@ class Message:
     @property
     def clips(self) -> tuple[AudioClip, ...]:
         return tuple(part for part in self.content if isinstance(part, AudioClip))
+
+
+def in_words(messages: Sequence[Message]) -> tuple[Message, ...] | None:
+    """The messages as one would type them: each clip's transcript in its place, with a space towards what stands beside
+    it. None where a clip has no transcript.
+    """
+    if any(clip.transcript is None for message in messages for clip in message.clips):
+        return None
+    return tuple(replace(message, content=(_typed(message.content),)) for message in messages)
+
+
+def _typed(content: Sequence[str | AudioClip]) -> str:
+    text = ""
+    for part, before in zip(content, (None, *content), strict=False):
+        said = part if isinstance(part, str) else part.transcript or ""
+        apart = not text or text[-1].isspace() or said[:1].isspace()
+        beside_clip = isinstance(part, AudioClip) or isinstance(before, AudioClip)
+        text += f" {said}" if beside_clip and not apart else said
+    return text
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Sample:
     input_ids, labels: int64 [tokens], labels unshifted with -100 where nothing is learned. windows: float32 [samples]
     each, in the order of their placeholders. answer_spans: (start, end) of every supervised answer with the token that
     ends its turn; the tokens before start are the generation prompt at that turn. events: what was cut or left out.
+    teacher: the same dialogue in words, with the same tokens supervised in the same order, or None.
     """
 
     id: str
@@ -38,11 +39,17 @@ class Sample:
     windows: list[np.ndarray] = field(default_factory=list)
     answer_spans: list[tuple[int, int]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+    teacher: "Sample | None" = None
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The tokens that are learned, in their order."""
+        return self.labels[1:][self.labels[1:] != IGNORE]
 
     @property
     def num_supervised(self) -> int:
         """Positions that the loss is taken at, after the shift by one."""
-        return int((self.labels[1:] != IGNORE).sum())
+        return len(self.targets)
 
 
 @dataclass(eq=False)

@@ -5,6 +5,8 @@ keeps a second, fp32 copy of every layer's input for the backward pass.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -120,6 +122,19 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> None:
         n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not n.startswith(LANGUAGE_MODEL + ".")
     ]
     assert not outside, f"LoRA outside the language model: {outside[:3]}"
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The language model as it was before LoRA, without a copy of it. PEFT's own switch would also freeze A and B."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and not module.disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def lora_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -14,7 +14,8 @@ from qwhisper.frames import encoder_frames
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for, packed_row_mask
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
-from qwhisper.model.loss import IGNORE_INDEX, head_logits, reference_loss, supervised_loss
+from qwhisper.model.lora import adapter_off
+from qwhisper.model.loss import IGNORE_INDEX, Lesson, head_logits, reference_loss, supervised_loss
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.projector import AudioProjection, ProjectorLinear
 
@@ -197,6 +198,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
     manual_loss: when True, `forward` also computes the loss the plain way into `last_manual_loss` (fp32 scalar), and
     `last_logits` then holds every position's logits. last_logits: detached logits of the last supervised chunk.
     last_valid_label_count, last_loss: supervised tokens and loss of the last forward with labels, scalar tensors.
+    last_divergence: from the teacher, in nats, summed over its taught positions; None without one.
     """
 
     def __init__(self, config: Qwen3AudioConfig):
@@ -213,6 +215,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         self.last_manual_loss: Tensor | None = None
         self.last_valid_label_count: Tensor | None = None
         self.last_loss: Tensor | None = None
+        self.last_divergence: Tensor | None = None
         self.post_init()
 
     @classmethod
@@ -285,6 +288,9 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         audio_lengths: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         valid_label_count: Tensor | None = None,
+        teacher: dict[str, Any] | None = None,
+        taught: Tensor | None = None,
+        distill_weight: float = 0.0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """input_ids: [batch, tokens] int64; audio: see `Qwen3AudioModel.get_audio_features`.
@@ -292,7 +298,9 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is the loss alone
         (sum over supervised tokens / num_items_in_batch, or their mean), and no full logits exist; without, logits
         [batch, tokens or logits_to_keep, vocabulary]. valid_label_count travels in our batches for whoever reports it,
-        and is not used.
+        and is not used. teacher: a batch of the same dialogues in words, with the same tokens supervised, which the
+        language model without its adapter reads as the teacher, see `Lesson`; taught: bool [supervised positions] on
+        the CPU, those of dialogues that are in it.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -309,20 +317,45 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden_states, labels.to(hidden_states.device), num_items_in_batch)
+            lesson = None
+            if teacher is not None and taught is not None:
+                lesson = Lesson(self._teach(**teacher), taught, distill_weight)
+            loss = self._loss(hidden_states, labels.to(hidden_states.device), num_items_in_batch, lesson)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head_logits(hidden_states[:, kept], self.lm_head, self._softcap)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
-    def _loss(self, hidden_states: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+    @torch.no_grad()
+    def _teach(self, labels: Tensor, **batch) -> Tensor:
+        """[supervised positions, hidden] of the language model as it was before its adapter, in evaluation mode."""
+        batch.pop("valid_label_count", None)
+        language_model, was_training = self.model.language_model, self.training
+        try:
+            language_model.eval()
+            with adapter_off(language_model):
+                hidden_states = self.model(**batch).last_hidden_state
+        finally:
+            language_model.train(was_training)
+        return hidden_states[:, :-1][labels[:, 1:] != IGNORE_INDEX]
+
+    def _loss(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        num_items_in_batch: int | Tensor | None,
+        lesson: Lesson | None,
+    ) -> Tensor:
         keywords: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "softcap": self._softcap}
         self.last_valid_label_count = (labels[:, 1:] != IGNORE_INDEX).sum()
-        loss, self.last_logits = supervised_loss(hidden_states, labels, self.lm_head, **keywords)
+        loss, self.last_logits = supervised_loss(hidden_states, labels, self.lm_head, lesson=lesson, **keywords)
         self.last_loss = loss.detach()
+        self.last_divergence = None if lesson is None else lesson.divergence
         if self.manual_loss:
-            self.last_manual_loss, self.last_logits = reference_loss(hidden_states, labels, self.lm_head, **keywords)
+            self.last_manual_loss, self.last_logits = reference_loss(
+                hidden_states, labels, self.lm_head, lesson=lesson, **keywords
+            )
         return loss
 
     @torch.no_grad()

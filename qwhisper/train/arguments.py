@@ -123,7 +123,7 @@ class TrainArguments(
             (ABOVE_ZERO, lambda value: value > 0, "must be above 0"),
             (NOT_NEGATIVE, lambda value: value >= 0, "must be 0 or more"),
             (BELOW_ONE, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-            (("max_bad_fraction",), lambda value: 0 <= value <= 1, "is a share: from 0 to 1"),
+            (("max_bad_fraction", "distill_weight"), lambda value: 0 <= value <= 1, "is a share: from 0 to 1"),
             (("max_steps",), lambda value: value == -1 or value >= 1, "must be 1 or more, or -1 for no limit"),
         ):
             for name in names:
@@ -157,6 +157,11 @@ class TrainArguments(
             raise UsageError(
                 f"--freeze_projector_steps {self.freeze_projector_steps} with --no_use_lora: nothing would learn in "
                 "these steps; use --freeze_projector_steps 0"
+            )
+        if self.distill_weight and self.train_on == "all":
+            raise UsageError(
+                f"--distill_weight {self.distill_weight} with --train_on all: the teacher knows what to answer, not "
+                "what users say; use --train_on assistant"
             )
         in_half = [f"--no_{name}" for name in ("projector_fp32", "lora_fp32") if not getattr(self, name)]
         if self.dtype == "fp16" and in_half:

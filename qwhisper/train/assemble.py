@@ -110,6 +110,7 @@ def collator_for(
         train_on=args.train_on,
         max_length=args.max_length or model.config.get_text_config().max_position_embeddings,
         packed=True,
+        teach=args.distill_weight > 0,
     )
 
 
@@ -138,7 +139,10 @@ def assemble_run(
         optimizer, lambda step: guarded_factor(step, args, total_steps, state.guards)
     )
     executor = Executor(
-        model, max_tokens_per_pack=state.max_tokens_per_pack or args.pack_limit, pad_token_id=collator.pad_token_id
+        model,
+        max_tokens_per_pack=state.max_tokens_per_pack or args.pack_limit,
+        pad_token_id=collator.pad_token_id,
+        distill_weight=args.distill_weight,
     )
     hooks = Hooks(
         callbacks,

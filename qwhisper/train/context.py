@@ -62,7 +62,7 @@ class StepReport:
 
     loss: nats a supervised token. tokens, num_samples, has_audio: of the samples that it was taken on. grad_norm,
     group_norms: before clipping. peaks: groups above their adaptive bound, with norm / average. skipped: why, or None.
-    frozen: groups whose gradient was dropped.
+    frozen: groups whose gradient was dropped. divergence: from the teacher, nats a taught token; None without one.
     """
 
     loss: float
@@ -74,4 +74,5 @@ class StepReport:
     num_samples: int
     has_audio: bool
     frozen: frozenset[str]
+    divergence: float | None = None
     seconds: float = 0.0

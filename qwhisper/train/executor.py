@@ -46,9 +46,16 @@ class Executor:
     """Runs packs on one model; `max_tokens_per_pack` shrinks when memory runs out, and is saved with the run."""
 
     def __init__(
-        self, model: Qwen3AudioForConditionalGeneration, *, max_tokens_per_pack: int | None, pad_token_id: int
+        self,
+        model: Qwen3AudioForConditionalGeneration,
+        *,
+        max_tokens_per_pack: int | None,
+        pad_token_id: int,
+        distill_weight: float = 0.0,
     ):
         self.model = model
+        self.distill_weight = distill_weight
+        self.divergence: Tensor | None = None  # from the teacher, of the last training pass, in nats a taught token
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
         self.device = device
@@ -59,7 +66,16 @@ class Executor:
         self.packing = supports_packing(model.config.get_text_config())
 
     def batch(self, samples: Sequence[Sample]) -> dict:
-        """One pack as the model's keyword arguments, on the model's device."""
+        """One pack as the model's keyword arguments, on the model's device; in training with what its teacher reads."""
+        batch = self._on_device(samples)
+        teachers = [sample.teacher for sample in samples if sample.teacher is not None]
+        if not (self.distill_weight and self.model.training and teachers):
+            return batch
+        taught = [torch.full((sample.num_supervised,), sample.teacher is not None) for sample in samples]
+        lesson = {"teacher": self._on_device(teachers), "taught": torch.cat(taught)}
+        return batch | lesson | {"distill_weight": self.distill_weight}
+
+    def _on_device(self, samples: Sequence[Sample]) -> dict:
         batch = pack_samples(samples) if self.packing else pad_samples(samples, self.pad_token_id)
         move = {k for k, v in batch.items() if isinstance(v, Tensor) and k not in HOST_KEYS}
         return {k: v.to(self.device, non_blocking=True) if k in move else v for k, v in batch.items()}
@@ -159,14 +175,19 @@ class Executor:
         return Halved(tokens=tokens, now=self.max_tokens_per_pack)
 
     def _run(self, samples: Sequence[Sample], num_supervised: int) -> Tensor:
-        losses = []
+        losses, divergences, num_taught = [], [], 0
         for pack in self.packs(samples):
-            loss = self.model(**self.batch(pack), num_items_in_batch=num_supervised).loss
+            batch = self.batch(pack)
+            loss = self.model(**batch, num_items_in_batch=num_supervised).loss
+            if self.model.last_divergence is not None:
+                divergences.append(self.model.last_divergence)
+                num_taught += int(batch["taught"].sum())
             if self.model.manual_loss:
                 self._compare_with_reference(pack, loss)
             if loss.requires_grad:
                 (loss * self.loss_scale).backward()
             losses.append(loss.detach())
+        self.divergence = torch.stack(divergences).sum() / num_taught if divergences else None
         return torch.stack(losses).sum()
 
     def _compare_with_reference(self, pack: list[Sample], loss: Tensor) -> None:

@@ -193,6 +193,11 @@ class OptimizationFlags:
     adam_beta1: float = flag(0.9, "AdamW's memory of gradients.")
     adam_beta2: float = flag(0.999, "AdamW's memory of squared gradients.")
     adam_epsilon: float = flag(1e-8, "AdamW's guard against division by zero.")
+    distill_weight: float = flag(
+        0.0,
+        "From 0 to 1: the part of the loss in which the text model, reading the transcripts, is the teacher of what is "
+        "said to the audio (1: no cross-entropy at all). Keeps what it could do before it could hear.",
+    )
     manual_loss: bool = flag(
         False,
         "Compute a plain fp32 loss beside the fast one, recount the mask, and stop with exit code 5 where they part. "

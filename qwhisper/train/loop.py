@@ -72,6 +72,7 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
         num_samples=len(samples),
         has_audio=any(sample.windows for sample in samples),
         frozen=frozen,
+        divergence=None if run.executor.divergence is None else float(run.executor.divergence),
     )
 
 

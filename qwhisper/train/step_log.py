@@ -16,6 +16,8 @@ def log_step(run: Run, report: StepReport, learning_rates: dict[str, float]) -> 
     values = {"loss": report.loss, "grad_norm": report.grad_norm} | {
         f"grad_norm_{k}": v for k, v in report.group_norms.items()
     }
+    if report.divergence is not None:
+        values["divergence"] = report.divergence
     peaks = {f"peak_{name}": round(times_average, 2) for name, times_average in report.peaks.items()}
     rates = {f"learning_rate_{name}": rate for name, rate in learning_rates.items()}
     run.log.metric(

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qwhisper.model import loss as losses
-from qwhisper.model.loss import reference_loss, supervised_loss
+from qwhisper.model.loss import Lesson, reference_loss, supervised_loss
 
 HIDDEN, VOCABULARY = 8, 23
 
@@ -81,3 +81,59 @@ def test_full_logits_exist_for_supervised_positions_alone(monkeypatch):
     monkeypatch.setattr(losses, "head_logits", lambda h, *rest: shapes.append(h.shape) or head(h))
     supervised_loss(hidden_states, labels, head)
     assert shapes == [(3, HIDDEN)]
+
+
+def lesson_for(labels, weight):
+    taught = torch.rand(int((labels[:, 1:] != -100).sum())) < 0.7
+    return Lesson(torch.randn(int(taught.sum()), HIDDEN), taught, weight)
+
+
+def plain_lesson(hidden_states, labels, head, lesson):
+    """The textbook's sums, a position at a time."""
+    supervised = labels[:, 1:] != -100
+    logits, targets = head(hidden_states[:, :-1][supervised]).double(), labels[:, 1:][supervised]
+    teachers, total, divergences = iter(head(lesson.hidden_states).double().detach()), 0.0, 0.0
+    for logit, target, taught in zip(logits, targets, lesson.taught, strict=True):
+        own = -logit.log_softmax(-1)[target]
+        if not taught:
+            total = total + own
+            continue
+        meant = next(teachers).softmax(-1)
+        divergence = (meant * (meant.log() - logit.log_softmax(-1))).sum()
+        total, divergences = total + (1 - lesson.weight) * own + lesson.weight * divergence, divergences + divergence
+    return total / len(targets), divergences
+
+
+@pytest.mark.parametrize("rows_at_once", [1000, 4, 1])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_a_lesson_is_the_divergence_from_the_teacher_beside_cross_entropy_whatever_the_chunks(
+    monkeypatch, rows_at_once, weight
+):
+    monkeypatch.setattr(losses, "MAX_LOGITS_AT_ONCE", 2 * rows_at_once * VOCABULARY)
+    hidden_states, labels, head = case(bias=True)
+    lesson = lesson_for(labels, weight)
+    expected, divergence = plain_lesson(hidden_states, labels, head, lesson)
+    grads = torch.autograd.grad(expected, (hidden_states, head.weight))
+    got = with_gradients(supervised_loss, hidden_states, labels, head, lesson=lesson)
+    torch.testing.assert_close(got[0].double(), expected.detach(), atol=1e-6, rtol=1e-5)
+    for ours, theirs in zip(got[1:3], grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lesson.divergence.double(), divergence.detach(), atol=1e-5, rtol=1e-5)
+    plain, _ = reference_loss(hidden_states, labels, head, lesson=lesson)
+    torch.testing.assert_close(plain, got[0])
+
+
+def test_a_lesson_of_no_weight_is_cross_entropy():
+    hidden_states, labels, head = case()
+    loss, _ = supervised_loss(hidden_states, labels, head)
+    with_lesson, _ = supervised_loss(hidden_states, labels, head, lesson=lesson_for(labels, 0.0))
+    torch.testing.assert_close(with_lesson, loss)
+
+
+def test_the_teacher_is_not_taught():
+    hidden_states, labels, head = case()
+    lesson = lesson_for(labels, 1.0)
+    lesson.hidden_states.requires_grad_()
+    loss, _ = supervised_loss(hidden_states, labels, head, lesson=lesson)
+    loss.backward()
+    assert lesson.hidden_states.grad is None and hidden_states.grad.any()

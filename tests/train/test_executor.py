@@ -90,11 +90,11 @@ def test_manual_loss_stops_loudly_where_the_two_part(run, monkeypatch, fault):
     model.manual_loss = True
     honest = model._loss
 
-    def wrong(hidden_states, labels, num_items_in_batch):
+    def wrong(hidden_states, labels, *rest):
         if fault == "mask":
             labels = labels.clone()
             labels[0, int((labels[0] != -100).nonzero()[0])] = -100
-        loss = honest(hidden_states, labels, num_items_in_batch)
+        loss = honest(hidden_states, labels, *rest)
         return loss * 1.01 if fault == "loss" else loss
 
     monkeypatch.setattr(model, "_loss", wrong)

@@ -1,0 +1,104 @@
+"""The teacher is the same language model, without its adapter, reading the words."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from qwhisper.errors import UsageError
+from qwhisper.train.run import main
+from tests.train.helpers import assert_same, gradients, loss_and_gradients, make_run, read_lines, same_bits
+from tests.train.test_resume import StopAfter, outcome
+
+VALUES = {"distill_weight": 0.6, "freeze_projector_steps": 0, "early_lr_steps": 0, "dtype": "fp32"}
+
+
+def with_a_different_adapter(run) -> None:
+    """B is zero at first, and the student its own teacher."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in run.executor.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+
+
+def as_if_it_were_read(samples) -> list:
+    return [dataclasses.replace(sample.teacher, teacher=sample.teacher) for sample in samples]
+
+
+def test_where_the_audio_is_replaced_by_its_words_a_fresh_student_is_its_teacher(arguments):
+    run, samples = make_run(arguments(**VALUES | {"distill_weight": 1.0}))
+    loss, grads = loss_and_gradients(run, as_if_it_were_read(samples[:4]), max_tokens=10_000)
+    assert abs(loss) < 1e-6 and float(run.executor.divergence) == pytest.approx(0.0, abs=1e-6)
+    assert max(float(g.abs().max()) for g in grads.values()) < 1e-6
+    with_a_different_adapter(run)
+    loss, _ = loss_and_gradients(run, as_if_it_were_read(samples[:4]), max_tokens=10_000)
+    assert loss > 1e-3 and loss == pytest.approx(float(run.executor.divergence))
+
+
+def test_the_teacher_does_not_see_the_adapter(arguments):
+    run, samples = make_run(arguments(**VALUES))
+    batch = run.executor.batch(samples[:4])
+    before = run.executor.model._teach(**batch["teacher"])
+    with_a_different_adapter(run)
+    assert torch.equal(before, run.executor.model._teach(**batch["teacher"]))
+    assert run.executor.model.model.language_model.training
+    layers = [module for module in run.executor.model.modules() if isinstance(module, LoraLayer)]
+    assert layers and not any(layer.disable_adapters for layer in layers)
+
+
+@pytest.mark.parametrize(("max_tokens", "packing"), [(90, True), (10_000, False), (90, False)])
+def test_any_packing_gives_the_same_gradients(arguments, max_tokens, packing):
+    run, samples = make_run(arguments(**VALUES))
+    with_a_different_adapter(run)
+    samples = samples[:6]
+    samples[1] = dataclasses.replace(samples[1], teacher=None)  # a clip without a transcript
+    whole = loss_and_gradients(run, samples, max_tokens=10_000)
+    divergence = float(run.executor.divergence)
+    assert_same(whole, loss_and_gradients(run, samples, max_tokens=max_tokens, packing=packing))
+    assert float(run.executor.divergence) == pytest.approx(divergence, rel=1e-4)
+
+
+def test_without_a_transcript_a_dialogue_is_learned_from_its_answers_alone(arguments):
+    run, samples = make_run(arguments(**VALUES))
+    with_a_different_adapter(run)
+    mute = [dataclasses.replace(sample, teacher=None) for sample in samples[:4]]
+    got = loss_and_gradients(run, mute, max_tokens=10_000)
+    assert run.executor.divergence is None
+    run.executor.distill_weight = 0.0
+    assert_same(got, loss_and_gradients(run, samples[:4], max_tokens=10_000))
+
+
+def test_evaluation_has_no_teacher(arguments):
+    run, samples = make_run(arguments(**VALUES))
+    with_a_different_adapter(run)
+    loss = run.executor.evaluate(samples)
+    run.executor.distill_weight = 0.0
+    assert run.executor.evaluate(samples) == loss
+
+
+def test_manual_loss_agrees_with_it(arguments):
+    run, samples = make_run(arguments(**VALUES, manual_loss=True))
+    with_a_different_adapter(run)
+    run.executor.forward_backward(samples[:4], sum(s.num_supervised for s in samples[:4]))
+    assert gradients(run)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_distillation_ends_in_the_bits_of_the_uninterrupted_one(arguments, tmp_path, workers):
+    values = VALUES | {"lora_dropout": 0.2, "max_steps": 6, "save_steps": 100, "dataloader_num_workers": workers}
+    whole = arguments(output_dir=str(tmp_path / "whole"), **values)
+    assert main(whole) == 0
+    parts = arguments(output_dir=str(tmp_path / "parts"), **values)
+    assert main(parts, [StopAfter(2)]) == 0
+    assert main(dataclasses.replace(parts, resume_from_checkpoint="latest")) == 0
+    (tensors, state), (others, other_state) = outcome(tmp_path / "whole", 6), outcome(tmp_path / "parts", 6)
+    assert same_bits(tensors, others) == [] and state == other_state
+    found = [line["divergence"] for line in read_lines(tmp_path / "whole/metrics.jsonl")]
+    assert len(found) == 6 and all(value > 0 for value in found)
+
+
+def test_what_users_say_has_no_teacher(arguments):
+    with pytest.raises(UsageError, match=r"--distill_weight 0\.6 with --train_on all"):
+        arguments(**VALUES, train_on="all")
