@@ -81,6 +81,16 @@ class EvalArguments:
         "Answer everything once more with another sample's audio whose right answer differs: what the model still "
         "gets right then, it guessed from the text.",
     )
+    ask_text_model: bool = flag(
+        True,
+        "Ask the language model without its adapter the same, in words, where clips have transcripts: what it answers "
+        "right and the trained model does not was forgotten, or not heard.",
+    )
+    text_file: str | None = flag(
+        None,
+        "JSONL of text dialogues on which to measure how far the language model has moved from its base (default: "
+        "--eval_file's own, in words).",
+    )
     batch_size: int = flag(8, "Dialogues answered at once; the result does not depend on it.")
     max_new_tokens: int = flag(128, "Tokens an answer may have.")
     output_json: str | None = flag(None, "File for all numbers and answers as JSON (default: none is written).")

@@ -5,7 +5,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,14 @@ from qwhisper.evaluate.metrics import (
     whole_dialogue_share,
     word_error_rate,
 )
+from qwhisper.evaluate.retention import retention, text_answers, text_shift
 from qwhisper.evaluate.tables import markdown
 from qwhisper.infer.generate import answer_prompts, load_for_inference
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import quieten_transformers
+from qwhisper.train.checkpoint import resolve_checkpoint
 from qwhisper.train.executor import Executor
+from qwhisper.train.state import STATE_FILE, TrainState
 
 if TYPE_CHECKING:
     from qwhisper.arguments import EvalArguments
@@ -51,6 +54,9 @@ def main(arguments: "EvalArguments") -> None:
         collator,
         conversations,
         swap=arguments.swap_audio,
+        text_model=arguments.ask_text_model,
+        text=read_conversations(arguments.text_file) if arguments.text_file else None,
+        trained_kinds=trained_kinds(arguments.checkpoint),
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
     )
@@ -69,6 +75,9 @@ def evaluate_model(
     conversations: Sequence[Conversation],
     *,
     swap: bool = True,
+    text_model: bool = True,
+    text: Sequence[Conversation] | None = None,
+    trained_kinds: Collection[str] = (),
     batch_size: int = 8,
     max_new_tokens: int = 128,
     seed: int = 0,
@@ -80,6 +89,10 @@ def evaluate_model(
     original's reference; no turn without a clip before it is among them), `kinds` {kind: n, turns, swapped, majority}.
     `loss`: nats a supervised token, as in training; `loss_swapped`, `loss_unswapped`: of the swapped turns' reference
     answers, with swapped and with true audio; `listening_gain`: their difference. `wer`, `cer`: of all answers.
+    With `text_model`, the language model without its adapter is asked the same in words, where there are transcripts:
+    its share `text_model` of the answers after a clip, beside `heard`, the share of these that are right on speech, for
+    each kind as well; `retention` of the kinds that are not among `trained_kinds`; `text_shift` on `text` (None: the
+    dialogues in words), in nats a token. See retention.py.
     `counts`, `rejected` (dialogues with a bad clip: id, reason), `answers` (one a turn), `seconds`.
     Raises DataError if no dialogue can be used.
     """
@@ -105,15 +118,29 @@ def evaluate_model(
     }
     if swap:
         losses |= _with_swapped_audio(model, collator, executor, turns, records, batch_size, max_new_tokens, seed)
+    shift = None
+    if text_model:
+        _with_text_model(records, turns, text_answers(model, collator, turns, max_new_tokens, batch_size))
+        shift = text_shift(executor, collator, usable if text is None else text)
     model.train(was_training)
+    scores = _scores(records)
     return {
-        **_scores(records),
+        **scores,
         **losses,
+        "retention": retention(scores["kinds"], trained_kinds),
+        "text_shift": shift,
+        "trained_kinds": sorted(trained_kinds),
         "counts": _counts(usable, turns, records),
         "seconds": round(time.perf_counter() - started, 2),
         "rejected": rejected,
         "answers": records,
     }
+
+
+def trained_kinds(checkpoint: str) -> list[str]:
+    """The kinds of question that the checkpoint's run had in its training data; empty where it does not say."""
+    path = resolve_checkpoint(checkpoint) / STATE_FILE
+    return TrainState.load(path.parent).kinds if path.is_file() else []
 
 
 def _dialogue_loss(
@@ -200,6 +227,13 @@ def _with_swapped_audio(
     }
 
 
+def _with_text_model(records: list[dict], turns: Sequence[Turn], answers: Sequence[str | None]) -> None:
+    """Adds text_model_answer and text_model_right to the records of the turns that it was asked."""
+    for record, turn, answer in zip(records, turns, answers, strict=True):
+        if answer is not None:
+            record["text_model_answer"], record["text_model_right"] = answer, same(turn.reference, answer)
+
+
 def _scores(records: list[dict]) -> dict[str, Any]:
     kinds = sorted({record["kind"] for record in records})
     references = [record["reference"] for record in records]
@@ -211,6 +245,7 @@ def _scores(records: list[dict]) -> dict[str, Any]:
         ),
         "turns_swapped": _swapped_share(records),
         "majority": majority_share_by_kind([record["kind"] for record in records], references),
+        **_text_model_shares(records),
         "wer": word_error_rate(references, answers),
         "cer": character_error_rate(references, answers),
         "kinds": {kind: _kind_scores([record for record in records if record["kind"] == kind]) for kind in kinds},
@@ -223,6 +258,16 @@ def _kind_scores(records: list[dict]) -> dict[str, Any]:
         "turns": share(record["right"] for record in records),
         "swapped": _swapped_share(records),
         "majority": majority_share(record["reference"] for record in records),
+        **_text_model_shares(records),
+    }
+
+
+def _text_model_shares(records: list[dict]) -> dict[str, float | None]:
+    """Of the answers that the text model was asked for as well, what each got right."""
+    both = [record for record in records if "text_model_right" in record]
+    return {
+        "text_model": share(record["text_model_right"] for record in both),
+        "heard": share(record["right"] for record in both),
     }
 
 

@@ -11,13 +11,15 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{counts['dialogues']} dialogues, {counts['turns']} answers, {result['seconds']:.1f} s",
         "",
-        "| | exactly right | with swapped audio | majority answer |",
-        "|---|---|---|---|",
-        _row("all answers", result["turns"], result["turns_swapped"], result["majority"]),
+        "| | exactly right | with swapped audio | majority answer | text model, in words |",
+        "|---|---|---|---|---|",
+        _row("all answers", result["turns"], result["turns_swapped"], result["majority"], result["text_model"]),
     ]
     for kind, scores in result["kinds"].items() if len(result["kinds"]) > 1 else ():
-        lines.append(_row(f"{kind} ({scores['n']})", scores["turns"], scores["swapped"], scores["majority"]))
-    lines += [_row("whole dialogues", result["dialogues"], None, None), ""]
+        shares = (scores[name] for name in ("turns", "swapped", "majority", "text_model"))
+        untrained = ", never trained" if result["trained_kinds"] and kind not in result["trained_kinds"] else ""
+        lines.append(_row(f"{kind} ({scores['n']}{untrained})", *shares))
+    lines += [_row("whole dialogues", result["dialogues"], None, None, None), ""]
     lines.append(
         f"WER {_percent(result['wer'])}, CER {_percent(result['cer'])}, loss {result['loss']:.4f} nats a token"
     )
@@ -27,6 +29,14 @@ def markdown(result: dict[str, Any]) -> str:
             f"Listening gain {result['listening_gain']:.4f} nats a token: answers cost {result['loss_swapped']:.4f} "
             f"after swapped audio, {result['loss_unswapped']:.4f} after their own. {_swap_note(counts)}",
         ]
+    if result["retention"] is not None:
+        lines += [
+            "",
+            f"Retention {result['retention']:.2f}: what is right on speech over what the text model makes of the "
+            "words, in kinds of question that were never trained on.",
+        ]
+    if result["text_shift"] is not None:
+        lines += ["", f"Text shift {result['text_shift']:.4f} nats a token from the base, on text alone."]
     if result["rejected"]:
         first = result["rejected"][0]
         lines += ["", f"{len(result['rejected'])} dialogues left out, the first: {first['id']}: {first['reason']}"]

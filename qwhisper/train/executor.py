@@ -118,6 +118,23 @@ class Executor:
         return float(total) / max(1, sum(sample.num_supervised for sample in samples))
 
     @torch.no_grad()
+    def shift_from_base(self, samples: Sequence[Sample]) -> float:
+        """Divergence of the language model from what it was before its adapter, in nats a supervised token, where both
+        read the samples, which are text; 0 without any.
+        """
+        total, tokens = torch.zeros((), device=self.device), 0
+        with self._in_evaluation_mode():
+            for pack in self.packs(samples):
+                batch = self._on_device(pack)
+                tokens_here = sum(sample.num_supervised for sample in pack)
+                taught = torch.ones(tokens_here, dtype=torch.bool)
+                total += self.model(
+                    **batch, teacher=batch, taught=taught, distill_weight=1.0, num_items_in_batch=1
+                ).loss
+                tokens += tokens_here
+        return float(total) / max(1, tokens)
+
+    @torch.no_grad()
     def sample_losses(self, samples: Sequence[Sample]) -> list[float]:
         """Loss of each sample, summed over its supervised tokens, in nats; as `evaluate` computes it, in one wait.
 

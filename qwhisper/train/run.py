@@ -67,6 +67,8 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
     if resumed:
         adopt_changes(args, resumed, state, train_file_sha256)
+    kinds = {message.kind for conversation in conversations for message in conversation.messages if message.kind}
+    state.kinds = sorted(kinds.union(state.kinds))
     torch.manual_seed(args.seed)
     model, processor = build(args, resumed)
     write_config(args, folder)

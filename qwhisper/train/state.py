@@ -27,7 +27,7 @@ class TrainState:
     """Where a run stands.
 
     step: optimizer steps done, skipped ones included; epoch and offset: the sampler's position. evaluated: the step of
-    the last evaluation.
+    the last evaluation. kinds: of question, in the data that was trained on.
     """
 
     step: int = 0
@@ -41,6 +41,7 @@ class TrainState:
     best_loss: float | None = None
     best_checkpoint: str | None = None
     train_file_sha256: str | None = None
+    kinds: list[str] = field(default_factory=list)
     guards: GuardState = field(default_factory=GuardState)
     alarms: Alarms = field(default_factory=Alarms)
     probe: ProbeState = field(default_factory=ProbeState)

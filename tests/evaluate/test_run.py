@@ -78,10 +78,12 @@ def test_who_guesses_scores_the_majority_with_any_audio(small_model, conversatio
     monkeypatch.setattr(run_module, "answer_prompts", deaf)
     result = evaluate_model(*small_model, conversations)
     pitch, again, hello = (result["kinds"][kind] for kind in ("pitch", "again", NO_KIND))
-    assert pitch == {"n": 14, "turns": 9 / 14, "swapped": 9 / 14, "majority": 9 / 14}
+    assert pitch == {
+        "n": 14, "turns": 9 / 14, "swapped": 9 / 14, "majority": 9 / 14, "text_model": 0.0, "heard": 9 / 14,
+    }  # fmt: skip
     assert again["n"] == 7
     assert again["turns"] == again["swapped"] == again["majority"]
-    assert hello == {"n": 2, "turns": 1.0, "swapped": None, "majority": 1.0}
+    assert hello == {"n": 2, "turns": 1.0, "swapped": None, "majority": 1.0, "text_model": None, "heard": None}
     right = 9 + round(7 * again["turns"])
     assert result["turns"] == result["majority"] == pytest.approx((right + 2) / 23)
     assert result["turns_swapped"] == pytest.approx(right / 21)

@@ -1,0 +1,71 @@
+"""What is left of the text model: its own score where it reads the words, and how far its answers to text have moved.
+
+A model that was taught to hear on a few kinds of question may have forgotten how to think about what it hears: that
+shows in kinds that it was never trained on, held against what the language model makes of the transcripts.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.conversation import Conversation, in_words
+from qwhisper.errors import DataError
+from qwhisper.evaluate.listening import Turn
+from qwhisper.infer.generate import answer_prompts
+from qwhisper.model.lora import adapter_off
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.train.executor import Executor
+
+SOLID = 0.7  # what the text model itself answers less well than this says nothing about what was kept
+
+
+def text_answers(
+    model: Qwen3AudioForConditionalGeneration,
+    collator: ConversationCollator,
+    turns: Sequence[Turn],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str | None]:
+    """What the language model without its adapter answers where it reads what was said; None for a turn without a clip
+    before it, or with one that has no transcript.
+    """
+    prompts = {}
+    for position, turn in enumerate(turns):
+        if turn.clips and (typed := in_words(turn.history)) is not None:
+            prompts[position] = collator.encode_prompt(typed)
+    with adapter_off(model):
+        answers = answer_prompts(model, collator, list(prompts.values()), max_new_tokens, batch_size)
+    found = dict(zip(prompts, answers, strict=True))
+    return [found.get(position) for position in range(len(turns))]
+
+
+def text_shift(
+    executor: Executor, collator: ConversationCollator, conversations: Sequence[Conversation]
+) -> float | None:
+    """Kullback-Leibler divergence of the adapted language model from its base, in nats a token of the answers, where
+    both read the dialogues in words; None where no dialogue can be read.
+    """
+    samples = []
+    for conversation in conversations:
+        if (typed := in_words(conversation.messages)) is None:
+            continue
+        try:
+            samples += collator.encode_rows(replace(conversation, messages=typed))
+        except DataError:
+            continue  # it is among those that the evaluation rejects
+    return executor.shift_from_base(samples) if samples else None
+
+
+def retention(kinds: dict[str, dict[str, Any]], trained: Collection[str]) -> float | None:
+    """The mean score on speech over the text model's on the words, of the kinds that were never trained on and that the
+    text model answers well (SOLID); None where there are none. kinds: as `evaluate_model` returns them.
+    """
+    judged = [
+        scores
+        for kind, scores in kinds.items()
+        if kind not in trained and scores["text_model"] is not None and scores["text_model"] >= SOLID
+    ]
+    if not judged:
+        return None
+    return sum(scores["heard"] for scores in judged) / sum(scores["text_model"] for scores in judged)

@@ -1,0 +1,82 @@
+import copy
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from qwhisper.data.conversation import AudioClip, Conversation, Message, in_words
+from qwhisper.evaluate import retention as module
+from qwhisper.evaluate.listening import turns_of
+from qwhisper.evaluate.retention import retention, text_answers, text_shift
+from qwhisper.model.lora import add_lora, lora_parameters
+from qwhisper.train.executor import Executor
+
+
+@pytest.fixture
+def adapted(small_model):
+    """(model, collator) with a fresh adapter."""
+    model = copy.deepcopy(small_model[0])
+    add_lora(model)
+    return model, small_model[1]
+
+
+def kind(heard, text_model):
+    return {"heard": heard, "text_model": text_model}
+
+
+def test_retention_is_of_kinds_never_trained_on_that_the_text_model_answers_well():
+    kinds = {"clip": kind(0.5, 1.0), "sum": kind(0.4, 0.8), "next": kind(0.9, 1.0), "even": kind(0.0, 0.5)}
+    assert retention(kinds, {"clip"}) == pytest.approx(1.3 / 1.8)
+    assert retention({"hello": kind(None, None), "even": kind(0.0, 0.5)}, set()) is None
+
+
+def dialogues(*clips):
+    said = [AudioClip(f"/{n}.wav", transcript=word) for n, word in enumerate(clips)]
+    question = Message("user", (*said, "Which?"))
+    return [Conversation("d", (question, Message("assistant", ("two",), kind="last")), "d:1")]
+
+
+def test_the_text_model_reads_what_was_said_without_the_adapter(adapted, monkeypatch):
+    model, collator = adapted
+    asked = []
+
+    def answer(model, collator, prompts, max_new_tokens, batch_size):
+        off = {m.disable_adapters for m in model.modules() if isinstance(m, LoraLayer)}
+        asked.append((off, [collator.tokenizer.decode(prompt.input_ids) for prompt in prompts]))
+        return ["two" for _ in prompts]
+
+    monkeypatch.setattr(module, "answer_prompts", answer)
+    turns = turns_of(dialogues("one", "two") + dialogues("one", None) + dialogues())
+    assert text_answers(model, collator, turns, 8, 8) == ["two", None, None]
+    off, prompts = asked[0]
+    assert off == {True} and len(prompts) == 1 and "one two Which?" in prompts[0]
+
+
+def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted):
+    model, collator = adapted
+    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=collator.pad_token_id)
+    shifts = []
+    for scale in (0.0, 0.05, 0.2):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in lora_parameters(model):
+                if "lora_B" in name:
+                    parameter.normal_(std=scale) if scale else parameter.zero_()
+        shifts.append(text_shift(executor, collator, dialogues("one", "two")))
+    assert shifts[0] == pytest.approx(0.0, abs=1e-6) and 0 < shifts[1] < shifts[2]
+    assert text_shift(executor, collator, dialogues("one", None)) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "typed"),
+    [
+        ((AudioClip("/a", transcript="seven"), "Which digit?"), "seven Which digit?"),
+        ((AudioClip("/a", transcript="one"), AudioClip("/b", transcript="two")), "one two"),
+        (("Listen:\n", AudioClip("/a", transcript="one"), " and "), "Listen:\none and "),
+        (("a", "b"), "ab"),
+        ((AudioClip("/a", transcript="确定"),), "确定"),
+    ],
+)
+def test_in_words_puts_a_space_where_nothing_else_parts_a_clip_from_its_neighbours(content, typed):
+    (message,) = in_words([Message("user", content, kind="k")])
+    assert message == Message("user", (typed,), kind="k")
