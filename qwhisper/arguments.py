@@ -61,6 +61,42 @@ class DataCheckArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataAnswerArguments:
+    in_file: str = required(
+        'JSONL of dialogues that end with the user speaking, or of lines {"audio": path, "transcript": text}, each of '
+        "which is given an instruction. Dialogues that have their answers are kept as they are."
+    )
+    out_file: str = required(
+        "JSONL of the same dialogues with their answers. What was answered so far lies beside it in a .cache.jsonl: "
+        "after a crash the same command goes on where it stopped."
+    )
+    text_model: str = required(
+        "Language model that answers, reading the transcripts: hub id or folder. The one that will be trained: answers "
+        "of its own change it least."
+    )
+    data_root: str | None = flag(
+        None,
+        "Folder that absolute audio paths must lie in (default: the file's own folder). Nothing outside it is read.",
+    )
+    instructions: str | None = flag(
+        None, 'File with instructions of your own, one a line, in place of the shipped ones; a line "" is an empty one.'
+    )
+    language: Literal["both", "en", "zh"] = flag("both", "Which of the shipped instructions are drawn from.")
+    seed: int = flag(0, "Decides, with a line's content, which instruction the line is given.")
+    batch_size: int = flag(8, "Prompts answered at once; out of memory halves it by itself.")
+    max_new_tokens: int = flag(256, "Tokens an answer may have. How many were cut there is said at the end.")
+    load_in_4bit: bool = flag(False, "Load the language model's linear layers in 4 bits (NF4, bitsandbytes).")
+    hub: Literal["huggingface", "modelscope"] = flag("huggingface", "Where hub ids are fetched from.")
+    device: str | None = flag(None, DEVICE_HELP)
+    dtype: Dtype = flag("auto", "Number format of the language model (auto: bf16 on a GPU, fp32 on a CPU).")
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "batch_size", "max_new_tokens")
+        if self.instructions is not None and self.language != "both":
+            raise UsageError("--language chooses among the shipped instructions, which --instructions replaces")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyArguments:
     checkpoint: str = required(CHECKPOINT_HELP)
     device: str | None = flag(None, DEVICE_HELP)

@@ -43,6 +43,13 @@ VERBS = {
         positionals=("file",),
         example="qwhisper data check data.jsonl --text_model Qwen/Qwen3-8B",
     ),
+    "data answer": Verb(
+        summary="have the text model answer transcripts: training data from audio and its words",
+        handler="qwhisper.infer.answer:main",
+        arguments="qwhisper.arguments:DataAnswerArguments",
+        positionals=("in_file", "out_file"),
+        example="qwhisper data answer in.jsonl out.jsonl --text_model Qwen/Qwen3-8B",
+    ),
     "train": Verb(
         summary="fine-tune projector and LoRA; the stable recipe is the default",
         handler="qwhisper.train.run:main",

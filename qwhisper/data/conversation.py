@@ -1,4 +1,4 @@
-"""The canonical form of a dialogue, and the one place that reads it and finds its faults.
+"""The canonical form of a dialogue, and the one place that reads it, finds its faults, and writes it.
 
 Whatever is wrong with a file is found here, without tokenizer or model; a fault is a sentence with file and line.
 """
@@ -8,9 +8,10 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qwhisper.data.audio import file_fault
 from qwhisper.errors import DataError
@@ -103,11 +104,17 @@ def read_conversations(
 
 
 def scan_conversations(
-    path: str | Path, *, data_root: str | Path | None = None, max_samples: int | None = None
+    path: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    max_samples: int | None = None,
+    answered: bool = True,
+    convert: Callable[[dict], dict] | None = None,
 ) -> tuple[list[Conversation], list[str]]:
     """The good dialogues of a file and every fault in it, each fault as `file:line: sentence`.
 
-    Raises DataError only if there is no such file.
+    answered: a dialogue without any answer is a fault; False: not where a user's message ends it. convert: what makes
+    the canonical form of a line's object that has another. Raises DataError only if there is no such file.
     """
     path = Path(path)
     if fault := file_fault(path):
@@ -119,7 +126,8 @@ def scan_conversations(
         if isinstance(record, str):
             faults.append(f"{source}: {record}")
             continue
-        conversation, found = _parse(record, source, path.parent, data_root)
+        record = convert(record) if convert else record
+        conversation, found = _parse(record, source, path.parent, data_root, answered)
         faults += [f"{source}: {fault}" for fault in found]
         if conversation is None:
             continue
@@ -144,6 +152,36 @@ def parse_conversation(
     if conversation is None:
         raise DataError("\n".join(f"{source}: {fault}" for fault in faults))
     return conversation
+
+
+def to_record(conversation: Conversation, folder: str | Path) -> dict[str, Any]:
+    """What `parse_conversation` reads the same dialogue from; clips below `folder` stand there by their relative path.
+
+    An id that was only the place where the dialogue stood is left out.
+    """
+    root = Path(os.path.realpath(folder))
+    identity = {} if conversation.id == conversation.source else {"id": conversation.id}
+    return identity | {"messages": [_message_record(message, root) for message in conversation.messages]}
+
+
+def _message_record(message: Message, root: Path) -> dict[str, Any]:
+    parts = [
+        {"type": "text", "text": part} if isinstance(part, str) else _clip_record(part, root)
+        for part in message.content
+    ]
+    named = {"kind": message.kind, "reasoning_content": message.reasoning}
+    return {
+        "role": message.role,
+        "content": parts if message.clips else message.text,
+        **{name: value for name, value in named.items() if value is not None},
+    }
+
+
+def _clip_record(clip: AudioClip, root: Path) -> dict[str, Any]:
+    path = Path(clip.path)
+    location = path.relative_to(root) if path.is_relative_to(root) else path
+    named = {"start": clip.start, "end": clip.end, "transcript": clip.transcript}
+    return {"type": "audio", "audio": str(location)} | {k: v for k, v in named.items() if v is not None}
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict | str]]:
@@ -179,7 +217,9 @@ def _record(line: bytes, encoding: str) -> dict | str | None:
     return record if isinstance(record, dict) or not text else "not a JSON object with `messages`"
 
 
-def _parse(record: dict, source: str, root: Path, data_root) -> tuple[Conversation | None, list[str]]:
+def _parse(
+    record: dict, source: str, root: Path, data_root, answered: bool = True
+) -> tuple[Conversation | None, list[str]]:
     """The conversation, or None and what is wrong with it."""
     raw = record.get("messages")
     if not isinstance(raw, list):
@@ -189,7 +229,8 @@ def _parse(record: dict, source: str, root: Path, data_root) -> tuple[Conversati
     roots = [root] if data_root is None else [root, Path(data_root)]
     faults: list[str] = []
     messages = [_parse_message(message, f"message {n}", roots, faults) for n, message in enumerate(raw, 1)]
-    if not any(message.role == "assistant" for message in messages) and not faults:
+    is_question = not answered and messages[-1].role == "user"
+    if not is_question and not any(message.role == "assistant" for message in messages) and not faults:
         faults.append("no assistant message: there is nothing to learn from")
     messages = _place_audios(messages, record.get("audios"), roots, faults)
     identity = record.get("id")

@@ -2,13 +2,15 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
 from qwhisper.data.template import end_of_turn_ids
@@ -72,26 +74,51 @@ def collator_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -
     )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """ended: whether the model ended its turn; else the answer was cut where no more tokens were allowed."""
+
+    text: str
+    ended: bool
+
+
 def answer_prompts(
-    model: Qwen3AudioForConditionalGeneration,
+    model: PreTrainedModel,
     collator: ConversationCollator,
     prompts: Sequence[Sample],
     max_new_tokens: int,
     batch_size: int = 8,
 ) -> list[str]:
-    """The model's greedy answer to each prompt, in their order, without special tokens and surrounding white space.
+    """The texts of `iterate_answers`, in the order of the prompts."""
+    answers = [""] * len(prompts)
+    with tqdm(total=len(prompts), unit="answer", disable=None, leave=False) as bar:
+        for batch in iterate_answers(model, collator, prompts, max_new_tokens, batch_size):
+            for index, answer in batch.items():
+                answers[index] = answer.text
+            bar.update(len(batch))
+    return answers
 
-    prompts: see `ConversationCollator.encode_prompt`. The result depends on the batches by rounding alone; long prompts
-    go first, and memory that runs out halves the batch. Raises MemoryLimitError where one prompt alone is too much.
+
+def iterate_answers(
+    model: PreTrainedModel,
+    collator: ConversationCollator,
+    prompts: Sequence[Sample],
+    max_new_tokens: int,
+    batch_size: int = 8,
+) -> Iterator[dict[int, Answer]]:
+    """The model's greedy answers, a batch at a time: {position of the prompt: answer without special tokens and
+    surrounding white space}.
+
+    model: ours, or any causal LM where no prompt has audio. prompts: see `ConversationCollator.encode_prompt`. The
+    result depends on the batches by rounding alone; long prompts go first, and memory that runs out halves the batch.
+    Raises MemoryLimitError where one prompt alone is too much.
     """
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
-    answers = [""] * len(prompts)
     done = 0
-    bar = tqdm(total=len(prompts), unit="answer", disable=None, leave=False)
     while done < len(prompts):
         chosen = longest_first[done : done + batch_size]
         try:
-            texts = _answer_batch(model, collator, [prompts[i] for i in chosen], max_new_tokens)
+            answers = _answer_batch(model, collator, [prompts[i] for i in chosen], max_new_tokens)
         except torch.OutOfMemoryError as error:
             if len(chosen) == 1:
                 tokens = len(prompts[chosen[0]].input_ids)
@@ -99,20 +126,16 @@ def answer_prompts(
                     f"out of memory with one prompt of {tokens} tokens: use a lower --max_new_tokens or --dtype bf16"
                 ) from error
             batch_size = len(chosen) // 2
-            texts = None
-        if texts is None:  # outside the handler, whose traceback keeps the failed batch's tensors alive
+            answers = None
+        if answers is None:  # outside the handler, whose traceback keeps the failed batch's tensors alive
             torch.cuda.empty_cache()
             continue
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text
+        yield dict(zip(chosen, answers, strict=True))
         done += len(chosen)
-        bar.update(len(chosen))
-    bar.close()
-    return answers
 
 
 def generate_tokens(
-    model: Qwen3AudioForConditionalGeneration,
+    model: PreTrainedModel,
     collator: ConversationCollator,
     prompts: Sequence[Sample],
     max_new_tokens: int,
@@ -120,6 +143,8 @@ def generate_tokens(
 ):
     """`model.generate` on left-padded prompts, greedy, until the turn's end; keywords: more of generate's own."""
     batch: dict[str, Any] = dict(pad_samples(prompts, collator.pad_token_id, padding_side="left"))
+    device = model.get_input_embeddings().weight.device
+    batch |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     return model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
@@ -138,7 +163,9 @@ def decode_answer(collator: ConversationCollator, tokens: Tensor) -> str:
     return collator.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
 
 
-def _answer_batch(model, collator, prompts: list[Sample], max_new_tokens: int) -> list[str]:
+def _answer_batch(model, collator, prompts: list[Sample], max_new_tokens: int) -> list[Answer]:
     generated = generate_tokens(model, collator, prompts, max_new_tokens)
-    width = max(len(prompt.input_ids) for prompt in prompts)
-    return [decode_answer(collator, row) for row in generated[:, width:]]
+    new = generated[:, max(len(prompt.input_ids) for prompt in prompts) :]
+    ends = torch.tensor(end_of_turn_ids(collator.tokenizer, collator.chat_template), device=new.device)
+    ended = torch.isin(new, ends).any(dim=1).tolist()
+    return [Answer(decode_answer(collator, row), end) for row, end in zip(new, ended, strict=True)]

@@ -26,7 +26,7 @@ class RunLog:
         line = json.dumps(record, ensure_ascii=False) + "\n"
         try:
             if self._torn.get(file, True):  # a kill, or a full disk, in the middle of a line
-                line = "\n" * _ends_in_half_a_line(path) + line
+                line = "\n" * ends_in_half_a_line(path) + line
             self._torn[file] = True
             with path.open("a", encoding="utf-8") as handle:
                 handle.write(line)
@@ -49,7 +49,8 @@ class RunLog:
         self._append("quarantine.jsonl", {"id": id, "source": source, "reason": reason, "step": step})
 
 
-def _ends_in_half_a_line(path: Path) -> bool:
+def ends_in_half_a_line(path: Path) -> bool:
+    """Whether a kill or a full disk has left the last line without its end."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as handle:

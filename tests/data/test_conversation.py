@@ -9,6 +9,7 @@ from qwhisper.data.conversation import (
     parse_conversation,
     read_conversations,
     scan_conversations,
+    to_record,
 )
 from qwhisper.errors import DataError
 
@@ -238,3 +239,40 @@ def test_reasoning_is_kept_apart_from_the_reply(content, given, reasoning, reply
     record["messages"][1]["reasoning_content"] = given
     message = parse_conversation(record, "here", ".").messages[1]
     assert (message.reasoning, message.text) == (reasoning, reply)
+
+
+def test_what_is_written_is_read_back_as_the_same_dialogue(write, folder):
+    sent = {
+        "messages": [
+            text_message("system", "Be brief."),
+            text_message("user", audio_part(audio="clips/a.wav", transcript="seven", start=0.1, end=0.3), kind="digit"),
+            text_message("assistant", "Seven.", reasoning_content="I heard it.", kind="digit"),
+            text_message("user", "Sure?"),
+            text_message("assistant", "Yes."),
+        ]
+    }
+    path = write(sent | {"id": "a1"}, sent, {"audios": ["clips/b.wav"], **dialogue(user="<audio>Say it")})
+    before = read_conversations(path)
+    records = [to_record(conversation, folder) for conversation in before]
+    assert read_conversations(write(*records)) == before
+    assert records[0] == sent | {"id": "a1"} and records[1] == sent
+    assert [part.get("audio") for part in records[2]["messages"][0]["content"]] == ["clips/b.wav", None]
+    elsewhere = to_record(before[0], folder / "other")
+    assert elsewhere["messages"][1]["content"][0]["audio"] == str(folder / "clips" / "a.wav")
+
+
+def test_dialogue_that_awaits_its_answer_is_read_where_that_is_allowed(write):
+    question = {"messages": [text_message("user", "Say one.")]}
+    unfit = {"messages": [text_message("user", "Say one."), text_message("system", "Be brief.")]}
+    path = write(question, dialogue(), unfit)
+    conversations, faults = scan_conversations(path, answered=False)
+    assert [len(conversation.messages) for conversation in conversations] == [1, 2]
+    assert [fault.split(": ")[0] for fault in faults] == [f"{path}:3"]
+    assert len(scan_conversations(path)[1]) == 2
+
+
+def test_lines_of_another_form_are_converted_before_they_are_read(write):
+    path = write({"say": "Say one."}, "no json", {"say": "Say two."})
+    conversations, faults = scan_conversations(path, convert=lambda record: dialogue(user=record["say"]))
+    assert [conversation.messages[0].text for conversation in conversations] == ["Say one.", "Say two."]
+    assert len(faults) == 1 and f"{path}:2" in faults[0]

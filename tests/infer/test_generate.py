@@ -9,7 +9,14 @@ from qwhisper.data.collator import Sample
 from qwhisper.data.conversation import AudioClip, Message
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import MemoryLimitError, UsageError
-from qwhisper.infer.generate import answer_prompts, decode_answer, generate_tokens, load_for_inference
+from qwhisper.infer.generate import (
+    Answer,
+    answer_prompts,
+    decode_answer,
+    generate_tokens,
+    iterate_answers,
+    load_for_inference,
+)
 from tests.small import tone
 
 NEW_TOKENS = 8
@@ -107,6 +114,22 @@ def test_generation_stops_at_the_end_of_the_turn(small_model, prompts, monkeypat
     others = [i for i in range(model.config.get_text_config().vocab_size) if i not in ends]
     generated = generate_tokens(model, collator, prompts[:2], NEW_TOKENS, suppress_tokens=others)
     assert generated.shape[1] == max(len(prompt.input_ids) for prompt in prompts[:2]) + 1
+
+
+def test_answers_come_batch_by_batch_and_say_whether_they_ended(small_model, prompts, monkeypatch):
+    model, collator = small_model
+    tokenizer = collator.tokenizer
+    end, pad = end_of_turn_ids(tokenizer, collator.chat_template)[0], collator.pad_token_id
+    one, seven = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "seven"))
+    written = torch.tensor([[*one, end, pad], seven])
+
+    def generate(input_ids, **keywords):
+        return torch.cat([input_ids, written[: len(input_ids)].to(input_ids.device)], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    short, longer, longest = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))[-3:]
+    batches = list(iterate_answers(model, collator, [prompts[i] for i in (short, longer, longest)], 5, 2))
+    assert batches == [{2: Answer("one", True), 1: Answer("seven", False)}, {0: Answer("one", True)}]
 
 
 def test_no_prompts_give_no_answers(small_model):

@@ -1,0 +1,53 @@
+"""Instructions to put beside speech that comes with none: a shipped pool in English and Chinese, or one's own file."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwhisper.data.audio import file_fault
+from qwhisper.errors import UsageError
+
+POOLS = Path(__file__).parent / "instructions"
+LANGUAGES = ("en", "zh")
+NOTHING = '""'  # the line of a pool that stands for no instruction at all: the model just reacts to what is said
+
+
+def instruction_pool(language: str = "both") -> list[str]:
+    """The pool of one of LANGUAGES, or of "both"; one of each is empty."""
+    chosen = LANGUAGES if language == "both" else (language,)
+    return list(dict.fromkeys(line for name in chosen for line in read_instructions(POOLS / f"{name}.txt")))
+
+
+def read_instructions(path: str | Path) -> list[str]:
+    """One instruction a line, UTF-8; blank lines count for nothing, and `""` is the empty instruction.
+
+    Raises UsageError where there is no such file or no instruction in it.
+    """
+    if fault := file_fault(path):
+        raise UsageError(f"--instructions {path} {fault}: give a text file with one instruction a line")
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
+    except UnicodeDecodeError:
+        raise UsageError(f"--instructions {path}: not UTF-8; save the file as UTF-8") from None
+    if not any(lines):
+        raise UsageError(f"--instructions {path}: no instruction in it; write one a line")
+    return list(dict.fromkeys("" if line == NOTHING else line for line in lines if line))
+
+
+def as_question(record: dict[str, Any], instructions: Sequence[str], seed: int) -> dict[str, Any]:
+    """A bare line, {"audio": path, "transcript": text} and perhaps id, start, end, kind, in the canonical form: one
+    user's message of the audio and an instruction. What is no bare line comes back as it is.
+
+    The instruction is drawn by the line's content and the seed alone: wherever the line stands, it has the same.
+    """
+    if "messages" in record or "audio" not in record:
+        return record
+    drawn = random.Random(f"{seed} {json.dumps(record, sort_keys=True)}").choice(instructions)
+    about_the_clip = ("audio", "start", "end", "transcript")
+    clip: dict[str, Any] = {name: record[name] for name in about_the_clip if name in record}
+    content: list[dict[str, Any]] = [{"type": "audio", **clip}]
+    content += [{"type": "text", "text": drawn}] if drawn else []
+    identity = {"id": record["id"]} if "id" in record else {}
+    return {**identity, "messages": [{"role": "user", "content": content, "kind": record.get("kind")}]}

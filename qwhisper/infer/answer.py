@@ -1,0 +1,222 @@
+"""`qwhisper data answer`: the text model reads what was said and writes the answers that audio will be taught with.
+
+Its prompts are those of training, with each clip's transcript where the audio would be. Every batch of answers is on
+disk, in OUT's .cache.jsonl, before the next is asked for; OUT itself is written when all are there. An answer is found
+again by its prompt, the model and the number of tokens it may have: another model finds nothing there, and a longer
+input asks only for what is new.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
+from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.conversation import Conversation, Message, in_words, scan_conversations, to_record
+from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
+from qwhisper.errors import DataError, MemoryLimitError, UsageError
+from qwhisper.frames import FrameArithmetic
+from qwhisper.infer.generate import Answer, iterate_answers
+from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, resolve_model
+from qwhisper.report.events import ends_in_half_a_line, read_jsonl
+from qwhisper.report.terminal import quieten_transformers
+from qwhisper.train.checkpoint import write_whole
+
+if TYPE_CHECKING:
+    from qwhisper.arguments import DataAnswerArguments
+
+# Prompts that are in memory together, and among which the longest go first. Windows are cut from all questions, those
+# that were answered before a kill included, so that the same ones share a batch afterwards: bf16 rounds by the batch.
+WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the text model is asked: the messages in words, and the key under which its answer is kept."""
+
+    key: str
+    messages: tuple[Message, ...]
+
+
+def main(arguments: "DataAnswerArguments") -> int:
+    """Answer a file and name what could not be answered; 3 if that was all of it."""
+    quieten_transformers()
+    cache = _cache_of(Path(arguments.in_file), Path(arguments.out_file))
+    conversations, faults = _read(arguments)
+    path = resolve_model(arguments.text_model, arguments.hub, "--text_model")
+    options = LoadOptions(
+        dtype=arguments.dtype,
+        device_map={"": arguments.device} if arguments.device else None,
+        load_in_4bit=arguments.load_in_4bit,
+    )
+    collator = text_collator(path)
+    settings = [fingerprint(path), str(options.compute_dtype), options.load_in_4bit, arguments.max_new_tokens]
+    questions, unread = find_questions(conversations, collator, settings)
+    answers, asked = answer_all(
+        list(questions.values()),
+        collator,
+        partial(_load, path, options),
+        cache,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+    )
+    dialogues, silent = with_answers(conversations, questions, answers)
+    if dialogues:
+        _write(Path(arguments.out_file), cache, dialogues)
+    given, faults = len(questions) - len(silent), [*faults, *unread, *silent]
+    cut = sum(not answers[question.key].ended for question in questions.values())
+    _report(arguments, len(dialogues), given, asked, cut, faults)
+    return DataError.exit_code if faults and not given else 0
+
+
+def text_collator(path: str) -> ConversationCollator:
+    """Makes a text model's prompts as they will be in training."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
+
+
+def find_questions(
+    conversations: Sequence[Conversation], collator: ConversationCollator, settings: Sequence
+) -> tuple[dict[int, Question], list[str]]:
+    """The dialogues that end with a user's message, by their position, and which of these can't be asked, and why.
+
+    settings: all beside the prompt that an answer depends on.
+    """
+    questions, faults = {}, []
+    for position, conversation in enumerate(conversations):
+        if not _is_open(conversation):
+            continue
+        messages = in_words(conversation.messages)
+        if messages is None:
+            faults.append(f"{conversation.source}: a clip has no `transcript`, and the text model can't hear it")
+            continue
+        try:
+            tokens = collator.encode_prompt(messages).input_ids
+        except DataError as error:  # the chat template refuses these roles
+            faults.append(f"{conversation.source}: {error}")
+            continue
+        key = hashlib.sha256(json.dumps(settings).encode() + tokens.tobytes()).hexdigest()
+        questions[position] = Question(key, messages)
+    return questions, faults
+
+
+def answer_all(
+    questions: Sequence[Question],
+    collator: ConversationCollator,
+    load: Callable[[], PreTrainedModel],
+    cache: Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> tuple[dict[str, Answer], int]:
+    """Answers by key, the questions' among them, and how many were not in the cache. load: gives the model, which is
+    called for only where something is asked.
+    """
+    answers = read_answers(cache)
+    unique = list({question.key: question for question in questions}.values())
+    missing = sum(question.key not in answers for question in unique)
+    if not missing:
+        return answers, 0
+    model = load()
+    with tqdm(total=missing, unit="answer", disable=None, leave=False) as bar:
+        for first in range(0, len(unique), WINDOW):
+            asked = [question for question in unique[first : first + WINDOW] if question.key not in answers]
+            prompts = [collator.encode_prompt(question.messages) for question in asked]
+            for batch in iterate_answers(model, collator, prompts, max_new_tokens, batch_size):
+                found = {asked[index].key: answer for index, answer in batch.items()}
+                _keep(cache, found)
+                answers |= found
+                bar.update(len(found))
+    return answers, missing
+
+
+def with_answers(
+    conversations: Sequence[Conversation], questions: dict[int, Question], answers: dict[str, Answer]
+) -> tuple[list[Conversation], list[str]]:
+    """The dialogues that have an answer now or had one, in their order, and what was wrong with an answer."""
+    dialogues, faults = [], []
+    for position, conversation in enumerate(conversations):
+        if not _is_open(conversation):
+            dialogues.append(conversation)
+        elif position in questions:
+            text = answers[questions[position].key].text
+            if not text or text.startswith("<think>"):
+                what = "reasoning alone" if text else "nothing"
+                faults.append(f"{conversation.source}: the text model answered {what}; word the question differently")
+                continue
+            answer = Message("assistant", (text,), kind=conversation.messages[-1].kind)
+            dialogues.append(replace(conversation, messages=(*conversation.messages, answer)))
+    return dialogues, faults
+
+
+def read_answers(cache: Path) -> dict[str, Answer]:
+    """What was answered so far, by key."""
+    return {record["key"]: Answer(record["text"], record["ended"]) for record in read_jsonl(cache)}
+
+
+def _is_open(conversation: Conversation) -> bool:
+    return conversation.messages[-1].role == "user"
+
+
+def _cache_of(in_file: Path, out_file: Path) -> Path:
+    """The file of answers beside OUT. Refuses an OUT that this command has not written."""
+    if out_file.resolve() == in_file.resolve():
+        raise UsageError(f"{out_file} is the input as well: give another file for the output")
+    cache = out_file.with_suffix(".cache.jsonl")
+    if out_file.exists() and not cache.exists():
+        raise UsageError(
+            f"{out_file} exists, and without {cache.name} beside it `data answer` did not write it: give another file"
+        )
+    return cache
+
+
+def _read(arguments: "DataAnswerArguments") -> tuple[list[Conversation], list[str]]:
+    own = arguments.instructions
+    pool = instruction_pool(arguments.language) if own is None else read_instructions(own)
+    convert = partial(as_question, instructions=pool, seed=arguments.seed)
+    return scan_conversations(arguments.in_file, data_root=arguments.data_root, answered=False, convert=convert)
+
+
+def _load(path: str, options: LoadOptions) -> PreTrainedModel:
+    try:
+        return load_language_model(path, options)
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(
+            f"out of memory while {path} was loaded: use --load_in_4bit, or end what else is on the card "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _report(
+    arguments: "DataAnswerArguments", dialogues: int, given: int, asked: int, cut: int, faults: list[str]
+) -> None:
+    for fault in faults:
+        print(fault)
+    print(
+        f"{arguments.out_file}: {dialogues} dialogues; {given} of them answered by {arguments.text_model} ({asked} "
+        f"prompts now, the rest from the cache), {dialogues - given} had their answers; {len(faults)} faults"
+    )
+    if cut:
+        print(f"{cut} answers were cut at {arguments.max_new_tokens} tokens: --max_new_tokens gives them more")
+
+
+def _keep(cache: Path, answers: dict[str, Answer]) -> None:
+    lines = [json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) for key, answer in answers.items()]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    torn = ends_in_half_a_line(cache)
+    with cache.open("a", encoding="utf-8") as file:
+        file.write("\n" * torn + "\n".join(lines) + "\n")
+
+
+def _write(out_file: Path, cache: Path, dialogues: Sequence[Conversation]) -> None:
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    cache.touch()  # what tells an output of this command from any other file
+    records = [to_record(dialogue, out_file.parent) for dialogue in dialogues]
+    write_whole(out_file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

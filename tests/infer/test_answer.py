@@ -1,0 +1,242 @@
+"""`data answer`: what the text model writes where it reads the words, and what a kill costs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
+
+from qwhisper.arguments import DataAnswerArguments
+from qwhisper.cli import main as cli
+from qwhisper.data.check import check_dataset
+from qwhisper.data.conversation import read_conversations
+from qwhisper.data.instructions import instruction_pool
+from qwhisper.errors import UsageError
+from qwhisper.infer import answer as module
+from qwhisper.infer.answer import main
+from qwhisper.infer.generate import Answer
+from tests.small import tone, write_small_bases
+
+NEW_TOKENS = 6
+WORDS = ("low", "high", "a rather long sentence about nothing", "hm", "两个字", "yes", "no")
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory) -> str:
+    """Folder of a small Qwen3, with weights so loud that different prompts have different answers."""
+    _, folder = write_small_bases(tmp_path_factory.mktemp("bases"))
+    model = Qwen3ForCausalLM.from_pretrained(folder)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    soundfile.write(tmp_path / "a.wav", tone(300, 0.3), 16_000)
+    return tmp_path
+
+
+def audio(words: str | None) -> dict:
+    return {"type": "audio", "audio": "a.wav", "transcript": words}
+
+
+def question(words: str | None, **more) -> dict:
+    return {"messages": [{"role": "user", "content": [audio(words), {"type": "text", "text": "Pitch?"}]}], **more}
+
+
+def write(path: Path, lines: list) -> Path:
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines), "utf-8")
+    return path
+
+
+def told(folder: Path, text_model: str, **values) -> DataAnswerArguments:
+    base = {"in_file": str(folder / "in.jsonl"), "out_file": str(folder / "out.jsonl"), "text_model": text_model}
+    return DataAnswerArguments(**base | {"max_new_tokens": NEW_TOKENS, "dtype": "fp32", "device": "cpu"} | values)
+
+
+def answers_in(path: Path) -> list[str]:
+    return [conversation.messages[-1].text for conversation in read_conversations(path)]
+
+
+@torch.no_grad()
+def alone(text_model: str, messages: list[dict]) -> str:
+    """The plain model on the tokenizer's own chat template, token by token, without a cache."""
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    model = AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.float32)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
+    prompt = ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    while ids.shape[1] < prompt.shape[1] + NEW_TOKENS:
+        token = model(input_ids=ids).logits[:, -1].argmax(dim=-1, keepdim=True)
+        if token.item() == tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, token], dim=1)
+    return tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+
+
+class Asked:
+    """Counts the prompts that the text model is asked, and kills the run after some batches."""
+
+    def __init__(self, monkeypatch, dies_after: int | None = None):
+        self.batches: list[list[int]] = []
+        iterate = module.iterate_answers
+
+        def counted(model, collator, prompts, *rest):
+            for batch in iterate(model, collator, prompts, *rest):
+                if len(self.batches) == dies_after:
+                    raise KeyboardInterrupt
+                self.batches.append([len(prompts[index].input_ids) for index in batch])
+                yield batch
+
+        monkeypatch.setattr(module, "iterate_answers", counted)
+
+
+def test_answers_are_those_of_the_text_model_reading_the_words(folder, text_model):
+    system = {"role": "system", "content": "Be brief."}
+    history = [*question("low")["messages"], {"role": "assistant", "content": "low"}]
+    several = {"role": "user", "content": [audio("one"), audio("two"), {"type": "text", "text": "Which?"}]}
+    lines = [*(question(words) for words in WORDS), {"messages": [system, several]}, {"messages": [*history, several]}]
+    write(folder / "in.jsonl", lines)
+    assert main(told(folder, text_model)) == 0
+    typed = [[{"role": "user", "content": f"{words} Pitch?"}] for words in WORDS]
+    typed.append([system, {"role": "user", "content": "one two Which?"}])
+    wanted = [alone(text_model, messages) for messages in typed]
+    given = answers_in(folder / "out.jsonl")
+    assert given[:-1] == wanted and len(set(given)) > len(WORDS)
+    read = read_conversations(folder / "out.jsonl")
+    assert [clip.transcript for clip in read[0].clips] == ["low"]
+    assert [message.text for message in read[-1].messages[:2]] == ["Pitch?", "low"]  # an earlier answer is kept
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_size_of_the_batch_changes_no_answer(folder, text_model, batch_size):
+    write(folder / "in.jsonl", [question(words) for words in WORDS])
+    main(told(folder, text_model))
+    main(told(folder, text_model, batch_size=batch_size, out_file=str(folder / "other.jsonl")))
+    assert (folder / "other.jsonl").read_bytes() == (folder / "out.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_killed_command_goes_on_where_it_stopped(folder, text_model, monkeypatch, torn):
+    monkeypatch.setattr(module, "WINDOW", 5)
+    write(folder / "in.jsonl", [question(words) for words in WORDS])
+    whole = told(folder, text_model, batch_size=2, out_file=str(folder / "whole.jsonl"))
+    with monkeypatch.context() as patch:
+        uninterrupted = Asked(patch)
+        main(whole)
+    arguments = told(folder, text_model, batch_size=2)
+    with monkeypatch.context() as patch:
+        first = Asked(patch, dies_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    assert not (folder / "out.jsonl").exists()
+    if torn:
+        with (folder / "out.cache.jsonl").open("a") as file:
+            file.write('{"key": "0123')
+    with monkeypatch.context() as patch:
+        second = Asked(patch)
+        main(arguments)
+    # The same batches, so that the answers are the same in bf16 as well, whose rounding depends on them.
+    assert first.batches + second.batches == uninterrupted.batches
+    assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_language_model", lambda *_: pytest.fail("a model was loaded for nothing"))
+        main(arguments)
+    assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+
+
+def test_a_longer_input_asks_only_for_what_is_new_and_another_setting_for_all(folder, text_model, monkeypatch):
+    write(folder / "in.jsonl", [question(words) for words in WORDS[:3]])
+    main(told(folder, text_model))
+    write(folder / "in.jsonl", [question(words) for words in (*WORDS, WORDS[-1])])
+    asked = Asked(monkeypatch)
+    main(told(folder, text_model))
+    assert sum(map(len, asked.batches)) == len(WORDS) - 3  # the same question twice is asked once
+    assert len(answers_in(folder / "out.jsonl")) == len(WORDS) + 1
+    asked.batches.clear()
+    main(told(folder, text_model, max_new_tokens=NEW_TOKENS - 1))
+    assert sum(map(len, asked.batches)) == len(WORDS)
+
+
+def test_bare_lines_get_an_instruction_each_that_stays_theirs(folder, text_model, capsys):
+    lines = [{"audio": "a.wav", "transcript": words, "id": f"b{n}", "kind": "open"} for n, words in enumerate(WORDS)]
+    write(folder / "in.jsonl", lines)
+    main(told(folder, text_model, language="en"))
+    given = {c.id: c.messages for c in read_conversations(folder / "out.jsonl")}
+    assert list(given) == [f"b{n}" for n in range(len(WORDS))]
+    assert {question.text for question, _ in given.values()} <= set(instruction_pool("en"))
+    assert all(answer.kind == "open" for _, answer in given.values())
+    write(folder / "in.jsonl", lines[::-1])
+    main(told(folder, text_model, language="en"))
+    assert {c.id: c.messages for c in read_conversations(folder / "out.jsonl")} == given
+    mine = write(folder / "mine.txt", ["Louder?\n"])
+    main(told(folder, text_model, instructions=str(mine)))
+    assert {c.messages[0].text for c in read_conversations(folder / "out.jsonl")} == {"Louder?"}
+
+
+def test_what_cannot_be_answered_is_named_and_the_rest_is_written(folder, text_model, capsys):
+    answered = {"id": "done", "messages": [*question(None)["messages"], {"role": "assistant", "content": "low"}]}
+    twice = [*question("low")["messages"], *question("high")["messages"]]
+    lines = [question("low"), question(None), "{no json\n", {"audio": "a.wav"}, {"audio": "no.wav", "transcript": "x"}]
+    path = write(folder / "in.jsonl", [*lines, answered, {"messages": twice}, {"text": "x"}])
+    assert main(told(folder, text_model)) == 0
+    said = capsys.readouterr().out
+    for line, reason in ((2, "transcript"), (3, "JSON"), (4, "transcript"), (5, "does not exist"), (8, "`messages`")):
+        assert any(reason in text for text in said.splitlines() if text.startswith(f"{path}:{line}: ")), said
+    assert not any(f"{path}:{line}:" in said for line in (1, 6))
+    found = read_conversations(folder / "out.jsonl")
+    assert [c.id for c in found][1] == "done" and found[1].messages[1].text == "low"
+    assert f"{len(found)} dialogues" in said
+
+
+def test_nothing_answered_is_exit_code_3(folder, text_model, monkeypatch, capsys):
+    path = write(folder / "in.jsonl", [question(None)])
+    assert main(told(folder, text_model)) == 3
+    assert not (folder / "out.jsonl").exists()
+    write(path, [question("low"), question("high")])
+    monkeypatch.setattr(
+        module, "iterate_answers", lambda *_: iter([{0: Answer("", True), 1: Answer("<think>", False)}])
+    )
+    assert main(told(folder, text_model)) == 3
+    said = capsys.readouterr().out
+    assert f"{path}:1: the text model answered nothing" in said and f"{path}:2: the text model answered reas" in said
+
+
+def test_a_file_that_it_has_not_written_is_not_overwritten(folder, text_model):
+    path = write(folder / "in.jsonl", [question("low")])
+    before = path.read_bytes()
+    other = write(folder / "out.jsonl", ["mine\n"])
+    with pytest.raises(UsageError, match=r"out\.jsonl exists"):
+        main(told(folder, text_model))
+    with pytest.raises(UsageError, match="the input as well"):
+        main(told(folder, text_model, out_file=str(path)))
+    assert other.read_text() == "mine\n" and path.read_bytes() == before
+
+
+def test_output_in_another_folder_still_finds_its_audio(folder, text_model):
+    write(folder / "in.jsonl", [question("low")])
+    main(told(folder, text_model, out_file=str(folder / "new" / "out.jsonl")))
+    assert read_conversations(folder / "new" / "out.jsonl", data_root=folder)[0].clips[0].path == str(folder / "a.wav")
+
+
+def test_command_line_answers_and_the_file_passes_the_check_and_teaches(folder, text_model, capsys):
+    lines = [question(words) for words in WORDS[:2]] + [{"audio": "a.wav", "transcript": words} for words in WORDS[2:]]
+    path, out = write(folder / "in.jsonl", lines), folder / "train.jsonl"
+    flags = ["--text_model", text_model, "--max_new_tokens", "6", "--batch_size", "4", "--device", "cpu"]
+    assert cli(["data", "answer", str(path), str(out), *flags]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(WORDS)} of them answered" in said and "answers were cut at 6 tokens" in said
+    report = check_dataset(out, tokenizer=AutoTokenizer.from_pretrained(text_model))
+    assert report["ok"] and report["answers"] == len(WORDS)
+    audio_model = str(Path(text_model).parent / "whisper")
+    run = ["--output_dir", str(folder / "run"), "--audio_model", audio_model, "--text_model", text_model]
+    short = ["--max_steps", "2", "--distill_weight", "0.5", "--audio_tail_silence", "0.1", "--device_map", "cpu"]
+    assert cli(["train", "--train_file", str(out), *run, *short]) == 0
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["divergence"] > 0 for line in metrics] == [True, True]
