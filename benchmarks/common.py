@@ -31,7 +31,14 @@ def qwhisper(*arguments: object) -> float:
 
 
 def as_arguments(flags: dict[str, object]) -> list[object]:
-    return [part for pair in flags.items() for part in pair]
+    """False is the flag's --no_…; a list gives the flag several values."""
+    parts: list[object] = []
+    for flag, value in flags.items():
+        if value is False:
+            parts.append(flag.replace("--", "--no_", 1))
+        else:
+            parts += [flag, *(value if isinstance(value, list) else [value])]
+    return parts
 
 
 def as_settings(flags: dict[str, object]) -> dict[str, object]:

@@ -7,13 +7,14 @@ gradient, and leaves model and optimizer as they were.
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import Conversation
+from qwhisper.data.conversation import Conversation, Message
+from qwhisper.data.instructions import instruction_pool
 from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audio, turns_of
 from qwhisper.train.executor import Executor
@@ -22,18 +23,23 @@ TIME_SHARE = 0.005  # of the training time, at most
 MAX_PAIRS = 16  # a probe is then 32 forward passes of one dialogue each: 4 steps of 4 dialogues
 MIN_PAIRS = 8  # with fewer the noise is itself too uncertain to be judged by
 MAX_DIALOGUES = 256  # that pairs are looked for in
+TEXT_ROWS = 32  # some 500 tokens: a hundredth of what the pairs cost
 WARMUP_STEPS = 600  # twice what a 1.5B language model needed to hear spoken digits at the stable recipe's rate
 MIN_WARMUP_STEPS = 300  # for short runs; batches of 16 at a projector rate of 1e-3 took 50 to 100
 
 
 @dataclass(frozen=True)
 class ListeningGain:
-    """gain: loss with swapped audio minus loss with true audio, nats a supervised token. noise: its standard error."""
+    """gain: loss with swapped audio minus loss with true audio, nats a supervised token. noise: its standard error.
+
+    text_shift: of the language model from its base on text, nats a token; None where that was not looked at.
+    """
 
     gain: float
     noise: float
     pairs: int
     tokens: int
+    text_shift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,12 @@ class ProbeState:
 class ListeningProbe:
     """Decides when the model is probed, and probes it. `state` is saved by whoever saves the run."""
 
-    def __init__(self, executor: Executor, pairs: Sequence[Pair], state: ProbeState, *, first_step: int):
+    def __init__(
+        self, executor: Executor, pairs: Sequence[Pair], text: Sequence[Sample], state: ProbeState, *, first_step: int
+    ):
         self.executor = executor
         self.pairs = list(pairs)
+        self.text = list(text)
         self.state = state
         self.first_step = first_step
 
@@ -81,13 +90,15 @@ class ListeningProbe:
         samples = [pair.true for pair in self.pairs] + [pair.swapped for pair in self.pairs]
         try:
             losses = self.executor.sample_losses(samples)
+            shift = self.executor.shift_from_base(self.text)
         except torch.OutOfMemoryError:
-            losses = []
+            losses, shift = [], 0.0
         self._spend(time.perf_counter() - started)
         if not losses or not all(map(math.isfinite, losses)):
             return None
         count = len(self.pairs)
-        return listening_gain(losses[:count], losses[count:], [pair.true.num_supervised for pair in self.pairs])
+        gain = listening_gain(losses[:count], losses[count:], [pair.true.num_supervised for pair in self.pairs])
+        return replace(gain, text_shift=shift)
 
     def _spend(self, seconds: float) -> None:
         self.state.last_probe, self.state.trained_since = seconds, 0.0
@@ -108,7 +119,16 @@ def make_probe(
     None where they give fewer than MIN_PAIRS pairs, as text-only ones do.
     """
     pairs = choose_pairs(conversations, collator, seed=seed)
-    return ListeningProbe(executor, pairs, state, first_step=first_step) if len(pairs) >= MIN_PAIRS else None
+    text = text_rows(collator, seed=seed)
+    return ListeningProbe(executor, pairs, text, state, first_step=first_step) if len(pairs) >= MIN_PAIRS else None
+
+
+def text_rows(collator: ConversationCollator, *, seed: int) -> list[Sample]:
+    """Instructions that no training asked for, each as a user would type it; every token of a row is looked at."""
+    instructions = [line for line in instruction_pool("both") if line]
+    chosen = np.random.default_rng(seed).permutation(len(instructions))[:TEXT_ROWS]
+    rows = [collator.encode_prompt([Message("user", (instructions[index],))]) for index in chosen]
+    return [replace(row, labels=row.input_ids) for row in rows]
 
 
 def first_probe_step(*, total_steps: int, freeze_projector_steps: int, samples_per_step: int) -> int:

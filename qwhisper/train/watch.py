@@ -14,8 +14,12 @@ def watch(
     if run.probe and run.probe.due(state.step, report.seconds):
         gain = signals.unless_stopped(run.probe.measure)
     if gain is not None:
-        run.log.metric(step=state.step, listening_gain=gain.gain, listening_noise=gain.noise)
-        run.lines.say(f"step {state.step}: listening gain {gain.gain:.3f} ± {gain.noise:.3f} nats a token")
+        found = {"listening_gain": gain.gain, "listening_noise": gain.noise, "text_shift": gain.text_shift}
+        run.log.metric(step=state.step, **found)
+        run.lines.say(
+            f"step {state.step}: listening gain {gain.gain:.3f} ± {gain.noise:.3f} nats a token; text shift "
+            f"{gain.text_shift:.4f}"
+        )
     facts = StepFacts(
         step=state.step,
         loss=report.loss,
@@ -30,6 +34,7 @@ def watch(
         changed_weights=altered_base(run) if save_is_due else None,
         listening_gain=None if gain is None else gain.gain,
         listening_noise=None if gain is None else gain.noise,
+        text_shift=None if gain is None else gain.text_shift,
     )
     for alarm in state.alarms.observe(facts):
         run.log.event("alarm", step=state.step, alarm=alarm.kind, about=alarm.about, message=alarm.message)
