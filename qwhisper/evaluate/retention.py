@@ -10,6 +10,7 @@ from typing import Any
 
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, in_words
+from qwhisper.data.instructions import instruction_rows
 from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import Turn
 from qwhisper.infer.generate import answer_prompts
@@ -41,11 +42,14 @@ def text_answers(
 
 
 def text_shift(
-    executor: Executor, collator: ConversationCollator, conversations: Sequence[Conversation]
+    executor: Executor, collator: ConversationCollator, conversations: Sequence[Conversation] | None
 ) -> float | None:
-    """Kullback-Leibler divergence of the adapted language model from its base, in nats a token of the answers, where
-    both read the dialogues in words; None where no dialogue can be read.
+    """Kullback-Leibler divergence of the adapted language model from its base, in nats a token: of the answers, where
+    both read the dialogues in words, or, without dialogues, of the instructions that qwhisper ships. None where no
+    dialogue can be read.
     """
+    if conversations is None:
+        return executor.shift_from_base(instruction_rows(collator))
     samples = []
     for conversation in conversations:
         if (typed := in_words(conversation.messages)) is None:

@@ -92,7 +92,7 @@ def evaluate_model(
     With `text_model`, the language model without its adapter is asked the same in words, where there are transcripts:
     its share `text_model` of the answers after a clip, beside `heard`, the share of these that are right on speech, for
     each kind as well; `retention` of the kinds that are not among `trained_kinds`; `text_shift` on `text` (None: the
-    dialogues in words), in nats a token. See retention.py.
+    instructions that qwhisper ships), in nats a token. See retention.py.
     `counts`, `rejected` (dialogues with a bad clip: id, reason), `answers` (one a turn), `seconds`.
     Raises DataError if no dialogue can be used.
     """
@@ -121,7 +121,7 @@ def evaluate_model(
     shift = None
     if text_model:
         _with_text_model(records, turns, text_answers(model, collator, turns, max_new_tokens, batch_size))
-        shift = text_shift(executor, collator, usable if text is None else text)
+        shift = text_shift(executor, collator, text)
     model.train(was_training)
     scores = _scores(records)
     return {

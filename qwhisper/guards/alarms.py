@@ -200,8 +200,8 @@ class Alarms:
             return {}
         message = (
             f"it hears, but is forgetting: at step {facts.step} the language model has moved {shift:.3f} nats a token "
-            "from its base, on text that has nothing to do with the training. `qwhisper eval` on kinds of question that "
-            "it was not trained on shows what is lost; then --distill_weight 0.5 (clips need transcripts), a lower "
-            "--learning_rate, or the projector alone (--no_use_lora)"
+            "from its base, on text that has nothing to do with the training. `qwhisper eval` on kinds of question "
+            "that it was not trained on shows what is lost; then --distill_weight 0.5 (clips need transcripts), a "
+            "lower --learning_rate, or the projector alone (--no_use_lora)"
         )
         return {("forgetting", ""): message if shift > FORGETTING else None}

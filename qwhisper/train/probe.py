@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import Conversation, Message
-from qwhisper.data.instructions import instruction_pool
+from qwhisper.data.conversation import Conversation
+from qwhisper.data.instructions import instruction_rows
 from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audio, turns_of
 from qwhisper.train.executor import Executor
@@ -119,16 +119,8 @@ def make_probe(
     None where they give fewer than MIN_PAIRS pairs, as text-only ones do.
     """
     pairs = choose_pairs(conversations, collator, seed=seed)
-    text = text_rows(collator, seed=seed)
+    text = instruction_rows(collator, TEXT_ROWS, seed=seed)
     return ListeningProbe(executor, pairs, text, state, first_step=first_step) if len(pairs) >= MIN_PAIRS else None
-
-
-def text_rows(collator: ConversationCollator, *, seed: int) -> list[Sample]:
-    """Instructions that no training asked for, each as a user would type it; every token of a row is looked at."""
-    instructions = [line for line in instruction_pool("both") if line]
-    chosen = np.random.default_rng(seed).permutation(len(instructions))[:TEXT_ROWS]
-    rows = [collator.encode_prompt([Message("user", (instructions[index],))]) for index in chosen]
-    return [replace(row, labels=row.input_ids) for row in rows]
 
 
 def first_probe_step(*, total_steps: int, freeze_projector_steps: int, samples_per_step: int) -> int:

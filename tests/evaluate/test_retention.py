@@ -65,6 +65,7 @@ def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted):
         shifts.append(text_shift(executor, collator, dialogues("one", "two")))
     assert shifts[0] == pytest.approx(0.0, abs=1e-6) and 0 < shifts[1] < shifts[2]
     assert text_shift(executor, collator, dialogues("one", None)) is None
+    assert text_shift(executor, collator, None) > 0
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,8 @@ def probe_that_takes(monkeypatch):
     def make(seconds: float, state: ProbeState, first_step: int) -> ListeningProbe:
         clock = itertools.count(step=seconds)
         monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-        return ListeningProbe(SimpleNamespace(sample_losses=lambda samples: []), [], state, first_step=first_step)
+        nothing = SimpleNamespace(sample_losses=lambda samples: [], shift_from_base=lambda samples: 0.0)
+        return ListeningProbe(nothing, [], [], state, first_step=first_step)
 
     return make
 
