@@ -95,7 +95,7 @@ def test_logs_on_a_full_disk(arguments, capsys):
     "a kill in the middle of a line of a log",
     of="logger",
     guarantee="the lines before and after it can be read",
-    without=lambda monkeypatch: monkeypatch.setattr(events, "_ends_in_half_a_line", lambda path: False),
+    without=lambda monkeypatch: monkeypatch.setattr(events, "ends_in_half_a_line", lambda path: False),
 )
 def test_half_a_line(tmp_path):
     RunLog(tmp_path).event("first", step=1)

@@ -122,7 +122,7 @@ def test_impossible_numbers_are_refused_by_name(name, bad):
 def test_every_number_is_checked():
     checked = {*module.AT_LEAST_ONE, *module.ABOVE_ZERO, *module.NOT_NEGATIVE, *module.BELOW_ONE}
     numbers = {name for name, f in FIELDS.items() if f.type in (int, float, int | None, float | None)}
-    assert numbers - checked == {"max_steps", "max_bad_fraction"}
+    assert numbers - checked == {"max_steps", "max_bad_fraction", "distill_weight"}
     assert checked <= numbers
 
 
