@@ -109,7 +109,7 @@ def wrong_numbers():
     yield from ((name, bad) for name in module.ABOVE_ZERO for bad in (0.0, -1.0, math.nan, math.inf))
     yield from ((name, bad) for name in module.NOT_NEGATIVE for bad in (-1, math.nan))
     yield from ((name, bad) for name in module.BELOW_ONE for bad in (-0.1, 1.0, math.nan))
-    yield from (("max_bad_fraction", bad) for bad in (-0.1, 1.1, math.nan))
+    yield from ((share, bad) for share in ("max_bad_fraction", "distill_weight") for bad in (-0.1, 1.1, math.nan))
     yield from (("max_steps", bad) for bad in (0, -2))
 
 
