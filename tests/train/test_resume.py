@@ -154,9 +154,10 @@ def test_signal_saves_and_ends_with_its_code(arguments, number):
                 os.kill(os.getpid(), number)
 
     args = arguments(max_steps=6, save_steps=100)
+    before = signal.getsignal(number)  # a shell in the background leaves SIGINT ignored
     assert main(args, [Kill()]) == 128 + number
     assert (Path(args.output_dir) / "checkpoint-2/manifest.json").exists()
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) == before
 
 
 def test_second_stage_starts_from_the_first_ones_weights(arguments, tmp_path):
