@@ -12,7 +12,6 @@ MEMORISED_LOSS = 0.01  # fp32 rounds a token's loss to 0 at a probability of 1 -
 STEPS_UNTIL_MOVED = 10  # the last steps of a cosine are too small to move a large fp32 weight, but not all weights
 WEIGHTS_EVERY = 50  # steps between checksums: about 15 µs a tensor, of which LoRA has hundreds
 NOISES = 2.0  # standard errors: a deaf model's gain lies above them in 1 probe of 40
-FORGETTING = 0.1  # nats a token; a recipe that keeps its mind stays below 0.02
 AUDIO_GROUPS = ("projector", "encoder")  # without audio they have no gradient
 
 Key = tuple[str, str]  # kind of the alarm, and what it is about
@@ -21,7 +20,7 @@ Findings = dict[Key, str | None]  # None: looked at, and in order
 
 @dataclass(frozen=True)
 class Alarm:
-    """kind: one of loss_zero, labels_masked, gradient_zero, not_moving, base_changed, not_listening, forgetting.
+    """kind: one of loss_zero, labels_masked, gradient_zero, not_moving, base_changed, not_listening.
 
     about: the group that is concerned, or "". message: what was found, where, and what to do next.
     """
@@ -40,8 +39,7 @@ class StepFacts:
     the optimizer did not step.
     Not looked at in every step, and empty or None then: weight_checksums, numbers that change with any bit of the
     group's weights; changed_weights, names of frozen tensors that are not what they were; listening_gain and its
-    standard error listening_noise, nats a supervised token; text_shift, how far the language model has moved from its
-    base on text, nats a token.
+    standard error listening_noise, nats a supervised token.
     """
 
     step: int
@@ -57,7 +55,6 @@ class StepFacts:
     changed_weights: Sequence[str] | None = None
     listening_gain: float | None = None
     listening_noise: float | None = None
-    text_shift: float | None = None
 
     def should_learn(self, group: str) -> bool:
         """Whether the group's gradient must differ from 0 in this step."""
@@ -102,7 +99,6 @@ class Alarms:
             | self._unmoved_weights(facts)
             | self._changed_base(facts)
             | self._deafness(facts)
-            | self._forgetting(facts)
         )
         raised = []
         for (kind, about), message in found.items():
@@ -193,15 +189,3 @@ class Alarms:
             "then --projector_learning_rate 1e-3, the projector alone first (--no_use_lora), or more steps"
         )
         return {("not_listening", ""): message if gain <= NOISES * noise else None}
-
-    def _forgetting(self, facts: StepFacts) -> Findings:
-        shift = facts.text_shift
-        if shift is None or not math.isfinite(shift):
-            return {}
-        message = (
-            f"it hears, but is forgetting: at step {facts.step} the language model has moved {shift:.3f} nats a token "
-            "from its base, on text that has nothing to do with the training. `qwhisper eval` on kinds of question "
-            "that it was not trained on shows what is lost; then --distill_weight 0.5 (clips need transcripts), a "
-            "lower --learning_rate, or the projector alone (--no_use_lora)"
-        )
-        return {("forgetting", ""): message if shift > FORGETTING else None}

@@ -34,7 +34,6 @@ def watch(
         changed_weights=altered_base(run) if save_is_due else None,
         listening_gain=None if gain is None else gain.gain,
         listening_noise=None if gain is None else gain.noise,
-        text_shift=None if gain is None else gain.text_shift,
     )
     for alarm in state.alarms.observe(facts):
         run.log.event("alarm", step=state.step, alarm=alarm.kind, about=alarm.about, message=alarm.message)

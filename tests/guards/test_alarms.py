@@ -8,7 +8,6 @@ import random
 import pytest
 
 from qwhisper.guards.alarms import (
-    FORGETTING,
     MEMORISED_LOSS,
     STEPS_UNTIL_MOVED,
     STEPS_WITHOUT_GRADIENT,
@@ -62,7 +61,6 @@ STILL = {"weight_checksums": dict.fromkeys(GROUPS, 5)}
         (STILL, STEPS_UNTIL_MOVED + 1, ["not_moving/lora", "not_moving/projector"]),
         ({"changed_weights": ["layers.0.q_proj.weight", "norm.weight"]}, 1, ["base_changed"]),
         (DEAF, 1, ["not_listening"]),
-        ({"text_shift": 2 * FORGETTING}, 1, ["forgetting"]),
         ({"listening_gain": 0.0, "listening_noise": 0.0}, 1, ["not_listening"]),
         ({"listening_gain": -3.0, "listening_noise": 0.1}, 1, ["not_listening"]),
     ],
@@ -70,7 +68,6 @@ STILL = {"weight_checksums": dict.fromkeys(GROUPS, 5)}
 def test_each_fault_raises_its_alarm_once_in_time_and_again_after_it_has_cleared(bad, steps, alarm):
     alarms = Alarms()
     well = {"weight_checksums": {}, "changed_weights": [], "listening_gain": 1.0, "listening_noise": 0.1}
-    well["text_shift"] = 0.01
     assert observe_all(alarms, *(facts(n, **bad) for n in range(steps - 1))) == []
     assert observe_all(alarms, facts(steps, **bad)) == alarm
     assert observe_all(alarms, *(facts(steps + n, **bad) for n in range(1, 50))) == []
