@@ -23,15 +23,15 @@ from common import DIGITS, append_result, audio_part, pick, recordings
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
+from qwhisper.data.collator import Sample, pad_samples
 from qwhisper.data.conversation import Conversation, parse_conversation
 from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.errors import NumericalError
-from qwhisper.frames import FrameArithmetic
 from qwhisper.guards.diagnose import diagnose
 from qwhisper.guards.preflight import Attention, Layout, make_inputs, reference
+from qwhisper.infer.answer import text_collator
 from qwhisper.model.attention import PACKED_KERNELS, restore_kernels
 from qwhisper.model.kernels import check_kernels
 from qwhisper.model.loss import IGNORE_INDEX
@@ -272,8 +272,7 @@ class Heard:
 def real_runs(args: argparse.Namespace) -> None:
     generator = random.Random(0)
     pairs = dialogues(recordings(args.data), args.steps * args.batch, generator)
-    tokenizer = AutoTokenizer.from_pretrained(args.text_model)
-    reader = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
+    reader = text_collator(str(args.text_model))
     rows = batches([reader.encode(read) for read, _ in pairs], args.batch, args.padded_to)
     heard = [parse_conversation(record, record["id"], args.data.resolve()) for _, record in pairs]
     train_file = write_jsonl(args.output_dir / "heard.jsonl", [record for _, record in pairs])

@@ -20,7 +20,7 @@ from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import AudioClip, Conversation, Message, read_conversations
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.frames import SAMPLE_RATE
-from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_for_inference, training_arguments
+from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_resolved, training_arguments
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints, resolve_checkpoint
 from qwhisper.train.executor import Executor
@@ -74,7 +74,7 @@ def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | to
     folder = resolve_checkpoint(checkpoint)
     tensors = _check_saved_numbers(folder)
     try:
-        model, processor, _ = load_for_inference(folder, device, dtype)
+        model, processor, _ = load_resolved(folder, device, dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: it can't be loaded ({type(error).__name__}: {error})") from error
     except UsageError as error:  # one of its bases

@@ -28,7 +28,7 @@ from qwhisper.evaluate.metrics import (
 )
 from qwhisper.evaluate.retention import retention, text_answers, text_shift
 from qwhisper.evaluate.tables import markdown
-from qwhisper.infer.generate import answer_prompts, load_for_inference
+from qwhisper.infer.generate import answer_prompts, load_resolved
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import resolve_checkpoint
@@ -48,7 +48,8 @@ def main(arguments: "EvalArguments") -> None:
     conversations = read_conversations(
         arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples
     )
-    model, _, collator = load_for_inference(arguments.checkpoint, arguments.device, arguments.dtype)
+    folder = resolve_checkpoint(arguments.checkpoint)
+    model, _, collator = load_resolved(folder, arguments.device, arguments.dtype)
     result = evaluate_model(
         model,
         collator,
@@ -56,7 +57,7 @@ def main(arguments: "EvalArguments") -> None:
         swap=arguments.swap_audio,
         text_model=arguments.ask_text_model,
         text=read_conversations(arguments.text_file) if arguments.text_file else None,
-        trained_kinds=trained_kinds(arguments.checkpoint),
+        trained_kinds=trained_kinds(folder),
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
     )
@@ -137,10 +138,9 @@ def evaluate_model(
     }
 
 
-def trained_kinds(checkpoint: str) -> list[str]:
-    """The kinds of question that the checkpoint's run had in its training data; empty where it does not say."""
-    path = resolve_checkpoint(checkpoint) / STATE_FILE
-    return TrainState.load(path.parent).kinds if path.is_file() else []
+def trained_kinds(folder: Path) -> list[str]:
+    """The kinds of question that a checkpoint's run had in its training data; empty where it does not say."""
+    return TrainState.load(folder).kinds if (folder / STATE_FILE).is_file() else []
 
 
 def _dialogue_loss(

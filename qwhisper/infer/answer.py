@@ -14,17 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import Conversation, Message, in_words, scan_conversations, to_record
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
-from qwhisper.errors import DataError, MemoryLimitError, UsageError
+from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.generate import Answer, iterate_answers
-from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, resolve_model
+from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit, resolve_model
 from qwhisper.report.events import ends_in_half_a_line, read_jsonl
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import write_whole
@@ -39,10 +38,10 @@ WINDOW = 4096
 
 @dataclass(frozen=True)
 class Question:
-    """What the text model is asked: the messages in words, and the key under which its answer is kept."""
+    """What the text model is asked, and the key under which its answer is kept."""
 
     key: str
-    messages: tuple[Message, ...]
+    prompt: Sample
 
 
 def main(arguments: "DataAnswerArguments") -> int:
@@ -98,12 +97,12 @@ def find_questions(
             faults.append(f"{conversation.source}: a clip has no `transcript`, and the text model can't hear it")
             continue
         try:
-            tokens = collator.encode_prompt(messages).input_ids
+            prompt = collator.encode_prompt(messages)
         except DataError as error:  # the chat template refuses these roles
             faults.append(f"{conversation.source}: {error}")
             continue
-        key = hashlib.sha256(json.dumps(settings).encode() + tokens.tobytes()).hexdigest()
-        questions[position] = Question(key, messages)
+        key = hashlib.sha256(json.dumps(settings).encode() + prompt.input_ids.tobytes()).hexdigest()
+        questions[position] = Question(key, prompt)
     return questions, faults
 
 
@@ -128,7 +127,7 @@ def answer_all(
     with tqdm(total=missing, unit="answer", disable=None, leave=False) as bar:
         for first in range(0, len(unique), WINDOW):
             asked = [question for question in unique[first : first + WINDOW] if question.key not in answers]
-            prompts = [collator.encode_prompt(question.messages) for question in asked]
+            prompts = [question.prompt for question in asked]
             for batch in iterate_answers(model, collator, prompts, max_new_tokens, batch_size):
                 found = {asked[index].key: answer for index, answer in batch.items()}
                 _keep(cache, found)
@@ -185,13 +184,8 @@ def _read(arguments: "DataAnswerArguments") -> tuple[list[Conversation], list[st
 
 
 def _load(path: str, options: LoadOptions) -> PreTrainedModel:
-    try:
+    with naming_memory_limit(f"{path} was", "--load_in_4bit"):
         return load_language_model(path, options)
-    except torch.OutOfMemoryError as error:
-        raise MemoryLimitError(
-            f"out of memory while {path} was loaded: use --load_in_4bit, or end what else is on the card "
-            f"({str(error).splitlines()[0]})"
-        ) from error
 
 
 def _report(

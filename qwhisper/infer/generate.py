@@ -41,7 +41,13 @@ def load_for_inference(
     dtype: "auto" is bf16 on a GPU and fp32 on a CPU. A base that was trained on in 4 bits is loaded in 4 bits.
     Raises UsageError for a folder that is none, CheckpointError for one that is damaged or whose bases have changed.
     """
-    folder = resolve_checkpoint(checkpoint)
+    return load_resolved(resolve_checkpoint(checkpoint), device, dtype)
+
+
+def load_resolved(
+    folder: Path, device: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, ConversationCollator]:
+    """The same of a checkpoint's own folder, whose files were found to be what its manifest says."""
     where = torch.device(device) if device else LoadOptions().device
     trained_as = training_arguments(folder)
     in_4bit = trained_as.get("load_in_4bit", False)

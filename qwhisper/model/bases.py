@@ -6,6 +6,8 @@ No fp32 copy of the language model is made, and no Whisper decoder ever reaches 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from qwhisper.errors import UsageError
+from qwhisper.errors import MemoryLimitError, UsageError
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.loss import head_logits
@@ -149,6 +151,18 @@ def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> True
         hf_logging.set_verbosity(verbosity)
     refuse_missing("--audio_model", name, info)
     return encoder.to(device).requires_grad_(False).eval()
+
+
+@contextmanager
+def naming_memory_limit(names: str, cures: str) -> Iterator[None]:
+    """Where loading runs out of memory: MemoryLimitError with what was loaded and what may help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(
+            f"out of memory while {names} loaded: use {cures}, or end what else is on the card "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:

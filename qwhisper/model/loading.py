@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
 
 from qwhisper.data.template import listening_template
-from qwhisper.errors import CheckpointError, MemoryLimitError, UsageError
+from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.bases import (
     LoadOptions,
     find_file,
     fingerprint,
     load_encoder,
     load_language_model,
+    naming_memory_limit,
     resolve_model,
 )
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
@@ -98,14 +99,10 @@ def build_from_bases(
 def _load_and_join(
     config: Qwen3AudioConfig, audio_path: str, text_path: str, options: LoadOptions
 ) -> Qwen3AudioForConditionalGeneration:
-    try:
+    cures = "--load_in_4bit, --whisper_cpu or a smaller --text_model"
+    with naming_memory_limit(f"{audio_path} and {text_path} were", cures):
         encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
         language_model = load_language_model(text_path, options)
-    except torch.OutOfMemoryError as error:
-        raise MemoryLimitError(
-            f"out of memory while {audio_path} and {text_path} were loaded: use --load_in_4bit, --whisper_cpu or a "
-            f"smaller --text_model, or end what else is on the card ({str(error).splitlines()[0]})"
-        ) from error
     config.audio_config, config.text_config = encoder.config, language_model.config
     return assemble(config, encoder, language_model, projector_fp32=options.projector_fp32)
 

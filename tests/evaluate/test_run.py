@@ -209,6 +209,6 @@ def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
 
 
 def test_command_names_a_missing_file_before_it_loads(finished_run, capsys, monkeypatch):
-    monkeypatch.setattr(run_module, "load_for_inference", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run_module, "load_resolved", lambda *_: pytest.fail("a model was loaded"))
     assert cli(["eval", str(finished_run), "--eval_file", "nowhere.jsonl"]) == 3
     assert "nowhere.jsonl does not exist" in capsys.readouterr().err

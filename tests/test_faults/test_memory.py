@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.model import loading
+from qwhisper.model import bases, loading
 from qwhisper.train import loop, saving
 from qwhisper.train import run as train_run
 from qwhisper.train.checkpoint import newest_valid
@@ -159,7 +159,7 @@ def test_save(arguments, monkeypatch):
     "out of memory while the models are loaded",
     of="memory",
     guarantee="exit code 4; the message names both models and the flags that help",
-    without=lambda monkeypatch: monkeypatch.setattr(loading, "MemoryLimitError", RuntimeError),
+    without=lambda monkeypatch: monkeypatch.setattr(bases, "MemoryLimitError", RuntimeError),
 )
 def test_load(arguments, monkeypatch):
     def planted(*args, **kwargs):
