@@ -219,7 +219,7 @@ def prepare(args: argparse.Namespace, speaker: str, text_model: Path) -> Data:
     heard["synthesised"] = synthesised(folder / "clips" / "synthesised", args.synthesised, args.seed)
     count = args.steps * args.batch
     write_jsonl(data.taught, taught_set(heard, count, generator))
-    asked = write_jsonl(folder / "asked.jsonl", instruction_set(heard, count // 2, generator))
+    asked = write_jsonl(folder / "asked.jsonl", instruction_set(heard, count, generator))
     qwhisper("data", "answer", asked, data.answered, "--text_model", text_model, "--data_root", args.data,
              "--dtype", "bf16", "--max_new_tokens", 48, "--batch_size", 128)  # fmt: skip
     write_jsonl(data.curve, evaluation_set(files[speaker], list(TAUGHT), 32, generator))
