@@ -16,7 +16,7 @@ from qwhisper.data.collator import Sample, pack_samples, pad_samples
 from qwhisper.data.packing import plan_packs
 from qwhisper.errors import MemoryLimitError, NumericalError
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
-from qwhisper.model.loss import supervised_loss
+from qwhisper.model.loss import IGNORE_INDEX, MAX_LOGITS_AT_ONCE, head_logits, supervised_loss
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 
 AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved on the first out-of-memory; a planner will know better
@@ -32,6 +32,20 @@ def supports_packing(text_config) -> bool:
     layers = getattr(text_config, "layer_types", None) or []
     recurrent = any(word in layer for layer in layers for word in UNPACKABLE_LAYERS)
     return not recurrent and attention_for(text_config) == PACKED_ATTENTION
+
+
+def generators_as_now(device: torch.device) -> Callable[[], None]:
+    """Called, it puts the random generators of CPU and device back to where they are now."""
+    generators = [(torch.get_rng_state, torch.set_rng_state)]
+    if device.type == "cuda":
+        generators.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
+    states = [get() for get, _ in generators]
+
+    def put_back() -> None:
+        for state, (_, restore) in zip(states, generators, strict=True):
+            restore(state)
+
+    return put_back
 
 
 @dataclass
@@ -55,6 +69,7 @@ class Executor:
     ):
         self.model = model
         self.distill_weight = distill_weight
+        self.before_pack: Callable[[], None] = lambda: None  # what it raises leaves the step half done
         self.divergence: Tensor | None = None  # from the teacher, of the last training pass, in nats a taught token
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
@@ -91,15 +106,11 @@ class Executor:
         Returns that loss and the halvings that memory forced. Raises MemoryLimitError where a pack of one sample does
         not fit, NumericalError where --manual_loss finds another loss.
         """
-        generators = [(torch.get_rng_state, torch.set_rng_state)]
-        if self.device.type == "cuda":
-            generators.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
-        states = [get() for get, _ in generators]
+        put_generators_back = generators_as_now(self.device)
 
         def start_again() -> None:
             self.model.zero_grad(set_to_none=True)
-            for state, (_, restore) in zip(states, generators, strict=True):
-                restore(state)
+            put_generators_back()
 
         loss, halvings = self._within_memory(lambda: self._run(samples, num_supervised), samples, start_again)
         if self.loss_scale != 1.0:
@@ -140,22 +151,50 @@ class Executor:
 
         Lets `torch.OutOfMemoryError` through: packs of this size have been trained on, and are not made smaller here.
         """
-        losses: dict[int, Tensor] = {}
+        return self._of_each(samples, self._losses_of_pack)
+
+    @torch.no_grad()
+    def answered_right(self, samples: Sequence[Sample]) -> list[bool]:
+        """Of each sample, whether its target is the likeliest token at every supervised position: where one answer is
+        supervised, that is whether greedy decoding gives it, to its last token. Waits and fails as `sample_losses`.
+        """
+        return self._of_each(samples, self._right_of_pack)
+
+    def _of_each(self, samples: Sequence[Sample], of_pack: Callable[[Sequence[Sample]], Sequence[Tensor]]) -> list:
+        found: dict[int, Tensor] = {}
         with self._in_evaluation_mode():
             for pack in self.packs(samples):
-                losses |= dict(zip(map(id, pack), self._losses_of_pack(pack), strict=True))
-        return torch.stack([losses[id(sample)] for sample in samples]).tolist() if samples else []
+                found |= dict(zip(map(id, pack), of_pack(pack), strict=True))
+        return torch.stack([found[id(sample)] for sample in samples]).tolist() if samples else []
 
     def _losses_of_pack(self, pack: Sequence[Sample]) -> list[Tensor]:
+        hidden_states, labels = self._hidden_states_and_labels(pack)
+        lengths = [len(sample.input_ids) for sample in pack]
+        sizes, dim = (lengths, 1) if self.packing else ([1] * len(pack), 0)
+        rows = zip(hidden_states.split(sizes, dim), labels.split(sizes, dim), strict=True)
+        head, softcap = self.model.lm_head, self.model._softcap
+        return [supervised_loss(row, own, head, num_items_in_batch=1, softcap=softcap)[0] for row, own in rows]
+
+    def _right_of_pack(self, pack: Sequence[Sample]) -> list[Tensor]:
+        hidden_states, labels = self._hidden_states_and_labels(pack)
+        supervised = labels[:, 1:] != IGNORE_INDEX
+        rows = max(1, MAX_LOGITS_AT_ONCE // self.model.lm_head.weight.shape[0])
+        likeliest = [self._likeliest(part) for part in hidden_states[:, :-1][supervised].split(rows)]
+        right = torch.cat(likeliest) == labels[:, 1:][supervised]
+        return [of_sample.all() for of_sample in right.split([sample.num_supervised for sample in pack])]
+
+    def _likeliest(self, hidden_states: Tensor) -> Tensor:
+        logits = head_logits(hidden_states, self.model.lm_head, self.model._softcap)
+        audio = self.model.config.audio_token_id
+        logits[:, audio : audio + 1] = -math.inf  # it is never generated, and may lie outside of the vocabulary
+        return logits.argmax(-1)
+
+    def _hidden_states_and_labels(self, pack: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         batch = self.batch(pack)
         labels = batch.pop("labels")
         del batch["valid_label_count"]
         hidden_states = self.model.model(**batch).last_hidden_state
-        lengths = [len(sample.input_ids) for sample in pack]
-        sizes, dim = (lengths, 1) if self.packing else ([1] * len(pack), 0)
-        rows = zip(hidden_states.split(sizes, dim), labels.to(hidden_states.device).split(sizes, dim), strict=True)
-        head, softcap = self.model.lm_head, self.model._softcap
-        return [supervised_loss(row, own, head, num_items_in_batch=1, softcap=softcap)[0] for row, own in rows]
+        return hidden_states, labels.to(hidden_states.device)
 
     @contextmanager
     def _in_evaluation_mode(self) -> Iterator[None]:
@@ -194,6 +233,7 @@ class Executor:
     def _run(self, samples: Sequence[Sample], num_supervised: int) -> Tensor:
         losses, divergences, num_taught = [], [], 0
         for pack in self.packs(samples):
+            self.before_pack()
             batch = self.batch(pack)
             loss = self.model(**batch, num_items_in_batch=num_supervised).loss
             if self.model.last_divergence is not None:

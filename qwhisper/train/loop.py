@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -17,8 +17,9 @@ from qwhisper.guards.decide import Decision, decide
 from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.context import Run, StepReport
 from qwhisper.train.dataset import StepSamples
+from qwhisper.train.executor import generators_as_now
 from qwhisper.train.rescue import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples
-from qwhisper.train.signals import StopSignals
+from qwhisper.train.signals import Stopped, StopSignals
 from qwhisper.train.state import TrainState
 from qwhisper.train.step_log import log_clamped, log_step, log_window, readable
 from qwhisper.train.watch import watch
@@ -29,14 +30,14 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
 
     Samples whose loss or gradient is not finite are left out and named. A step that is skipped, because no sample is
     left or the sum of their gradients is not finite, leaves parameters, moments and Adam's step counts untouched;
-    learning rate and data go on.
+    learning rate and data go on. Raises Stopped where a signal ends it between two packs, half done.
     """
     args, guards, samples, frozen = run.args, run.state.guards, fetched.samples, run.frozen_groups
-    quarantine(run, fetched)
 
     statistics = run_samples(run, samples, num_supervised(samples))
     if statistics.not_finite and not statistics.broken_weights:
         samples, statistics = drop_bad_samples(run, samples, statistics)
+    quarantine(run, fetched)  # written and counted only now: until here the step may be given up
     bounds = {"lora": args.lora_grad_clip}
     decision = decide(statistics, guards.averages, group_bounds=bounds, max_grad_norm=args.max_grad_norm)
     skipped, tokens = decision.skip or (None if samples else "no sample left"), num_supervised(samples)
@@ -99,6 +100,7 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
     # A skipped first step is meant: the schedule goes on, the optimizer does not.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     run.executor.model.train()
+    run.executor.before_pack = signals.between_packs
     if not run.snapshots.take(state.step):
         raise NumericalError("a weight or moment is not finite before the first step: start from another checkpoint")
     run.fire("on_train_begin")
@@ -113,9 +115,16 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
             fetched = signals.unless_stopped(lambda: next(steps))
             if fetched is None:
                 break
+            put_back = as_before_step(run)
             run.fire("on_step_begin")
-            learning_rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
-            report = train_step(run, fetched)
+            rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
+            try:
+                report = train_step(run, fetched)
+            except Stopped:
+                put_back()
+                run.lines.say(f"step {state.step + 1}: given up for a signal; it is taken when the run is resumed")
+                break
+            learning_rates = rates
             report.seconds = time.perf_counter() - begun
             window.append(report)
             log_step(run, report, learning_rates)
@@ -134,6 +143,19 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
         if window:
             log_window(run, window, max(learning_rates.values()))
         run.lines.close()
+
+
+def as_before_step(run: Run) -> Callable[[], None]:
+    """Called, it puts back what a step changes while it has packs to run; all else is changed only after the last."""
+    loss_scale, pack_size = dataclasses.replace(run.state.guards.loss_scale), run.executor.max_tokens_per_pack
+    put_generators_back = generators_as_now(run.executor.device)
+
+    def put_back() -> None:
+        drop_gradients(run.groups)
+        put_generators_back()
+        run.state.guards.loss_scale, run.executor.max_tokens_per_pack = loss_scale, pack_size
+
+    return put_back
 
 
 def at_end(run: Run) -> bool:

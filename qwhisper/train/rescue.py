@@ -109,6 +109,7 @@ def find_cause(run: Run, pack: list[Sample], count: int) -> Finding | None:
 
     None also where the look itself fails, as for want of memory: the step matters more.
     """
+    run.executor.before_pack()
     batch = run.executor.batch(pack) | {"num_items_in_batch": count}
     try:
         return diagnose(run.executor.model, batch, loss_scale=run.executor.loss_scale)

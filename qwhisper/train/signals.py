@@ -1,20 +1,26 @@
-"""SIGINT and SIGTERM while training: noted, and acted on between two steps, or where nothing is half done."""
+"""SIGINT and SIGTERM while training: noted, and acted on between two steps, or where nothing is half done.
+
+A step that takes long is given up between two of its packs, so that the checkpoint comes within 30 s.
+"""
 
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_SECONDS = 10.0  # for the step that a signal comes in; the pack in hand and the save have what is left of 30
 T = TypeVar("T")
 
 
-class _Stopped(BaseException):
+class Stopped(BaseException):
     """No Exception, as KeyboardInterrupt is none: code that is left by it must not take it for a fault of its own."""
 
 
 class StopSignals:
-    """From `with` to its end, a signal ends the training after the step that it is in; a second one changes nothing.
+    """From `with` to its end, a signal ends the training after the step that it comes in, or before that step if packs
+    are left when the grace is over; a second one changes nothing.
 
     received: the first one's number, or None.
     """
@@ -22,6 +28,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._at_once = False
+        self._last_quiet = time.monotonic()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -36,7 +43,19 @@ class StopSignals:
         self.received = self.received or number
         if self._at_once:
             self._at_once = False
-            raise _Stopped
+            raise Stopped
+
+    def between_packs(self) -> None:
+        """To be called before each pack of a step. Raises Stopped where a signal came and the grace is over.
+
+        That begins with the last call before the signal: Python hears of one only after the call into torch that it
+        came in, and a backward pass is one call.
+        """
+        now = time.monotonic()
+        if self.received is None:
+            self._last_quiet = now
+        elif now - self._last_quiet >= GRACE_SECONDS:
+            raise Stopped
 
     def unless_stopped(self, work: Callable[[], T]) -> T | None:
         """What `work` returns, or None where a signal came before or meanwhile.
@@ -50,7 +69,7 @@ class StopSignals:
             result = work()
             self._at_once = False
             return result
-        except _Stopped:
+        except Stopped:
             return None
         finally:
             self._at_once = False

@@ -1,0 +1,187 @@
+"""A signal in the middle of a step: what is saved is the last whole step, and the resumed run is the uninterrupted one.
+
+The grace is patched to nothing, so that a step is given up at the next pack.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from qwhisper.data.sampler import GlobalBatches
+from qwhisper.report.events import read_jsonl
+from qwhisper.train import signals
+from qwhisper.train.checkpoint import newest_valid
+from qwhisper.train.executor import Executor
+from qwhisper.train.run import main
+from qwhisper.train.signals import GRACE_SECONDS, Stopped, StopSignals
+from tests.small import write_dialogues
+from tests.test_faults.inject import plant
+from tests.train.helpers import checkpoint_tensors, same_bits
+
+NUM_DIALOGUES, SAMPLES, SEED = 12, 6, 7
+STEP = 2  # counted from 0: the first of the second epoch
+NUM_PACKS = 3
+WITHOUT_CLIP = (4, 9)  # as write_dialogues makes them
+
+
+def dialogues_of_the_step() -> list[int]:
+    batches = GlobalBatches(num_samples=NUM_DIALOGUES, batch_size=SAMPLES, seed=SEED).starting_at(0, 0)
+    return [index for index in next(islice(batches, STEP, None)).indices if index not in WITHOUT_CLIP]
+
+
+QUARANTINED, NAN = (f"d{index}" for index in dialogues_of_the_step()[:2])
+
+
+class Packs(TrainerCallback):
+    """Notes the packs of STEP, the ids of each; `at` the pack it says, SIGTERM comes."""
+
+    def __init__(self, monkeypatch, at):
+        self.at, self.in_step, self.seen, self.signalled = at, False, [], 0
+        self.gradients_left = None
+        honest = Executor.batch
+
+        def batch(executor, samples):
+            if self.in_step and executor.model.training:
+                self.seen.append([sample.id for sample in samples])
+                self.before_pack(executor)
+                if not self.signalled and self.at(self.seen):
+                    self.signalled = len(self.seen)
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return honest(executor, samples)
+
+        monkeypatch.setattr(Executor, "batch", batch)
+
+    def before_pack(self, executor):
+        """What goes wrong in this pack."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.rand(1)  # a callback may draw
+        self.in_step = state.global_step == STEP
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.gradients_left = [name for name, p in model.named_parameters() if p.grad is not None]
+
+
+def no_fault(packs: Packs, monkeypatch) -> None:
+    pass
+
+
+def a_loss_is_nan(packs: Packs, monkeypatch) -> None:
+    plant(monkeypatch, lambda executor, loss: loss * math.nan if packs.in_step else None, samples={NAN})
+
+
+def memory_is_short(packs: Packs, monkeypatch) -> None:
+    def before_pack(executor):
+        if executor.max_tokens_per_pack > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+
+    packs.before_pack = before_pack
+
+
+def gradients_overflow(packs: Packs, monkeypatch) -> None:
+    def overflow(executor, loss):
+        if packs.in_step and executor.loss_scale > 2.0**14:
+            next(p.grad for p in executor.model.parameters() if p.grad is not None).view(-1)[0] = math.inf
+
+    plant(monkeypatch, overflow, calls=range(10**6))
+
+
+# Where the signal comes, by the packs seen so far; more than NUM_PACKS of them show that the fault was met.
+CASES = {
+    "in the step": (lambda seen: len(seen) == 2, no_fault, {}),
+    "before the diagnosis": (lambda seen: len(seen) > NUM_PACKS and NAN in seen[-1], a_loss_is_nan, {}),
+    "sample by sample": (lambda seen: len(seen) > NUM_PACKS and seen[-1] == [NAN], a_loss_is_nan, {}),
+    "after a pack was halved": (lambda seen: len(seen) > NUM_PACKS, memory_is_short, {}),
+    "after an overflow": (lambda seen: len(seen) > NUM_PACKS, gradients_overflow, {"dtype": "fp16"}),
+}
+
+
+@pytest.fixture
+def make_arguments(arguments, tmp_path):
+    """`arguments` for steps of several packs with dropout, in each of which data is read that can't be used."""
+    train_file = write_dialogues(tmp_path / "data", NUM_DIALOGUES)
+    (tmp_path / f"data/clip{QUARANTINED[1:]}.wav").write_bytes(b"no sound")
+
+    def make(name: str, **values):
+        return arguments(
+            train_file=str(train_file), output_dir=str(tmp_path / name), seed=SEED, max_steps=4,
+            per_device_train_batch_size=SAMPLES // 2, gradient_accumulation_steps=2, max_tokens_per_pack="130",
+            lora_dropout=0.2, projector_dropout=0.2, max_bad_fraction=0.5, freeze_projector_steps=0, **values,
+        )  # fmt: skip
+
+    return make
+
+
+def saved(folder: Path):
+    state = json.loads((folder / "state.json").read_text())
+    del state["probe"]  # seconds
+    return checkpoint_tensors(folder), state
+
+
+def written(folder: Path):
+    """Quarantined dialogues, events without their time, and the loss of every step."""
+    events = [event | {"time": None} for event in read_jsonl(folder / "events.jsonl")]
+    losses = [(line["step"], line["loss"]) for line in read_jsonl(folder / "metrics.jsonl")]
+    return read_jsonl(folder / "quarantine.jsonl"), events, losses
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_that_was_given_up_leaves_no_trace(make_arguments, monkeypatch, case):
+    at, plant_fault, values = CASES[case]
+    whole = make_arguments("whole", save_steps=1, save_total_limit=9, **values)
+    with pytest.MonkeyPatch.context() as patch:
+        packs = Packs(patch, at=lambda seen: False)
+        plant_fault(packs, patch)
+        assert main(whole, [packs]) == 0
+
+    parts = make_arguments("parts", save_steps=100, **values)
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.0)
+    packs = Packs(monkeypatch, at)
+    plant_fault(packs, monkeypatch)
+    assert main(parts, [packs]) == 128 + signal.SIGTERM
+    assert packs.signalled == len(packs.seen), "it went on"
+    assert packs.gradients_left == []
+    folder, whole_folder = Path(parts.output_dir), Path(whole.output_dir)
+    assert newest_valid(folder)[0].name == f"checkpoint-{STEP}"
+    assert_same(folder, whole_folder, STEP)
+
+    packs.at = lambda seen: False
+    assert main(dataclasses.replace(parts, resume_from_checkpoint="latest"), [packs]) == 0
+    assert_same(folder, whole_folder, parts.max_steps)
+    assert written(folder) == written(whole_folder)
+
+
+def assert_same(folder: Path, other: Path, step: int) -> None:
+    (tensors, state), (other_tensors, other_state) = (saved(f / f"checkpoint-{step}") for f in (folder, other))
+    assert same_bits(tensors, other_tensors) == [] and state == other_state
+
+
+def test_a_step_is_finished_within_its_grace(make_arguments, monkeypatch):
+    args = make_arguments("run", save_steps=100)
+    packs = Packs(monkeypatch, at=lambda seen: len(seen) == 1)
+    assert main(args, [packs]) == 128 + signal.SIGTERM
+    assert len(packs.seen) == NUM_PACKS
+    assert newest_valid(Path(args.output_dir))[0].name == f"checkpoint-{STEP + 1}"
+
+
+def test_the_grace_begins_with_the_last_pack_before_the_signal(monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(signals, "time", clock)
+    with StopSignals() as stop:
+        clock.now = 1000.0
+        stop.between_packs()
+        clock.now += 0.75 * GRACE_SECONDS  # the pack in which the signal comes
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.between_packs()
+        clock.now += 0.25 * GRACE_SECONDS
+        with pytest.raises(Stopped):
+            stop.between_packs()
