@@ -39,6 +39,7 @@ from qwhisper.train.dataset import EncodedDialogues, StepSamples, encode_all
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import TIME_SHARE
 from qwhisper.train.rescue import num_supervised
+from qwhisper.train.signals import StopSignals
 from qwhisper.train.state import TrainState
 from qwhisper.train.watch import watch
 
@@ -75,7 +76,7 @@ def plain_step(run: Run, samples: Sequence[Sample]) -> None:
 def guarded_step(run: Run, samples: Sequence[Sample]) -> None:
     rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
     report = train_step(run, StepSamples(list(samples), [], 1, 0))
-    watch(run, report, rates, save_is_due=False)
+    watch(run, report, rates, StopSignals(), save_is_due=False)
 
 
 def compare_steps(run: Run, rows: list[list[Sample]], pairs: int) -> tuple[list[float], list[float]]:
