@@ -84,7 +84,9 @@ class DataAnswerArguments:
     language: Literal["both", "en", "zh"] = flag("both", "Which of the shipped instructions are drawn from.")
     seed: int = flag(0, "Decides, with a line's content, which instruction the line is given.")
     batch_size: int = flag(8, "Prompts answered at once; out of memory halves it by itself.")
-    max_new_tokens: int = flag(256, "Tokens an answer may have. How many were cut there is said at the end.")
+    max_new_tokens: int = flag(
+        256, "Tokens an answer may have. One that is longer is left out, since it would end in mid-sentence."
+    )
     load_in_4bit: bool = flag(False, "Load the language model's linear layers in 4 bits (NF4, bitsandbytes).")
     hub: Literal["huggingface", "modelscope"] = flag("huggingface", "Where hub ids are fetched from.")
     device: str | None = flag(None, DEVICE_HELP)

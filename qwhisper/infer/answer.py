@@ -66,13 +66,12 @@ def main(arguments: "DataAnswerArguments") -> int:
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
     )
-    dialogues, silent = with_answers(conversations, questions, answers)
+    dialogues, silent, cut = with_answers(conversations, questions, answers)
     if dialogues:
         _write(Path(arguments.out_file), cache, dialogues)
-    given, faults = len(questions) - len(silent), [*faults, *unread, *silent]
-    cut = sum(not answers[question.key].ended for question in questions.values())
+    given, faults = len(questions) - len(silent) - cut, [*faults, *unread, *silent]
     _report(arguments, len(dialogues), given, asked, cut, faults)
-    return DataError.exit_code if faults and not given else 0
+    return DataError.exit_code if (faults or cut) and not given else 0
 
 
 def text_collator(path: str) -> ConversationCollator:
@@ -138,21 +137,26 @@ def answer_all(
 
 def with_answers(
     conversations: Sequence[Conversation], questions: dict[int, Question], answers: dict[str, Answer]
-) -> tuple[list[Conversation], list[str]]:
-    """The dialogues that have an answer now or had one, in their order, and what was wrong with an answer."""
-    dialogues, faults = [], []
+) -> tuple[list[Conversation], list[str], int]:
+    """The dialogues that have an answer now or had one, in their order, what was wrong with an answer, and how many
+    were cut, for want of tokens, which are left out.
+    """
+    dialogues, faults, cut = [], [], 0
     for position, conversation in enumerate(conversations):
         if not _is_open(conversation):
             dialogues.append(conversation)
         elif position in questions:
-            text = answers[questions[position].key].text
-            if not text or text.startswith("<think>"):
-                what = "reasoning alone" if text else "nothing"
+            answered = answers[questions[position].key]
+            if not answered.text or answered.text.startswith("<think>"):
+                what = "reasoning alone" if answered.text else "nothing"
                 faults.append(f"{conversation.source}: the text model answered {what}; word the question differently")
                 continue
-            answer = Message("assistant", (text,), kind=conversation.messages[-1].kind)
+            if not answered.ended:  # it would teach to end in mid-sentence
+                cut += 1
+                continue
+            answer = Message("assistant", (answered.text,), kind=conversation.messages[-1].kind)
             dialogues.append(replace(conversation, messages=(*conversation.messages, answer)))
-    return dialogues, faults
+    return dialogues, faults, cut
 
 
 def read_answers(cache: Path) -> dict[str, Answer]:
@@ -198,7 +202,7 @@ def _report(
         f"prompts now, the rest from the cache), {dialogues - given} had their answers; {len(faults)} faults"
     )
     if cut:
-        print(f"{cut} answers were cut at {arguments.max_new_tokens} tokens: --max_new_tokens gives them more")
+        print(f"left out, cut at {arguments.max_new_tokens} tokens: {cut}; --max_new_tokens gives them more")
 
 
 def _keep(cache: Path, answers: dict[str, Answer]) -> None:

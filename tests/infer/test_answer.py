@@ -1,6 +1,7 @@
 """`data answer`: what the text model writes where it reads the words, and what a kill costs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,19 @@ def text_model(tmp_path_factory) -> str:
 def folder(tmp_path) -> Path:
     soundfile.write(tmp_path / "a.wav", tone(300, 0.3), 16_000)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def whole_answers(request, monkeypatch):
+    """The small model never ends its turn: what it says in NEW_TOKENS is taken for whole, but in tests of cut ones."""
+    iterate = module.iterate_answers
+
+    def all_whole(*arguments):
+        for batch in iterate(*arguments):
+            yield {index: replace(answer, ended=True) for index, answer in batch.items()}
+
+    if "cut" not in request.node.name:
+        monkeypatch.setattr(module, "iterate_answers", all_whole)
 
 
 def audio(words: str | None) -> dict:
@@ -195,6 +209,18 @@ def test_what_cannot_be_answered_is_named_and_the_rest_is_written(folder, text_m
     assert f"{len(found)} dialogues" in said
 
 
+def test_a_cut_answer_is_left_out_and_counted(folder, text_model, monkeypatch, capsys):
+    write(folder / "in.jsonl", [question("low"), question("high"), question("hm")])
+    given = {0: Answer("one", True), 1: Answer("this would teach to stop in the", False), 2: Answer("two", True)}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "iterate_answers", lambda *_: iter([given]))
+        assert main(told(folder, text_model)) == 0
+    assert answers_in(folder / "out.jsonl") == ["one", "two"]
+    assert "2 of them answered" in (said := capsys.readouterr().out) and "left out, cut at 6 tokens: 1;" in said
+    assert main(told(folder, text_model, out_file=str(folder / "none.jsonl"))) == 3  # the small model never ends
+    assert not (folder / "none.jsonl").exists() and "left out, cut at 6 tokens: 3;" in capsys.readouterr().out
+
+
 def test_nothing_answered_is_exit_code_3(folder, text_model, monkeypatch, capsys):
     path = write(folder / "in.jsonl", [question(None)])
     assert main(told(folder, text_model)) == 3
@@ -231,7 +257,7 @@ def test_command_line_answers_and_the_file_passes_the_check_and_teaches(folder, 
     flags = ["--text_model", text_model, "--max_new_tokens", "6", "--batch_size", "4", "--device", "cpu"]
     assert cli(["data", "answer", str(path), str(out), *flags]) == 0
     said = capsys.readouterr().out
-    assert f"{len(WORDS)} of them answered" in said and "answers were cut at 6 tokens" in said
+    assert f"{len(WORDS)} of them answered" in said and "cut" not in said
     report = check_dataset(out, tokenizer=AutoTokenizer.from_pretrained(text_model))
     assert report["ok"] and report["answers"] == len(WORDS)
     audio_model = str(Path(text_model).parent / "whisper")
