@@ -47,7 +47,6 @@ QUESTIONS: dict[str, tuple[int, str, Callable[..., object]]] = {
         "Say both words again. Answer with the two words alone.",
         lambda a, b: f"{DIGITS[a]} {DIGITS[b]}",
     ),
-    "spell": (1, "Spell this word, with a hyphen between the letters.", lambda a: "-".join(DIGITS[a])),
     "even": (1, "Is the digit even? Answer yes or no.", lambda a: "no" if a % 2 else "yes"),
 }
 TAUGHT = {"clip": 0.5, "last": 0.5}
@@ -221,7 +220,7 @@ def prepare(args: argparse.Namespace, speaker: str, text_model: Path) -> Data:
     write_jsonl(data.taught, taught_set(heard, count, generator))
     asked = write_jsonl(folder / "asked.jsonl", instruction_set(heard, count, generator))
     qwhisper("data", "answer", asked, data.answered, "--text_model", text_model, "--data_root", args.data,
-             "--dtype", "bf16", "--max_new_tokens", 48, "--batch_size", 128)  # fmt: skip
+             "--dtype", "bf16", "--max_new_tokens", 64, "--batch_size", 128)  # fmt: skip
     write_jsonl(data.curve, evaluation_set(files[speaker], list(TAUGHT), 32, generator))
     write_jsonl(data.held_out, evaluation_set(files[speaker], list(QUESTIONS), args.each, generator))
     return data

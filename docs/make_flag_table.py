@@ -8,11 +8,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+from marked import table, write_between_marks
+
 from qwhisper.parsing import sections_of
 from qwhisper.train.arguments import TrainArguments
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- flags: begin -->", "<!-- flags: end -->"
 STATED_DEFAULT = re.compile(r" ?\(default: (?P<short>[^;,)]*)(?P<rest>[;,][^)]*)?\)")
 
 
@@ -40,23 +41,13 @@ def flag_table() -> str:
     """The whole table as Markdown, one part a section."""
     parts = []
     for title, fields in sections_of(TrainArguments):
-        rows = [f"**{title}**", "", "| flag | default | why |", "|---|---|---|"]
-        for field in fields:
-            default, reason = default_and_reason(field)
-            rows.append(f"| {flag_label(field)} | {default} | {reason} |")
-        parts.append("\n".join(rows))
+        rows = [(flag_label(field), *default_and_reason(field)) for field in fields]
+        parts.append(f"**{title}**\n\n{table('flag | default | why', rows)}")
     return "\n\n".join(parts)
 
 
-def between_marks(text: str) -> str:
-    return text.split(BEGIN)[1].split(END)[0].strip()
-
-
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{flag_table()}\n{END}{after}", encoding="utf-8")
+    write_between_marks(ROOT / "README.md", {"flags": flag_table()})
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from marked import write_between_marks  # noqa: E402
+
 from tests.test_faults.matrix import CLASSES  # noqa: E402  (the repository is no package)
 
 PAGE = ROOT / "docs/reliability.md"
 RESULTS = ROOT / "benchmarks/results/faults_vs_hf_trainer.jsonl"
 SUMMARY = "summary"  # the name of the results' last line, which counts the others
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
 def faults() -> list[dict]:
@@ -64,10 +65,5 @@ def tables() -> str:
     return "\n".join(parts)
 
 
-def page_with_tables(page: str) -> str:
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
-
-
 if __name__ == "__main__":
-    PAGE.write_text(page_with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    write_between_marks(PAGE, {"faults": f"\n{tables()}\n"})

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from marked import table, write_between_marks
+
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PLOT = DOCS / "naive_history.png"
@@ -116,16 +118,6 @@ def read(name: str) -> list[dict]:
 
 def latest(lines: Iterable[dict], *keys: str) -> dict[tuple, dict]:
     return {tuple(line.get(key) for key in keys): line for line in lines}
-
-
-def table(head: str, rows: Iterable[Iterable[object]]) -> str:
-    columns = head.count(" | ") + 1
-    lines = ["| " + " | ".join(map(shown, row)) + " |" for row in rows]
-    return "\n".join([f"| {head} |", "|" + "---|" * columns, *lines])
-
-
-def shown(value: object) -> str:
-    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def source(words: dict[str, str], file: str, line: dict, more: str = "") -> str:
@@ -310,24 +302,10 @@ def draw_run(axes, line: dict) -> None:
 TABLES = {"nan_kernel": nan_kernel, "naive_history": naive_history}
 
 
-def marks(name: str) -> tuple[str, str]:
-    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-
-
-def between_marks(text: str, name: str) -> str:
-    begin, end = marks(name)
-    return text.split(begin)[1].split(end)[0].strip()
-
-
 def main() -> None:
     draw()
     for language, page in PAGES.items():
-        text = page.read_text(encoding="utf-8")
-        for name, make in TABLES.items():
-            begin, end = marks(name)
-            before, after = text.split(begin)[0], text.split(end)[1]
-            text = f"{before}{begin}\n{make(WORDS[language])}\n{end}{after}"
-        page.write_text(text, encoding="utf-8")
+        write_between_marks(page, {name: make(WORDS[language]) for name, make in TABLES.items()})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Writes the tables of docs/learning.md and docs/learning.zh.md, between their marks.
+
+    python docs/make_learning_tables.py
+
+The figures come from benchmarks/results/real_lm.jsonl: of every recipe, speaker and seed the latest line with a
+retention; a row is the mean over these.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+
+from marked import table, write_between_marks
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results" / "real_lm.jsonl"
+PAGES = {"en": DOCS / "learning.md", "zh": DOCS / "learning.zh.md"}
+CAUTIONS = ("stable", "stable_high_rate", "stable_no_early_factor", "stable_no_freeze", "stable_full_init")
+RECIPES = (
+    "stable", "lora", "low_lora", "few_targets", "projector", "two_stage", "rehearsal", "distill", "projector_distill",
+    "two_stage_distill", "instructions", "projector_instructions", "distill_instructions",
+    "projector_distill_instructions", "recommended",
+)  # fmt: skip
+KINDS = ("clip", "last", "sum", "next", "double", "larger", "over_five", "spanish", "capitals", "both")
+BY_KIND = ("lora", "stable", "projector", "projector_instructions", "recommended")
+
+WORDS: dict[str, dict[str, str]] = {
+    "en": {
+        "recipes_head": "recipe | runs | clip | last | sum | retention | text shift | swapped",
+        "cautions_head": "recipe | runs | steps until the held-out loss is 0.2 | clip | last | retention | text shift",
+        "kinds_head": "recipe | {kinds}",
+        "speakers_head": "never heard | seed | clip | last | sum | retention | text shift | swapped",
+        "text": "the text model, reading the words",
+        "more": "more than {}",
+    },
+    "zh": {
+        "recipes_head": "配方 | 次数 | clip | last | sum | 保持率 | 文本偏移 | 换音频",
+        "cautions_head": "配方 | 次数 | 留出 loss 降到 0.2 的步数 | clip | last | 保持率 | 文本偏移",
+        "kinds_head": "配方 | {kinds}",
+        "speakers_head": "未听过的人 | 种子 | clip | last | sum | 保持率 | 文本偏移 | 换音频",
+        "text": "文本模型读文字",
+        "more": "超过 {}",
+    },
+}
+
+
+def results() -> dict[str, list[dict]]:
+    """The latest line of each speaker and seed, by recipe."""
+    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    measured = [line for line in lines if line.get("retention") is not None]
+    latest = {(line["recipe"], line["eval_speaker"], line["seed"]): line for line in measured}
+    found: dict[str, list[dict]] = {}
+    for (recipe, _, _), line in sorted(latest.items()):
+        found.setdefault(recipe, []).append(line)
+    return found
+
+
+def percent(values: Iterable[float]) -> str:
+    return f"{100 * mean(values):.0f}"
+
+
+def scores(lines: list[dict], names: Iterable[str]) -> list[str]:
+    """Shares in percent; the retention and the shift as they are."""
+    plain = {"retention": ".2f", "text_shift": ".3f"}
+    values = {name: [line[name] for line in lines] for name in names}
+    return [format(mean(v), plain[n]) if n in plain else percent(v) for n, v in values.items()]
+
+
+def recipes_table(words: dict[str, str]) -> str:
+    names, found = ("clip", "last", "sum", "retention", "text_shift", "swapped"), results()
+    rows = [[f"`{r}`", len(found[r]), *scores(found[r], names)] for r in RECIPES if r in found]
+    return table(words["recipes_head"], rows)
+
+
+def cautions_table(words: dict[str, str]) -> str:
+    rows, found = [], results()
+    for recipe in (name for name in CAUTIONS if name in found):
+        lines = found[recipe]
+        reached = [line["steps_to_loss_0.2"] for line in lines]
+        steps = ", ".join(words["more"].format(lines[0]["steps"]) if step is None else str(step) for step in reached)
+        kept = scores(lines, ("clip", "last", "retention", "text_shift"))
+        rows.append([f"`{recipe}`", len(lines), steps, *kept])
+    return table(words["cautions_head"], rows)
+
+
+def kinds_table(words: dict[str, str]) -> str:
+    found = results()
+    every = [line["text_lm"] for lines in found.values() for line in lines]
+    rows = [[words["text"], *(percent(line[kind] for line in every) for kind in KINDS)]]
+    rows += [[f"`{recipe}`", *scores(found[recipe], KINDS)] for recipe in BY_KIND if recipe in found]
+    return table(words["kinds_head"].format(kinds=" | ".join(KINDS)), rows)
+
+
+def speakers_table(words: dict[str, str]) -> str:
+    names = ("clip", "last", "sum", "retention", "text_shift", "swapped")
+    lines = results().get("recommended", [])
+    return table(
+        words["speakers_head"], [[line["eval_speaker"], line["seed"], *scores([line], names)] for line in lines]
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, str]], str]] = {
+    "recipes": recipes_table,
+    "cautions": cautions_table,
+    "kinds": kinds_table,
+    "speakers": speakers_table,
+}
+
+
+def main() -> None:
+    for language, page in PAGES.items():
+        write_between_marks(page, {name: make(WORDS[language]) for name, make in TABLES.items()})
+
+
+if __name__ == "__main__":
+    main()
