@@ -8,9 +8,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import Conversation, in_words
-from qwhisper.data.instructions import instruction_rows
+import numpy as np
+
+from qwhisper.data.collator import ConversationCollator, Sample
+from qwhisper.data.conversation import Conversation, Message, in_words
+from qwhisper.data.encode import IGNORE
+from qwhisper.data.instructions import instruction_pool
 from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import Turn
 from qwhisper.infer.generate import answer_prompts
@@ -19,6 +22,7 @@ from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGenerati
 from qwhisper.train.executor import Executor
 
 SOLID = 0.7  # what the text model itself answers less well than this says nothing about what was kept
+OWN_TOKENS = 32  # of an answer to an instruction: where it begins and what it is about
 
 
 def text_answers(
@@ -44,14 +48,12 @@ def text_answers(
 def text_shift(
     executor: Executor, collator: ConversationCollator, conversations: Sequence[Conversation] | None
 ) -> float | None:
-    """Kullback-Leibler divergence of the adapted language model from its base, in nats a token: of the answers, where
-    both read the dialogues in words, or, without dialogues, of the instructions that qwhisper ships. None where no
-    dialogue can be read.
+    """Kullback-Leibler divergence of the adapted language model from its base, in nats a token of the answers, where
+    both read the dialogues in words, or, without dialogues, of what the base answers to the instructions that qwhisper
+    ships. None where no dialogue can be read.
     """
-    if conversations is None:
-        return executor.shift_from_base(instruction_rows(collator))
-    samples = []
-    for conversation in conversations:
+    samples = own_answers(executor.model, collator) if conversations is None else []
+    for conversation in conversations or ():
         if (typed := in_words(conversation.messages)) is None:
             continue
         try:
@@ -59,6 +61,33 @@ def text_shift(
         except DataError:
             continue  # it is among those that the evaluation rejects
     return executor.shift_from_base(samples) if samples else None
+
+
+def own_answers(
+    model: Qwen3AudioForConditionalGeneration,
+    collator: ConversationCollator,
+    count: int | None = None,
+    *,
+    seed: int = 0,
+) -> list[Sample]:
+    """At most `count` of the shipped instructions, drawn by `seed`, each with the first OWN_TOKENS of what the language
+    model without its adapter answers; these alone are supervised.
+
+    Text that no training asked for, and that the base finds likely: where it is moved, something was forgotten. Draws
+    no random number; the model must be in evaluation mode.
+    """
+    instructions = [line for line in instruction_pool("both") if line]
+    chosen = [instructions[index] for index in np.random.default_rng(seed).permutation(len(instructions))[:count]]
+    questions = [[Message("user", (line,))] for line in chosen]
+    prompts = [collator.encode_prompt(question) for question in questions]
+    with adapter_off(model):
+        answers = answer_prompts(model, collator, prompts, OWN_TOKENS, batch_size=len(prompts))
+    rows = []
+    for question, prompt, answer in zip(questions, prompts, answers, strict=True):
+        row = collator.encode_prompt(question, reply_with=answer)
+        is_answer = np.arange(len(row.input_ids)) >= len(prompt.input_ids)
+        rows.append(replace(row, labels=np.where(is_answer, row.input_ids, IGNORE)))
+    return [row for row in rows if row.num_supervised]
 
 
 def retention(kinds: dict[str, dict[str, Any]], trained: Collection[str]) -> float | None:

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,8 +8,9 @@ from peft.tuners.lora import LoraLayer
 from qwhisper.data.conversation import AudioClip, Conversation, Message, in_words
 from qwhisper.evaluate import retention as module
 from qwhisper.evaluate.listening import turns_of
-from qwhisper.evaluate.retention import retention, text_answers, text_shift
-from qwhisper.model.lora import add_lora, lora_parameters
+from qwhisper.evaluate.retention import OWN_TOKENS, own_answers, retention, text_answers, text_shift
+from qwhisper.infer.generate import answer_prompts
+from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
 from qwhisper.train.executor import Executor
 
 
@@ -50,6 +52,25 @@ def test_the_text_model_reads_what_was_said_without_the_adapter(adapted, monkeyp
     assert text_answers(model, collator, turns, 8, 8) == ["two", None, None]
     off, prompts = asked[0]
     assert off == {True} and len(prompts) == 1 and "one two Which?" in prompts[0]
+
+
+def test_own_answers_are_what_the_base_says_to_the_shipped_instructions(adapted):
+    model, collator = adapted
+    base_rows = own_answers(model.eval(), collator, 12, seed=3)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model):
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    rows = own_answers(model, collator, 12, seed=3)
+    assert [row.input_ids.tolist() for row in rows] == [row.input_ids.tolist() for row in base_rows]
+    assert 8 <= len(rows) <= 12 and len({row.input_ids.tobytes() for row in rows}) == len(rows)
+    for row in rows[:3]:
+        first = int((row.labels != -100).argmax())
+        prompt = replace(row, input_ids=row.input_ids[:first], labels=row.labels[:first])
+        with adapter_off(model):
+            said = answer_prompts(model, collator, [prompt], OWN_TOKENS)
+        assert [collator.tokenizer.decode(row.input_ids[first:])] == said
+        assert (row.labels[first:] == row.input_ids[first:]).all() and row.num_supervised == len(row.labels) - first
 
 
 def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted):
