@@ -33,7 +33,7 @@ from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGenerati
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import resolve_checkpoint
 from qwhisper.train.executor import Executor
-from qwhisper.train.state import STATE_FILE, TrainState
+from qwhisper.train.state import trained_kinds
 
 if TYPE_CHECKING:
     from qwhisper.arguments import EvalArguments
@@ -136,11 +136,6 @@ def evaluate_model(
         "rejected": rejected,
         "answers": records,
     }
-
-
-def trained_kinds(folder: Path) -> list[str]:
-    """The kinds of question that a checkpoint's run had in its training data; empty where it does not say."""
-    return TrainState.load(folder).kinds if (folder / STATE_FILE).is_file() else []
 
 
 def _dialogue_loss(

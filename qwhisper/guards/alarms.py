@@ -12,6 +12,11 @@ MEMORISED_LOSS = 0.01  # fp32 rounds a token's loss to 0 at a probability of 1 -
 STEPS_UNTIL_MOVED = 10  # the last steps of a cosine are too small to move a large fp32 weight, but not all weights
 WEIGHTS_EVERY = 50  # steps between checksums: about 15 µs a tensor, of which LoRA has hundreds
 NOISES = 2.0  # standard errors: a deaf model's gain lies above them in 1 probe of 40
+HEARS = 0.7  # of the questions of trained kinds; below, what is wrong by ear may just not have been heard
+# Provisional, until measured on real language models: runs that keep what they can and runs that lose it, over seeds.
+FORGETTING = 0.5  # share of what it hears that it must still know; needs retention / hearing at the end of such runs
+SHIFT_BOUND = 0.5  # nats a token on text; needs text_shift of such runs, beside their retention
+KNOWN_TEXT = 5.0  # nats a token; needs base_text_loss of bases that know such text, and of those that do not
 AUDIO_GROUPS = ("projector", "encoder")  # without audio they have no gradient
 
 Key = tuple[str, str]  # kind of the alarm, and what it is about
@@ -20,7 +25,7 @@ Findings = dict[Key, str | None]  # None: looked at, and in order
 
 @dataclass(frozen=True)
 class Alarm:
-    """kind: one of loss_zero, labels_masked, gradient_zero, not_moving, base_changed, not_listening.
+    """kind: one of loss_zero, labels_masked, gradient_zero, not_moving, base_changed, not_listening, forgetting.
 
     about: the group that is concerned, or "". message: what was found, where, and what to do next.
     """
@@ -39,7 +44,9 @@ class StepFacts:
     the optimizer did not step.
     Not looked at in every step, and empty or None then: weight_checksums, numbers that change with any bit of the
     group's weights; changed_weights, names of frozen tensors that are not what they were; listening_gain and its
-    standard error listening_noise, nats a supervised token.
+    standard error listening_noise, nats a supervised token; text_shift, of the language model from its base on text,
+    and base_text_loss, of the base on that text, nats a token; retention and hearing, the shares of questions that are
+    answered right by ear, of kinds never trained on, of which retention_questions were asked, and of trained kinds.
     """
 
     step: int
@@ -55,6 +62,19 @@ class StepFacts:
     changed_weights: Sequence[str] | None = None
     listening_gain: float | None = None
     listening_noise: float | None = None
+    text_shift: float | None = None
+    base_text_loss: float | None = None
+    retention: float | None = None
+    retention_questions: int = 0
+    hearing: float | None = None
+
+    @property
+    def hears(self) -> bool | None:
+        """Whether the true audio is worth more than the noise; None where that was not looked at."""
+        gain, noise = self.listening_gain, self.listening_noise
+        if gain is None or noise is None or not (math.isfinite(gain) and math.isfinite(noise)):
+            return None
+        return gain > NOISES * noise
 
     def should_learn(self, group: str) -> bool:
         """Whether the group's gradient must differ from 0 in this step."""
@@ -99,6 +119,7 @@ class Alarms:
             | self._unmoved_weights(facts)
             | self._changed_base(facts)
             | self._deafness(facts)
+            | self._forgetting(facts)
         )
         raised = []
         for (kind, about), message in found.items():
@@ -180,12 +201,52 @@ class Alarms:
         return {("base_changed", ""): message}
 
     def _deafness(self, facts: StepFacts) -> Findings:
-        gain, noise = facts.listening_gain, facts.listening_noise
-        if gain is None or noise is None or not (math.isfinite(gain) and math.isfinite(noise)):
+        if facts.hears is None:
             return {}
         message = (
-            f"the model is not listening: at step {facts.step} the true audio gains {gain:.4f} ± {noise:.4f} nats a "
-            "supervised token over audio with another right answer. Check that audio and transcripts belong together; "
-            "then --projector_learning_rate 1e-3, the projector alone first (--no_use_lora), or more steps"
+            f"the model is not listening: at step {facts.step} the true audio gains {facts.listening_gain:.4f} ± "
+            f"{facts.listening_noise:.4f} nats a supervised token over audio with another right answer. Check that "
+            "audio and transcripts belong together; then --projector_learning_rate 1e-3, the projector alone first "
+            "(--no_use_lora), or more steps"
         )
-        return {("not_listening", ""): message if gain <= NOISES * noise else None}
+        return {("not_listening", ""): None if facts.hears else message}
+
+    def _forgetting(self, facts: StepFacts) -> Findings:
+        """Nothing is found out about a model that does not hear: its wrong answers by ear say nothing."""
+        if not facts.hears or (facts.hearing is not None and facts.hearing < HEARS):
+            return {}
+        found = [finding for finding in (lost_kinds(facts), moved_text(facts)) if finding is not None]
+        if not found:
+            return {}
+        message = (
+            f"it hears, but is forgetting, found at step {facts.step}: {'; '.join(filter(None, found))}. Try "
+            "--distill_weight 1 (clips need transcripts), --no_use_lora (the projector alone), a lower --learning_rate "
+            "or fewer --lora_target_modules, or text dialogues mixed in"
+        )
+        return {("forgetting", ""): message if any(found) else None}
+
+
+def lost_kinds(facts: StepFacts) -> str | None:
+    """What retention says of forgetting, "" where it finds none; None where it was not looked at."""
+    share, count, hearing = facts.retention, facts.retention_questions, facts.hearing
+    if share is None or hearing is None:
+        return None
+    standard_error = math.sqrt(share * (1 - share) / count)
+    if share + NOISES * standard_error >= FORGETTING * hearing:
+        return ""
+    return (
+        f"{share:.0%} of {count} questions of kinds that were never trained on are answered right by ear, though the "
+        f"text model knows them all, and {hearing:.0%} of trained kinds"
+    )
+
+
+def moved_text(facts: StepFacts) -> str | None:
+    """What the text shift says of forgetting, as `lost_kinds`. Text that the base does not know moves by nats at once,
+    and nothing is lost.
+    """
+    shift, base_loss = facts.text_shift, facts.base_text_loss
+    if shift is None or base_loss is None or not (math.isfinite(shift) and base_loss <= KNOWN_TEXT):
+        return None
+    if shift <= SHIFT_BOUND:
+        return ""
+    return f"its answers to text are {shift:.2f} nats a token away from the text model's"

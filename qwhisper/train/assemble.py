@@ -28,7 +28,8 @@ from qwhisper.train.dataset import EncodedDialogues, encode_all
 from qwhisper.train.executor import Executor
 from qwhisper.train.groups import make_optimizer, parameter_groups
 from qwhisper.train.hooks import Hooks, hf_arguments
-from qwhisper.train.probe import ListeningProbe, first_probe_step, make_probe
+from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe
+from qwhisper.train.retention import choose_questions
 from qwhisper.train.saving import save_checkpoint
 from qwhisper.train.schedule import guarded_factor
 from qwhisper.train.state import TrainState
@@ -168,7 +169,7 @@ def assemble_run(
         lines=StepLines(total_steps, state.step),
         hooks=hooks,
         eval_samples=eval_samples,
-        probe=probe_of(args, executor, collator, held_out or conversations, state, total_steps),
+        probe=probe_of(args, executor, collator, conversations, held_out, state, total_steps),
         base_checksums=fingerprint(frozen_parameters(model)),
         save=lambda run: save_checkpoint(run, processor),
     )
@@ -178,12 +179,13 @@ def probe_of(
     args: TrainArguments,
     executor: Executor,
     collator: ConversationCollator,
-    dialogues: Sequence[Conversation],
+    conversations: Sequence[Conversation],
+    held_out: Sequence[Conversation],
     state: TrainState,
     total_steps: int,
 ) -> ListeningProbe | None:
     """The listening probe; None for a run that ends before its first one, which need not decode its audio, and where
-    decoding it kills the process that tries.
+    decoding it kills the process that tries. Without questions where the run ends before it has paid for them.
     """
     first_step = first_probe_step(
         total_steps=total_steps,
@@ -193,8 +195,21 @@ def probe_of(
     if first_step > total_steps:
         return None
 
+    asks_from = first_questions_step(samples_per_step=args.samples_per_step)
+
     def make(_: None) -> ListeningProbe | None:
-        return make_probe(executor, collator, dialogues, state.probe, first_step=first_step, seed=args.seed)
+        asked = held_out if asks_from <= total_steps else []
+        return make_probe(
+            executor,
+            collator,
+            held_out or conversations,
+            state.probe,
+            first_step=first_step,
+            seed=args.seed,
+            trained_kinds=state.kinds,
+            questions=choose_questions(asked, collator, state.kinds, seed=args.seed),
+            asks_from=asks_from,
+        )
 
     if args.dataloader_num_workers and (how := how_it_dies(lambda task: bool(make(task)), None)):
         print(f"note: no listening probe: reading the audio for it killed the process ({how})")

@@ -1,13 +1,14 @@
-"""The listening probe: what the true audio is worth to the model, against audio whose right answer is another one.
+"""The listening probe: what the true audio is worth to the model, against audio whose right answer is another one, and
+what is left of the text model in one that hears.
 
-A falling loss alone can be what the text gives away. The probe looks only: it draws no random number, keeps no
-gradient, and leaves model and optimizer as they were.
+A falling loss alone can be what the text gives away, and says nothing of what is forgotten. The probe looks only: it
+draws no random number, keeps no gradient, and leaves model and optimizer as they were.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from qwhisper.data.conversation import Conversation
 from qwhisper.data.instructions import instruction_rows
 from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audio, turns_of
+from qwhisper.model.lora import adapter_off
 from qwhisper.train.executor import Executor
+from qwhisper.train.retention import MAX_QUESTIONS, Questions, Score, answered_by_text_model, scores_by_ear
 
 TIME_SHARE = 0.005  # of the training time, at most
 MAX_PAIRS = 16  # a probe is then 32 forward passes of one dialogue each: 4 steps of 4 dialogues
@@ -30,16 +33,27 @@ MIN_WARMUP_STEPS = 300  # for short runs; batches of 16 at a projector rate of 1
 
 @dataclass(frozen=True)
 class ListeningGain:
-    """gain: loss with swapped audio minus loss with true audio, nats a supervised token. noise: its standard error.
-
-    text_shift: of the language model from its base on text, nats a token; None where that was not looked at.
-    """
+    """gain: loss with swapped audio minus loss with true audio, nats a supervised token. noise: its standard error."""
 
     gain: float
     noise: float
     pairs: int
     tokens: int
-    text_shift: float | None = None
+
+
+@dataclass(frozen=True)
+class Probed(ListeningGain):
+    """What a probe found.
+
+    text_shift: of the language model from its base on text, nats a token. base_text_loss: of its base on that text,
+    nats a token. retention, hearing: by ear, of kinds of question that were never trained on and of trained ones; None
+    where too few were asked.
+    """
+
+    text_shift: float
+    base_text_loss: float
+    retention: Score | None = None
+    hearing: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +78,26 @@ class ListeningProbe:
     """Decides when the model is probed, and probes it. `state` is saved by whoever saves the run."""
 
     def __init__(
-        self, executor: Executor, pairs: Sequence[Pair], text: Sequence[Sample], state: ProbeState, *, first_step: int
+        self,
+        executor: Executor,
+        pairs: Sequence[Pair],
+        text: Sequence[Sample],
+        state: ProbeState,
+        *,
+        first_step: int,
+        questions: Questions | None = None,
+        asks_from: int = 0,
     ):
         self.executor = executor
         self.pairs = list(pairs)
         self.text = list(text)
         self.state = state
         self.first_step = first_step
+        self.questions = questions or Questions()
+        self.asks_from = asks_from
+        # Of the text model, looked at once.
+        self.known: Questions | None = None
+        self.base_text_loss: float | None = None
 
     def due(self, step: int, step_seconds: float) -> bool:
         """Whether to probe now. Call once after each step, with its number and its seconds.
@@ -84,21 +111,42 @@ class ListeningProbe:
         paid = state.last_probe <= TIME_SHARE * state.trained_since
         return step >= self.first_step and paid and state.probed + state.last_probe <= TIME_SHARE * state.trained
 
-    def measure(self) -> ListeningGain | None:
-        """None where a loss is not finite, or where memory does not suffice: the run matters more."""
+    def measure(self, *, ask: bool = True) -> Probed | None:
+        """ask: the questions as well, which cost more than all the rest.
+
+        None where a loss is not finite, or where memory does not suffice: the run matters more.
+        """
         started = time.perf_counter()
-        samples = [pair.true for pair in self.pairs] + [pair.swapped for pair in self.pairs]
         try:
-            losses = self.executor.sample_losses(samples)
-            shift = self.executor.shift_from_base(self.text)
+            found = self._look(ask)
         except torch.OutOfMemoryError:
-            losses, shift = [], 0.0
+            found = None
         self._spend(time.perf_counter() - started)
+        return found
+
+    def _look(self, ask: bool) -> Probed | None:
+        losses = self.executor.sample_losses([pair.true for pair in self.pairs] + [pair.swapped for pair in self.pairs])
         if not losses or not all(map(math.isfinite, losses)):
             return None
         count = len(self.pairs)
         gain = listening_gain(losses[:count], losses[count:], [pair.true.num_supervised for pair in self.pairs])
-        return replace(gain, text_shift=shift)
+        shift = self.executor.shift_from_base(self.text)
+        retention, hearing = self._ask() if ask and self.questions else (None, None)
+        return Probed(
+            **vars(gain), text_shift=shift, base_text_loss=self._base_loss(), retention=retention, hearing=hearing
+        )
+
+    def _ask(self) -> tuple[Score | None, Score | None]:
+        if self.known is None:
+            self.known = answered_by_text_model(self.executor, self.questions)
+        return scores_by_ear(self.executor, self.known)
+
+    def _base_loss(self) -> float:
+        if self.base_text_loss is None:
+            with adapter_off(self.executor.model):
+                total = sum(self.executor.sample_losses(self.text))
+            self.base_text_loss = total / sum(sample.num_supervised for sample in self.text)
+        return self.base_text_loss
 
     def _spend(self, seconds: float) -> None:
         self.state.last_probe, self.state.trained_since = seconds, 0.0
@@ -113,27 +161,46 @@ def make_probe(
     *,
     first_step: int,
     seed: int,
+    trained_kinds: Collection[str] = (),
+    questions: Questions | None = None,
+    asks_from: int = 0,
 ) -> ListeningProbe | None:
     """A probe on held-out dialogues, or on those of the training where there are no others; decodes their audio.
 
-    None where they give fewer than MIN_PAIRS pairs, as text-only ones do.
+    questions: asked in probes from step `asks_from` on. None where the dialogues give fewer than MIN_PAIRS pairs, as
+    text-only ones do.
     """
-    pairs = choose_pairs(conversations, collator, seed=seed)
+    pairs = choose_pairs(conversations, collator, seed=seed, trained_kinds=trained_kinds)
+    if len(pairs) < MIN_PAIRS:
+        return None
     text = instruction_rows(collator, TEXT_ROWS, seed=seed)
-    return ListeningProbe(executor, pairs, text, state, first_step=first_step) if len(pairs) >= MIN_PAIRS else None
+    return ListeningProbe(executor, pairs, text, state, first_step=first_step, questions=questions, asks_from=asks_from)
 
 
 def first_probe_step(*, total_steps: int, freeze_projector_steps: int, samples_per_step: int) -> int:
     """The step from which a missing gain is a fault, and which pays for the probe.
 
     Half of the run, at least MIN_WARMUP_STEPS and at most WARMUP_STEPS, after the steps in which the projector is
-    frozen; later where TIME_SHARE of the time would not suffice by then. A probe of dialogues like those of the
-    training costs half as much as training on them: the backward pass, through frozen weights, is as long as the
-    forward pass.
+    frozen; later where TIME_SHARE of the time would not suffice by then.
     """
     warmup = min(WARMUP_STEPS, max(MIN_WARMUP_STEPS, total_steps // 2))
-    probe_in_steps = 2 * MAX_PAIRS / (2 * samples_per_step)
-    return freeze_projector_steps + max(warmup, math.ceil(probe_in_steps / TIME_SHARE))
+    return freeze_projector_steps + max(warmup, _steps_that_pay_for(2 * MAX_PAIRS, samples_per_step))
+
+
+def first_questions_step(*, samples_per_step: int) -> int:
+    """The step which pays for a probe with all of its questions: they are heard each time, and read once, which takes
+    half as long.
+    """
+    return _steps_that_pay_for(2 * MAX_PAIRS + 3 * MAX_QUESTIONS, samples_per_step)
+
+
+def _steps_that_pay_for(passes: int, samples_per_step: int) -> int:
+    """Steps of which TIME_SHARE is as long as so many forward passes of a dialogue.
+
+    On dialogues like those of the training a pass costs half as much as training: the backward pass, through frozen
+    weights, is as long as the forward pass.
+    """
+    return math.ceil(passes / (2 * samples_per_step) / TIME_SHARE)
 
 
 def listening_gain(true: Sequence[float], swapped: Sequence[float], tokens: Sequence[int]) -> ListeningGain:
@@ -149,13 +216,29 @@ def listening_gain(true: Sequence[float], swapped: Sequence[float], tokens: Sequ
     return ListeningGain(gain, math.sqrt(residuals * count / (count - 1)) / total, count, total)
 
 
-def choose_pairs(conversations: Sequence[Conversation], collator: ConversationCollator, *, seed: int) -> list[Pair]:
+def choose_pairs(
+    conversations: Sequence[Conversation],
+    collator: ConversationCollator,
+    *,
+    seed: int,
+    trained_kinds: Collection[str] = (),
+) -> list[Pair]:
     """At most MAX_PAIRS pairs, from as many dialogues as possible: two answers of one dialogue are less than two tests.
 
-    Left out: pairs with a bad clip, and those that `collator` would cut, because what is left may be another answer.
+    Of questions of other kinds than `trained_kinds` only where there are too few without: who hears may still not know
+    the answer. Left out: pairs with a bad clip, and those that `collator` would cut, because what is left may be
+    another answer.
     """
     chosen = np.random.default_rng(seed).permutation(len(conversations))[:MAX_DIALOGUES]
     turns = turns_of([conversations[index] for index in chosen])
+    of_trained_kinds = [turn for turn in turns if turn.answer.kind is None or turn.answer.kind in trained_kinds]
+    pairs = _pairs(of_trained_kinds, collator, seed)
+    if len(pairs) >= MIN_PAIRS or len(of_trained_kinds) == len(turns):
+        return pairs
+    return _pairs(turns, collator, seed)
+
+
+def _pairs(turns: Sequence[Turn], collator: ConversationCollator, seed: int) -> list[Pair]:
     pairs: list[Pair] = []
     for turn, swapped in _by_preference(turns, swap_audio(turns, seed=seed)):
         if len(pairs) == MAX_PAIRS:

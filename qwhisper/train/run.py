@@ -30,7 +30,7 @@ from qwhisper.train.loop import train
 from qwhisper.train.resume import changed_arguments
 from qwhisper.train.run_lock import run_lock
 from qwhisper.train.saving import restore
-from qwhisper.train.state import TrainState
+from qwhisper.train.state import TrainState, trained_kinds
 
 CONFIG_FILE = "config.yaml"
 
@@ -68,7 +68,8 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     if resumed:
         adopt_changes(args, resumed, state, train_file_sha256)
     kinds = {message.kind for conversation in conversations for message in conversation.messages if message.kind}
-    state.kinds = sorted(kinds.union(state.kinds))
+    earlier = trained_kinds(checkpoints.resolve_checkpoint(args.init_from)) if args.init_from and not resumed else []
+    state.kinds = sorted(kinds.union(state.kinds, earlier))
     torch.manual_seed(args.seed)
     model, processor = build(args, resumed)
     write_config(args, folder)

@@ -69,6 +69,11 @@ class TrainState:
             ) from error
 
 
+def trained_kinds(folder: Path) -> list[str]:
+    """The kinds of question that a checkpoint's run had in its training data; empty where it does not say."""
+    return TrainState.load(folder).kinds if (folder / STATE_FILE).is_file() else []
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file's content, on the CPU. Raises CheckpointError where it is missing or anything else."""
     try:

@@ -1,8 +1,11 @@
 """What only observes: the alarms for silent failures and the listening probe. Neither touches a step."""
 
+from typing import Any
+
 from qwhisper.guards.alarms import StepFacts
 from qwhisper.guards.fingerprint import changed, fingerprint, frozen_parameters, group_checksums
 from qwhisper.train.context import Run, StepReport
+from qwhisper.train.probe import Probed
 from qwhisper.train.signals import StopSignals
 
 
@@ -10,16 +13,12 @@ def watch(
     run: Run, report: StepReport, learning_rates: dict[str, float], signals: StopSignals, *, save_is_due: bool
 ) -> None:
     """After a step: probes the model where that is due, and raises the alarms that its numbers call for."""
-    state, gain = run.state, None
-    if run.probe and run.probe.due(state.step, report.seconds):
-        gain = signals.unless_stopped(run.probe.measure)
-    if gain is not None:
-        found = {"listening_gain": gain.gain, "listening_noise": gain.noise, "text_shift": gain.text_shift}
-        run.log.metric(step=state.step, **found)
-        run.lines.say(
-            f"step {state.step}: listening gain {gain.gain:.3f} ± {gain.noise:.3f} nats a token; text shift "
-            f"{gain.text_shift:.4f}"
-        )
+    state, probe, found = run.state, run.probe, None
+    if probe and probe.due(state.step, report.seconds):
+        found = signals.unless_stopped(lambda: probe.measure(ask=state.step >= probe.asks_from))
+    if found is not None:
+        run.log.metric(step=state.step, **as_facts(found))
+        run.lines.say(f"step {state.step}: {as_line(found)}")
     facts = StepFacts(
         step=state.step,
         loss=report.loss,
@@ -32,12 +31,37 @@ def watch(
         frozen=report.frozen,
         weight_checksums=group_checksums(run.groups) if state.alarms.wants_weights(state.step) else {},
         changed_weights=altered_base(run) if save_is_due else None,
-        listening_gain=None if gain is None else gain.gain,
-        listening_noise=None if gain is None else gain.noise,
+        **({} if found is None else as_facts(found)),
     )
     for alarm in state.alarms.observe(facts):
         run.log.event("alarm", step=state.step, alarm=alarm.kind, about=alarm.about, message=alarm.message)
         run.lines.say(f"warning: {alarm.message}")
+
+
+def as_facts(found: Probed) -> dict[str, Any]:
+    """What a probe found, by the names that StepFacts and metrics.jsonl have for it."""
+    facts: dict[str, Any] = {
+        "listening_gain": found.gain,
+        "listening_noise": found.noise,
+        "text_shift": found.text_shift,
+        "base_text_loss": found.base_text_loss,
+    }
+    if found.retention is not None:
+        facts |= {"retention": found.retention.share, "retention_questions": found.retention.asked}
+    if found.hearing is not None:
+        facts["hearing"] = found.hearing.share
+    return facts
+
+
+def as_line(found: Probed) -> str:
+    line = (
+        f"listening gain {found.gain:.3f} ± {found.noise:.3f} nats a token; text shift {found.text_shift:.4f} nats a "
+        "token"
+    )
+    if found.retention is not None:
+        line += f"; right by ear, of kinds never trained on: {found.retention}"
+        line += f", of trained kinds: {found.hearing}" if found.hearing is not None else ""
+    return line
 
 
 def altered_base(run: Run) -> list[str]:

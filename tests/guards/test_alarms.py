@@ -8,7 +8,11 @@ import random
 import pytest
 
 from qwhisper.guards.alarms import (
+    FORGETTING,
+    HEARS,
+    KNOWN_TEXT,
     MEMORISED_LOSS,
+    SHIFT_BOUND,
     STEPS_UNTIL_MOVED,
     STEPS_WITHOUT_GRADIENT,
     WEIGHTS_EVERY,
@@ -43,6 +47,11 @@ def observe_all(alarms: Alarms, *several: StepFacts) -> list[str]:
 
 ZERO = {"lora": 0.7, "projector": 0.0}
 DEAF = {"listening_gain": 0.01, "listening_noise": 0.02}
+HEARING = {"listening_gain": 1.0, "listening_noise": 0.1}
+KEPT = HEARING | {"hearing": 0.9, "retention": 0.8, "retention_questions": 32}
+LOST = KEPT | {"retention": 0.1}
+SAME_TEXT = HEARING | {"text_shift": 0.01, "base_text_loss": KNOWN_TEXT - 1}
+MOVED = SAME_TEXT | {"text_shift": SHIFT_BOUND + 0.1}
 STILL = {"weight_checksums": dict.fromkeys(GROUPS, 5)}
 
 
@@ -63,11 +72,18 @@ STILL = {"weight_checksums": dict.fromkeys(GROUPS, 5)}
         (DEAF, 1, ["not_listening"]),
         ({"listening_gain": 0.0, "listening_noise": 0.0}, 1, ["not_listening"]),
         ({"listening_gain": -3.0, "listening_noise": 0.1}, 1, ["not_listening"]),
+        (LOST, 1, ["forgetting"]),
+        (MOVED, 1, ["forgetting"]),
+        (KEPT | MOVED, 1, ["forgetting"]),
+        (SAME_TEXT | LOST, 1, ["forgetting"]),
+        # 0 of 8; and 0.1 + 2 standard errors of 0.053 is below half of 0.7
+        (LOST | {"retention": 0.0, "retention_questions": 8}, 1, ["forgetting"]),
+        (LOST | {"hearing": HEARS}, 1, ["forgetting"]),
     ],
 )
 def test_each_fault_raises_its_alarm_once_in_time_and_again_after_it_has_cleared(bad, steps, alarm):
     alarms = Alarms()
-    well = {"weight_checksums": {}, "changed_weights": [], "listening_gain": 1.0, "listening_noise": 0.1}
+    well = {"weight_checksums": {}, "changed_weights": [], **KEPT, **SAME_TEXT}
     assert observe_all(alarms, *(facts(n, **bad) for n in range(steps - 1))) == []
     assert observe_all(alarms, facts(steps, **bad)) == alarm
     assert observe_all(alarms, *(facts(steps + n, **bad) for n in range(1, 50))) == []
@@ -93,6 +109,19 @@ def test_each_fault_raises_its_alarm_once_in_time_and_again_after_it_has_cleared
         {"listening_gain": math.nan, "listening_noise": 0.1},
         {"listening_gain": 0.0, "listening_noise": math.inf},
         {"changed_weights": []},
+        KEPT | SAME_TEXT,
+        LOST | DEAF | {"listening_gain": None},
+        LOST | {"listening_gain": math.nan},
+        LOST | {"hearing": HEARS - 0.01},  # what is wrong may not have been heard
+        LOST | {"hearing": None},
+        LOST | {"retention": None},
+        KEPT | {"retention": 0.375, "retention_questions": 16},  # 2 standard errors are 0.24
+        MOVED | {"base_text_loss": KNOWN_TEXT + 0.1},
+        MOVED | {"base_text_loss": math.nan},
+        MOVED | {"base_text_loss": None},
+        MOVED | {"text_shift": math.nan},
+        MOVED | {"text_shift": SHIFT_BOUND},
+        MOVED | {"hearing": 0.3},
     ],
 )
 def test_what_is_meant_raises_no_alarm(harmless):
@@ -149,7 +178,7 @@ def test_weights_are_asked_for_at_the_start_and_then_now_and_then():
     ]
 
 
-@pytest.mark.parametrize("bad", [{"group_norms": ZERO}, STILL, DEAF, {"loss": 0.0}])
+@pytest.mark.parametrize("bad", [{"group_norms": ZERO}, STILL, DEAF, LOST, {"loss": 0.0}])
 def test_state_goes_on_from_json_as_if_nothing_had_been(bad):
     for cut in range(1, STEPS_UNTIL_MOVED + 3):
         through, resumed = Alarms(), Alarms()
@@ -161,6 +190,30 @@ def test_state_goes_on_from_json_as_if_nothing_had_been(bad):
         assert resumed == through
 
 
+def test_forgetting_is_as_many_standard_errors_below_its_share_of_hearing_as_asked_for():
+    for count in (8, 16, 32, 200):
+        silent = [n for n in range(count + 1) if not Alarms().observe(facts(**lost(n, count)))]
+        assert silent == list(range(silent[0], count + 1))
+        share = silent[0] / count
+        bound = FORGETTING * 0.9
+        assert share + 2 * math.sqrt(share * (1 - share) / count) >= bound
+        share -= 1 / count
+        assert share + 2 * math.sqrt(share * (1 - share) / count) < bound
+
+
+def lost(right: int, count: int) -> dict:
+    return LOST | {"retention": right / count, "retention_questions": count}
+
+
+def test_who_went_deaf_has_not_remembered():
+    alarms = Alarms()
+    assert observe_all(alarms, facts(1, **LOST)) == ["forgetting"]
+    assert observe_all(alarms, facts(2, **LOST | DEAF)) == ["not_listening"]
+    assert alarms.active == ["forgetting/", "not_listening/"]
+    assert observe_all(alarms, facts(3, **LOST)) == [] and alarms.active == ["forgetting/"]
+    assert observe_all(alarms, facts(4, **KEPT)) == [] and alarms.active == []
+
+
 def test_messages_say_what_where_and_what_to_do():
     masked = Alarms().observe(facts(17, tokens=0))[0].message
     assert "4 samples of step 17" in masked and "data check" in masked
@@ -169,6 +222,12 @@ def test_messages_say_what_where_and_what_to_do():
     deaf = Alarms().observe(facts(640, **DEAF))[0].message
     assert "step 640" in deaf and "0.0100 ± 0.0200 nats" in deaf
     assert all(advice in deaf for advice in ("transcripts", "--projector_learning_rate 1e-3", "--no_use_lora"))
+    lost = Alarms().observe(facts(820, **LOST | MOVED))[0].message
+    assert lost.startswith("it hears, but is forgetting, found at step 820: 10% of 32 questions")
+    assert "90% of trained kinds" in lost and "0.60 nats" in lost
+    assert all(
+        flag in lost for flag in ("--distill_weight 1", "--no_use_lora", "--learning_rate", "--lora_target_modules")
+    )
     alarms = Alarms()
     still = [alarm for n in range(STEPS_UNTIL_MOVED + 1) for alarm in alarms.observe(facts(n, **STILL))]
     assert "3e-05" in still[0].message and "10 steps" in still[0].message
@@ -183,7 +242,9 @@ def test_a_clean_run_of_10_000_steps_raises_nothing():
         no_gradient = "projector" in frozen or not has_audio
         rate = 3e-5 * 0.5 * (1 + math.cos(math.pi * step / 10_000))
         looked = {name: draw.getrandbits(64) for name in GROUPS} if alarms.wants_weights(step) else {}
-        probe = {"listening_gain": draw.gauss(0.5, 0.05), "listening_noise": 0.05} if step % 500 == 499 else {}
+        probe = {}
+        if step % 500 == 499:
+            probe = KEPT | SAME_TEXT | {"listening_gain": draw.gauss(0.5, 0.05), "listening_noise": 0.05}
         raised = alarms.observe(
             facts(
                 step,

@@ -26,6 +26,7 @@ from qwhisper.train.probe import (
     ProbeState,
     choose_pairs,
     first_probe_step,
+    first_questions_step,
     listening_gain,
     make_probe,
 )
@@ -238,6 +239,32 @@ def test_time_of_a_probe_is_measured(arguments, conversations):
 def test_first_probe_comes_after_the_warm_up_and_when_time_allows(samples_per_step, total_steps, expected):
     step = first_probe_step(total_steps=total_steps, freeze_projector_steps=20, samples_per_step=samples_per_step)
     assert step == expected
+
+
+def test_questions_come_when_time_allows():
+    # 32 passes for the pairs, 64 for the questions heard and 32 for them read, of half a dialogue's time each.
+    assert [first_questions_step(samples_per_step=n) for n in (4, 16, 64)] == [3200, 800, 200]
+
+
+def test_pairs_are_of_trained_kinds_where_there_are_enough(arguments, tmp_path):
+    def of_kinds(number: int) -> list[Conversation]:
+        """A dialogue of a trained kind `number` times, all others of another."""
+        return [
+            replace(c, messages=tuple(replace(m, kind="known" if n < number else "new") for m in c.messages))
+            for n, c in enumerate(c for c in many if c.clips)
+        ]
+
+    many = read_conversations(write_dialogues(tmp_path / "many", 60))
+    run, _ = make_run(arguments())
+
+    def kinds(conversations) -> set:
+        by_id = {c.id: c.messages[1].kind for c in conversations}
+        pairs = choose_pairs(conversations, collator(run), seed=0, trained_kinds=["known"])
+        assert len(pairs) == MAX_PAIRS
+        return {by_id[pair.true.id] for pair in pairs}
+
+    assert kinds(of_kinds(20)) == {"known"}
+    assert kinds(of_kinds(4)) == {"known", "new"}
 
 
 def test_what_is_not_finite_is_no_gain(arguments, conversations):

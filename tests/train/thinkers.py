@@ -1,0 +1,142 @@
+"""A small language model that answers seven questions about a letter that it reads, and tones that say such letters."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.conversation import read_conversations
+from qwhisper.demo.bases import TwoOptimizers
+from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
+from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.assemble import assemble_run, build, collator_for
+from qwhisper.train.context import Run
+from qwhisper.train.dataset import EncodedDialogues, StepSamples, encode_all
+from qwhisper.train.loop import train_step
+from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
+from qwhisper.train.retention import choose_questions
+from qwhisper.train.state import TrainState
+from tests.small import tone, write_small_bases
+from tests.train.listeners import EAR_GAIN
+
+LETTERS = "abcd"
+KINDS: dict[str, Callable[[int], str]] = {  # the answer from the letter's number
+    "same": lambda n: LETTERS[n],
+    "next": lambda n: LETTERS[(n + 1) % 4],
+    "opposite": lambda n: LETTERS[(n + 2) % 4],
+    "previous": lambda n: LETTERS[n - 1],
+    "twice": lambda n: LETTERS[n] * 2,
+    "capital": lambda n: LETTERS[n].upper(),
+    "number": str,
+}
+TAUGHT = ["same"]  # by ear
+CLIP_SECONDS, CLIP_TOKENS = 0.24, 3  # its transcript has as many letters
+NOISE = 0.5  # of the embeddings' own size; without, the small model answers to nothing but the exact ones
+
+
+def dialogue(kind: str, letter: int, clip: str | None = None) -> dict:
+    text, question = LETTERS[letter] * CLIP_TOKENS, f" {kind}?"
+    heard = [{"type": "audio", "audio": clip, "transcript": text}, {"type": "text", "text": question}]
+    answer = {"role": "assistant", "content": KINDS[kind](letter), "kind": kind}
+    asked = {"role": "user", "content": heard if clip else text + question}
+    return {"id": f"{kind}-{clip or text}", "messages": [asked, answer]}
+
+
+def blurred(embeddings: torch.Tensor) -> torch.Tensor:
+    return embeddings + NOISE * embeddings.detach().std() * torch.randn_like(embeddings)
+
+
+def write_thinking_bases(folder: Path, *, num_steps: int = 200) -> tuple[Path, Path]:
+    """(audio, text) folders; the text model answers all of KINDS."""
+    audio, text = write_small_bases(folder, hidden_size=64)
+    tokenizer, model = AutoTokenizer.from_pretrained(text), Qwen3ForCausalLM.from_pretrained(text)
+    collator = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
+    batch = collator([dialogue(kind, letter) for kind in KINDS for letter in range(len(LETTERS))])
+    del batch["valid_label_count"]
+    torch.manual_seed(0)
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, given, found: blurred(found))
+    optimizers = TwoOptimizers(model, lambda name, p: p.ndim == 2 and "layers." in name, 3e-3, num_steps)
+    for _ in range(num_steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizers.step()
+    hook.remove()
+    assert loss.item() < 0.1, f"the small model has not learned to think: {loss.item()}"
+    model.save_pretrained(text)
+    return audio, text
+
+
+def write_spoken(folder: Path, name: str, kinds: Sequence[str], *, each: int, seed: int) -> str:
+    """A file with `each` clips of every letter, each asked about in all `kinds`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    lines = []
+    for letter in range(len(LETTERS)):
+        for number in range(each):
+            clip = f"{name}-{LETTERS[letter]}{number}.wav"
+            pitch = 200 * 2**letter * generator.uniform(0.97, 1.03)
+            soundfile.write(folder / clip, tone(pitch, CLIP_SECONDS), SAMPLE_RATE)
+            lines += [json.dumps(dialogue(kind, letter, clip=clip)) for kind in kinds]
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def thinking_arguments(bases: tuple[Path, Path], folder: Path, **values) -> TrainArguments:
+    """A run on spoken questions of the kinds TAUGHT; held out are all of KINDS."""
+    base: dict[str, Any] = {
+        "train_file": write_spoken(folder, "train", TAUGHT, each=12, seed=0),
+        "eval_file": write_spoken(folder, "eval", list(KINDS), each=6, seed=1),
+        "output_dir": str(folder / "run"),
+        "audio_model": str(bases[0]),
+        "text_model": str(bases[1]),
+        "max_steps": 100,
+        "projector_learning_rate": 3e-3,
+        "lora_init_scale": 1.0,
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "freeze_projector_steps": 0,
+        "early_lr_steps": 0,
+        "audio_lead_silence": 0.0,
+        "audio_tail_silence": 0.0,
+        "dtype": "fp32",
+    }
+    return TrainArguments(**base | values)
+
+
+def train_and_ask(args: TrainArguments) -> tuple[Run, ListeningProbe]:
+    """Trains `args.max_steps` steps, and gives the probe on the held-out dialogues, with all of its questions."""
+    Path(args.output_dir).mkdir(parents=True)
+    torch.manual_seed(args.seed)
+    model, processor = build(args, None)
+    assert args.eval_file
+    conversations, held_out = read_conversations(args.train_file), read_conversations(args.eval_file)
+    run = assemble_run(args, model, processor, conversations, [], TrainState(), [])
+    tower = model.model.audio_tower
+    with torch.no_grad():
+        tower.conv1.weight.mul_(EAR_GAIN)
+        tower.conv2.weight.mul_(EAR_GAIN)
+    model.train()
+    collator = collator_for(args, processor, model)
+    samples, _ = encode_all(EncodedDialogues(conversations, collator))
+    order = torch.randperm(len(samples) * 100, generator=torch.Generator().manual_seed(args.seed)) % len(samples)
+    for indices in order.split(args.samples_per_step)[: args.max_steps]:
+        train_step(run, StepSamples([samples[i] for i in indices], [], 0, 0))
+    probe = make_probe(
+        run.executor,
+        collator,
+        held_out,
+        ProbeState(),
+        first_step=1,
+        seed=args.seed,
+        trained_kinds=TAUGHT,
+        questions=choose_questions(held_out, collator, TAUGHT, seed=args.seed),
+    )
+    assert probe is not None
+    return run, probe
