@@ -126,8 +126,8 @@ class EvalArguments:
     )
     text_file: str | None = flag(
         None,
-        "JSONL of text dialogues on which to measure how far the language model has moved from its base (default: the "
-        "instructions that qwhisper ships).",
+        "JSONL of text dialogues on which to measure how far the language model has moved from its base (default: "
+        "what the base answers to the instructions that qwhisper ships).",
     )
     batch_size: int = flag(8, "Dialogues answered at once; the result does not depend on it.")
     max_new_tokens: int = flag(128, "Tokens an answer may have.")

@@ -3,16 +3,10 @@
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qwhisper.data.audio import file_fault
-from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import Message
-from qwhisper.data.encode import IGNORE
 from qwhisper.errors import UsageError
 
 POOLS = Path(__file__).parent / "instructions"
@@ -57,15 +51,3 @@ def as_question(record: dict[str, Any], instructions: Sequence[str], seed: int) 
     content += [{"type": "text", "text": drawn}] if drawn else []
     identity = {"id": record["id"]} if "id" in record else {}
     return {**identity, "messages": [{"role": "user", "content": content, "kind": record.get("kind")}]}
-
-
-def instruction_rows(collator: ConversationCollator, count: int | None = None, *, seed: int = 0) -> list[Sample]:
-    """At most `count` instructions of both languages as a user types them, drawn by `seed`; every token but the first
-    is supervised.
-
-    Text that no training asked for: what a language model makes of it shows how far it is from its base.
-    """
-    instructions = [line for line in instruction_pool("both") if line]
-    chosen = np.random.default_rng(seed).permutation(len(instructions))[:count]
-    rows = [collator.encode_prompt([Message("user", (instructions[index],))]) for index in chosen]
-    return [replace(row, labels=np.where(np.arange(len(row.input_ids)) > 0, row.input_ids, IGNORE)) for row in rows]

@@ -23,6 +23,7 @@ from qwhisper.train.executor import Executor
 
 SOLID = 0.7  # what the text model itself answers less well than this says nothing about what was kept
 OWN_TOKENS = 32  # of an answer to an instruction: where it begins and what it is about
+MIN_ANSWERS = 8  # different ones; a model that has no more for all instructions has nothing in text to be moved from
 
 
 def text_answers(
@@ -71,7 +72,8 @@ def own_answers(
     seed: int = 0,
 ) -> list[Sample]:
     """At most `count` of the shipped instructions, drawn by `seed`, each with the first OWN_TOKENS of what the language
-    model without its adapter answers; these alone are supervised.
+    model without its adapter answers; these alone are supervised. Every answer once; none at all for fewer than
+    MIN_ANSWERS.
 
     Text that no training asked for, and that the base finds likely: where it is moved, something was forgotten. Draws
     no random number; the model must be in evaluation mode.
@@ -82,12 +84,14 @@ def own_answers(
     prompts = [collator.encode_prompt(question) for question in questions]
     with adapter_off(model):
         answers = answer_prompts(model, collator, prompts, OWN_TOKENS, batch_size=len(prompts))
+    asked = {answer: (question, prompt) for question, prompt, answer in zip(questions, prompts, answers, strict=True)}
     rows = []
-    for question, prompt, answer in zip(questions, prompts, answers, strict=True):
+    for answer, (question, prompt) in asked.items():
         row = collator.encode_prompt(question, reply_with=answer)
         is_answer = np.arange(len(row.input_ids)) >= len(prompt.input_ids)
         rows.append(replace(row, labels=np.where(is_answer, row.input_ids, IGNORE)))
-    return [row for row in rows if row.num_supervised]
+    rows = [row for row in rows if row.num_supervised]
+    return rows if len(rows) >= MIN_ANSWERS else []
 
 
 def retention(kinds: dict[str, dict[str, Any]], trained: Collection[str]) -> float | None:

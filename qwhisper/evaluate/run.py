@@ -92,8 +92,8 @@ def evaluate_model(
     answers, with swapped and with true audio; `listening_gain`: their difference. `wer`, `cer`: of all answers.
     With `text_model`, the language model without its adapter is asked the same in words, where there are transcripts:
     its share `text_model` of the answers after a clip, beside `heard`, the share of these that are right on speech, for
-    each kind as well; `retention` of the kinds that are not among `trained_kinds`; `text_shift` on `text` (None: the
-    instructions that qwhisper ships), in nats a token. See retention.py.
+    each kind as well; `retention` of the kinds that are not among `trained_kinds`; `text_shift` on `text` (None: what
+    the base answers to the instructions that qwhisper ships), in nats a token. See retention.py.
     `counts`, `rejected` (dialogues with a bad clip: id, reason), `answers` (one a turn), `seconds`.
     Raises DataError if no dialogue can be used.
     """

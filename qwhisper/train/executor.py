@@ -124,7 +124,7 @@ class Executor:
         """Mean loss over all supervised tokens of all samples, in nats; 0 without any sample."""
         if not samples:
             return 0.0
-        with self._in_evaluation_mode():
+        with self.evaluation_mode():
             total, _ = self._within_memory(lambda: self._run(samples, 1), samples, lambda: None)
         return float(total) / max(1, sum(sample.num_supervised for sample in samples))
 
@@ -134,7 +134,7 @@ class Executor:
         read the samples, which are text; 0 without any.
         """
         total, tokens = torch.zeros((), device=self.device), 0
-        with self._in_evaluation_mode():
+        with self.evaluation_mode():
             for pack in self.packs(samples):
                 batch = self._on_device(pack)
                 tokens_here = sum(sample.num_supervised for sample in pack)
@@ -162,7 +162,7 @@ class Executor:
 
     def _of_each(self, samples: Sequence[Sample], of_pack: Callable[[Sequence[Sample]], Sequence[Tensor]]) -> list:
         found: dict[int, Tensor] = {}
-        with self._in_evaluation_mode():
+        with self.evaluation_mode():
             for pack in self.packs(samples):
                 found |= dict(zip(map(id, pack), of_pack(pack), strict=True))
         return torch.stack([found[id(sample)] for sample in samples]).tolist() if samples else []
@@ -197,7 +197,7 @@ class Executor:
         return hidden_states, labels.to(hidden_states.device)
 
     @contextmanager
-    def _in_evaluation_mode(self) -> Iterator[None]:
+    def evaluation_mode(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:

@@ -15,10 +15,9 @@ import torch
 
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import Conversation
-from qwhisper.data.instructions import instruction_rows
-from qwhisper.errors import DataError
+from qwhisper.errors import DataError, MemoryLimitError
 from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audio, turns_of
-from qwhisper.model.lora import adapter_off
+from qwhisper.evaluate.retention import own_answers
 from qwhisper.train.executor import Executor
 from qwhisper.train.retention import MAX_QUESTIONS, Questions, Score, answered_by_text_model, scores_by_ear
 
@@ -26,7 +25,7 @@ TIME_SHARE = 0.005  # of the training time, at most
 MAX_PAIRS = 16  # a probe is then 32 forward passes of one dialogue each: 4 steps of 4 dialogues
 MIN_PAIRS = 8  # with fewer the noise is itself too uncertain to be judged by
 MAX_DIALOGUES = 256  # that pairs are looked for in
-TEXT_ROWS = 32  # some 500 tokens: a hundredth of what the pairs cost
+TEXT_ROWS = 16  # answers, some 500 tokens: read for a hundredth of what the pairs cost, after they are once written
 WARMUP_STEPS = 600  # twice what a 1.5B language model needed to hear spoken digits at the stable recipe's rate
 MIN_WARMUP_STEPS = 300  # for short runs; batches of 16 at a projector rate of 1e-3 took 50 to 100
 
@@ -45,13 +44,12 @@ class ListeningGain:
 class Probed(ListeningGain):
     """What a probe found.
 
-    text_shift: of the language model from its base on text, nats a token. base_text_loss: of its base on that text,
-    nats a token. retention, hearing: by ear, of kinds of question that were never trained on and of trained ones; None
-    where too few were asked.
+    text_shift: of the language model from its base on what the base answers to text, nats a token; None where it
+    answers everything alike. retention, hearing: by ear, of kinds of question that were never trained on and of trained
+    ones; None where too few were asked.
     """
 
-    text_shift: float
-    base_text_loss: float
+    text_shift: float | None
     retention: Score | None = None
     hearing: Score | None = None
 
@@ -80,8 +78,8 @@ class ListeningProbe:
     def __init__(
         self,
         executor: Executor,
+        collator: ConversationCollator,
         pairs: Sequence[Pair],
-        text: Sequence[Sample],
         state: ProbeState,
         *,
         first_step: int,
@@ -89,15 +87,15 @@ class ListeningProbe:
         asks_from: int = 0,
     ):
         self.executor = executor
+        self.collator = collator
         self.pairs = list(pairs)
-        self.text = list(text)
         self.state = state
         self.first_step = first_step
         self.questions = questions or Questions()
         self.asks_from = asks_from
-        # Of the text model, looked at once.
+        # From the first time that they are needed: the base's answers, and the questions that it answers right.
+        self.text: list[Sample] | None = None
         self.known: Questions | None = None
-        self.base_text_loss: float | None = None
 
     def due(self, step: int, step_seconds: float) -> bool:
         """Whether to probe now. Call once after each step, with its number and its seconds.
@@ -119,7 +117,7 @@ class ListeningProbe:
         started = time.perf_counter()
         try:
             found = self._look(ask)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryLimitError):
             found = None
         self._spend(time.perf_counter() - started)
         return found
@@ -130,23 +128,19 @@ class ListeningProbe:
             return None
         count = len(self.pairs)
         gain = listening_gain(losses[:count], losses[count:], [pair.true.num_supervised for pair in self.pairs])
-        shift = self.executor.shift_from_base(self.text)
         retention, hearing = self._ask() if ask and self.questions else (None, None)
-        return Probed(
-            **vars(gain), text_shift=shift, base_text_loss=self._base_loss(), retention=retention, hearing=hearing
-        )
+        return Probed(**vars(gain), text_shift=self._text_shift(), retention=retention, hearing=hearing)
+
+    def _text_shift(self) -> float | None:
+        if self.text is None:
+            with self.executor.evaluation_mode():
+                self.text = own_answers(self.executor.model, self.collator, TEXT_ROWS)
+        return self.executor.shift_from_base(self.text) if self.text else None
 
     def _ask(self) -> tuple[Score | None, Score | None]:
         if self.known is None:
             self.known = answered_by_text_model(self.executor, self.questions)
         return scores_by_ear(self.executor, self.known)
-
-    def _base_loss(self) -> float:
-        if self.base_text_loss is None:
-            with adapter_off(self.executor.model):
-                total = sum(self.executor.sample_losses(self.text))
-            self.base_text_loss = total / sum(sample.num_supervised for sample in self.text)
-        return self.base_text_loss
 
     def _spend(self, seconds: float) -> None:
         self.state.last_probe, self.state.trained_since = seconds, 0.0
@@ -173,8 +167,9 @@ def make_probe(
     pairs = choose_pairs(conversations, collator, seed=seed, trained_kinds=trained_kinds)
     if len(pairs) < MIN_PAIRS:
         return None
-    text = instruction_rows(collator, TEXT_ROWS, seed=seed)
-    return ListeningProbe(executor, pairs, text, state, first_step=first_step, questions=questions, asks_from=asks_from)
+    return ListeningProbe(
+        executor, collator, pairs, state, first_step=first_step, questions=questions, asks_from=asks_from
+    )
 
 
 def first_probe_step(*, total_steps: int, freeze_projector_steps: int, samples_per_step: int) -> int:

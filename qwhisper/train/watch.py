@@ -40,12 +40,9 @@ def watch(
 
 def as_facts(found: Probed) -> dict[str, Any]:
     """What a probe found, by the names that StepFacts and metrics.jsonl have for it."""
-    facts: dict[str, Any] = {
-        "listening_gain": found.gain,
-        "listening_noise": found.noise,
-        "text_shift": found.text_shift,
-        "base_text_loss": found.base_text_loss,
-    }
+    facts: dict[str, Any] = {"listening_gain": found.gain, "listening_noise": found.noise}
+    if found.text_shift is not None:
+        facts["text_shift"] = found.text_shift
     if found.retention is not None:
         facts |= {"retention": found.retention.share, "retention_questions": found.retention.asked}
     if found.hearing is not None:
@@ -54,10 +51,9 @@ def as_facts(found: Probed) -> dict[str, Any]:
 
 
 def as_line(found: Probed) -> str:
-    line = (
-        f"listening gain {found.gain:.3f} ± {found.noise:.3f} nats a token; text shift {found.text_shift:.4f} nats a "
-        "token"
-    )
+    line = f"listening gain {found.gain:.3f} ± {found.noise:.3f} nats a token"
+    if found.text_shift is not None:
+        line += f"; text shift {found.text_shift:.4f} nats a token"
     if found.retention is not None:
         line += f"; right by ear, of kinds never trained on: {found.retention}"
         line += f", of trained kinds: {found.hearing}" if found.hearing is not None else ""

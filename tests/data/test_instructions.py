@@ -4,14 +4,12 @@ import re
 
 import pytest
 
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import AUDIO_MARKS
 from qwhisper.data.instructions import (
     LANGUAGES,
     POOLS,
     as_question,
     instruction_pool,
-    instruction_rows,
     read_instructions,
 )
 from qwhisper.errors import UsageError
@@ -93,15 +91,3 @@ def test_a_lines_instruction_hangs_on_the_line_and_the_seed_alone():
     assert drawn != [instruction_of(as_question(line, POOL, 1)) for line in lines]
     # 40 of each are expected; 5 standard deviations of a binomial distribution are 28.
     assert all(12 <= drawn.count(instruction) <= 68 for instruction in POOL)
-
-
-def test_the_rows_are_instructions_as_a_user_types_them_with_every_token_supervised(frames, qwen3_tokenizer):
-    collator = ConversationCollator(qwen3_tokenizer, frames, audio_token_id=len(qwen3_tokenizer))
-    rows = instruction_rows(collator, 12, seed=3)
-    pool = [line for line in instruction_pool("both") if line]
-    texts = [qwen3_tokenizer.decode(row.input_ids) for row in rows]
-    typed = [next(line for line in pool if f"user\n{line}<|im_end|>" in text) for text in texts]
-    assert len(set(typed)) == 12 and all((row.targets == row.input_ids[1:]).all() for row in rows)
-    again = instruction_rows(collator, 12, seed=3)
-    assert all((a.input_ids == b.input_ids).all() for a, b in zip(rows, again, strict=True))
-    assert len(instruction_rows(collator)) == len(pool)

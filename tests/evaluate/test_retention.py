@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from qwhisper.data.conversation import AudioClip, Conversation, Message, in_words
 from qwhisper.evaluate import retention as module
 from qwhisper.evaluate.listening import turns_of
-from qwhisper.evaluate.retention import OWN_TOKENS, own_answers, retention, text_answers, text_shift
+from qwhisper.evaluate.retention import MIN_ANSWERS, OWN_TOKENS, own_answers, retention, text_answers, text_shift
 from qwhisper.infer.generate import answer_prompts
 from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
 from qwhisper.train.executor import Executor
@@ -56,14 +56,14 @@ def test_the_text_model_reads_what_was_said_without_the_adapter(adapted, monkeyp
 
 def test_own_answers_are_what_the_base_says_to_the_shipped_instructions(adapted):
     model, collator = adapted
-    base_rows = own_answers(model.eval(), collator, 12, seed=3)
+    base_rows = own_answers(model.eval(), collator, 100, seed=3)
     with torch.no_grad():
         for name, parameter in lora_parameters(model):
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
-    rows = own_answers(model, collator, 12, seed=3)
+    rows = own_answers(model, collator, 100, seed=3)
     assert [row.input_ids.tolist() for row in rows] == [row.input_ids.tolist() for row in base_rows]
-    assert 8 <= len(rows) <= 12 and len({row.input_ids.tobytes() for row in rows}) == len(rows)
+    assert MIN_ANSWERS <= len(rows) <= 100 and len({row.input_ids.tobytes() for row in rows}) == len(rows)
     for row in rows[:3]:
         first = int((row.labels != -100).argmax())
         prompt = replace(row, input_ids=row.input_ids[:first], labels=row.labels[:first])
@@ -71,6 +71,17 @@ def test_own_answers_are_what_the_base_says_to_the_shipped_instructions(adapted)
             said = answer_prompts(model, collator, [prompt], OWN_TOKENS)
         assert [collator.tokenizer.decode(row.input_ids[first:])] == said
         assert (row.labels[first:] == row.input_ids[first:]).all() and row.num_supervised == len(row.labels) - first
+
+
+def test_a_base_that_answers_everything_alike_has_no_text_to_be_moved_from(adapted, monkeypatch):
+    model, collator = adapted
+    executor = Executor(model.eval(), max_tokens_per_pack=None, pad_token_id=collator.pad_token_id)
+    for different in (MIN_ANSWERS - 1, MIN_ANSWERS):
+        monkeypatch.setattr(
+            module, "answer_prompts", lambda *args, n=different, **_: [f"a{i % n}" for i in range(len(args[2]))]
+        )
+        assert len(own_answers(model, collator)) == (different if different == MIN_ANSWERS else 0)
+        assert (text_shift(executor, collator, None) is None) == (different < MIN_ANSWERS)
 
 
 def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted):

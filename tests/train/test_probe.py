@@ -181,7 +181,7 @@ def probe_that_takes(monkeypatch):
         clock = itertools.count(step=seconds)
         monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
         nothing = SimpleNamespace(sample_losses=lambda samples: [], shift_from_base=lambda samples: 0.0)
-        return ListeningProbe(nothing, [], [], state, first_step=first_step)
+        return ListeningProbe(nothing, nothing, [], state, first_step=first_step)
 
     return make
 

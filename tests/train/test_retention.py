@@ -146,10 +146,11 @@ def test_only_what_the_text_model_knows_is_asked(forgetful):
 def test_the_text_model_is_asked_once(forgetful, monkeypatch):
     _, probe = forgetful
     probe.measure()
-    known, loss = probe.known, probe.base_text_loss
+    known, text = probe.known, probe.text
     monkeypatch.setattr(probe_module, "answered_by_text_model", None)
-    again = probe.measure()
-    assert probe.known is known and again.base_text_loss == loss
+    monkeypatch.setattr(probe_module, "own_answers", None)
+    probe.measure()
+    assert probe.known is known and probe.text is text
     assert probe.measure(ask=False).retention is None
 
 
