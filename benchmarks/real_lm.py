@@ -65,7 +65,8 @@ FAST = {
 }
 GENTLE = FAST | {"--learning_rate": 3e-5}
 PROJECTOR = FAST | {"--use_lora": False}
-DISTILL = {"--distill_weight": 1.0}
+DISTILLED = {"--distill_weight": 1.0}
+HALF_DISTILLED = {"--distill_weight": 0.5}
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,15 @@ RECIPES = {
     "projector": Recipe((PROJECTOR,)),
     "two_stage": Recipe((PROJECTOR, GENTLE)),
     "rehearsal": Recipe((FAST,), typed=0.25),
-    "distill": Recipe((FAST | {"--distill_weight": 0.5},)),
-    "distill_alone": Recipe((FAST | DISTILL,)),
-    "projector_distill": Recipe((PROJECTOR | DISTILL,)),
-    "two_stage_distill": Recipe((PROJECTOR | DISTILL, GENTLE | DISTILL)),
+    "distill": Recipe((FAST | HALF_DISTILLED,)),
+    "projector_distill": Recipe((PROJECTOR | DISTILLED,)),
+    "two_stage_distill": Recipe((PROJECTOR | DISTILLED, GENTLE | DISTILLED)),
     "instructions": Recipe((FAST,), spoken=0.5),
+    "distill_instructions": Recipe((FAST | DISTILLED,), spoken=0.5),
     "projector_instructions": Recipe((PROJECTOR,), spoken=0.5),
-    "distill_instructions": Recipe((FAST | DISTILL,), spoken=0.5),
-    "low_distill_instructions": Recipe((GENTLE | DISTILL,), spoken=0.5),
-    "projector_distill_instructions": Recipe((PROJECTOR | DISTILL,), spoken=0.5),
-    "two_stage_distill_instructions": Recipe((PROJECTOR | DISTILL, GENTLE | DISTILL), spoken=0.5),
+    "projector_distill_instructions": Recipe((PROJECTOR | DISTILLED,), spoken=0.5),
+    "recommended": Recipe(({"--config": "keep-thinking", "--projector_dropout": 0.5},), spoken=0.5),
+    "two_stage_recommended": Recipe((PROJECTOR | HALF_DISTILLED, GENTLE | HALF_DISTILLED), spoken=0.5),
 }
 
 

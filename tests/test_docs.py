@@ -21,11 +21,13 @@ from tests.small import write_dialogues, write_small_bases
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
 STABILITY = ("docs/stability.md", "docs/stability.zh.md")
+LEARNING = ("docs/learning.md", "docs/learning.zh.md")
 PAGES = (
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     *STABILITY,
+    *LEARNING,
     "docs/silence.md",
     "docs/performance.md",
 )
@@ -94,7 +96,7 @@ def test_the_table_of_silences_is_the_one_of_the_results():
     assert between_marks(read("docs/silence.md"), "silence") == made, "run: python docs/make_silence_table.py"
 
 
-@pytest.mark.parametrize("script", ["make_stability_tables"])
+@pytest.mark.parametrize("script", ["make_stability_tables", "make_learning_tables"])
 def test_the_tables_of_a_page_are_those_of_the_results(script):
     made = importlib.import_module(script)
     for language, page in made.PAGES.items():
@@ -110,11 +112,12 @@ def outline(name):
     return list(zip(sections[::2], rows, strict=True))
 
 
-def test_both_stability_pages_have_the_same_sections_tables_links_and_example():
-    english, chinese = STABILITY
+@pytest.mark.parametrize("pages", [STABILITY, LEARNING])
+def test_both_pages_have_the_same_sections_tables_links_and_example(pages):
+    english, chinese = pages
     assert outline(english) == outline(chinese)
     assert examples(english) == examples(chinese)
-    tests = [re.findall(r"\]\((\.\./(?:tests|qwhisper|benchmarks)/[^)]+)\)", read(name)) for name in STABILITY]
+    tests = [re.findall(r"\]\((\.\./(?:tests|qwhisper|benchmarks)/[^)]+)\)", read(name)) for name in pages]
     assert tests[0] == tests[1]
 
 

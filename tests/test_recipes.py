@@ -20,7 +20,7 @@ def with_recipe(name):
 
 def test_the_promised_recipes_are_shipped():
     sizes = {f"qwen3-{size}-32gb" for size in ("0.6b", "1.7b", "4b", "8b", "8b-4bit")}
-    assert set(shipped_recipes()) == sizes | {"align-projector", "lora-after-alignment"}
+    assert set(shipped_recipes()) == sizes | {"align-projector", "lora-after-alignment", "keep-thinking"}
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
