@@ -10,6 +10,7 @@ from qwhisper.guards.measure import Groups
 
 KEPT = 2  # the newest may already be poisoned without showing it
 WEIGHT = "weight"  # no optimizer calls a moment so
+TRIED = "tried"  # in what is saved, the step that was restored last
 
 
 @dataclass
@@ -33,15 +34,19 @@ class Snapshots:
         self.kept: deque[Copy] = deque()
         self.restored: int | None = None
 
+    def sound(self) -> bool:
+        """Whether every weight and moment is finite, now."""
+        return all_finite([tensor for entry in self._now() for tensor in entry.values()])
+
     @torch.no_grad()
     def take(self, step: int) -> bool:
         """Copies everything, unless a number in it is not finite. Returns whether it did.
 
         A second copy of one step takes the place of the first. May raise MemoryError.
         """
-        tensors = [{WEIGHT: p.detach()} | self.optimizer.state.get(p, {}) for p in self.parameters]
-        if not all_finite([tensor for entry in tensors for tensor in entry.values()]):
+        if not self.sound():
             return False
+        tensors = self._now()
         spare: list[dict[str, Tensor]] = [{} for _ in tensors]
         if self.kept and self.kept[-1].step == step:
             spare = self.kept.pop().tensors
@@ -50,6 +55,29 @@ class Snapshots:
         self.kept.append(Copy(step, [on_host(*pair) for pair in zip(tensors, spare, strict=True)]))
         self.restored = None
         return True
+
+    def _now(self) -> list[dict[str, Tensor]]:
+        return [{WEIGHT: p.detach()} | self.optimizer.state.get(p, {}) for p in self.parameters]
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """All copies, by "step|parameter's index|name", for a file. The device must have been waited for."""
+        tensors = {
+            f"{copy.step}|{index}|{name}": tensor
+            for copy in self.kept
+            for index, entry in enumerate(copy.tensors)
+            for name, tensor in entry.items()
+        }
+        return tensors | {TRIED: torch.tensor(-1 if self.restored is None else self.restored)}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The copies that `as_tensors` gave, in the place of those here."""
+        tried = int(tensors.pop(TRIED))
+        copies: dict[int, list[dict[str, Tensor]]] = {}
+        for key, tensor in tensors.items():
+            step, index, name = key.split("|", 2)
+            copies.setdefault(int(step), [{} for _ in self.parameters])[int(index)][name] = tensor
+        self.kept = deque(Copy(step, copies[step]) for step in sorted(copies))
+        self.restored = None if tried < 0 else tried
 
     @torch.no_grad()
     def restore(self) -> int | None:

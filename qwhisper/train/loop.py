@@ -101,7 +101,7 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     run.executor.model.train()
     run.executor.before_pack = signals.between_packs
-    if not run.snapshots.take(state.step):
+    if not (run.snapshots.sound() if run.snapshots.kept else run.snapshots.take(state.step)):
         raise NumericalError("a weight or moment is not finite before the first step: start from another checkpoint")
     run.fire("on_train_begin")
     window: list[StepReport] = []
@@ -138,7 +138,7 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
                 evaluate(run, signals)
             if (due or state.best_checkpoint == f"checkpoint-{state.step}") and not at_end(run) and save(run):
                 last_saved = state.step
-        return last_saved == state.step or save(run)
+        return last_saved == state.step or save(run, stopped=not at_end(run))
     finally:
         if window:
             log_window(run, window, max(learning_rates.values()))
@@ -233,14 +233,14 @@ def improves(loss: float, best: float | None) -> bool:
     return math.isfinite(loss) and (best is None or loss < best)
 
 
-def save(run: Run) -> bool:
+def save(run: Run, *, stopped: bool = False) -> bool:
     """Whether the disk took a checkpoint. Where it did not, the run goes on and the older ones are as they were.
 
-    It is a snapshot as well, so that the first rewind after a resume from it finds what the uninterrupted run's would.
-    What is not finite is not saved: the run goes back first.
+    It is a snapshot as well, but where the run is stopped early: the uninterrupted one would take none here, and a
+    rewind after the resume must find what that one's would. What is not finite is not saved: the run goes back first.
     """
     step = run.state.step
-    keep_sound(run)
+    keep_sound(run, copy=not stopped)
     try:
         folder = run.save(run)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:

@@ -146,15 +146,16 @@ def after_step(run: Run, statistics: StepStatistics, decision: Decision, samples
         guards.clean_steps = 0
 
 
-def keep_sound(run: Run, samples: Sequence[str] = ()) -> None:
-    """A snapshot of this step, or back to the last one where a weight or a moment is not finite.
+def keep_sound(run: Run, samples: Sequence[str] = (), *, copy: bool = True) -> None:
+    """A snapshot of this step (unless `copy` is False), or back to the last one where a weight or a moment is not
+    finite.
 
     None is taken in a row of bad steps, whose cause may be in the weights already.
     """
     if run.state.guards.bad_steps_in_a_row:
         return
     try:
-        if not run.snapshots.take(run.state.step):
+        if not (run.snapshots.take(run.state.step) if copy else run.snapshots.sound()):
             go_back(run, "a weight or a moment of the optimizer is not finite", samples)
     except MemoryError as error:
         run.log.event("no_snapshot", step=run.state.step, error=str(error))

@@ -3,23 +3,27 @@
 import sys
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from qwhisper.errors import CheckpointError
-from qwhisper.guards.snapshot import all_finite
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.context import Run
 from qwhisper.train.groups import parameter_names
 from qwhisper.train.resume import save_arguments
-from qwhisper.train.state import load_generators, load_optimizer, save_generators, save_optimizer
+from qwhisper.train.state import load_generators, load_optimizer, read_tensors, save_generators, save_optimizer
+
+SNAPSHOT_FILE = "snapshots.safetensors"
 
 
 def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
-    """A new checkpoint, and older ones deleted; none is deleted while the newest is not finite."""
+    """A new checkpoint, and older ones deleted; none is deleted while the newest is not finite.
+
+    With the snapshots where the newest is of an earlier step, as after a signal or in a row of bad steps.
+    """
     model, state = run.executor.model, run.state
     state.max_tokens_per_pack = run.executor.max_tokens_per_pack
-    weights = [p.detach() for parameters in run.groups.values() for p in parameters]
-    moments = [value for entry in run.optimizer.state.values() for value in entry.values()]
-    finite = all_finite(weights + moments)
+    finite = run.snapshots.sound()
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -28,6 +32,8 @@ def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
         save_generators(folder)
         state.save(folder)
         save_arguments(run.args, folder)
+        if run.snapshots.kept and run.snapshots.kept[-1].step != state.step:
+            save_file(run.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
 
     folder = checkpoints.write_checkpoint(run.log.folder, state.step, fill, finite=finite)
     if finite:
@@ -41,10 +47,12 @@ def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
 
 
 def restore(run: Run, folder: Path) -> None:
-    """Optimizer, schedule and generators as they were; the weights are loaded already."""
+    """Optimizer, schedule, generators and snapshots as they were; the weights are loaded already."""
     try:
         load_optimizer(run.optimizer, parameter_names(run.executor.model), folder)
     except KeyError as error:
         raise CheckpointError(f"{folder}: its optimizer state does not fit this run ({error})") from error
     load_generators(folder)
+    if (folder / SNAPSHOT_FILE).exists():
+        run.snapshots.load(read_tensors(folder / SNAPSHOT_FILE))
     run.set_learning_rates()

@@ -63,6 +63,20 @@ def test_the_second_rewind_without_a_new_copy_goes_further_back(parts):
     assert snapshots.restore() == 4
 
 
+def test_what_was_saved_goes_on_as_if_nothing_had_been(parts):
+    groups, optimizer, snapshots = parts
+    for number in (1, 2):
+        snapshots.take(number)
+        step(groups, optimizer)
+    assert snapshots.restore() == 2  # so that the next one goes further back
+    again = Snapshots(groups, optimizer)
+    again.load(snapshots.as_tensors())
+    assert again.restore() == snapshots.restore() == 1
+    expected = bits(groups, optimizer)
+    step(groups, optimizer)
+    assert again.restore() == 1 and same(bits(groups, optimizer), expected)
+
+
 @pytest.mark.parametrize("where", ["weight", "moment"])
 def test_a_number_that_is_not_finite_is_never_kept(parts, where):
     groups, optimizer, snapshots = parts

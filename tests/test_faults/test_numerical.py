@@ -11,7 +11,7 @@ from qwhisper.guards.loss_scale import LossScale
 from qwhisper.model import loading
 from qwhisper.model.bases import load_encoder
 from qwhisper.model.half_precision import OverflowClamp
-from qwhisper.train import loop, saving
+from qwhisper.train import loop
 from qwhisper.train.checkpoint import resolve_checkpoint
 from qwhisper.train.executor import Executor
 from tests.test_faults.inject import gradient_element, gradients_times, loss_times, outcome_of, plant
@@ -284,7 +284,7 @@ def test_a_dying_run_ends_and_keeps_its_last_sound_checkpoint(arguments, monkeyp
     "weights that are not finite at a save",
     of="numerical",
     guarantee="no older checkpoint is deleted",
-    without=lambda monkeypatch: monkeypatch.setattr(saving, "all_finite", lambda tensors: True),
+    without=lambda monkeypatch: monkeypatch.setattr(snapshot.Snapshots, "sound", lambda snapshots: True),
 )
 def test_a_broken_checkpoint_rotates_nothing_away(arguments):
     run, samples = make_run(arguments(**ONE_EPOCH, save_total_limit=1))

@@ -12,6 +12,7 @@ import pytest
 from transformers import TrainerCallback
 
 from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.guards import ladder
 from qwhisper.train.run import main
 from tests.test_faults.inject import plant
 from tests.train.helpers import checkpoint_tensors, read_lines, same_bits
@@ -86,6 +87,23 @@ def test_a_resumed_run_rewinds_to_what_the_uninterrupted_one_does(arguments, tmp
     assert main(parts, [bad]) == 0
     (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 8), outcome(tmp_path / "parts", 8)
     assert same_bits(tensors, other_tensors) == [] and state == other_state and state["guards"]["rewinds"] == 1
+
+
+@pytest.mark.parametrize("stop", [3, 5, 6])  # before a row of bad steps, in it, and after a rewind
+def test_a_run_that_was_stopped_anywhere_rewinds_as_often_and_as_far(arguments, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(ladder, "SNAPSHOT_STEPS", 2)
+    values = {"max_steps": 9, "save_steps": 100, "max_bad_steps": 2, "freeze_projector_steps": 0, "early_lr_steps": 0}
+    bad = BadSteps({4, 5, 6, 7}, monkeypatch)
+    whole = arguments(output_dir=str(tmp_path / "whole"), **values)
+    assert main(whole, [bad]) == 0
+    parts = arguments(output_dir=str(tmp_path / "parts"), **values)
+    assert main(parts, [bad, StopAfter(stop)]) == 0
+    assert main(dataclasses.replace(parts, resume_from_checkpoint="latest"), [bad]) == 0
+    (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 9), outcome(tmp_path / "parts", 9)
+    assert same_bits(tensors, other_tensors) == [] and state == other_state
+    rewinds = [[e["to_step"] for e in read_lines(tmp_path / name / "events.jsonl") if e["kind"] == "rewind"]
+               for name in ("whole", "parts")]  # fmt: skip
+    assert rewinds == [[4, 2], [4, 2]]
 
 
 def test_early_factor_is_over_at_the_right_step_across_a_resume(arguments):
