@@ -20,6 +20,11 @@ settings.load_profile("any machine")
 torch.backends.cudnn.allow_tf32 = False
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that train in forks come first: a fork can take no backward pass once its parent has taken one on a GPU."""
+    items.sort(key=lambda item: "on_cpu" not in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real weights, tokenizer and recordings beside the repository; without it a test is skipped."""
