@@ -139,6 +139,7 @@ class ConversationCollator:
 
     def _encode(self, conversation: Conversation, supervised: set[int], first_own: int, events: list[str]) -> Sample:
         """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
+        told = len(events)
         try:
             row, offset = self._fitting_row(conversation.messages, supervised, events)
         except BadClipError as error:
@@ -159,19 +160,21 @@ class ConversationCollator:
         windows = [window for _, window in row.windows]
         sample = Sample(conversation.id, conversation.source, ids, labels, windows, sorted(spans.values()), events)
         if self.teach:
-            sample.teacher = self._in_words(conversation, supervised, first_own, sample)
+            sample.teacher = self._in_words(conversation, supervised, first_own, sample, cut=len(events) > told)
         return self._with_labels(sample)
 
     def _in_words(
-        self, conversation: Conversation, supervised: set[int], first_own: int, heard: Sample
+        self, conversation: Conversation, supervised: set[int], first_own: int, heard: Sample, *, cut: bool
     ) -> Sample | None:
-        """The dialogue as typed; None where a clip has no transcript, or where not the same would be learned."""
+        """The dialogue as typed; None where a clip has no transcript, or where max_length cuts one of the two: they
+        would answer with another history, or at another turn that has the same answer.
+        """
         if not heard.windows:
             return replace(heard)
-        if (typed := in_words(conversation.messages)) is None:
+        if cut or (typed := in_words(conversation.messages)) is None:
             return None
         read = self._encode(replace(conversation, messages=typed), supervised, first_own, [])
-        return read if np.array_equal(read.targets, heard.targets) else None
+        return None if read.events else read
 
     def _fitting_row(self, messages: Sequence[Message], supervised: set[int], events: list[str]) -> tuple[Row, int]:
         """The row within max_length, and how many messages it lacks at the front."""

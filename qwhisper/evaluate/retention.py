@@ -23,6 +23,7 @@ from qwhisper.train.executor import Executor
 
 SOLID = 0.7  # what the text model itself answers less well than this says nothing about what was kept
 OWN_TOKENS = 32  # of an answer to an instruction: where it begins and what it is about
+NO_KIND = "(none)"  # of answers whose message has no `kind`: nobody knows whether it was trained on
 MIN_ANSWERS = 8  # different ones; a model that has no more for all instructions has nothing in text to be moved from
 
 
@@ -101,7 +102,7 @@ def retention(kinds: dict[str, dict[str, Any]], trained: Collection[str]) -> flo
     judged = [
         scores
         for kind, scores in kinds.items()
-        if kind not in trained and scores["text_model"] is not None and scores["text_model"] >= SOLID
+        if kind not in (NO_KIND, *trained) and scores["text_model"] is not None and scores["text_model"] >= SOLID
     ]
     if not judged:
         return None

@@ -26,7 +26,7 @@ from qwhisper.evaluate.metrics import (
     whole_dialogue_share,
     word_error_rate,
 )
-from qwhisper.evaluate.retention import retention, text_answers, text_shift
+from qwhisper.evaluate.retention import NO_KIND, retention, text_answers, text_shift
 from qwhisper.evaluate.tables import markdown
 from qwhisper.infer.generate import answer_prompts, load_resolved
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
@@ -38,7 +38,6 @@ from qwhisper.train.state import trained_kinds
 if TYPE_CHECKING:
     from qwhisper.arguments import EvalArguments
 
-NO_KIND = "(none)"  # of answers whose message has no `kind`
 DIALOGUES_AT_ONCE = 256  # whose audio is in memory together
 
 
@@ -48,6 +47,7 @@ def main(arguments: "EvalArguments") -> None:
     conversations = read_conversations(
         arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples
     )
+    text = read_conversations(arguments.text_file, data_root=arguments.data_root) if arguments.text_file else None
     folder = resolve_checkpoint(arguments.checkpoint)
     model, _, collator = load_resolved(folder, arguments.device, arguments.dtype)
     result = evaluate_model(
@@ -56,7 +56,7 @@ def main(arguments: "EvalArguments") -> None:
         conversations,
         swap=arguments.swap_audio,
         text_model=arguments.ask_text_model,
-        text=read_conversations(arguments.text_file) if arguments.text_file else None,
+        text=text,
         trained_kinds=trained_kinds(folder),
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,

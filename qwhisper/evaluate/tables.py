@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from qwhisper.evaluate.retention import NO_KIND
+
 
 def markdown(result: dict[str, Any]) -> str:
     """result: what `evaluate_model` returns, with `checkpoint` and `eval_file`."""
@@ -17,7 +19,8 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for kind, scores in result["kinds"].items() if len(result["kinds"]) > 1 else ():
         shares = (scores[name] for name in ("turns", "swapped", "majority", "text_model"))
-        untrained = ", never trained" if result["trained_kinds"] and kind not in result["trained_kinds"] else ""
+        known = result["trained_kinds"] and kind != NO_KIND
+        untrained = ", never trained" if known and kind not in result["trained_kinds"] else ""
         lines.append(_row(f"{kind} ({scores['n']}{untrained})", *shares))
     lines += [_row("whole dialogues", result["dialogues"], None, None, None), ""]
     lines.append(

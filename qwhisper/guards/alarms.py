@@ -40,8 +40,8 @@ class StepFacts:
     """What the alarms know of a step. Everything by group is keyed by the group's name.
 
     step: its number. loss: nats a supervised token. tokens: supervised ones. num_samples, has_audio: of the samples
-    that it was computed on. group_norms: of gradients. frozen: groups whose gradient was dropped on purpose. skipped:
-    the optimizer did not step.
+    that it was computed on. divergence: from the teacher, nats a taught token; None without one. group_norms: of
+    gradients. frozen: groups whose gradient was dropped on purpose. skipped: the optimizer did not step.
     Not looked at in every step, and empty or None then: weight_checksums, numbers that change with any bit of the
     group's weights; changed_weights, names of frozen tensors that are not what they were; listening_gain and its
     standard error listening_noise, nats a supervised token; text_shift, of the language model from its base on what
@@ -57,6 +57,7 @@ class StepFacts:
     skipped: bool
     group_norms: Mapping[str, float]
     learning_rates: Mapping[str, float]
+    divergence: float | None = None
     frozen: frozenset[str] = frozenset()
     weight_checksums: Mapping[str, int] = field(default_factory=dict)
     changed_weights: Sequence[str] | None = None
@@ -146,6 +147,9 @@ class Alarms:
         if facts.loss != 0:
             self.last_loss = facts.loss
             return {("loss_zero", ""): None}
+        # On text, a projector alone and an adapter that is still zero are the teacher.
+        if facts.divergence == 0 and not facts.has_audio:
+            return {}
         if self.last_loss is not None and self.last_loss < MEMORISED_LOSS:
             return {}
         message = (

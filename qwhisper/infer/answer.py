@@ -6,13 +6,16 @@ again by its prompt, the model and the number of tokens it may have: another mod
 input asks only for what is new.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
@@ -47,7 +50,12 @@ class Question:
 def main(arguments: "DataAnswerArguments") -> int:
     """Answer a file and name what could not be answered; 3 if that was all of it."""
     quieten_transformers()
-    cache = _cache_of(Path(arguments.in_file), Path(arguments.out_file))
+    with _cache_of(Path(arguments.in_file), Path(arguments.out_file)) as cache:
+        return answer_file(arguments, cache)
+
+
+def answer_file(arguments: "DataAnswerArguments", cache: Path) -> int:
+    """The same with the answers of `cache`, which nobody else writes into meanwhile."""
     conversations, faults = _read(arguments)
     path = resolve_model(arguments.text_model, arguments.hub, "--text_model")
     options = LoadOptions(
@@ -68,7 +76,7 @@ def main(arguments: "DataAnswerArguments") -> int:
     )
     dialogues, silent, cut = with_answers(conversations, questions, answers)
     if dialogues:
-        _write(Path(arguments.out_file), cache, dialogues)
+        _write(Path(arguments.out_file), dialogues)
     given, faults = len(questions) - len(silent) - cut, [*faults, *unread, *silent]
     _report(arguments, len(dialogues), given, asked, cut, faults)
     return DataError.exit_code if (faults or cut) and not given else 0
@@ -168,16 +176,42 @@ def _is_open(conversation: Conversation) -> bool:
     return conversation.messages[-1].role == "user"
 
 
-def _cache_of(in_file: Path, out_file: Path) -> Path:
-    """The file of answers beside OUT. Refuses an OUT that this command has not written."""
-    if out_file.resolve() == in_file.resolve():
-        raise UsageError(f"{out_file} is the input as well: give another file for the output")
+@contextmanager
+def _cache_of(in_file: Path, out_file: Path) -> Iterator[Path]:
+    """The file of answers beside OUT, made where it is missing and held for this process: two would ask for the same
+    and write into each other's output. Refuses an OUT that this command has not written.
+    """
+    if out_file.is_dir():
+        raise UsageError(f"{out_file} is a folder: give a file for the output")
     cache = out_file.with_suffix(".cache.jsonl")
+    for taken in (out_file, cache):
+        if taken.resolve() == in_file.resolve():
+            raise UsageError(f"{taken} is the input as well: give another file for the output")
     if out_file.exists() and not cache.exists():
         raise UsageError(
             f"{out_file} exists, and without {cache.name} beside it `data answer` did not write it: give another file"
         )
-    return cache
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        file = cache.open("a")
+    except OSError as error:
+        raise UsageError(f"{cache} can't be written ({error}): give another file for the output") from None
+    with file:
+        _hold(file, cache)
+        yield cache
+
+
+def _hold(file: TextIO, cache: Path) -> None:
+    """Until the file is closed. Not by `lockf`, which any other closing of it, as after each batch, would end."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UsageError(
+                f"{cache}: another `data answer` writes into it. Wait until it is done, or give another file for the "
+                "output; nothing was changed"
+            ) from None
+        print(f"note: {cache} can't be locked ({error}): let no second `data answer` write into it")
 
 
 def _read(arguments: "DataAnswerArguments") -> tuple[list[Conversation], list[str]]:
@@ -207,14 +241,11 @@ def _report(
 
 def _keep(cache: Path, answers: dict[str, Answer]) -> None:
     lines = [json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) for key, answer in answers.items()]
-    cache.parent.mkdir(parents=True, exist_ok=True)
     torn = ends_in_half_a_line(cache)
     with cache.open("a", encoding="utf-8") as file:
         file.write("\n" * torn + "\n".join(lines) + "\n")
 
 
-def _write(out_file: Path, cache: Path, dialogues: Sequence[Conversation]) -> None:
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    cache.touch()  # what tells an output of this command from any other file
+def _write(out_file: Path, dialogues: Sequence[Conversation]) -> None:
     records = [to_record(dialogue, out_file.parent) for dialogue in dialogues]
     write_whole(out_file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -62,7 +62,8 @@ class StepReport:
 
     loss: nats a supervised token. tokens, num_samples, has_audio: of the samples that it was taken on. grad_norm,
     group_norms: before clipping. peaks: groups above their adaptive bound, with norm / average. skipped: why, or None.
-    frozen: groups whose gradient was dropped. divergence: from the teacher, nats a taught token; None without one.
+    frozen: groups whose gradient was dropped. divergence: from the teacher, nats a taught token; None without one,
+    and where samples were dropped.
     """
 
     loss: float

@@ -133,17 +133,19 @@ class Executor:
         """Divergence of the language model from what it was before its adapter, in nats a supervised token, where both
         read the samples, which are text; 0 without any.
         """
-        total, tokens = torch.zeros((), device=self.device), 0
+        if not samples:
+            return 0.0
         with self.evaluation_mode():
-            for pack in self.packs(samples):
-                batch = self._on_device(pack)
-                tokens_here = sum(sample.num_supervised for sample in pack)
-                taught = torch.ones(tokens_here, dtype=torch.bool)
-                total += self.model(
-                    **batch, teacher=batch, taught=taught, distill_weight=1.0, num_items_in_batch=1
-                ).loss
-                tokens += tokens_here
-        return float(total) / max(1, tokens)
+            total, _ = self._within_memory(lambda: self._divergence_from_base(samples), samples, lambda: None)
+        return float(total) / max(1, sum(sample.num_supervised for sample in samples))
+
+    def _divergence_from_base(self, samples: Sequence[Sample]) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for pack in self.packs(samples):
+            batch = self._on_device(pack)
+            taught = torch.ones(sum(sample.num_supervised for sample in pack), dtype=torch.bool)
+            total += self.model(**batch, teacher=batch, taught=taught, distill_weight=1.0, num_items_in_batch=1).loss
+        return total
 
     @torch.no_grad()
     def sample_losses(self, samples: Sequence[Sample]) -> list[float]:

@@ -73,7 +73,7 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
         num_samples=len(samples),
         has_audio=any(sample.windows for sample in samples),
         frozen=frozen,
-        divergence=None if run.executor.divergence is None else float(run.executor.divergence),
+        divergence=None if skipped or run.executor.divergence is None else float(run.executor.divergence),
     )
 
 
@@ -109,7 +109,7 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
     try:
         if evaluation_is_due(run):  # a signal came in the middle of it
             evaluate(run, signals)
-            last_saved = None
+            last_saved = state.step if is_best(run) and save(run) else None
         while state.step < run.total_steps and not run.hooks.control.should_training_stop:
             begun = time.perf_counter()
             fetched = signals.unless_stopped(lambda: next(steps))
@@ -136,7 +136,7 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
                 window = []
             if evaluation_is_due(run):
                 evaluate(run, signals)
-            if (due or state.best_checkpoint == f"checkpoint-{state.step}") and not at_end(run) and save(run):
+            if (due or is_best(run)) and not at_end(run) and save(run):
                 last_saved = state.step
         return last_saved == state.step or save(run, stopped=not at_end(run))
     finally:
@@ -160,6 +160,10 @@ def as_before_step(run: Run) -> Callable[[], None]:
 
 def at_end(run: Run) -> bool:
     return run.state.step == run.total_steps
+
+
+def is_best(run: Run) -> bool:
+    return run.state.best_checkpoint == f"checkpoint-{run.state.step}"
 
 
 def evaluation_is_due(run: Run) -> bool:

@@ -64,7 +64,7 @@ def drop_bad_samples(run: Run, samples: list[Sample], failed: StepStatistics) ->
             else:
                 kept.append(sample)
     report_dropped(run, kept, dropped, failed, finding)
-    run.executor.model.last_logits = None  # they may be those of a sample that is left out
+    run.executor.model.last_logits = run.executor.divergence = None  # they may be those of a sample that is left out
     if not kept:
         return [], failed
     return kept, total.leave(weight=count / num_supervised(kept))

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
-from qwhisper.data.conversation import Conversation, read_conversations
+from qwhisper.data.conversation import Conversation, in_words, read_conversations
 from qwhisper.errors import CheckpointError, MemoryLimitError, UsageError
 from qwhisper.model.kernels import check_kernels
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
@@ -61,6 +61,11 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     conversations = read_conversations(args.train_file, data_root=args.data_root, max_samples=args.max_samples)
     held_out = read_conversations(args.eval_file, data_root=args.data_root) if args.eval_file else []
     print(f"{len(conversations)} dialogues to train on, {len(held_out)} held out")
+    if args.distill_weight and (untaught := sum(in_words(talk.messages) is None for talk in conversations)):
+        print(
+            f"note: --distill_weight has no effect on {untaught} of {len(conversations)} dialogues, which have a clip "
+            "without `transcript`: they are learned from their answers alone"
+        )
 
     set_up_torch(args)
     train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))

@@ -7,6 +7,7 @@ from qwhisper.guards.fingerprint import changed, fingerprint, frozen_parameters,
 from qwhisper.train.context import Run, StepReport
 from qwhisper.train.probe import Probed
 from qwhisper.train.signals import StopSignals
+from qwhisper.train.step_log import readable
 
 
 def watch(
@@ -17,7 +18,7 @@ def watch(
     if probe and probe.due(state.step, report.seconds):
         found = signals.unless_stopped(lambda: probe.measure(ask=state.step >= probe.asks_from))
     if found is not None:
-        run.log.metric(step=state.step, **as_facts(found))
+        run.log.metric(step=state.step, **readable(as_facts(found)))
         run.lines.say(f"step {state.step}: {as_line(found)}")
     facts = StepFacts(
         step=state.step,
@@ -28,6 +29,7 @@ def watch(
         skipped=bool(report.skipped),
         group_norms=report.group_norms,
         learning_rates=learning_rates,
+        divergence=report.divergence,
         frozen=report.frozen,
         weight_checksums=group_checksums(run.groups) if state.alarms.wants_weights(state.step) else {},
         changed_weights=altered_base(run) if save_is_due else None,

@@ -8,7 +8,15 @@ from peft.tuners.lora import LoraLayer
 from qwhisper.data.conversation import AudioClip, Conversation, Message, in_words
 from qwhisper.evaluate import retention as module
 from qwhisper.evaluate.listening import turns_of
-from qwhisper.evaluate.retention import MIN_ANSWERS, OWN_TOKENS, own_answers, retention, text_answers, text_shift
+from qwhisper.evaluate.retention import (
+    MIN_ANSWERS,
+    NO_KIND,
+    OWN_TOKENS,
+    own_answers,
+    retention,
+    text_answers,
+    text_shift,
+)
 from qwhisper.infer.generate import answer_prompts
 from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
 from qwhisper.train.executor import Executor
@@ -30,6 +38,7 @@ def test_retention_is_of_kinds_never_trained_on_that_the_text_model_answers_well
     kinds = {"clip": kind(0.5, 1.0), "sum": kind(0.4, 0.8), "next": kind(0.9, 1.0), "even": kind(0.0, 0.5)}
     assert retention(kinds, {"clip"}) == pytest.approx(1.3 / 1.8)
     assert retention({"hello": kind(None, None), "even": kind(0.0, 0.5)}, set()) is None
+    assert retention({NO_KIND: kind(0.5, 1.0)}, set()) is None  # it may have been
 
 
 def dialogues(*clips):

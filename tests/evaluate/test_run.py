@@ -208,7 +208,27 @@ def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
     assert table.strip() in capsys.readouterr().out
 
 
-def test_command_names_a_missing_file_before_it_loads(finished_run, capsys, monkeypatch):
+@pytest.mark.parametrize("flags", [["--eval_file", "nowhere.jsonl"], ["--text_file", "nowhere.jsonl"]])
+def test_command_names_a_missing_file_before_it_loads(finished_run, tmp_path, capsys, monkeypatch, flags):
     monkeypatch.setattr(run_module, "load_resolved", lambda *_: pytest.fail("a model was loaded"))
-    assert cli(["eval", str(finished_run), "--eval_file", "nowhere.jsonl"]) == 3
+    eval_file = write_dialogues(tmp_path / "data", 1, name="eval.jsonl")
+    assert cli(["eval", str(finished_run), "--eval_file", str(eval_file), *flags]) == 3
     assert "nowhere.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_clips_of_the_text_file_may_lie_in_the_data_root_as_well(finished_run, tmp_path, monkeypatch):
+    given = {}
+
+    def evaluate(*_, **values):
+        given.update(values)
+        raise DataError("that is all")
+
+    monkeypatch.setattr(run_module, "load_resolved", lambda *_: (None, None, None))
+    monkeypatch.setattr(run_module, "evaluate_model", evaluate)
+    eval_file = write_dialogues(tmp_path / "data", 1, name="eval.jsonl")
+    text_file = tmp_path / "other" / "text.jsonl"
+    text_file.parent.mkdir()
+    text_file.write_text(eval_file.read_text().replace('"clip0.wav"', json.dumps(str(tmp_path / "data/clip0.wav"))))
+    flags = ["--eval_file", str(eval_file), "--text_file", str(text_file), "--data_root", str(tmp_path)]
+    assert cli(["eval", str(finished_run), *flags]) == 3
+    assert [clip.transcript for clip in given["text"][0].clips] == ["low"]

@@ -143,6 +143,13 @@ def test_a_memorised_answer_may_reach_a_loss_of_exactly_0():
     assert observe_all(alarms, facts(loss=4.05), facts(loss=0.0)) == ["loss_zero"]
 
 
+def test_on_text_the_teachers_own_answer_has_a_loss_of_exactly_0():
+    same = {"loss": 0.0, "divergence": 0.0}
+    assert observe_all(Alarms(), facts(**same, has_audio=False)) == []
+    assert observe_all(Alarms(), facts(**same)) == ["loss_zero"]
+    assert observe_all(Alarms(), facts(loss=0.0, has_audio=False)) == ["loss_zero"]
+
+
 def test_a_loss_of_0_is_not_told_twice_as_a_gradient_of_0():
     zero = facts(loss=0.0, group_norms=dict.fromkeys(GROUPS, 0.0))
     assert observe_all(Alarms(), *[zero] * 10) == ["loss_zero"]

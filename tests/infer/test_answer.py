@@ -245,6 +245,36 @@ def test_a_file_that_it_has_not_written_is_not_overwritten(folder, text_model):
     assert other.read_text() == "mine\n" and path.read_bytes() == before
 
 
+def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(folder, text_model, monkeypatch):
+    monkeypatch.setattr(module, "load_language_model", lambda *_: pytest.fail("a model was loaded for nothing"))
+    path = write(folder / "in.cache.jsonl", [question("low")])
+    before = path.read_bytes()
+    for out, reason in (
+        ("in.jsonl", r"in\.cache\.jsonl is the input as well"),
+        (".", "is a folder"),
+        ("a.wav/out.jsonl", r"out\.cache\.jsonl can't be written"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            main(told(folder, text_model, in_file=str(path), out_file=str(folder / out)))
+    assert path.read_bytes() == before
+
+
+def test_a_second_command_on_the_same_output_is_refused_also_after_a_batch(folder, text_model, monkeypatch):
+    write(folder / "in.jsonl", [question(words) for words in WORDS])
+    arguments, refused = told(folder, text_model, batch_size=2), []
+    keep = module._keep
+
+    def keep_and_start_another(*given):
+        keep(*given)
+        with pytest.raises(UsageError, match="another `data answer` writes into it"):
+            main(arguments)
+        refused.append(True)
+
+    monkeypatch.setattr(module, "_keep", keep_and_start_another)
+    assert main(arguments) == 0 and len(refused) == 4
+    assert main(arguments) == 0  # it is free again
+
+
 def test_output_in_another_folder_still_finds_its_audio(folder, text_model):
     write(folder / "in.jsonl", [question("low")])
     main(told(folder, text_model, out_file=str(folder / "new" / "out.jsonl")))

@@ -1,14 +1,20 @@
 """The teacher is the same language model, without its adapter, reading the words."""
 
 import dataclasses
+import json
+import math
 
 import pytest
+import soundfile
 import torch
 from peft.tuners.lora import LoraLayer
 
-from qwhisper.errors import UsageError
+from qwhisper.data.collator import ConversationCollator
+from qwhisper.errors import BadClipError, UsageError
+from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.train.run import main
-from tests.train.helpers import assert_same, gradients, loss_and_gradients, make_run, read_lines, same_bits
+from tests.small import small_tokenizer, tone
+from tests.train.helpers import assert_same, gradients, loss_and_gradients, make_run, read_lines, same_bits, step
 from tests.train.test_resume import StopAfter, outcome
 
 VALUES = {"distill_weight": 0.6, "freeze_projector_steps": 0, "early_lr_steps": 0, "dtype": "fp32"}
@@ -70,12 +76,34 @@ def test_without_a_transcript_a_dialogue_is_learned_from_its_answers_alone(argum
     assert_same(got, loss_and_gradients(run, samples[:4], max_tokens=10_000))
 
 
+def test_dialogues_without_a_teacher_are_counted(arguments, train_file, tmp_path, capsys):
+    records = [json.loads(line) for line in train_file.read_text().splitlines()]
+    for record in records[:3]:
+        del record["messages"][0]["content"][0]["transcript"]
+    path = train_file.with_name("mute.jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, file, weight in (("a", path, 0.5), ("b", path, 0.0), ("c", train_file, 0.5)):
+        values = {"train_file": str(file), "distill_weight": weight, "output_dir": str(tmp_path / name)}
+        assert main(arguments(**VALUES | values, max_steps=1)) == 0
+        assert ("no effect on 3 of 12 dialogues" in capsys.readouterr().out) == (name == "a")
+
+
 def test_evaluation_has_no_teacher(arguments):
     run, samples = make_run(arguments(**VALUES))
     with_a_different_adapter(run)
     loss = run.executor.evaluate(samples)
     run.executor.distill_weight = 0.0
     assert run.executor.evaluate(samples) == loss
+
+
+def test_what_a_dropped_sample_made_of_the_divergence_is_not_told(arguments):
+    run, samples = make_run(arguments(**VALUES))
+    good, bad = samples[0], dataclasses.replace(samples[1], windows=[samples[1].windows[0] * math.nan])
+    assert step(run, [good]).divergence > 0
+    report = step(run, [good, bad])
+    assert report.num_samples == 1 and math.isfinite(report.loss) and report.divergence is None
+    step(run, [good])
+    assert step(run, []).divergence is None
 
 
 def test_manual_loss_agrees_with_it(arguments):
@@ -102,3 +130,33 @@ def test_a_resumed_distillation_ends_in_the_bits_of_the_uninterrupted_one(argume
 def test_what_users_say_has_no_teacher(arguments):
     with pytest.raises(UsageError, match=r"--distill_weight 0\.6 with --train_on all"):
         arguments(**VALUES, train_on="all")
+
+
+def heard_and_read(folder, transcript: str) -> dict:
+    """Two turns with the same answer, each after the same clip."""
+    clip = {"type": "audio", "audio": str(folder / "a.wav"), "transcript": transcript}
+    turn = [{"role": "user", "content": [clip]}, {"role": "assistant", "content": "low"}]
+    return {"id": "d", "messages": turn * 2}
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+@pytest.mark.parametrize("transcript", ["low", "low " * 20])
+def test_a_teacher_reads_all_that_is_heard_and_no_more(tmp_path, monkeypatch, train_on, transcript):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write(tmp_path / "a.wav", tone(300, 0.3), SAMPLE_RATE)
+    tokenizer, found = small_tokenizer(), []
+    for max_length in range(30, 330, 10):
+        collator = ConversationCollator(
+            tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer), train_on=train_on, max_length=max_length,
+            teach=True,
+        )  # fmt: skip
+        try:
+            heard = collator.encode(heard_and_read(tmp_path, transcript))
+        except BadClipError:
+            continue
+        if heard.teacher is not None:
+            read = tokenizer.decode(heard.teacher.input_ids)
+            assert len(heard.windows) == read.count(f"user\n{transcript.strip()}") == 2 and read.count("assistant") == 2
+            assert heard.teacher.targets.tolist() == heard.targets.tolist()
+        found.append(heard.teacher is not None)
+    assert not found[0] and found[-1] and found == sorted(found)

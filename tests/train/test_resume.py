@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.guards import ladder
+from qwhisper.train.executor import Executor
 from qwhisper.train.run import main
 from tests.test_faults.inject import plant
 from tests.train.helpers import checkpoint_tensors, read_lines, same_bits
@@ -104,6 +105,20 @@ def test_a_run_that_was_stopped_anywhere_rewinds_as_often_and_as_far(arguments, 
     rewinds = [[e["to_step"] for e in read_lines(tmp_path / name / "events.jsonl") if e["kind"] == "rewind"]
                for name in ("whole", "parts")]  # fmt: skip
     assert rewinds == [[4, 2], [4, 2]]
+
+
+def test_an_evaluation_that_a_signal_ended_is_made_up_with_its_snapshot(arguments, train_file, tmp_path, monkeypatch):
+    values = {"eval_file": str(train_file), "eval_steps": 4, "max_steps": 7, "save_steps": 100, "max_bad_steps": 2}
+    values |= {"freeze_projector_steps": 0, "early_lr_steps": 0}
+    bad = BadSteps({4, 5}, monkeypatch)
+    assert main(arguments(output_dir=str(tmp_path / "whole"), **values), [bad]) == 0
+    parts = arguments(output_dir=str(tmp_path / "parts"), **values)
+    with monkeypatch.context() as patch:
+        patch.setattr(Executor, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(parts, [bad]) == 128 + signal.SIGTERM
+    assert main(dataclasses.replace(parts, resume_from_checkpoint="latest"), [bad]) == 0
+    (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 7), outcome(tmp_path / "parts", 7)
+    assert same_bits(tensors, other_tensors) == [] and state == other_state and state["guards"]["rewinds"] == 1
 
 
 def test_early_factor_is_over_at_the_right_step_across_a_resume(arguments):

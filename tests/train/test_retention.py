@@ -1,5 +1,6 @@
 """What is left of the text model in one that hears: asked while it trains, and told where it is lost."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,13 @@ def test_the_curve_is_in_the_log_of_a_run_with_kinds_that_it_was_not_trained_on(
     later = thinking_arguments(bases, tmp_path, **values, max_steps=2, learning_rate=1e-3)
     assert main(later) == 0
     assert TrainState.load(tmp_path / "2/checkpoint-2").kinds == ["next", "same"]
+
+
+def test_a_shift_that_is_no_number_leaves_a_log_that_is_json(bases, tmp_path, probed_in_each_step, monkeypatch):
+    monkeypatch.setattr(probe_module.ListeningProbe, "_text_shift", lambda probe: math.nan)
+    args = thinking_arguments(bases, tmp_path, max_steps=1, learning_rate=1e-3)
+    assert main(args) == 0
+    assert [line["text_shift"] for line in probes(args)] == ["nan"]
 
 
 def test_a_run_without_such_kinds_asks_nothing(bases, tmp_path, probed_in_each_step, monkeypatch):
