@@ -56,9 +56,9 @@ class Message:
 
 def in_words(messages: Sequence[Message]) -> tuple[Message, ...] | None:
     """The messages as one would type them: each clip's transcript in its place, with a space towards what stands beside
-    it. None where a clip has no transcript.
+    it. None where a clip has no transcript, or an empty one.
     """
-    if any(clip.transcript is None for message in messages for clip in message.clips):
+    if any(not (clip.transcript or "").strip() for message in messages for clip in message.clips):
         return None
     return tuple(replace(message, content=(_typed(message.content),)) for message in messages)
 

@@ -24,6 +24,7 @@ from qwhisper.train.executor import Executor
 SOLID = 0.7  # what the text model itself answers less well than this says nothing about what was kept
 OWN_TOKENS = 32  # of an answer to an instruction: where it begins and what it is about
 NO_KIND = "(none)"  # of answers whose message has no `kind`: nobody knows whether it was trained on
+OWN_ANSWERS = 64  # are asked for, some 1500 tokens: on a CPU a language model of 1.5B takes minutes for more
 MIN_ANSWERS = 8  # different ones; a model that has no more for all instructions has nothing in text to be moved from
 
 
@@ -54,7 +55,7 @@ def text_shift(
     both read the dialogues in words, or, without dialogues, of what the base answers to the instructions that qwhisper
     ships. None where no dialogue can be read.
     """
-    samples = own_answers(executor.model, collator) if conversations is None else []
+    samples = own_answers(executor.model, collator, OWN_ANSWERS) if conversations is None else []
     for conversation in conversations or ():
         if (typed := in_words(conversation.messages)) is None:
             continue
@@ -84,7 +85,7 @@ def own_answers(
     questions = [[Message("user", (line,))] for line in chosen]
     prompts = [collator.encode_prompt(question) for question in questions]
     with adapter_off(model):
-        answers = answer_prompts(model, collator, prompts, OWN_TOKENS, batch_size=len(prompts))
+        answers = answer_prompts(model, collator, prompts, OWN_TOKENS)
     asked = {answer: (question, prompt) for question, prompt, answer in zip(questions, prompts, answers, strict=True)}
     rows = []
     for answer, (question, prompt) in asked.items():

@@ -195,7 +195,8 @@ def closing_line(run: Run) -> str:
             f"Events: {kinds or 'none'}; {run.state.skipped_steps} steps skipped, {bad_samples} dialogues quarantined"
         )
         return f"{done}. {told}. See events.jsonl and quarantine.jsonl in {run.log.folder}"
+    early = "fewer --early_lr_steps " if run.args.early_lr_steps else ""
     return (
-        f"{done}. No guard had to act: a larger --per_device_train_batch_size, fewer --early_lr_steps or a higher "
-        "--learning_rate may now be tried" + (", and --manual_loss left out" if run.args.manual_loss else "")
+        f"{done}. No guard had to act: a larger --per_device_train_batch_size, {early}or a higher --learning_rate may "
+        "now be tried" + (", and --manual_loss left out" if run.args.manual_loss else "")
     )
