@@ -18,7 +18,7 @@ from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.context import Run, StepReport
 from qwhisper.train.dataset import StepSamples
 from qwhisper.train.executor import generators_as_now
-from qwhisper.train.rescue import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples
+from qwhisper.train.rescue import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
 from qwhisper.train.signals import Stopped, StopSignals
 from qwhisper.train.state import TrainState
 from qwhisper.train.step_log import log_clamped, log_step, log_window, readable
@@ -101,7 +101,7 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     run.executor.model.train()
     run.executor.before_pack = signals.between_packs
-    if not (run.snapshots.sound() if run.snapshots.kept else run.snapshots.take(state.step)):
+    if not (run.snapshots.sound() if run.snapshots.kept else take_snapshot(run)):
         raise NumericalError("a weight or moment is not finite before the first step: start from another checkpoint")
     run.fire("on_train_begin")
     window: list[StepReport] = []

@@ -154,11 +154,17 @@ def keep_sound(run: Run, samples: Sequence[str] = (), *, copy: bool = True) -> N
     """
     if run.state.guards.bad_steps_in_a_row:
         return
+    if not (take_snapshot(run) if copy else run.snapshots.sound()):
+        go_back(run, "a weight or a moment of the optimizer is not finite", samples)
+
+
+def take_snapshot(run: Run) -> bool:
+    """Whether everything is finite. Where the host has no memory for the copy, there is none of this step."""
     try:
-        if not (run.snapshots.take(run.state.step) if copy else run.snapshots.sound()):
-            go_back(run, "a weight or a moment of the optimizer is not finite", samples)
+        return run.snapshots.take(run.state.step)
     except MemoryError as error:
         run.log.event("no_snapshot", step=run.state.step, error=str(error))
+        return True
 
 
 def go_back(run: Run, why: str, samples: Sequence[str]) -> None:
@@ -182,6 +188,5 @@ def go_back(run: Run, why: str, samples: Sequence[str]) -> None:
     run.set_learning_rates()
     told = {"to_step": to, "why": why, "bad_steps": bad_steps, "lr_factor": guards.lr_factor, "samples": list(samples)}
     run.log.event("rewind", step=step, **told, diagnosis=weight and weight.as_dict())
-    run.lines.say(
-        f"step {step}: {why}; back to the weights of step {to}, learning rate × {guards.lr_factor:g} from here on"
-    )
+    where = "there is no snapshot to go back to" if to is None else f"back to the weights of step {to}"
+    run.lines.say(f"step {step}: {why}; {where}, learning rate × {guards.lr_factor:g} from here on")
