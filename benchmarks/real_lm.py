@@ -204,8 +204,9 @@ class Data:
 
 
 def prepare(args: argparse.Namespace, speaker: str, text_model: Path) -> Data:
-    """Everything that is drawn for a speaker and seed, or what an earlier call has left of it."""
-    folder = args.output_dir / f"data-{speaker}-{args.seed}"
+    """Everything that is drawn for a speaker, a seed and these numbers, or what an earlier call has left of it."""
+    numbers = (args.seed, args.steps * args.batch, args.copies, args.synthesised, args.each)
+    folder = args.output_dir / "-".join(["data", speaker, *map(str, numbers)])
     data = Data(*(folder / f"{name}.jsonl" for name in ("taught", "answered", "curve", "held_out")))
     if data.held_out.exists():
         return data
