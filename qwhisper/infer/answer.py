@@ -6,7 +6,6 @@ again by its prompt, the model and the number of tokens it may have: another mod
 input asks only for what is new.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
@@ -24,6 +23,7 @@ from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import Conversation, Message, in_words, scan_conversations, to_record
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
 from qwhisper.errors import DataError, UsageError
+from qwhisper.file_lock import hold
 from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.generate import Answer, iterate_answers
 from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit, resolve_model
@@ -197,21 +197,16 @@ def _cache_of(in_file: Path, out_file: Path) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"{cache} can't be written ({error}): give another file for the output") from None
     with file:
-        _hold(file, cache)
+        # Not by `lockf`, which the closing of the file after each batch would end.
+        hold(
+            file.fileno(),
+            fcntl.flock,
+            name=str(cache),
+            place=str(cache),
+            writer="`data answer`",
+            another="file for the output",
+        )
         yield cache
-
-
-def _hold(file: TextIO, cache: Path) -> None:
-    """Until the file is closed. Not by `lockf`, which any other closing of it, as after each batch, would end."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UsageError(
-                f"{cache}: another `data answer` writes into it. Wait until it is done, or give another file for the "
-                "output; nothing was changed"
-            ) from None
-        print(f"note: {cache} can't be locked ({error}): let no second `data answer` write into it")
 
 
 def _read(arguments: "DataAnswerArguments") -> tuple[list[Conversation], list[str]]:

@@ -1,14 +1,13 @@
 """One trainer a run folder: two would write over each other's checkpoints and logs."""
 
-import errno
 import fcntl
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qwhisper.errors import UsageError
+from qwhisper.file_lock import hold
 
 LOCK_FILE = ".lock"
 
@@ -28,19 +27,14 @@ def run_lock(folder: Path) -> Iterator[None]:
             f"--output_dir {folder}: nothing can be written there ({error}); give another folder"
         ) from None
     try:
-        _acquire(descriptor, folder)
+        hold(
+            descriptor,
+            fcntl.lockf,
+            name=f"--output_dir {folder}",
+            place=str(folder),
+            writer="trainer",
+            another="folder",
+        )
         yield
     finally:
         os.close(descriptor)
-
-
-def _acquire(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UsageError(
-                f"--output_dir {folder}: another trainer writes into it. Wait until it is done, or give another "
-                "folder; nothing was changed"
-            ) from None
-        print(f"note: {folder} can't be locked ({error}): let no second trainer write into it", file=sys.stderr)

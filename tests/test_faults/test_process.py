@@ -241,7 +241,7 @@ def test_no_process_stays_behind(arguments, tmp_path):
     "a second trainer in the same folder",
     of="process",
     guarantee="it is refused with exit code 2 before it has changed anything; the lock ends with its process",
-    without=lambda monkeypatch: monkeypatch.setattr(run_lock, "_acquire", lambda descriptor, folder: None),
+    without=lambda monkeypatch: monkeypatch.setattr(run_lock, "hold", lambda *_, **__: None),
 )
 def test_two_trainers_in_one_folder(arguments):
     args = arguments(max_steps=2, save_steps=1)
