@@ -1,9 +1,6 @@
 """The small run that faults are injected into, and the guard that a test runs with or without."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from tests.train.conftest import arguments, bases, run_training, train_file  # noqa: F401
 
@@ -15,11 +12,3 @@ def guard(request, monkeypatch) -> str:
     if state == "off":
         request.node.get_closest_marker("fault").kwargs["without"](monkeypatch)
     return state
-
-
-@pytest.fixture
-def on_cpu() -> Iterator[None]:
-    """For runs in forks of the test's process, which can't use a CUDA that it has used."""
-    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield

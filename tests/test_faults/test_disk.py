@@ -21,7 +21,7 @@ from tests.test_faults.kill_shim import Operations, fail, operations_of
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, step
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
+pytestmark = pytest.mark.trains_in_forks
 
 Damage = Callable[[Path], None]
 

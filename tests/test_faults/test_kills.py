@@ -20,7 +20,7 @@ from tests.test_faults.lives import Lives, Qwhisper, end_state, random_kills
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, read_lines, same_bits, step
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
+pytestmark = pytest.mark.trains_in_forks
 
 SAVE = {"freeze_projector_steps": 0, "early_lr_steps": 0, "save_total_limit": 1}
 

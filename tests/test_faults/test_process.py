@@ -27,7 +27,7 @@ from tests.test_faults.lives import At, end_state
 from tests.test_faults.matrix import fault
 from tests.train.helpers import read_lines, same_bits
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
+pytestmark = pytest.mark.trains_in_forks
 
 SECONDS = 5  # after which something that should come at once is taken not to come
 

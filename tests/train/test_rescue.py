@@ -10,7 +10,7 @@ from tests.train.helpers import assert_same, gradients, make_run
 
 @pytest.fixture
 def run_and_samples(arguments):
-    run, samples = make_run(arguments(freeze_projector_steps=0))
+    run, samples = make_run(arguments(freeze_projector_steps=0, dtype="fp32"))
     samples = samples[:6]
     run.executor.max_tokens_per_pack = 2 * max(len(s.input_ids) for s in samples)
     assert [len(pack) for pack in run.executor.packs(samples)] == [3, 3]
