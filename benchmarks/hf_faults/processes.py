@@ -260,6 +260,9 @@ CASES = {
     ),
     "a process that reads data is killed": partial(with_workers, plant=to_workers(signal.SIGKILL, all_of_them=False)),
     "a sample whose reading kills the process, every time": partial(with_workers, plant=kills_reader({5, 6}, kill)),
+    "a sample whose reading never ends: a decoder in a loop, a dead network drive": partial(
+        with_workers, plant=kills_reader({5, 6}, signal.pause)
+    ),
     "processes that read data die again and again, whatever they read": partial(
         with_workers, plant=kills_reader(set(range(8)), lambda: os._exit(3))
     ),

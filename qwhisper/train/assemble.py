@@ -212,7 +212,7 @@ def probe_of(
         )
 
     if args.dataloader_num_workers and (how := how_it_dies(lambda task: bool(make(task)), None)):
-        print(f"note: no listening probe: reading the audio for it killed the process ({how})")
+        print(f"note: no listening probe: the process that read the audio for it was lost ({how})")
         return None
     return make(None)
 

@@ -47,12 +47,12 @@ class EncodedDialogues:
         return [self.killers[index] if index in self.killers else self[index] for index in indices]
 
     def reject_killers(self, indices: Iterable[int]) -> list[str]:
-        """Reads each in a process of its own; those that it dies of are rejections from now on. Returns their ids."""
+        """Reads each in a process of its own; what that is lost by is a rejection from now on. Returns their ids."""
         found = []
         for index in indices:
             if index not in self.killers and (how := how_it_dies(self.__getitem__, index)):
                 conversation = self.conversations[index]
-                reason = f"{conversation.source}: reading it kills the process ({how}); convert it, or leave it out"
+                reason = f"{conversation.source}: a process that reads it is lost ({how}); convert it, or leave it out"
                 self.killers[index] = Rejection(conversation.id, conversation.source, reason)
                 found.append(conversation.id)
         return found
@@ -60,7 +60,7 @@ class EncodedDialogues:
 
 @dataclass
 class WorkerDeath:
-    """A process that reads ahead died. how: by which signal or exit code; samples: ids of those that it died of."""
+    """A process that reads ahead died or hung. how: as in WorkerDied; samples: ids of those that it died of."""
 
     how: str
     samples: list[str]
@@ -100,8 +100,8 @@ def encode_all(dataset: EncodedDialogues, num_workers: int = 0) -> tuple[list[Sa
 
 def _always_dying(death: WorkerDied, num_workers: int) -> str:
     return (
-        f"{MAX_DEATHS} times in a row a process that reads audio died ({death.how}), though each sample that it was "
-        f"given can be read by itself: too little memory, perhaps; lower --dataloader_num_workers {num_workers}"
+        f"{MAX_DEATHS} times in a row a process that reads audio was lost ({death.how}), though each sample that it "
+        f"was given can be read by itself: too little memory, perhaps; lower --dataloader_num_workers {num_workers}"
     )
 
 

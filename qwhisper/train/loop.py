@@ -176,7 +176,7 @@ def quarantine(run: Run, fetched: StepSamples) -> None:
     """Names bad dialogues; ends the run when they are more than --max_bad_fraction of the data."""
     for death in fetched.deaths:
         run.log.event("worker_died", step=run.state.step, **dataclasses.asdict(death))
-        run.lines.say(f"step {run.state.step}: a process that reads data died ({death.how}); read again from there")
+        run.lines.say(f"step {run.state.step}: a process that reads data was lost ({death.how}); read again from there")
     for rejection in fetched.rejections:
         run.state.bad_samples += 1
         run.log.quarantine(**dataclasses.asdict(rejection), step=run.state.step)

@@ -1,4 +1,4 @@
-"""Processes that work ahead of the one that trains, and may die.
+"""Processes that work ahead of the one that trains, and may die or hang.
 
 Not torch's DataLoader: it raises the death of a worker wherever the training process stands, be it in the middle of an
 optimizer step or of a save, and without its signal handler a worker killed in the middle of a message blocks the reader
@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 import torch
 
 AHEAD = 2  # tasks that a worker has been given: the one that it does, and the next
+# In which a worker has to answer. Decoding takes seconds: one that is silent for so long hangs, in a decoder, on a
+# network drive, or at a lock that some other thread held while it was forked.
+ANSWER_SECONDS = 900.0
 STOP_SECONDS = 1.0  # a killed process that is not gone by then hangs in the kernel, on a dead disk: left to itself
 FORK = multiprocessing.get_context("fork")  # what is worked on is inherited, not pickled
 Task = TypeVar("Task")
@@ -26,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class WorkerDied(Exception):
-    """A worker ended before it had answered. how: "signal 9" or "exit code 1"."""
+    """A worker ended before it had answered, or hangs. how: "signal 9", "exit code 1" or "no answer in 900 s"."""
 
     def __init__(self, how: str):
         super().__init__(how)
@@ -64,7 +67,7 @@ def work_ahead(
 
 
 def how_it_dies(work: Callable[[Task], Any], task: Task) -> str | None:
-    """How a process of its own died of `work(task)`; None where it came through, be it with an exception."""
+    """How a process of its own died or hung of `work(task)`; None where it came through, be it with an exception."""
     worker = _Worker(work, [])
     try:
         worker.give(task)
@@ -92,6 +95,8 @@ class _Worker:
 
     def answer(self) -> Any:
         try:
+            if not self.pipe.poll(ANSWER_SECONDS):
+                raise WorkerDied(f"no answer in {ANSWER_SECONDS:.0f} s")
             result, error = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import select
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -176,6 +177,23 @@ def test_a_sample_that_kills_its_reader(arguments, monkeypatch):
     assert {line["id"] for line in bad} == {"d5", "d6"} and "signal 9" in bad[0]["reason"]
     state = json.loads((Path(args.output_dir) / "checkpoint-6/state.json").read_text())
     assert state["skipped_steps"] == 0 and state["bad_samples"] == len(bad)
+
+
+@fault(
+    "a sample whose reading never ends: a decoder in a loop, a dead network drive",
+    of="process",
+    guarantee="the process is given up after 15 minutes, the sample quarantined by name (needs data workers)",
+    without=lambda monkeypatch: monkeypatch.setattr(workers.Connection, "poll", lambda self, seconds: True),
+)
+def test_a_sample_that_hangs_its_reader(arguments, monkeypatch):
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 2.0)
+    crash_on(monkeypatch, {"d5"}, lambda: threading.Event().wait(6.0))  # it ends, so that the test does without guard
+    args = arguments(max_steps=6, save_steps=6, dataloader_num_workers=2, max_bad_fraction=0.5)
+    outcome = outcome_of(args)
+    assert outcome.code == 0, outcome.message
+    assert outcome.ids("worker_died") == {"d5"}
+    bad = read_lines(Path(args.output_dir) / "quarantine.jsonl")
+    assert {line["id"] for line in bad} == {"d5"} and "no answer in 2 s" in bad[0]["reason"]
 
 
 @fault(

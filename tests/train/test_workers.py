@@ -3,11 +3,14 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
+import signal
 
 import pytest
 
 from qwhisper.errors import DataError
+from qwhisper.train import workers
 from qwhisper.train.dataset import EncodedDialogues, step_samples
 from qwhisper.train.run import main
 from qwhisper.train.workers import WorkerDied, how_it_dies, work_ahead
@@ -73,6 +76,15 @@ def test_a_death_is_told_with_its_signal():
     assert how_it_dies(work, 9) == "signal 9" and how_it_dies(work, 0) is None
     assert how_it_dies(lambda n: os._exit(3), 0) == "exit code 3"
     assert how_it_dies(lambda n: 1 / n, 0) is None
+
+
+def test_a_worker_that_does_not_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr(workers, "ANSWER_SECONDS", 1.0)
+    results = work_ahead(lambda n: signal.pause() if n else n, iter([0, 1, 0]), 1)
+    assert next(results) == (0, 0)
+    with pytest.raises(WorkerDied, match="no answer in 1 s"):
+        next(results)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("position", [(0, 0), (0, 4), (1, 8)])
