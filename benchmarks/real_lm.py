@@ -216,7 +216,8 @@ def prepare(args: argparse.Namespace, speaker: str, text_model: Path) -> Data:
         for name, digits in files.items()
         if name != speaker
     }
-    heard["synthesised"] = synthesised(folder / "clips" / "synthesised", args.synthesised, args.seed)
+    if args.synthesised:
+        heard["synthesised"] = synthesised(folder / "clips" / "synthesised", args.synthesised, args.seed)
     count = args.steps * args.batch
     write_jsonl(data.taught, taught_set(heard, count, generator))
     asked = write_jsonl(folder / "asked.jsonl", instruction_set(heard, count, generator))

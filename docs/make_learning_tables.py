@@ -2,8 +2,8 @@
 
     python docs/make_learning_tables.py
 
-The figures come from benchmarks/results/real_lm.jsonl: of every recipe, speaker and seed the latest line with a
-retention. A row is the mean over SEEDS, each of which has another unheard speaker; the last table has them all.
+The figures come from benchmarks/results/real_lm.jsonl: of every recipe, speaker, seed and numbers the latest line with
+a retention. A row is the mean over COMPARED; the last two tables have the recommended recipe's every run.
 """
 
 import json
@@ -22,7 +22,9 @@ RECIPES = (
     "two_stage_distill", "instructions", "distill_instructions", "projector_instructions",
     "projector_distill_instructions", "two_stage_recommended", "recommended",
 )  # fmt: skip
-SEEDS = (0, 1, 2)
+COMPARED = {"jackson": 0, "george": 1, "lucas": 2}  # who is never heard, and the seed
+NUMBERS = ("steps", "copies", "synthesised")
+USUAL = (300, 4, 1500)
 KINDS = ("clip", "last", "sum", "next", "double", "larger", "over_five", "spanish", "capitals", "both")
 BY_KIND = ("lora", "stable", "projector", "projector_instructions", "recommended")
 
@@ -32,6 +34,7 @@ WORDS: dict[str, dict[str, str]] = {
         "cautions_head": "recipe | runs | steps until the held-out loss is 0.2 | clip | last | retention | text shift",
         "kinds_head": "recipe | {kinds}",
         "speakers_head": "never heard | seed | clip | last | sum | retention | text shift | swapped",
+        "numbers_head": "never heard | steps | altered copies | synthesised | clip | last | sum | retention | swapped",
         "text": "the text model, reading the words",
         "more": "more than {}",
     },
@@ -40,26 +43,32 @@ WORDS: dict[str, dict[str, str]] = {
         "cautions_head": "配方 | 次数 | 留出 loss 降到 0.2 的步数 | clip | last | 保持率 | 文本偏移",
         "kinds_head": "配方 | {kinds}",
         "speakers_head": "未听过的人 | 种子 | clip | last | sum | 保持率 | 文本偏移 | 换音频",
+        "numbers_head": "未听过的人 | 步数 | 变化副本 | 合成片段 | clip | last | sum | 保持率 | 换音频",
         "text": "文本模型读文字",
         "more": "超过 {}",
     },
 }
 
 
+def numbers(line: dict) -> tuple[int, ...]:
+    return tuple(line[name] for name in NUMBERS)
+
+
 def results() -> dict[str, list[dict]]:
-    """The latest line of each speaker and seed, by recipe."""
+    """The latest line of each speaker, seed and numbers, by recipe."""
     lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     measured = [line for line in lines if line.get("retention") is not None]
-    latest = {(line["recipe"], line["eval_speaker"], line["seed"]): line for line in measured}
+    latest = {(line["recipe"], line["eval_speaker"], line["seed"], numbers(line)): line for line in measured}
     found: dict[str, list[dict]] = {}
-    for (recipe, _, _), line in sorted(latest.items()):
+    for (recipe, *_), line in sorted(latest.items()):
         found.setdefault(recipe, []).append(line)
     return found
 
 
 def compared(recipe: str) -> list[dict]:
     """The lines that a row is the mean of."""
-    return [line for line in results().get(recipe, []) if line["seed"] in SEEDS]
+    lines = [line for line in results().get(recipe, []) if numbers(line) == USUAL]
+    return [line for line in lines if COMPARED.get(line["eval_speaker"]) == line["seed"]]
 
 
 def percent(values: Iterable[float]) -> str:
@@ -101,10 +110,20 @@ def kinds_table(words: dict[str, str]) -> str:
 
 def speakers_table(words: dict[str, str]) -> str:
     names = ("clip", "last", "sum", "retention", "text_shift", "swapped")
-    lines = results().get("recommended", [])
+    lines = [line for line in results()["recommended"] if numbers(line) == USUAL]
     return table(
         words["speakers_head"], [[line["eval_speaker"], line["seed"], *scores([line], names)] for line in lines]
     )
+
+
+def numbers_table(words: dict[str, str]) -> str:
+    """The runs of speakers and seeds that were also tried with other numbers."""
+    names = ("clip", "last", "sum", "retention", "swapped")
+    lines = results()["recommended"]
+    tried = {(line["eval_speaker"], line["seed"]) for line in lines if numbers(line) != USUAL}
+    shown = [line for line in lines if (line["eval_speaker"], line["seed"]) in tried]
+    rows = [[line["eval_speaker"], *numbers(line), *scores([line], names)] for line in shown]
+    return table(words["numbers_head"], rows)
 
 
 TABLES: dict[str, Callable[[dict[str, str]], str]] = {
@@ -112,6 +131,7 @@ TABLES: dict[str, Callable[[dict[str, str]], str]] = {
     "cautions": cautions_table,
     "kinds": kinds_table,
     "speakers": speakers_table,
+    "numbers": numbers_table,
 }
 
 
