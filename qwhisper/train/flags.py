@@ -235,8 +235,8 @@ class ExecutionFlags:
     )
     dataloader_num_workers: int = flag(
         0,
-        "Processes that read audio ahead; 0 reads in the training process. A clip whose decoding kills the process is "
-        "found and quarantined with 1 or more; with 0 it is the run that dies.",
+        "Processes that read audio ahead; 0 reads in the training process. A clip whose decoding kills the process or "
+        "never ends is found and quarantined with 1 or more; with 0 it is the run that dies or hangs.",
     )
     seed: int = flag(42, "Decides initial weights and the order of samples.")
     deterministic: bool = flag(

@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from unittest import mock
 
 import safetensors.torch
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from qwhisper.model import loading
@@ -161,6 +163,8 @@ def in_child(work: Callable[[], object], *, kill_after: float | None = None) -> 
         code = 1
         try:
             torch.set_num_threads(1)  # the other threads were not forked
+            # tqdm's own lock is one for all forks: who is killed with it in hand would hold up all that come after.
+            tqdm.set_lock(threading.RLock())
             work()
             code = 0
         except BaseException:

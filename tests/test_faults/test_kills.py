@@ -1,6 +1,7 @@
 """SIGKILL: at every operation of a save, in a step, in an evaluation, and at random until the training ends."""
 
 import dataclasses
+import io
 import itertools
 import random
 import shutil
@@ -8,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from qwhisper.errors import CheckpointError
 from qwhisper.train import checkpoint, loop, saving
@@ -53,6 +55,17 @@ def deleted_in_place(monkeypatch) -> None:
 
 def without_generators(monkeypatch) -> None:
     monkeypatch.setattr(saving, "load_generators", lambda folder: None)
+
+
+def test_a_child_that_dies_with_tqdms_lock_holds_up_no_other():
+    tqdm.get_lock()  # made here, as by the first bar of the process that all are forked from
+
+    def die_with_it() -> None:
+        with tqdm.get_lock():
+            kill()
+
+    assert in_child(die_with_it) == -signal.SIGKILL
+    assert in_child(lambda: list(tqdm(range(2), file=io.StringIO())), kill_after=5.0) == 0
 
 
 def assert_only_whole_ones(folder: Path, where: str) -> None:
