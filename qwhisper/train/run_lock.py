@@ -12,13 +12,27 @@ from qwhisper.file_lock import hold
 LOCK_FILE = ".lock"
 
 
+def _is_utf8(folder: Path) -> bool:
+    try:
+        os.fsencode(folder).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Holds a run folder, which is made where it is missing, for this process.
 
     The lock is the kernel's and dies with the process, however that ends. It is no `flock`, which the data workers that
-    are forked later would hold on to. Raises UsageError where another process has it; nothing is changed then.
+    are forked later would hold on to. Raises UsageError where another process has it, or where no run could be saved in
+    such a folder; nothing is changed then.
     """
+    if not _is_utf8(folder):
+        raise UsageError(
+            f"--output_dir {ascii(str(folder))}: the name is not UTF-8, and a tokenizer can't be saved under it: give "
+            "another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
