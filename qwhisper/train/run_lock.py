@@ -30,7 +30,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     if not _is_utf8(folder):
         raise UsageError(
-            f"--output_dir {ascii(str(folder))}: the name is not UTF-8, and a tokenizer can't be saved under it: give "
+            f"--output_dir {str(folder)!a}: the name is not UTF-8, and a tokenizer can't be saved under it: give "
             "another folder"
         )
     try:
