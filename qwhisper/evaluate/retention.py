@@ -50,20 +50,35 @@ def text_answers(
 
 def text_shift(
     executor: Executor, collator: ConversationCollator, conversations: Sequence[Conversation] | None
-) -> float | None:
+) -> tuple[float | None, str | None]:
     """Kullback-Leibler divergence of the adapted language model from its base, in nats a token of the answers, where
     both read the dialogues in words, or, without dialogues, of what the base answers to the instructions that qwhisper
-    ships. None where no dialogue can be read.
+    ships. Where nothing can be read, None, and why.
     """
-    samples = own_answers(executor.model, collator, OWN_ANSWERS) if conversations is None else []
-    for conversation in conversations or ():
+    if conversations is None:
+        samples = own_answers(executor.model, collator, OWN_ANSWERS)
+        why_not = f"the base has fewer than {MIN_ANSWERS} different answers to the instructions that qwhisper ships"
+    else:
+        samples, faults = _typed_rows(collator, conversations)
+        why_not = f"no dialogue of the text file can be read in words; the first: {faults[0] if faults else 'none'}"
+    return (executor.shift_from_base(samples), None) if samples else (None, why_not)
+
+
+def _typed_rows(
+    collator: ConversationCollator, conversations: Sequence[Conversation]
+) -> tuple[list[Sample], list[str]]:
+    """The dialogues as text, and of those that can't be the reason."""
+    samples: list[Sample] = []
+    faults: list[str] = []
+    for conversation in conversations:
         if (typed := in_words(conversation.messages)) is None:
+            faults.append(f"{conversation.source}: a clip has no `transcript`")
             continue
         try:
             samples += collator.encode_rows(replace(conversation, messages=typed))
-        except DataError:
-            continue  # it is among those that the evaluation rejects
-    return executor.shift_from_base(samples) if samples else None
+        except DataError as error:
+            faults.append(str(error))
+    return samples, faults
 
 
 def own_answers(
@@ -98,8 +113,11 @@ def own_answers(
 
 def retention(kinds: dict[str, dict[str, Any]], trained: Collection[str]) -> float | None:
     """The mean score on speech over the text model's on the words, of the kinds that were never trained on and that the
-    text model answers well (SOLID); None where there are none. kinds: as `evaluate_model` returns them.
+    text model answers well (SOLID); None where there are none, and where no trained kind is known, since any may have
+    been trained on then. kinds: as `evaluate_model` returns them.
     """
+    if not trained:
+        return None
     judged = [
         scores
         for kind, scores in kinds.items()

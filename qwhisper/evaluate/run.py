@@ -93,7 +93,8 @@ def evaluate_model(
     With `text_model`, the language model without its adapter is asked the same in words, where there are transcripts:
     its share `text_model` of the answers after a clip, beside `heard`, the share of these that are right on speech, for
     each kind as well; `retention` of the kinds that are not among `trained_kinds`; `text_shift` on `text` (None: what
-    the base answers to the instructions that qwhisper ships), in nats a token. See retention.py.
+    the base answers to the instructions that qwhisper ships), in nats a token. See retention.py. `notes`: why there is
+    no retention or no text shift, though it was asked for.
     `counts`, `rejected` (dialogues with a bad clip: id, reason), `answers` (one a turn), `seconds`.
     Raises DataError if no dialogue can be used.
     """
@@ -119,10 +120,10 @@ def evaluate_model(
     }
     if swap:
         losses |= _with_swapped_audio(model, collator, executor, turns, records, batch_size, max_new_tokens, seed)
-    shift = None
+    shift, no_shift = None, None
     if text_model:
         _with_text_model(records, turns, text_answers(model, collator, turns, max_new_tokens, batch_size))
-        shift = text_shift(executor, collator, text)
+        shift, no_shift = text_shift(executor, collator, text)
     model.train(was_training)
     scores = _scores(records)
     return {
@@ -130,6 +131,7 @@ def evaluate_model(
         **losses,
         "retention": retention(scores["kinds"], trained_kinds),
         "text_shift": shift,
+        "notes": _notes(scores, trained_kinds, no_shift),
         "trained_kinds": sorted(trained_kinds),
         "counts": _counts(usable, turns, records),
         "seconds": round(time.perf_counter() - started, 2),
@@ -245,6 +247,16 @@ def _scores(records: list[dict]) -> dict[str, Any]:
         "cer": character_error_rate(references, answers),
         "kinds": {kind: _kind_scores([record for record in records if record["kind"] == kind]) for kind in kinds},
     }
+
+
+def _notes(scores: dict[str, Any], trained_kinds: Collection[str], no_shift: str | None) -> list[str]:
+    notes = []
+    if not trained_kinds and scores["text_model"] is not None and scores["kinds"].keys() != {NO_KIND}:
+        notes.append(
+            "No retention: the checkpoint's training data names no `kind`, so what was never trained on is unknown; "
+            "give the answers of the training data a `kind`."
+        )
+    return notes + ([f"No text shift: {no_shift}."] if no_shift else [])
 
 
 def _kind_scores(records: list[dict]) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def markdown(result: dict[str, Any]) -> str:
         ]
     if result["text_shift"] is not None:
         lines += ["", f"Text shift {result['text_shift']:.4f} nats a token from the base, on text alone."]
+    for note in result["notes"]:
+        lines += ["", note]
     if result["rejected"]:
         first = result["rejected"][0]
         lines += ["", f"{len(result['rejected'])} dialogues left out, the first: {first['id']}: {first['reason']}"]

@@ -1,7 +1,7 @@
 """`qwhisper data answer`: the text model reads what was said and writes the answers that audio will be taught with.
 
 Its prompts are those of training, with each clip's transcript where the audio would be. Every batch of answers is on
-disk, in OUT's .cache.jsonl, before the next is asked for; OUT itself is written when all are there. An answer is found
+disk, in OUT.cache.jsonl, before the next is asked for; OUT itself is written when all are there. An answer is found
 again by its prompt, the model and the number of tokens it may have: another model finds nothing there, and a longer
 input asks only for what is new.
 """
@@ -9,8 +9,10 @@ input asks only for what is new.
 import fcntl
 import hashlib
 import json
+import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,14 +50,10 @@ class Question:
 
 
 def main(arguments: "DataAnswerArguments") -> int:
-    """Answer a file and name what could not be answered; 3 if that was all of it."""
+    """Answer a file and name what could not be answered; 3 if nothing was left to write."""
     quieten_transformers()
-    with _cache_of(Path(arguments.in_file), Path(arguments.out_file)) as cache:
-        return answer_file(arguments, cache)
-
-
-def answer_file(arguments: "DataAnswerArguments", cache: Path) -> int:
-    """The same with the answers of `cache`, which nobody else writes into meanwhile."""
+    out_file = Path(arguments.out_file)
+    cache = _cache_of(Path(arguments.in_file), out_file)
     conversations, faults = _read(arguments)
     path = resolve_model(arguments.text_model, arguments.hub, "--text_model")
     options = LoadOptions(
@@ -66,20 +64,21 @@ def answer_file(arguments: "DataAnswerArguments", cache: Path) -> int:
     collator = text_collator(path)
     settings = [fingerprint(path), str(options.compute_dtype), options.load_in_4bit, arguments.max_new_tokens]
     questions, unread = find_questions(conversations, collator, settings)
-    answers, asked = answer_all(
-        list(questions.values()),
-        collator,
-        partial(_load, path, options),
-        cache,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-    )
-    dialogues, silent, cut = with_answers(conversations, questions, answers)
-    if dialogues:
-        _write(Path(arguments.out_file), dialogues)
+    with _held(cache):
+        answers, asked = answer_all(
+            list(questions.values()),
+            collator,
+            partial(_load, path, options),
+            cache,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+        )
+        dialogues, silent, cut = with_answers(conversations, questions, answers)
+        if dialogues:
+            _write(out_file, dialogues)
     given, faults = len(questions) - len(silent) - cut, [*faults, *unread, *silent]
-    _report(arguments, len(dialogues), given, asked, cut, faults)
-    return DataError.exit_code if (faults or cut) and not given else 0
+    _report(arguments, dialogues, given, asked, cut, faults)
+    return 0 if dialogues else DataError.exit_code
 
 
 def text_collator(path: str) -> ConversationCollator:
@@ -168,30 +167,42 @@ def with_answers(
 
 
 def read_answers(cache: Path) -> dict[str, Answer]:
-    """What was answered so far, by key."""
-    return {record["key"]: Answer(record["text"], record["ended"]) for record in read_jsonl(cache)}
+    """What was answered so far, by key; lines that this command has not written are passed over."""
+    answers = {}
+    for record in read_jsonl(cache):
+        match record:
+            case {"key": str(key), "text": str(text), "ended": bool(ended)}:
+                answers[key] = Answer(text, ended)
+    return answers
 
 
 def _is_open(conversation: Conversation) -> bool:
     return conversation.messages[-1].role == "user"
 
 
-@contextmanager
-def _cache_of(in_file: Path, out_file: Path) -> Iterator[Path]:
-    """The file of answers beside OUT, made where it is missing and held for this process: two would ask for the same
-    and write into each other's output. Refuses an OUT that this command has not written.
-    """
+def _cache_of(in_file: Path, out_file: Path) -> Path:
+    """The file of answers beside OUT. Refuses an OUT that this command has not written."""
     if out_file.is_dir():
         raise UsageError(f"{out_file} is a folder: give a file for the output")
-    cache = out_file.with_suffix(".cache.jsonl")
+    cache = out_file.with_name(f"{out_file.name}.cache.jsonl")
     for taken in (out_file, cache):
         if taken.resolve() == in_file.resolve():
             raise UsageError(f"{taken} is the input as well: give another file for the output")
-    if out_file.exists() and not cache.exists():
+    if out_file.exists() and not (cache.exists() and cache.stat().st_size):
         raise UsageError(
-            f"{out_file} exists, and without {cache.name} beside it `data answer` did not write it: give another file"
+            f"{out_file} exists, and beside it no {cache.name} with answers, so it may not be of `data answer`: give "
+            "another file, or move it away"
         )
+    return cache
+
+
+@contextmanager
+def _held(cache: Path) -> Iterator[None]:
+    """Makes the file where it is missing and holds it for this process: two would ask for the same and write into each
+    other's output. At the end an empty one is taken away again, with the folders that were made for it.
+    """
     try:
+        made = [folder for folder in cache.parents if not folder.exists()]
         cache.parent.mkdir(parents=True, exist_ok=True)
         file = cache.open("a")
     except OSError as error:
@@ -206,7 +217,14 @@ def _cache_of(in_file: Path, out_file: Path) -> Iterator[Path]:
             writer="`data answer`",
             another="file for the output",
         )
-        yield cache
+        try:
+            yield
+        finally:
+            if cache.exists() and not cache.stat().st_size:
+                cache.unlink()
+                with suppress(OSError):  # OUT lies there
+                    for folder in made:
+                        folder.rmdir()
 
 
 def _read(arguments: "DataAnswerArguments") -> tuple[list[Conversation], list[str]]:
@@ -222,16 +240,32 @@ def _load(path: str, options: LoadOptions) -> PreTrainedModel:
 
 
 def _report(
-    arguments: "DataAnswerArguments", dialogues: int, given: int, asked: int, cut: int, faults: list[str]
+    arguments: "DataAnswerArguments",
+    dialogues: Sequence[Conversation],
+    given: int,
+    asked: int,
+    cut: int,
+    faults: Sequence[str],
 ) -> None:
     for fault in faults:
         print(fault)
     print(
-        f"{arguments.out_file}: {dialogues} dialogues; {given} of them answered by {arguments.text_model} ({asked} "
-        f"prompts now, the rest from the cache), {dialogues - given} had their answers; {len(faults)} faults"
+        f"{arguments.out_file}: {len(dialogues)} dialogues; {given} of them answered by {arguments.text_model} "
+        f"({asked} prompts now, the rest from the cache), {len(dialogues) - given} had their answers; "
+        f"{len(faults)} faults"
     )
     if cut:
         print(f"left out, cut at {arguments.max_new_tokens} tokens: {cut}; --max_new_tokens gives them more")
+    if root := _folder_of_far_audio(dialogues, Path(arguments.out_file).parent):
+        print(f"its audio lies in another folder: `train` and `data check` need --data_root {shlex.quote(root)}")
+
+
+def _folder_of_far_audio(dialogues: Sequence[Conversation], folder: Path) -> str | None:
+    """The folder of all clips that don't lie below `folder`, whose paths are absolute; None where there are none."""
+    clips = {clip.path for dialogue in dialogues for clip in dialogue.clips}
+    root = os.path.realpath(folder)
+    far = [os.path.dirname(path) for path in clips if not Path(path).is_relative_to(root)]
+    return os.path.commonpath(far) if far else None
 
 
 def _keep(cache: Path, answers: dict[str, Answer]) -> None:

@@ -39,7 +39,8 @@ def load_for_inference(
 
     checkpoint: a checkpoint's or a run's folder. device: "cpu", "cuda", "cuda:1" (None: the first GPU if there is one).
     dtype: "auto" is bf16 on a GPU and fp32 on a CPU. A base that was trained on in 4 bits is loaded in 4 bits.
-    Raises UsageError for a folder that is none, CheckpointError for one that is damaged or whose bases have changed.
+    Raises UsageError for a folder that is none and for a device that is not there, CheckpointError for a folder that is
+    damaged or whose bases have changed.
     """
     return load_resolved(resolve_checkpoint(checkpoint), device, dtype)
 
@@ -48,13 +49,12 @@ def load_resolved(
     folder: Path, device: str | None = None, dtype: str | torch.dtype = "auto"
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, ConversationCollator]:
     """The same of a checkpoint's own folder, whose files were found to be what its manifest says."""
-    where = torch.device(device) if device else LoadOptions().device
     trained_as = training_arguments(folder)
     in_4bit = trained_as.get("load_in_4bit", False)
     check_versions(quantized=in_4bit)
     options = LoadOptions(
         dtype=dtype,
-        device_map={"": str(where)},
+        device_map={"": device or str(LoadOptions().device)},
         load_in_4bit=in_4bit,
         projector_fp32=trained_as.get("projector_fp32", True),
     )

@@ -40,6 +40,7 @@ class LoadOptions:
     dtype: of the language model and the encoder: "bf16", "fp16", "fp32", a torch dtype or its name; "auto": see
     `compute_dtype`.
     device_map: as in transformers, for the language model; None: all of it on the first accelerator, or the CPU.
+    Raises UsageError where it names a device for everything that is not there.
     load_in_4bit: NF4 for the language model's linears. whisper_cpu: the encoder stays on the CPU.
     projector_fp32: the projector in fp32 instead of `dtype`.
     """
@@ -50,13 +51,23 @@ class LoadOptions:
     whisper_cpu: bool = False
     projector_fp32: bool = True
 
+    def __post_init__(self) -> None:
+        if self._whole is not None:
+            _refuse_missing_device(self._whole)
+
+    @property
+    def _whole(self) -> str | int | torch.device | None:
+        """The device that `device_map` names for everything, where it does."""
+        if isinstance(self.device_map, dict):
+            return self.device_map.get("")
+        return None if self.device_map in SPREADING_MAPS else self.device_map
+
     @property
     def device(self) -> torch.device:
         """Where the encoder goes: the device that `device_map` names for everything, else the first accelerator."""
-        whole = self.device_map.get("") if isinstance(self.device_map, dict) else self.device_map
-        if whole is None or whole in SPREADING_MAPS:
+        if self._whole is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(whole)
+        return torch.device(self._whole)
 
     @property
     def encoder_device(self) -> torch.device:
@@ -73,6 +84,17 @@ class LoadOptions:
         if not isinstance(dtype, torch.dtype):
             raise UsageError(f"dtype {self.dtype!r} is none of auto, {', '.join(DTYPES)}")
         return dtype
+
+
+def _refuse_missing_device(name: str | int | torch.device) -> None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = [] if accelerator is None else [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.type != "cpu" and f"{device.type}:{device.index or 0}" not in there):
+        raise UsageError(f"there is no device {str(name)!r} for PyTorch here: give one of {', '.join(['cpu', *there])}")
 
 
 def resolve_model(name: str, hub: str, flag: str) -> str:

@@ -61,8 +61,11 @@ def choose_questions(
 ) -> Questions:
     """At most MAX_QUESTIONS of either group, from all of its kinds alike; decodes their audio.
 
-    `conversations` must be held out. None at all where fewer than MIN_QUESTIONS are of kinds never trained on.
+    `conversations` must be held out. None at all where fewer than MIN_QUESTIONS are of kinds never trained on, and
+    where no trained kind is known: any may have been trained on then.
     """
+    if not trained_kinds:
+        return Questions()
     turns = turns_of([conversations[index] for index in np.random.default_rng(seed).permutation(len(conversations))])
     groups: Mapping[bool, dict[str, list[Turn]]] = {True: defaultdict(list), False: defaultdict(list)}
     for turn in turns:

@@ -73,6 +73,8 @@ def test_canonical_form_is_read_as_it_stands(write, folder):
 
 FAULTS = {
     "not JSON": ("{'messages'", "not valid JSON"),
+    "two objects": ('{"messages": []} {"messages": []}', "a line break is probably missing before character 18"),
+    "more than an object": ('{"messages": []}}', "not valid JSON (Extra data"),
     "no object": ("[1]", "not a JSON object"),
     "no messages": ({"id": "x"}, "no `messages` list"),
     "empty dialogue": ({"messages": []}, "the dialogue is empty"),

@@ -37,8 +37,9 @@ def kind(heard, text_model):
 def test_retention_is_of_kinds_never_trained_on_that_the_text_model_answers_well():
     kinds = {"clip": kind(0.5, 1.0), "sum": kind(0.4, 0.8), "next": kind(0.9, 1.0), "even": kind(0.0, 0.5)}
     assert retention(kinds, {"clip"}) == pytest.approx(1.3 / 1.8)
-    assert retention({"hello": kind(None, None), "even": kind(0.0, 0.5)}, set()) is None
-    assert retention({NO_KIND: kind(0.5, 1.0)}, set()) is None  # it may have been
+    assert retention({"hello": kind(None, None), "even": kind(0.0, 0.5)}, {"clip"}) is None
+    assert retention({NO_KIND: kind(0.5, 1.0)}, {"clip"}) is None  # it may have been
+    assert retention(kinds, set()) is None  # any of them may
 
 
 def dialogues(*clips):
@@ -90,7 +91,8 @@ def test_a_base_that_answers_everything_alike_has_no_text_to_be_moved_from(adapt
             module, "answer_prompts", lambda *args, n=different, **_: [f"a{i % n}" for i in range(len(args[2]))]
         )
         assert len(own_answers(model, collator)) == (different if different == MIN_ANSWERS else 0)
-        assert (text_shift(executor, collator, None) is None) == (different < MIN_ANSWERS)
+        shift, why_not = text_shift(executor, collator, None)
+        assert (shift is None) == (different < MIN_ANSWERS) == ("different answers" in (why_not or ""))
 
 
 def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted):
@@ -103,10 +105,22 @@ def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted):
             for name, parameter in lora_parameters(model):
                 if "lora_B" in name:
                     parameter.normal_(std=scale) if scale else parameter.zero_()
-        shifts.append(text_shift(executor, collator, dialogues("one", "two")))
+        shifts.append(text_shift(executor, collator, dialogues("one", "two"))[0])
     assert shifts[0] == pytest.approx(0.0, abs=1e-6) and 0 < shifts[1] < shifts[2]
-    assert text_shift(executor, collator, dialogues("one", None)) is None
-    assert text_shift(executor, collator, None) > 0
+    assert text_shift(executor, collator, None)[0] > 0
+
+
+def test_text_that_cannot_be_read_in_words_is_said_to_be(adapted):
+    model, collator = adapted
+    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=collator.pad_token_id)
+    mute, unanswered = dialogues("one", None)[0], dialogues()[0]
+    unanswered = replace(unanswered, messages=unanswered.messages[:1])
+    assert text_shift(executor, collator, [mute, unanswered]) == (
+        None,
+        "no dialogue of the text file can be read in words; the first: d:1: a clip has no `transcript`",
+    )
+    assert "the first: d:1: no assistant message" in text_shift(executor, collator, [unanswered])[1]
+    assert text_shift(executor, collator, [mute, *dialogues("one")])[1] is None
 
 
 @pytest.mark.parametrize(

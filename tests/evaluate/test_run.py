@@ -10,6 +10,7 @@ from qwhisper.data.conversation import AudioClip, Conversation, Message, read_co
 from qwhisper.errors import DataError
 from qwhisper.evaluate import run as run_module
 from qwhisper.evaluate.run import NO_KIND, evaluate_model
+from qwhisper.evaluate.tables import markdown
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.train.executor import Executor
 from tests.small import tone, write_dialogues
@@ -165,6 +166,24 @@ def test_no_swap_no_swapped_numbers(small_model, conversations):
     result = evaluate_model(*small_model, conversations, swap=False, max_new_tokens=2)
     assert {result[name] for name in ("turns_swapped", "loss_swapped", "loss_unswapped", "listening_gain")} == {None}
     assert not any("swapped_answer" in record for record in result["answers"])
+
+
+def test_kinds_are_untrained_only_beside_known_trained_ones_and_that_is_said(small_model, conversations, monkeypatch):
+    monkeypatch.setattr(run_module, "answer_prompts", listener)
+    monkeypatch.setattr(
+        run_module, "text_answers", lambda m, c, turns, *_: [t.reference if t.clips else None for t in turns]
+    )
+    text = [Conversation("t", (Message("user", (AudioClip("/no.wav"),)), Message("assistant", ("Hi.",))), "t.jsonl:1")]
+    for known, retention in (((), None), (("pitch",), 1.0)):
+        result = evaluate_model(*small_model, conversations, swap=False, trained_kinds=known, text=text)
+        table = markdown({"checkpoint": "c", "eval_file": "e", **result})
+        assert result["retention"] == retention
+        assert ("Retention 1.00" in table) == ("never trained)" in table) == bool(known)
+        assert ("training data names no `kind`, so what was never trained on is unknown; give" in table) != bool(known)
+        assert "No text shift: no dialogue of the text file can be read in words; the first: t.jsonl:1: a clip" in table
+    without_kind = [conversation for conversation in conversations if not conversation.clips]
+    for few, asked in ((without_kind, True), (conversations, False)):
+        assert evaluate_model(*small_model, few, swap=False, text_model=asked)["notes"] == []
 
 
 def test_model_keeps_its_mode(small_model, conversations):

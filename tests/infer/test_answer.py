@@ -14,7 +14,7 @@ from qwhisper.cli import main as cli
 from qwhisper.data.check import check_dataset
 from qwhisper.data.conversation import read_conversations
 from qwhisper.data.instructions import instruction_pool
-from qwhisper.errors import UsageError
+from qwhisper.errors import MemoryLimitError, QwhisperError, UsageError
 from qwhisper.infer import answer as module
 from qwhisper.infer.answer import main
 from qwhisper.infer.generate import Answer
@@ -151,8 +151,8 @@ def test_a_killed_command_goes_on_where_it_stopped(folder, text_model, monkeypat
             main(arguments)
     assert not (folder / "out.jsonl").exists()
     if torn:
-        with (folder / "out.cache.jsonl").open("a") as file:
-            file.write('{"key": "0123')
+        with (folder / "out.jsonl.cache.jsonl").open("a") as file:
+            file.write('{"foo": 1}\n[1]\n{"key": [1], "text": "", "ended": true}\n{"key": "0123')
     with monkeypatch.context() as patch:
         second = Asked(patch)
         main(arguments)
@@ -238,6 +238,12 @@ def test_a_file_that_it_has_not_written_is_not_overwritten(folder, text_model):
     path = write(folder / "in.jsonl", [question("low")])
     before = path.read_bytes()
     other = write(folder / "out.jsonl", ["mine\n"])
+    for cache in ((), ("out.jsonl.cache.jsonl",)):
+        for name in cache:
+            (folder / name).touch()
+        with pytest.raises(UsageError, match=r"out\.jsonl exists"):
+            main(told(folder, text_model))
+    main(told(folder, text_model, out_file=str(folder / "out.json")))  # another file with a cache of its own
     with pytest.raises(UsageError, match=r"out\.jsonl exists"):
         main(told(folder, text_model))
     with pytest.raises(UsageError, match="the input as well"):
@@ -245,14 +251,35 @@ def test_a_file_that_it_has_not_written_is_not_overwritten(folder, text_model):
     assert other.read_text() == "mine\n" and path.read_bytes() == before
 
 
+@pytest.mark.parametrize("values", [{"text_model": "nowhere"}, {"instructions": "nowhere"}, {"device": "foo"}, {}])
+def test_a_call_that_fails_before_its_first_answer_leaves_nothing_behind(folder, text_model, monkeypatch, values):
+    write(folder / "in.jsonl", [question("low")])
+    before = sorted(folder.rglob("*"))
+
+    def out_of_memory(*_):
+        raise MemoryLimitError("the model does not fit")
+
+    monkeypatch.setattr(module, "load_language_model", out_of_memory)
+    with pytest.raises(QwhisperError):
+        main(told(folder, **{"text_model": text_model, "out_file": str(folder / "new/deep/out.jsonl")} | values))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_bad_line_beside_dialogues_that_had_their_answers_is_left_out(folder, text_model, capsys):
+    answered = {"messages": [*question(None)["messages"], {"role": "assistant", "content": "low"}]}
+    path = write(folder / "in.jsonl", [answered, "{no json\n"])
+    assert main(told(folder, text_model)) == 0
+    assert answers_in(folder / "out.jsonl") == ["low"] and f"{path}:2: not valid JSON" in capsys.readouterr().out
+
+
 def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(folder, text_model, monkeypatch):
     monkeypatch.setattr(module, "load_language_model", lambda *_: pytest.fail("a model was loaded for nothing"))
-    path = write(folder / "in.cache.jsonl", [question("low")])
+    path = write(folder / "in.jsonl.cache.jsonl", [question("low")])
     before = path.read_bytes()
     for out, reason in (
-        ("in.jsonl", r"in\.cache\.jsonl is the input as well"),
+        ("in.jsonl", r"in\.jsonl\.cache\.jsonl is the input as well"),
         (".", "is a folder"),
-        ("a.wav/out.jsonl", r"out\.cache\.jsonl can't be written"),
+        ("a.wav/out.jsonl", r"out\.jsonl\.cache\.jsonl can't be written"),
     ):
         with pytest.raises(UsageError, match=reason):
             main(told(folder, text_model, in_file=str(path), out_file=str(folder / out)))
@@ -275,9 +302,12 @@ def test_a_second_command_on_the_same_output_is_refused_also_after_a_batch(folde
     assert main(arguments) == 0  # it is free again
 
 
-def test_output_in_another_folder_still_finds_its_audio(folder, text_model):
+def test_output_in_another_folder_still_finds_its_audio(folder, text_model, capsys):
     write(folder / "in.jsonl", [question("low")])
+    main(told(folder, text_model))
+    assert "--data_root" not in capsys.readouterr().out
     main(told(folder, text_model, out_file=str(folder / "new" / "out.jsonl")))
+    assert capsys.readouterr().out.endswith(f"`train` and `data check` need --data_root {folder}\n")
     assert read_conversations(folder / "new" / "out.jsonl", data_root=folder)[0].clips[0].path == str(folder / "a.wav")
 
 

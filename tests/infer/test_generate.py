@@ -151,6 +151,12 @@ def test_run_folder_loads_its_newest_checkpoint_as_trained(finished_run):
     assert difference.abs().max() > 1e-4  # one step at 1e-2 lies between the two
 
 
+def test_device_that_is_not_there_is_named_before_anything_is_loaded(finished_run, monkeypatch):
+    monkeypatch.setattr("qwhisper.infer.generate.load_trained", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UsageError, match="no device 'foo'"):
+        load_for_inference(finished_run, "foo")
+
+
 def test_base_trained_on_in_4_bits_is_loaded_in_4_bits(finished_run, tmp_path):
     pytest.importorskip("bitsandbytes")
     folder = shutil.copytree(finished_run / "checkpoint-2", tmp_path / "model")

@@ -320,6 +320,15 @@ def test_load_options_are_frozen():
         LoadOptions().dtype = "fp16"
 
 
+@pytest.mark.parametrize("name", ["foo", "auto", "cuda:99", "xpu", "meta", ""])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
+    for device_map in ({"": name}, name):
+        if device_map != "auto":
+            with pytest.raises(UsageError, match=rf"no device {name!r} for PyTorch here: give one of cpu"):
+                LoadOptions(device_map=device_map)
+    LoadOptions(device_map={"model.layers.0": name})  # such maps are transformers' to judge
+
+
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"": torch.device("cpu")}])
 def test_a_device_map_of_one_device_is_the_encoders_too(monkeypatch, device_map):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

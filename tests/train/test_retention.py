@@ -202,6 +202,7 @@ def test_there_are_no_questions_without_kinds_that_were_not_trained_on(arguments
     for conversations in (few, without_kind, mute, text, []):
         assert len(choose_questions(conversations, collator(run), TAUGHT, seed=0)) == 0
     assert len(choose_questions(spoken, collator(run), list(KINDS), seed=0)) == 0
+    assert len(choose_questions(spoken, collator(run), [], seed=0)) == 0  # any may have been trained on
 
 
 def without_transcripts(message: Message) -> tuple:
