@@ -4,6 +4,11 @@ Everything else is a bug of ours and is allowed to crash with its traceback.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what PyTorch may add below; its type where it says nothing, as MemoryError does."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 class QwhisperError(Exception):
     """A fault that one sentence explains: what was found, where, and what to do next."""
 

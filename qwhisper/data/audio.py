@@ -38,11 +38,19 @@ def load_audio(path: str | Path, start: float | None = None, end: float | None =
     empty or goes on more than 0.1 s after the sound has ended, or the sound is not finite, silent or absurdly loud.
     """
     with _faults_named(path):
-        if fault := file_fault(path):
-            raise BadClipError(f"{path} {fault}; leave it out")
-        with soundfile.SoundFile(path) as file:
-            waveform = _read_stretch(file, path, start or 0.0, end)
-        _check_audible(waveform, path, _stretch_name(start, end))
+        try:
+            return _load(path, start, end)
+        except (OSError, MemoryError, soundfile.LibsndfileError):
+            pass  # perhaps of this moment alone: of a network drive, or of another process that took the memory
+        return _load(path, start, end)
+
+
+def _load(path: str | Path, start: float | None, end: float | None) -> np.ndarray:
+    if fault := file_fault(path):
+        raise BadClipError(f"{path} {fault}; leave it out")
+    with soundfile.SoundFile(path) as file:
+        waveform = _read_stretch(file, path, start or 0.0, end)
+    _check_audible(waveform, path, _stretch_name(start, end))
     return waveform
 
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qwhisper.errors import first_line
+from qwhisper.memory import is_out_of_memory
+
 LENGTHS = (64, 192, 128, 65, 1)
 LOW_SCORE = -110.0  # of every pair: log-sum-exp stays under -100 for rows of up to e^10 tokens
 RESULTS = ("the result", "the gradient of queries", "the gradient of keys", "the gradient of values")
@@ -133,10 +136,10 @@ def _fault(kernel: Kernel, attention: Attention, layout: Layout) -> Fault | None
         with torch.set_grad_enabled(backward):
             out = kernel(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), layout, attention)
         got = [out.detach(), *(torch.autograd.grad(out, leaves, grad) if backward else ())]
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        return Fault(case, f"it does not run here ({str(error).splitlines()[0]})")
+        if is_out_of_memory(error):
+            raise
+        return Fault(case, f"it does not run here ({first_line(error)})")
     query, key, value, grad = (x.detach().float() for x in (query, key, value, grad))
     right = reference(query, key, value, grad if backward else None, attention, layout)
     for name, tensor, (expected, rounding) in zip(RESULTS, got, right, strict=False):

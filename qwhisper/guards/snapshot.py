@@ -42,7 +42,7 @@ class Snapshots:
     def take(self, step: int) -> bool:
         """Copies everything, unless a number in it is not finite. Returns whether it did.
 
-        A second copy of one step takes the place of the first. May raise MemoryError.
+        A second copy of one step takes the place of the first. May run out of memory.
         """
         if not self.sound():
             return False

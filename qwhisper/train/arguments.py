@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwhisper.errors import UsageError
+from qwhisper.frames import LEAD_SILENCE_S, TAIL_SILENCE_S, FrameArithmetic
 from qwhisper.guards.switch import BOUND
 from qwhisper.train import flags
 
@@ -57,6 +58,7 @@ NOT_NEGATIVE = (
     "seed",
 )
 BELOW_ONE = ("lora_dropout", "projector_dropout", "adam_beta1", "adam_beta2")  # and not negative
+LARGEST = 2**63 - 1  # of torch's whole numbers; Adam's step overflows in fp32 at a learning rate not far above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,7 @@ class TrainArguments(
     def __post_init__(self) -> None:
         self._normalise()
         self._check_numbers()
+        self._check_silence()
         self._check_combinations()
         self._fill_in()
 
@@ -118,6 +121,7 @@ class TrainArguments(
         self._set("activation_clamp", "off" if clamp == "false" else clamp)  # YAML reads a bare off as false
 
     def _check_numbers(self) -> None:
+        numbers = (*AT_LEAST_ONE, *ABOVE_ZERO, *NOT_NEGATIVE, "max_steps")
         for names, allowed, wanted in (
             (AT_LEAST_ONE, lambda value: value >= 1, "must be 1 or more"),
             (ABOVE_ZERO, lambda value: value > 0, "must be above 0"),
@@ -125,22 +129,34 @@ class TrainArguments(
             (BELOW_ONE, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
             (("max_bad_fraction", "distill_weight"), lambda value: 0 <= value <= 1, "is a share: from 0 to 1"),
             (("max_steps",), lambda value: value == -1 or value >= 1, "must be 1 or more, or -1 for no limit"),
+            (numbers, lambda value: value <= LARGEST, f"must be {LARGEST} or less"),
         ):
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not (math.isfinite(value) and allowed(value)):
+                if value is not None and not (-math.inf < value < math.inf and allowed(value)):
                     raise UsageError(f"--{name} {value}: {wanted}")
         if self.max_tokens_per_pack != "auto" and not (
             self.max_tokens_per_pack.isascii()
             and self.max_tokens_per_pack.isdigit()
-            and int(self.max_tokens_per_pack) > 0
+            and len(self.max_tokens_per_pack) <= len(str(LARGEST))  # Python reads no number of 5000 digits
+            and 0 < int(self.max_tokens_per_pack) <= LARGEST
         ):
             raise UsageError(
-                f"--max_tokens_per_pack {self.max_tokens_per_pack}: must be auto or a number of tokens, 1 or more"
+                f"--max_tokens_per_pack {self.max_tokens_per_pack:.30}: must be auto or a number of tokens, from 1 to "
+                f"{LARGEST}"
             )
 
         if self.activation_clamp not in ("auto", "off") and not _is_positive(self.activation_clamp):
             raise UsageError(f"--activation_clamp {self.activation_clamp}: must be auto, off or a number above 0")
+
+    def _check_silence(self) -> None:
+        """Whether a window of Whisper's has room for speech beside it."""
+        lead = LEAD_SILENCE_S if self.audio_lead_silence is None else self.audio_lead_silence
+        tail = TAIL_SILENCE_S if self.audio_tail_silence is None else self.audio_tail_silence
+        try:
+            FrameArithmetic(lead_silence_s=lead, tail_silence_s=tail)
+        except ValueError as error:
+            raise UsageError(f"--audio_lead_silence and --audio_tail_silence: {error}") from None
 
     def _check_combinations(self) -> None:
         if self.early_lr_factor > 1:

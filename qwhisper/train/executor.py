@@ -15,6 +15,7 @@ from torch import Tensor
 from qwhisper.data.collator import Sample, pack_samples, pad_samples
 from qwhisper.data.packing import plan_packs
 from qwhisper.errors import MemoryLimitError, NumericalError
+from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.loss import IGNORE_INDEX, MAX_LOGITS_AT_ONCE, head_logits, supervised_loss
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
@@ -151,7 +152,7 @@ class Executor:
     def sample_losses(self, samples: Sequence[Sample]) -> list[float]:
         """Loss of each sample, summed over its supervised tokens, in nats; as `evaluate` computes it, in one wait.
 
-        Lets `torch.OutOfMemoryError` through: packs of this size have been trained on, and are not made smaller here.
+        Lets memory run out: packs of this size have been trained on, and are not made smaller here.
         """
         return self._of_each(samples, self._losses_of_pack)
 
@@ -215,13 +216,15 @@ class Executor:
         while True:
             try:
                 return attempt(), halvings
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 halvings.append(self._halve(samples, error))
             # Outside the handler, whose traceback keeps the failed attempt's tensors alive.
             start_again()
             torch.cuda.empty_cache()
 
-    def _halve(self, samples: Sequence[Sample], error: torch.OutOfMemoryError) -> Halved:
+    def _halve(self, samples: Sequence[Sample], error: Exception) -> Halved:
         largest = max(self.packs(samples), key=lambda pack: sum(len(s.input_ids) for s in pack))
         tokens = sum(len(s.input_ids) for s in largest)
         if all(len(pack) == 1 for pack in self.packs(samples)):

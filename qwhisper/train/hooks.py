@@ -29,7 +29,7 @@ def hf_arguments(args: TrainArguments, total_steps: int) -> TrainingArguments:
 
 
 class Tracker:
-    """A tracker's callback that no run dies of: once it raises, it is named and called no more.
+    """A tracker's callback that no run dies of: once it raises or exits, it is named and called no more.
 
     A user's own callback is not wrapped: what it raises is a fault that its author wants to see.
     """
@@ -46,7 +46,7 @@ class Tracker:
                 return None
             try:
                 return handler(*shown, **values)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.is_down = True
                 print(
                     f"--report_to: {type(self.callback).__name__} failed in {event} ({type(error).__name__}: {error}) "

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, NumericalError
+from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import Decision, decide
+from qwhisper.memory import is_out_of_memory
 from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.context import Run, StepReport
 from qwhisper.train.dataset import StepSamples
@@ -247,15 +248,17 @@ def save(run: Run, *, stopped: bool = False) -> bool:
     keep_sound(run, copy=not stopped)
     try:
         folder = run.save(run)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not (isinstance(error, OSError) or is_out_of_memory(error)):
+            raise
         torch.cuda.empty_cache()
         newest, _ = newest_valid(run.log.folder)
         kept = TrainState.load(newest) if newest else TrainState()
         run.state.best_loss, run.state.best_checkpoint = kept.best_loss, kept.best_checkpoint
-        run.log.event("save_failed", step=step, error=str(error), last_whole=newest and newest.name)
+        run.log.event("save_failed", step=step, error=first_line(error), last_whole=newest and newest.name)
         run.lines.say(
-            f"step {step}: not saved ({error}); the last whole checkpoint is {newest}. Make room for it: the "
-            "next save tries again"
+            f"step {step}: not saved ({first_line(error)}); the last whole checkpoint is {newest}. Make room for it: "
+            "the next save tries again"
         )
         return False
     run.lines.say(f"step {step}: saved {folder}")

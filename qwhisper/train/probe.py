@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import Conversation
 from qwhisper.errors import DataError, MemoryLimitError
 from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audio, turns_of
 from qwhisper.evaluate.retention import own_answers
+from qwhisper.memory import is_out_of_memory
 from qwhisper.train.executor import Executor
 from qwhisper.train.retention import MAX_QUESTIONS, Questions, Score, answered_by_text_model, scores_by_ear
 
@@ -117,7 +117,9 @@ class ListeningProbe:
         started = time.perf_counter()
         try:
             found = self._look(ask)
-        except (torch.OutOfMemoryError, MemoryLimitError):
+        except Exception as error:
+            if not (isinstance(error, MemoryLimitError) or is_out_of_memory(error)):
+                raise
             found = None
         self._spend(time.perf_counter() - started)
         return found

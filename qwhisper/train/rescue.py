@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from qwhisper.data.collator import Sample
-from qwhisper.errors import MemoryLimitError, NumericalError
+from qwhisper.errors import MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.apply import drop_gradients
 from qwhisper.guards.decide import Decision, StepStatistics
 from qwhisper.guards.diagnose import Finding, bad_weight, diagnose
 from qwhisper.guards.measure import step_statistics
+from qwhisper.memory import is_out_of_memory
 from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.context import Run
 
@@ -113,8 +114,8 @@ def find_cause(run: Run, pack: list[Sample], count: int) -> Finding | None:
     batch = run.executor.batch(pack) | {"num_items_in_batch": count}
     try:
         return diagnose(run.executor.model, batch, loss_scale=run.executor.loss_scale)
-    except RuntimeError as error:
-        run.log.event("no_diagnosis", step=run.state.step, error=str(error).splitlines()[0])
+    except (RuntimeError, MemoryError) as error:
+        run.log.event("no_diagnosis", step=run.state.step, error=first_line(error))
         return None
 
 
@@ -162,8 +163,10 @@ def take_snapshot(run: Run) -> bool:
     """Whether everything is finite. Where the host has no memory for the copy, there is none of this step."""
     try:
         return run.snapshots.take(run.state.step)
-    except MemoryError as error:
-        run.log.event("no_snapshot", step=run.state.step, error=str(error))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        run.log.event("no_snapshot", step=run.state.step, error=first_line(error))
         return True
 
 

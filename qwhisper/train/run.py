@@ -14,7 +14,8 @@ import yaml
 from transformers import TrainerCallback
 
 from qwhisper.data.conversation import Conversation, in_words, read_conversations
-from qwhisper.errors import CheckpointError, MemoryLimitError, UsageError
+from qwhisper.errors import CheckpointError, MemoryLimitError, UsageError, first_line
+from qwhisper.memory import is_out_of_memory
 from qwhisper.model.kernels import check_kernels
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.report.events import read_jsonl
@@ -46,11 +47,15 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
     try:
         with run_lock(Path(args.output_dir)):
             return prepare_and_go(args, callbacks)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        folder = Path(args.output_dir)
+        go_on = f", then go on with: {resume_command(folder)}" if (folder / CONFIG_FILE).exists() else ""
         raise MemoryLimitError(
             f"out of memory outside of a forward and backward pass, where a smaller pack is no help: "
-            f"{str(error).splitlines()[0]}. Use --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a smaller "
-            f"--text_model or --lora_r, then go on with: {resume_command(Path(args.output_dir))}"
+            f"{first_line(error)}. Use --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a smaller "
+            f"--text_model or --lora_r{go_on}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while training: noted, and acted on between two steps, or where nothing is half done.
+"""SIGINT, SIGTERM and SIGHUP while training: noted, and acted on between two steps, or where nothing is half done.
 
 A step that takes long is given up between two of its packs, so that the checkpoint comes within 30 s.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 10.0  # for the step that a signal comes in; the pack in hand and the save have what is left of 30
 T = TypeVar("T")
 
@@ -32,7 +32,9 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # nohup has SIGHUP ignored: the run is meant to outlive its terminal.
+        heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in heeded}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -29,7 +29,10 @@ Result = TypeVar("Result")
 
 
 class WorkerDied(Exception):
-    """A worker ended before it had answered, or hangs. how: "signal 9", "exit code 1" or "no answer in 900 s"."""
+    """A worker ended before it had answered, hangs, or was never there.
+
+    how: "signal 9", "exit code 1", "no answer in 900 s" or "no process could be started (…)".
+    """
 
     def __init__(self, how: str):
         super().__init__(how)
@@ -67,8 +70,13 @@ def work_ahead(
 
 
 def how_it_dies(work: Callable[[Task], Any], task: Task) -> str | None:
-    """How a process of its own died or hung of `work(task)`; None where it came through, be it with an exception."""
-    worker = _Worker(work, [])
+    """How a process of its own died or hung of `work(task)`; None where it came through, be it with an exception, and
+    where none could be started, which is no fault of the task.
+    """
+    try:
+        worker = _Worker(work, [])
+    except WorkerDied:
+        return None
     try:
         worker.give(task)
         worker.answer()
@@ -83,10 +91,13 @@ def how_it_dies(work: Callable[[Task], Any], task: Task) -> str | None:
 
 class _Worker:
     def __init__(self, work: Callable[[Any], Any], earlier: Sequence["_Worker"]):
-        self.pipe, its_end = FORK.Pipe()
-        not_its = [self.pipe, *(worker.pipe for worker in earlier)]
-        self.process = FORK.Process(target=_serve, args=(its_end, work, not_its), daemon=True)
-        self.process.start()
+        try:
+            self.pipe, its_end = FORK.Pipe()
+            not_its = [self.pipe, *(worker.pipe for worker in earlier)]
+            self.process = FORK.Process(target=_serve, args=(its_end, work, not_its), daemon=True)
+            self.process.start()
+        except OSError as error:  # no memory, or a limit of processes or open files
+            raise WorkerDied(f"no process could be started ({error.strerror})") from None
         its_end.close()  # before the next worker is forked, which would keep it open
 
     def give(self, task: Any) -> None:
@@ -119,7 +130,9 @@ def _serve(pipe: Connection, work: Callable[[Any], Any], not_its: Sequence[Conne
     """A worker's life. It ends with the training process, whose end closes the other end of the pipe."""
     for other in not_its:
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal's processes; the trainer decides
+    # Ctrl-C, and a terminal that goes, are told to all of its processes; the trainer decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     with suppress(EOFError, OSError):

@@ -1,3 +1,4 @@
+import errno
 import os
 import struct
 import tracemalloc
@@ -163,6 +164,27 @@ def test_bad_clip_is_named(tmp_path, fault):
     with pytest.raises(BadClipError, match="NaN or Inf" if fault in ("NaN", "Inf") else fault) as error:
         load_audio(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), MemoryError()])
+@pytest.mark.parametrize("failures", [1, 2])
+def test_what_fails_once_is_read_again(tmp_path, monkeypatch, error, failures):
+    path, read, calls = tmp_path / "tone.wav", soundfile.SoundFile.read, []
+    soundfile.write(path, tone(0.1, 16_000), 16_000)
+    expected = load_audio(path)
+
+    def fails(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) <= failures:
+            raise error
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", fails)
+    if failures == 1:
+        assert np.array_equal(load_audio(path), expected)
+    else:
+        with pytest.raises(BadClipError, match=type(error).__name__):
+            load_audio(path)
 
 
 def test_stretch_of_a_file_that_is_too_long_as_a_whole_is_read(tmp_path):

@@ -194,6 +194,11 @@ def test_a_kernel_that_does_not_run_here_is_a_fault_with_its_own_words():
     assert fault_of(kernel, QWEN3).what == "it does not run here (FlashAttention only supports Ampere GPUs or newer.)"
 
 
+def test_memory_that_runs_out_is_no_fault_of_the_kernel():
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        fault_of(lambda *args: torch.empty(1 << 60), QWEN3)
+
+
 def test_what_is_not_trained_is_tried_as_it_runs_without_gradients():
     def kernel(*args):
         assert not torch.is_grad_enabled() and not args[0].requires_grad

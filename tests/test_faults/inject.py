@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import soundfile
 import torch
 
@@ -46,6 +47,18 @@ class Outcome:
 
     def count(self, kind: str) -> int:
         return sum(event["kind"] == kind for event in self.events)
+
+
+def device_memory_runs_out(*args, **kwargs) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+
+
+def host_memory_runs_out(*args, **kwargs) -> None:
+    """PyTorch's own error, which has no type of its own."""
+    torch.empty(1 << 60)
+
+
+both_memories = pytest.mark.parametrize("run_out", [device_memory_runs_out, host_memory_runs_out])
 
 
 def outcome_of(args, callbacks=()) -> Outcome:

@@ -6,19 +6,26 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
 from qwhisper.data.conversation import read_conversations
-from qwhisper.errors import MemoryLimitError
-from qwhisper.guards.snapshot import Snapshots
+from qwhisper.guards import snapshot
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.train import checkpoint, loop, rescue
 from qwhisper.train.assemble import collator_for
 from qwhisper.train.checkpoint import checkpoints
 from qwhisper.train.dataset import EncodedDialogues, encode_all
 from qwhisper.train.executor import Executor
-from tests.test_faults.inject import gradient_element, loss_times, outcome_of, plant
+from tests.test_faults.inject import (
+    both_memories,
+    device_memory_runs_out,
+    gradient_element,
+    loss_times,
+    outcome_of,
+    plant,
+)
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, read_lines, step
 
@@ -106,18 +113,15 @@ def scale_stays(honest):
     "memory that runs out while a bad step is looked into",
     of="memory",
     guarantee="the diagnosis is done without, the bad sample is dropped and the rest of the step is taken",
-    without=lambda monkeypatch: monkeypatch.setattr(rescue, "find_cause", lambda run, pack, count: out_of_memory()),
+    without=lambda monkeypatch: monkeypatch.setattr(rescue, "find_cause", device_memory_runs_out),
 )
-def test_no_memory_for_the_diagnosis(arguments, monkeypatch):
-    monkeypatch.setattr(rescue, "diagnose", lambda *args, **values: out_of_memory())
+@both_memories
+def test_no_memory_for_the_diagnosis(arguments, monkeypatch, run_out):
+    monkeypatch.setattr(rescue, "diagnose", run_out)
     plant(monkeypatch, loss_times(math.nan), samples={"d3"})
     outcome = outcome_of(arguments(**VALUES))
     assert outcome.code == 0 and {name for _, name in outcome.dropped} == {"d3"}
     assert outcome.count("no_diagnosis") == outcome.count("dropped_samples") > 0
-
-
-def out_of_memory():
-    raise torch.OutOfMemoryError("CUDA out of memory (planted)")
 
 
 @fault(
@@ -128,12 +132,13 @@ def out_of_memory():
         rescue.GradientSum, "add_one", lambda self, sample, count: " and ".join(self.add([sample], count).not_finite)
     ),
 )
-def test_no_memory_for_one_sample(arguments, monkeypatch):
+@both_memories
+def test_no_memory_for_one_sample(arguments, monkeypatch, run_out):
     honest = Executor._run
 
     def planted(self, samples, count):
         if [sample.id for sample in samples] == ["d3"]:
-            out_of_memory()
+            run_out()
         return honest(self, samples, count)
 
     monkeypatch.setattr(Executor, "_run", planted)
@@ -148,11 +153,16 @@ def test_no_memory_for_one_sample(arguments, monkeypatch):
     guarantee="an event says that they were not evaluated; training goes on and is saved",
     without=lambda monkeypatch: monkeypatch.setattr(loop, "MemoryLimitError", KeyError),
 )
-def test_no_memory_for_the_evaluation(arguments, monkeypatch, train_file):
-    def evaluate(self, samples):
-        raise MemoryLimitError("out of memory with one sample (planted)")
+@both_memories
+def test_no_memory_for_the_evaluation(arguments, monkeypatch, train_file, run_out):
+    honest = Executor._run
 
-    monkeypatch.setattr(Executor, "evaluate", evaluate)
+    def planted(self, samples, count):
+        if not torch.is_grad_enabled():
+            run_out()
+        return honest(self, samples, count)
+
+    monkeypatch.setattr(Executor, "_run", planted)
     outcome = outcome_of(arguments(**VALUES, eval_file=str(train_file)))
     assert outcome.code == 0 and outcome.count("not_evaluated") == 2 and outcome.finite
 
@@ -161,13 +171,14 @@ def test_no_memory_for_the_evaluation(arguments, monkeypatch, train_file):
     "host memory that runs out in a snapshot",
     of="memory",
     guarantee="an event says that there is none of this step; training goes on and is saved",
-    without=lambda monkeypatch: monkeypatch.setattr(rescue, "MemoryError", KeyError, raising=False),
+    without=lambda monkeypatch: monkeypatch.setattr(rescue, "is_out_of_memory", lambda error: False),
 )
-def test_no_memory_for_a_snapshot(arguments, monkeypatch):
-    def take(self, at):
-        raise MemoryError("planted")
+@pytest.mark.parametrize("told", ["by PyTorch", "by Python"])
+def test_no_memory_for_a_snapshot(arguments, monkeypatch, told):
+    def on_host(tensors, spare):
+        return torch.empty(1 << 60) if told == "by PyTorch" else bytearray(1 << 60)
 
-    monkeypatch.setattr(Snapshots, "take", take)
+    monkeypatch.setattr(snapshot, "on_host", on_host)
     outcome = outcome_of(arguments(**VALUES))
     assert outcome.code == 0 and outcome.count("no_snapshot") == 3 and outcome.finite
 

@@ -10,7 +10,7 @@ from qwhisper.train import loop, saving
 from qwhisper.train import run as train_run
 from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.executor import Executor
-from tests.test_faults.inject import outcome_of
+from tests.test_faults.inject import both_memories, outcome_of
 from tests.test_faults.matrix import fault
 from tests.train.helpers import TOLERANCE, assert_same, loss_and_gradients, make_run
 
@@ -22,7 +22,7 @@ def without_retry(monkeypatch) -> None:
     monkeypatch.setattr(Executor, "_within_memory", lambda self, attempt, samples, again: (attempt(), []))
 
 
-def too_little_memory(monkeypatch, *, tokens: int, training: bool) -> None:
+def too_little_memory(monkeypatch, run_out, *, tokens: int, training: bool) -> None:
     """A forward pass of more than `tokens` tokens, in training or in evaluation, does not fit."""
     honest = Executor._run
 
@@ -30,7 +30,7 @@ def too_little_memory(monkeypatch, *, tokens: int, training: bool) -> None:
         if torch.is_grad_enabled() == training and any(
             sum(len(s.input_ids) for s in pack) > tokens for pack in self.packs(samples)
         ):
-            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+            run_out()
         return honest(self, samples, count)
 
     monkeypatch.setattr(Executor, "_run", planted)
@@ -40,7 +40,7 @@ def survived(call):
     """What `call` gives, or None where it ran out of memory."""
     try:
         return call()
-    except torch.OutOfMemoryError:
+    except RuntimeError:
         return None
 
 
@@ -50,10 +50,11 @@ def survived(call):
     guarantee="the pack is halved and the step run again: same samples, same gradients",
     without=without_retry,
 )
-def test_forward(arguments, monkeypatch):
+@both_memories
+def test_forward(arguments, monkeypatch, run_out):
     run, samples = make_run(arguments(**VALUES))
     expected = loss_and_gradients(run, samples[:4], max_tokens=10_000)
-    too_little_memory(monkeypatch, tokens=2 * max(len(s.input_ids) for s in samples[:4]), training=True)
+    too_little_memory(monkeypatch, run_out, tokens=2 * max(len(s.input_ids) for s in samples[:4]), training=True)
     got = survived(lambda: loss_and_gradients(run, samples[:4], max_tokens=10_000))
     assert got is not None, "the step is lost"
     assert_same(expected, got)
@@ -66,7 +67,8 @@ def test_forward(arguments, monkeypatch):
     guarantee="what they left is dropped before the step is run again: nothing counts twice",
     without=lambda monkeypatch: monkeypatch.setattr(torch.nn.Module, "zero_grad", lambda self, **kwargs: None),
 )
-def test_backward(arguments, monkeypatch):
+@both_memories
+def test_backward(arguments, monkeypatch, run_out):
     run, samples = make_run(arguments(**VALUES))
     longest = max(len(s.input_ids) for s in samples[:4])
     expected = loss_and_gradients(run, samples[:4], max_tokens=2 * longest)
@@ -77,7 +79,7 @@ def test_backward(arguments, monkeypatch):
     def planted(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+            run_out()
         return backward(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "backward", planted)
@@ -91,10 +93,11 @@ def test_backward(arguments, monkeypatch):
     guarantee="smaller packs, the same held-out loss; training goes on",
     without=without_retry,
 )
-def test_evaluation(arguments, monkeypatch):
+@both_memories
+def test_evaluation(arguments, monkeypatch, run_out):
     run, samples = make_run(arguments(**VALUES))
     expected = run.executor.evaluate(samples)
-    too_little_memory(monkeypatch, tokens=2 * max(len(s.input_ids) for s in samples), training=False)
+    too_little_memory(monkeypatch, run_out, tokens=2 * max(len(s.input_ids) for s in samples), training=False)
     loss = survived(lambda: run.executor.evaluate(samples))
     assert loss is not None, "the evaluation is lost"
     assert abs(loss - expected) <= TOLERANCE * expected and run.executor.model.training
@@ -107,9 +110,10 @@ def test_evaluation(arguments, monkeypatch):
     "would have been",
     without=without_retry,
 )
-def test_a_run_settles_on_smaller_packs(arguments, monkeypatch, tmp_path):
+@both_memories
+def test_a_run_settles_on_smaller_packs(arguments, monkeypatch, run_out, tmp_path):
     whole = outcome_of(arguments(**VALUES, output_dir=str(tmp_path / "whole")))
-    too_little_memory(monkeypatch, tokens=150, training=True)
+    too_little_memory(monkeypatch, run_out, tokens=150, training=True)
     args = arguments(**VALUES)
     outcome = outcome_of(args)
     assert outcome.code == 0 and outcome.count("out_of_memory") >= 1
@@ -126,8 +130,9 @@ def test_a_run_settles_on_smaller_packs(arguments, monkeypatch, tmp_path):
     guarantee="exit code 4; the message names the sample, its length and the flags that help",
     without=without_retry,
 )
-def test_a_sample_too_long(arguments, monkeypatch):
-    too_little_memory(monkeypatch, tokens=10, training=True)
+@both_memories
+def test_a_sample_too_long(arguments, monkeypatch, run_out):
+    too_little_memory(monkeypatch, run_out, tokens=10, training=True)
     outcome = outcome_of(arguments(**VALUES))
     assert outcome.code == 4 and "train.jsonl" in outcome.message and "--max_length" in outcome.message
 
@@ -138,13 +143,14 @@ def test_a_sample_too_long(arguments, monkeypatch):
     guarantee="the run goes on, an event names the last whole checkpoint, and the next save is tried",
     without=lambda monkeypatch: monkeypatch.setattr(loop, "save", lambda run: bool(run.save(run))),
 )
-def test_save(arguments, monkeypatch):
+@both_memories
+def test_save(arguments, monkeypatch, run_out):
     honest, calls = saving.save_optimizer, []
 
     def planted(*args):
         calls.append(1)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+            run_out()
         return honest(*args)
 
     monkeypatch.setattr(saving, "save_optimizer", planted)
@@ -159,16 +165,20 @@ def test_save(arguments, monkeypatch):
     "out of memory while the models are loaded",
     of="memory",
     guarantee="exit code 4; the message names both models and the flags that help",
-    without=lambda monkeypatch: monkeypatch.setattr(bases, "MemoryLimitError", RuntimeError),
+    without=lambda monkeypatch: monkeypatch.setattr(bases, "is_out_of_memory", lambda error: False),
 )
-def test_load(arguments, monkeypatch):
-    def planted(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory (planted)")
-
-    monkeypatch.setattr(loading, "load_language_model", planted)
+@both_memories
+def test_load(arguments, monkeypatch, run_out):
+    monkeypatch.setattr(loading, "load_language_model", run_out)
     args = arguments(**VALUES)
     outcome = outcome_of(args)
     assert outcome.code == 4 and "--load_in_4bit" in outcome.message and args.text_model in outcome.message
+
+
+def test_an_adapter_that_no_memory_could_hold(arguments):
+    outcome = outcome_of(arguments(**VALUES, lora_r=10**12))
+    assert outcome.code == 4 and "--lora_r" in outcome.message
+    assert "--resume_from_checkpoint" not in outcome.message, "there is nothing to go on with"
 
 
 @fault(
@@ -177,13 +187,14 @@ def test_load(arguments, monkeypatch):
     guarantee="exit code 4 with the flags that help and the command to go on; the last checkpoint is whole",
     without=lambda monkeypatch: monkeypatch.setattr(train_run, "MemoryLimitError", RuntimeError),
 )
-def test_optimizer(arguments, monkeypatch):
+@both_memories
+def test_optimizer(arguments, monkeypatch, run_out):
     honest, calls = torch.optim.AdamW.step, []
 
     def planted(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory (planted)")
+            run_out()
         return honest(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", planted)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 from transformers import TrainingArguments
@@ -98,7 +99,7 @@ def test_pack_limit(given, limit):
     assert make(max_tokens_per_pack=given).pack_limit == limit
 
 
-@pytest.mark.parametrize("given", ["0", "-5", "many", "1.5", "", "²"])
+@pytest.mark.parametrize("given", ["0", "-5", "many", "1.5", "", "²", str(2**63), "9" * 5000])
 def test_pack_limit_refuses(given):
     with pytest.raises(UsageError, match="--max_tokens_per_pack"):
         make(max_tokens_per_pack=given)
@@ -111,12 +112,20 @@ def wrong_numbers():
     yield from ((name, bad) for name in module.BELOW_ONE for bad in (-0.1, 1.0, math.nan))
     yield from ((share, bad) for share in ("max_bad_fraction", "distill_weight") for bad in (-0.1, 1.1, math.nan))
     yield from (("max_steps", bad) for bad in (0, -2))
+    yield from ((name, bad) for name in module.AT_LEAST_ONE for bad in (2**63, 10**400))
+    yield from (("seed", 2**64), ("learning_rate", 1e300), ("projector_learning_rate", 1e300), ("max_steps", 2**63))
 
 
 @pytest.mark.parametrize(("name", "bad"), [*wrong_numbers()])
 def test_impossible_numbers_are_refused_by_name(name, bad):
-    with pytest.raises(UsageError, match=f"^--{name} {bad}: "):
+    with pytest.raises(UsageError, match=f"^--{name} {re.escape(str(bad))}: "):
         make(**{name: bad})
+
+
+@pytest.mark.parametrize(("lead", "tail"), [(40.0, None), (None, 30.0), (29.5, None), (20.0, 12.0)])
+def test_silence_that_leaves_no_room_for_speech_is_refused(lead, tail):
+    with pytest.raises(UsageError, match="leave no room for speech in a window of 30 s"):
+        make(audio_lead_silence=lead, audio_tail_silence=tail)
 
 
 def test_every_number_is_checked():

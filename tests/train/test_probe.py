@@ -31,6 +31,7 @@ from qwhisper.train.probe import (
     make_probe,
 )
 from tests.small import write_dialogues
+from tests.test_faults.inject import both_memories
 from tests.train.helpers import make_run, same_bits, trainable
 from tests.train.listeners import collator, listening_arguments, train_and_probe
 
@@ -275,15 +276,13 @@ def test_what_is_not_finite_is_no_gain(arguments, conversations):
     assert probe.measure() is None and probe.state.probed > 0
 
 
-def test_a_probe_that_does_not_fit_into_memory_changes_nothing(arguments, conversations, monkeypatch):
+@both_memories
+def test_a_probe_that_does_not_fit_into_memory_changes_nothing(arguments, conversations, monkeypatch, run_out):
     run, samples = make_run(arguments())
     probe, before = probe_of(run, conversations), run.executor.max_tokens_per_pack
 
-    def no_memory(**kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory (planted)")
-
     with monkeypatch.context() as patch:
-        patch.setattr(run.executor.model.model, "forward", no_memory)
+        patch.setattr(run.executor.model.model, "forward", run_out)
         assert probe.measure() is None
     assert run.executor.max_tokens_per_pack == before and run.executor.model.training
     assert train_step(run, StepSamples(samples[:2], [], 0, 0)).skipped is None

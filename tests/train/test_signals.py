@@ -6,6 +6,7 @@ The grace is patched to nothing, so that a step is given up at the next pack.
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import signal
 from itertools import islice
@@ -25,6 +26,7 @@ from qwhisper.train.run import main
 from qwhisper.train.signals import GRACE_SECONDS, Stopped, StopSignals
 from tests.small import write_dialogues
 from tests.test_faults.inject import plant
+from tests.test_faults.lives import At
 from tests.train.helpers import checkpoint_tensors, same_bits
 
 NUM_DIALOGUES, SAMPLES, SEED = 12, 6, 7
@@ -185,3 +187,29 @@ def test_the_grace_begins_with_the_last_pack_before_the_signal(monkeypatch):
         clock.now += 0.25 * GRACE_SECONDS
         with pytest.raises(Stopped):
             stop.between_packs()
+
+
+def test_a_connection_that_drops_leaves_a_checkpoint(arguments):
+    args = arguments(max_steps=9, save_steps=100)
+    assert main(args, [At(3, lambda: os.kill(os.getpid(), signal.SIGHUP))]) == 128 + signal.SIGHUP
+    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-3"
+
+
+def test_processes_that_read_data_leave_a_connection_that_drops_to_the_trainer(arguments):
+    def hang_up():
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGHUP)
+
+    args = arguments(max_steps=9, dataloader_num_workers=2)
+    assert main(args, [At(3, hang_up)]) == 0
+    assert read_jsonl(Path(args.output_dir) / "events.jsonl") == []
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)

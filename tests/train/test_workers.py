@@ -1,11 +1,13 @@
 """Processes that work ahead: the same results in the same order, however many there are."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,8 @@ from qwhisper.train import workers
 from qwhisper.train.dataset import EncodedDialogues, step_samples
 from qwhisper.train.run import main
 from qwhisper.train.workers import WorkerDied, how_it_dies, work_ahead
+from tests.test_faults.inject import outcome_of
+from tests.test_faults.lives import At
 from tests.train.helpers import checkpoint_tensors, same_bits
 from tests.train.test_resume import StopAfter
 
@@ -85,6 +89,35 @@ def test_a_worker_that_does_not_answer_is_given_up(monkeypatch):
     with pytest.raises(WorkerDied, match="no answer in 1 s"):
         next(results)
     assert not multiprocessing.active_children()
+
+
+def no_process_can_be_started(monkeypatch, number):
+    def fork():
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fork", fork)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_a_process_that_cannot_be_started_is_a_death_and_no_fault_of_the_task(monkeypatch, number):
+    no_process_can_be_started(monkeypatch, number)
+    with pytest.raises(WorkerDied, match=f"no process could be started .{os.strerror(number)}."):
+        next(work_ahead(lambda n: n, iter([0]), 2))
+    assert how_it_dies(lambda n: n, 0) is None
+
+
+def test_a_run_that_can_start_no_process_again_ends_with_advice_and_quarantines_nothing(arguments, monkeypatch):
+    args = arguments(dataloader_num_workers=2, max_steps=9)
+
+    def killed_by_the_system():
+        no_process_can_be_started(monkeypatch, errno.EAGAIN)
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    outcome = outcome_of(args, [At(3, killed_by_the_system)])
+    assert outcome.code == 3, outcome.message
+    assert "no process could be started" in outcome.message and "--dataloader_num_workers 2" in outcome.message
+    assert not (Path(args.output_dir) / "quarantine.jsonl").exists()
 
 
 @pytest.mark.parametrize("position", [(0, 0), (0, 4), (1, 8)])
