@@ -6,6 +6,7 @@ did wrong is a QwhisperError and ends with one message and its exit code; anythi
 
 import difflib
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from qwhisper import __version__
 from qwhisper.errors import QwhisperError, UsageError
+from qwhisper.report.streams import unfailing_output
 
 INTERRUPTED = 130  # the shell's 128 + SIGINT
 
@@ -83,14 +85,18 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+            stream.reconfigure(errors="backslashreplace")  # in an ASCII locale it has no ×, and no Chinese name
     try:
         return _run(argv)
     except QwhisperError as error:
-        print(f"qwhisper: error: {error}", file=sys.stderr)
-        return error.exit_code
+        code, told = error.exit_code, f"error: {error}"
     except KeyboardInterrupt:
-        print("qwhisper: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        code, told = INTERRUPTED, "interrupted"
+    with unfailing_output():
+        print(f"qwhisper: {told}", file=sys.stderr)
+    return code
 
 
 def _run(argv: list[str]) -> int:

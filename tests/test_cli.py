@@ -1,5 +1,6 @@
 """The command line: what a user types and what comes back. No model is loaded here."""
 
+import os
 import subprocess
 import sys
 import time
@@ -227,3 +228,19 @@ def test_overview_comes_at_once():
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "qwhisper", "--help"], check=True, capture_output=True, cwd=ROOT)
     assert time.perf_counter() - started < 2  # 0.05 s on an idle machine
+
+
+def test_what_the_outputs_encoding_lacks_is_told_all_the_same():
+    """A Chinese name on a terminal that knows ASCII alone."""
+    code = "import sys; from qwhisper import cli; cli.main([]); print('中 ×'); sys.exit(cli.main(['中']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 2 and b"\\u4e2d" in done.stderr
+    assert done.stdout.endswith(b"\\u4e2d \\xd7\n")
+
+
+def test_an_error_that_nobody_can_be_told_of_keeps_its_exit_code():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "qwhisper", "xyzzy"]
+        assert subprocess.run(command, stdout=full, stderr=full, cwd=ROOT).returncode == 2

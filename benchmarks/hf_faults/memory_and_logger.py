@@ -3,6 +3,8 @@
 import builtins
 import errno
 import io
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +15,7 @@ from hf_faults import plain
 from hf_faults.observe import CRASHED, Bench, Plant, Seen, Verdict, ending, how_it_broke, judge, no_such_part, redirect
 from hf_faults.processes import in_evaluation
 from tests.test_faults.kill_shim import fail, in_child
-from tests.test_faults.test_logger import fails_in
+from tests.test_faults.test_logger import fails_in, pipe_without_reader
 
 
 def out_of_memory(*args, **kwargs) -> None:
@@ -110,6 +112,11 @@ def log_on_a_full_disk(bench: Bench) -> Verdict:
     return Verdict(verdict.kind, f"{verdict.outcome} (TensorBoard's log is empty)", verdict.seen)
 
 
+def output_to_a_pipe_that_nobody_reads(trainer: Trainer) -> None:
+    """A line at a time, as PYTHONUNBUFFERED has it: else Trainer would meet it with the first 8 KB."""
+    sys.stdout = os.fdopen(pipe_without_reader(), "w", buffering=1)
+
+
 class FullDisk:
     """A file that opens, and takes no byte."""
 
@@ -161,4 +168,5 @@ CASES = {
     "a tracker fails while logging": partial(ended, plant=tracker("on_log")),
     "a tracker can't be reached when the run begins": partial(ended, plant=tracker("on_train_begin")),
     "the disk is full when a log is written": log_on_a_full_disk,
+    "the reader of the pipe that a run prints to is gone": partial(ended, plant=output_to_a_pipe_that_nobody_reads),
 }

@@ -6,6 +6,7 @@ metrics.jsonl has every step, events.jsonl every act of a guard, quarantine.json
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ class RunLog:
     """Appends one JSON object a line; a line is complete on disk as soon as it is written.
 
     A log that can't be written is said once and given up for the moment: no run ends for want of its log.
+    kinds: how many events there were of each. quarantined: the reason by the source of each bad dialogue, however often
+    it came up. Both of the whole run, as far as the files of the part before a resume can be read.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.kinds = Counter(str(act.get("kind")) for act in _readable(folder / "events.jsonl"))
+        bad = _readable(folder / "quarantine.jsonl")
+        self.quarantined = {str(record.get("source")): str(record.get("reason")) for record in bad}
         self._torn: dict[str, bool] = {}  # by file: whether it may end in half a line
         self._lost: set[str] = set()
 
@@ -43,9 +49,11 @@ class RunLog:
         self._append("metrics.jsonl", values)
 
     def event(self, kind: str, *, step: int, **values: Any) -> None:
+        self.kinds[kind] += 1
         self._append("events.jsonl", {"time": round(time.time(), 3), "kind": kind, "step": step} | values)
 
     def quarantine(self, *, id: str, source: str, reason: str, step: int) -> None:
+        self.quarantined[source] = reason
         self._append("quarantine.jsonl", {"id": id, "source": source, "reason": reason, "step": step})
 
 
@@ -66,9 +74,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [record for line in lines if (record := _parse(line)) is not None]
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    """None for the half of a line that a kill or a full disk left."""
+def _readable(path: Path) -> list[dict[str, Any]]:
+    """The same; also an empty list where it is no file, or the disk can't read it."""
     try:
-        return json.loads(line)
+        return read_jsonl(path) if path.is_file() else []
+    except OSError:
+        return []
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """None for the half of a line that a kill or a full disk left, and for what is no record."""
+    try:
+        record = json.loads(line)
     except ValueError:
         return None
+    return record if isinstance(record, dict) else None

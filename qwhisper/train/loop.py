@@ -81,7 +81,8 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
 def train(run: Run, steps: Iterator[StepSamples]) -> int:
     """Runs to the end, or to a signal, and leaves a checkpoint.
 
-    Returns the exit code: 0, or 128 + the signal's number. Raises CheckpointError where the last one can't be written.
+    Returns the exit code: 0, or 128 + the number of a signal that left something to do. Raises CheckpointError where
+    the last one can't be written.
     """
     with StopSignals() as signals:
         saved = take_steps(run, steps, signals)
@@ -92,7 +93,8 @@ def train(run: Run, steps: Iterator[StepSamples]) -> int:
             f"step {run.state.step} could not be saved (events.jsonl says why); the last whole checkpoint is {newest}. "
             "Make room on the disk or mend it, then resume"
         )
-    return 128 + signals.received if signals.received else 0
+    finished = run.state.step >= run.total_steps and not evaluation_is_due(run)
+    return 128 + signals.received if signals.received and not finished else 0
 
 
 def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> bool:
@@ -187,9 +189,10 @@ def quarantine(run: Run, fetched: StepSamples) -> None:
     passes = 1 + run.state.epoch
     if fetched.rejections and run.state.bad_samples > run.args.max_bad_fraction * run.num_dialogues * passes:
         raise DataError(
-            f"{run.state.bad_samples} of {run.num_dialogues * passes} dialogues were unusable, more than "
-            f"--max_bad_fraction {run.args.max_bad_fraction}; the last: {fetched.rejections[-1].reason}. All are in "
-            f"{run.log.folder / 'quarantine.jsonl'}: mend or remove them, or raise the bound"
+            f"{run.state.bad_samples} times a dialogue could not be used (of {run.num_dialogues}, in pass {passes} "
+            f"over them), more than --max_bad_fraction {run.args.max_bad_fraction}; the last: "
+            f"{fetched.rejections[-1].reason}. All are in {run.log.folder / 'quarantine.jsonl'}: mend or remove them, "
+            "or raise the bound"
         )
 
 

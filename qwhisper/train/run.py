@@ -5,7 +5,6 @@ Everything that can be refused is refused before a model is loaded.
 
 import dataclasses
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import yaml
 from transformers import TrainerCallback
 
 from qwhisper.data.conversation import Conversation, in_words, read_conversations
-from qwhisper.errors import CheckpointError, MemoryLimitError, UsageError, first_line
+from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, NumericalError, UsageError, first_line
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.kernels import check_kernels
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.report.events import read_jsonl
+from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.arguments import TrainArguments
@@ -36,6 +35,7 @@ from qwhisper.train.state import TrainState, trained_kinds
 CONFIG_FILE = "config.yaml"
 
 
+@unfailing_output()
 def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int:
     """Runs a training and returns its exit code. callbacks: any `TrainerCallback`s; ours configure the run."""
     for callback in callbacks:
@@ -108,8 +108,24 @@ def go(run: Run, processor: Qwen3AudioProcessor, conversations: list[Conversatio
             file=sys.stderr,
         )
     else:
+        refuse_to_have_learned_nothing(run)
         print(closing_line(run))
     return code
+
+
+def refuse_to_have_learned_nothing(run: Run) -> None:
+    """Raises DataError or NumericalError where steps were taken, and no sample in any of them was trained on."""
+    state, log = run.state, run.log
+    if (state.supervised_tokens and state.skipped_steps < state.step) or not state.step:
+        return
+    told = f"nothing was learned: no sample was trained on in {state.step} steps"
+    if state.bad_samples and log.quarantined:
+        last = next(reversed(log.quarantined.values()))
+        raise DataError(
+            f"{told}; {len(log.quarantined)} dialogues could not be used, the last: {last}. "
+            f"All are in {log.folder / 'quarantine.jsonl'}: mend or replace them, and start again in another folder"
+        )
+    raise NumericalError(f"{told}; {log.folder / 'events.jsonl'} says of each step why")
 
 
 def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
@@ -191,15 +207,21 @@ def try_kernels(run: Run) -> None:
 
 def closing_line(run: Run) -> str:
     """What was done, and after a clean run what may be loosened."""
-    acts, bad_samples = read_jsonl(run.log.folder / "events.jsonl"), run.state.bad_samples
-    where = run.state.best_checkpoint or f"checkpoint-{run.state.step}"
-    done = f"done: {run.state.step} steps, {run.state.supervised_tokens} supervised tokens; {run.log.folder / where}"
-    if acts or bad_samples:
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in Counter(act["kind"] for act in acts).most_common())
+    state, log = run.state, run.log
+    stopped = f"stopped by a callback after {state.step} of {run.total_steps}"
+    steps = f"done: {state.step}" if state.step >= run.total_steps else stopped
+    folder = log.folder / (state.best_checkpoint or f"checkpoint-{state.step}")
+    saved = folder if folder.exists() else "nothing was saved"
+    done = f"{steps} steps, {state.supervised_tokens} supervised tokens; {saved}"
+    if log.kinds or log.quarantined:
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in log.kinds.most_common())
         told = (
-            f"Events: {kinds or 'none'}; {run.state.skipped_steps} steps skipped, {bad_samples} dialogues quarantined"
+            f"Events: {kinds or 'none'}; {state.skipped_steps} steps skipped, {len(log.quarantined)} dialogues "
+            "quarantined"
         )
-        return f"{done}. {told}. See events.jsonl and quarantine.jsonl in {run.log.folder}"
+        return f"{done}. {told}. See events.jsonl and quarantine.jsonl in {log.folder}"
+    if not state.step:
+        return done
     early = "fewer --early_lr_steps " if run.args.early_lr_steps else ""
     return (
         f"{done}. No guard had to act: a larger --per_device_train_batch_size, {early}or a higher --learning_rate may "

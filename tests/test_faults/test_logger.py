@@ -1,12 +1,16 @@
-"""Trackers that fail, and logs that the disk does not take."""
+"""Trackers that fail, logs that the disk does not take, and an output that nobody takes any more."""
 
+import contextlib
 import json
+import os
+import sys
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from qwhisper.report import events
 from qwhisper.report.events import RunLog, read_jsonl
+from qwhisper.report.streams import Unfailing
 from qwhisper.train import hooks
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.matrix import fault
@@ -89,6 +93,35 @@ def test_logs_on_a_full_disk(arguments, capsys):
     assert outcome.code == 0 and outcome.finite, outcome.message
     said = capsys.readouterr().err
     assert said.count("metrics.jsonl can't be written ([Errno 28] No space left on device)") == 1
+
+
+def errors_of_output_are_errors_of_the_run(monkeypatch) -> None:
+    def give_up(self, error):
+        raise error
+
+    monkeypatch.setattr(Unfailing, "give_up", give_up)
+
+
+def pipe_without_reader() -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+@fault(
+    "the reader of the pipe that a run prints to is gone",
+    of="logger",
+    guarantee="it is said once on stderr, the run goes on to its end, its exit code is what it would be",
+    without=errors_of_output_are_errors_of_the_run,
+)
+def test_a_pipe_that_nobody_reads(arguments, monkeypatch, capsys):
+    pipe = os.fdopen(pipe_without_reader(), "w")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    outcome = outcome_of(arguments())
+    with contextlib.suppress(BrokenPipeError):  # without the guard, of what is left in its buffer
+        pipe.close()
+    assert outcome.code == 0 and outcome.finite, outcome.message
+    assert capsys.readouterr().err.count("stdout can't be written ([Errno 32] Broken pipe)") == 1
 
 
 @fault(

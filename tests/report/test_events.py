@@ -1,0 +1,29 @@
+"""What a run's log knows of the whole run. Logs that can't be written are in tests/test_faults/test_logger.py."""
+
+import pytest
+
+from qwhisper.report.events import RunLog
+
+
+def test_a_resumed_run_knows_the_events_and_the_bad_dialogues_of_before(tmp_path):
+    for epoch in range(2):
+        log = RunLog(tmp_path)
+        log.event("skipped", step=epoch)
+        log.quarantine(id="a", source="data.jsonl:1", reason="silent", step=epoch)
+        log.quarantine(id="a", source="data.jsonl:2", reason="unreadable", step=epoch)
+    assert log.kinds == {"skipped": 2}
+    assert log.quarantined == {"data.jsonl:1": "silent", "data.jsonl:2": "unreadable"}
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.mkdir(),
+    lambda path: path.symlink_to("/dev/full"),  # which can be read for ever
+    lambda path: path.symlink_to("/proc/self/mem"),  # EIO
+    lambda path: path.write_text('null\n5\n"a"\n{half'),
+])  # fmt: skip
+def test_a_log_of_before_that_can_not_be_read_is_none(tmp_path, spoil):
+    spoil(tmp_path / "events.jsonl")
+    log = RunLog(tmp_path)
+    assert not log.kinds
+    log.event("skipped", step=1)
+    assert log.kinds == {"skipped": 1}

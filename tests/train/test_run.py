@@ -1,0 +1,86 @@
+"""How a training run ends: its exit code and its last line."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from qwhisper.errors import DataError, NumericalError
+from qwhisper.train.run import main
+from tests.small import write_dialogues
+from tests.test_faults.inject import loss_times, plant
+from tests.test_faults.lives import At
+from tests.train.helpers import read_lines
+
+
+def with_bad_clips(folder: Path, numbers) -> str:
+    data = write_dialogues(folder, 12)
+    for number in numbers:
+        (folder / f"clip{number}.wav").write_bytes(b"no sound")
+    return str(data)
+
+
+def last_line(capsys) -> str:
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def only_spoken(data: str) -> str:
+    spoken = [line for line in Path(data).read_text().splitlines() if ".wav" in line]
+    Path(data).write_text("\n".join(spoken) + "\n")
+    return data
+
+
+def test_a_run_in_which_no_sample_could_be_used_is_one_of_bad_data(arguments, tmp_path):
+    data = only_spoken(with_bad_clips(tmp_path / "data", range(12)))
+    with pytest.raises(DataError, match=r"no sample was trained on in 6 steps; 10 dialogues .*clip.*quarantine\.jsonl"):
+        main(arguments(train_file=data, max_bad_fraction=1.0))
+
+
+def test_a_run_in_which_no_sample_was_finite_is_one_of_bad_numbers(arguments, monkeypatch):
+    plant(monkeypatch, loss_times(float("nan")))
+    with pytest.raises(NumericalError, match=r"no sample was trained on in 3 steps; .*events\.jsonl"):
+        main(arguments(max_steps=3))
+
+
+def test_a_bad_dialogue_is_counted_once_however_often_it_comes_up(arguments, tmp_path, capsys):
+    args = arguments(train_file=with_bad_clips(tmp_path / "data", [3]), max_bad_fraction=0.5, max_steps=9)
+    assert main(args) == 0
+    assert len(read_lines(Path(args.output_dir) / "quarantine.jsonl")) == 3  # passes over the data
+    assert "Events: none; 0 steps skipped, 1 dialogues quarantined" in last_line(capsys)
+
+
+def test_too_many_are_not_told_as_dialogues_that_there_are_not(arguments, tmp_path):
+    args = arguments(train_file=with_bad_clips(tmp_path / "data", [3]), max_bad_fraction=0.05)
+    with pytest.raises(DataError, match=r"^1 times a dialogue could not be used \(of 12, in pass 1 over them\)"):
+        main(args)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda events: events.mkdir(),
+    lambda events: events.write_text("null\n5\n{}\n"),
+])  # fmt: skip
+def test_a_finished_run_says_so_whatever_became_of_its_events(arguments, capsys, spoil):
+    args = arguments()
+    assert main(args, [At(4, lambda: spoil(Path(args.output_dir) / "events.jsonl"))]) == 0
+    assert "No guard had to act" in last_line(capsys)
+
+
+class StopsAtOnce(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_a_callback_that_stops_the_run_before_its_first_step_is_told_of_and_no_checkpoint_is(arguments, capsys):
+    assert main(arguments(), [StopsAtOnce()]) == 0
+    said = last_line(capsys)
+    assert said == "stopped by a callback after 0 of 6 steps, 0 supervised tokens; nothing was saved"
+
+
+@pytest.mark.parametrize(("step", "code"), [(5, 128 + signal.SIGTERM), (6, 0)])
+def test_a_signal_in_the_last_step_comes_too_late_to_stop_anything(arguments, capsys, step, code):
+    args = arguments()
+    assert main(args, [At(step, lambda: os.kill(os.getpid(), signal.SIGTERM))]) == code
+    assert (Path(args.output_dir) / f"checkpoint-{step}").exists()
+    assert last_line(capsys).startswith("done: 6 steps") == (code == 0)
