@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import MemoryLimitError
+from qwhisper.memory import is_out_of_memory
 from qwhisper.model.loading import LoadOptions, load_trained
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
@@ -125,7 +126,9 @@ def iterate_answers(
         chosen = longest_first[done : done + batch_size]
         try:
             answers = _answer_batch(model, collator, [prompts[i] for i in chosen], max_new_tokens)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             if len(chosen) == 1:
                 tokens = len(prompts[chosen[0]].input_ids)
                 raise MemoryLimitError(

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from qwhisper.errors import MemoryLimitError, UsageError
+from qwhisper.errors import MemoryLimitError, UsageError, first_line
+from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.loss import head_logits
@@ -180,10 +181,11 @@ def naming_memory_limit(names: str, cures: str) -> Iterator[None]:
     """Where loading runs out of memory: MemoryLimitError with what was loaded and what may help."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise MemoryLimitError(
-            f"out of memory while {names} loaded: use {cures}, or end what else is on the card "
-            f"({str(error).splitlines()[0]})"
+            f"out of memory while {names} loaded: use {cures}, or end what else is on the card ({first_line(error)})"
         ) from error
 
 
