@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,12 @@ def _flush(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """A text file that is there with all of `text`, or as it was before."""
     aside = path.with_name(f".{path.name}{WRITING}")
-    aside.write_text(text, encoding="utf-8")
-    _flush(aside)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _flush(aside)
+    except OSError:
+        _remove(aside)
+        raise
     aside.replace(path)
     _flush(path.parent)
 
@@ -61,7 +66,7 @@ def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None], 
     """
     _clear_leftovers(run_folder)
     final = run_folder / f"{PREFIX}{step}"
-    aside, old = _hidden(final, WRITING), _hidden(final, OLD)
+    aside, old = _free(run_folder, f".{final.name}", WRITING), final.with_name(f".{final.name}{OLD}")
     try:
         aside.mkdir(parents=True)
         fill(aside)
@@ -96,8 +101,19 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _hidden(folder: Path, suffix: str) -> Path:
-    return folder.with_name(f".{folder.name}{suffix}")
+def _free(parent: Path, name: str, suffix: str = "") -> Path:
+    """`name` or, where there is such a file already, the first of `name`-1, `name`-2, … that there is not."""
+    paths = (parent / f"{name}{f'-{n}' if n else ''}{suffix}" for n in count())
+    return next(path for path in paths if not os.path.lexists(path))
+
+
+def _remove(path: Path) -> None:
+    """A file, folder or link; as much of it as the disk lets go."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _clear_leftovers(run_folder: Path) -> None:
@@ -107,7 +123,7 @@ def _clear_leftovers(run_folder: Path) -> None:
         if folder.suffix == OLD and not replaced.exists():
             folder.rename(replaced)
         elif folder.suffix in (WRITING, DELETING, OLD):
-            shutil.rmtree(folder)
+            _remove(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -115,10 +131,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         complete = all({"sha256", "bytes"} <= entry.keys() for entry in manifest["files"].values())
-        if not complete or not isinstance(manifest["finite"], bool):
+        if not complete or not isinstance(manifest["finite"], bool) or not isinstance(manifest["step"], int):
             raise ValueError("not as it was written")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST} ({error})") from None
 
 
@@ -149,9 +165,16 @@ def _sha256_or_error(path: Path) -> str:
 
 
 def check_usable(folder: Path) -> None:
-    """Raises CheckpointError where a file is not what was written, or a weight was not finite when it was."""
-    if not check_manifest(folder)["finite"]:
+    """Raises CheckpointError where a file is not what was written, a weight was not finite when it was, or the name is
+    another checkpoint's.
+    """
+    manifest = check_manifest(folder)
+    if not manifest["finite"]:
         raise CheckpointError(f"{folder}: a weight in it is not finite; go on from an older checkpoint")
+    if (named := _step_in_name(folder)) is not None and named != manifest["step"]:
+        raise CheckpointError(
+            f"{folder}: it is of step {manifest['step']}, not {named}; call it {PREFIX}{manifest['step']} again"
+        )
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -163,22 +186,26 @@ def checkpoints(run_folder: Path) -> list[Path]:
 def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
     """Renames the checkpoints of later steps than `resumed`, oldest first, and returns their new names.
 
+    `resumed` may lie elsewhere, as a copy does.
+
     They belong to another course of the run: they must neither count among the newest that are kept nor be gone on
     from.
     """
-    renamed, own_step = [], re.search(rf"{PREFIX}(\d+)", resumed.name)
-    for step, folder in sorted(_by_step(run_folder).items()):
-        if own_step and step > int(own_step[1]):
-            names = (folder.with_name(f"{ASIDE}{PREFIX}{step}{f'-{n}' if n else ''}") for n in count())
-            renamed.append(folder.rename(next(name for name in names if not name.exists())))
-    return renamed
+    resumed_step = read_manifest(resumed)["step"]
+    later = [(step, folder) for step, folder in sorted(_by_step(run_folder).items()) if step > resumed_step]
+    return [folder.rename(_free(run_folder, f"{ASIDE}{PREFIX}{step}")) for step, folder in later]
+
+
+def _step_in_name(folder: Path) -> int | None:
+    """The N of checkpoint-N, also under the hidden name that it has where a kill came in a replacement."""
+    found = re.fullmatch(rf"{PREFIX}([0-9]+)|\.{PREFIX}([0-9]+){re.escape(OLD)}", folder.name)
+    return int(found[1] or found[2]) if found else None
 
 
 def _by_step(run_folder: Path) -> dict[int, Path]:
-    named = {folder.name.removeprefix(PREFIX): folder for folder in run_folder.glob(f"{PREFIX}*")}
-    # Under its hidden name where a kill came between the two renames of a replacement.
-    hidden = {folder.stem.removeprefix(f".{PREFIX}"): folder for folder in run_folder.glob(f".{PREFIX}*{OLD}")}
-    return {int(step): folder for step, folder in (hidden | named).items() if step.isdigit() and folder.is_dir()}
+    folders = [*run_folder.glob(f".{PREFIX}*{OLD}"), *run_folder.glob(f"{PREFIX}*")]
+    steps = [(_step_in_name(folder), folder) for folder in folders if folder.is_dir()]
+    return {step: folder for step, folder in steps if step is not None}
 
 
 def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
@@ -231,8 +258,7 @@ def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:
     for folder in found[:-keep_last]:
         if folder.name not in protected | {healthy}:
             # By a name that nobody reads: a kill in the middle leaves no half of a checkpoint.
-            going = folder.rename(_hidden(folder, DELETING))
-            shutil.rmtree(going, ignore_errors=True)
+            _remove(folder.rename(_free(run_folder, f".{folder.name}", DELETING)))
 
 
 def _says_finite(folder: Path) -> bool:

@@ -30,17 +30,29 @@ def save_arguments(args: TrainArguments, folder: Path) -> None:
     (folder / ARGUMENTS_FILE).write_text(json.dumps(dataclasses.asdict(args), indent=1), encoding="utf-8")
 
 
+def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError("not as it was written")
+        return saved
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint}: no readable {ARGUMENTS_FILE} ({error})") from error
+
+
+def output_dir_of(checkpoint: Path) -> Path:
+    """Of the run that saved it, as it was called then."""
+    return Path(_saved_arguments(checkpoint).get("output_dir", ""))
+
+
 def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
     """Name to (value then, value now) of the flags that differ from what the checkpoint's run was told.
 
     Raises UsageError for one that can't be changed on the way, CheckpointError where the old ones can't be read.
     """
-    try:
-        then = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(dataclasses.asdict(args)))
-        names = (then.keys() & now.keys()) - set(PLACES)
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint}: no readable {ARGUMENTS_FILE} ({error})") from error
+    then = _saved_arguments(checkpoint)
+    now = json.loads(json.dumps(dataclasses.asdict(args)))
+    names = (then.keys() & now.keys()) - set(PLACES)
     changed = {name: (then[name], now[name]) for name in sorted(names) if then[name] != now[name]}
     for name in MADE_AT_THE_START:
         if name in changed:

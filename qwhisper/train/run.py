@@ -27,7 +27,7 @@ from qwhisper.train.context import Run
 from qwhisper.train.dataset import EncodedDialogues, step_samples
 from qwhisper.train.hooks import tracker_callbacks
 from qwhisper.train.loop import train
-from qwhisper.train.resume import changed_arguments
+from qwhisper.train.resume import changed_arguments, output_dir_of
 from qwhisper.train.run_lock import run_lock
 from qwhisper.train.saving import restore
 from qwhisper.train.state import TrainState, trained_kinds
@@ -82,11 +82,12 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     state.kinds = sorted(kinds.union(state.kinds, earlier))
     torch.manual_seed(args.seed)
     model, processor = build(args, resumed)
-    write_config(args, folder)
     run = assemble_run(args, model, processor, conversations, held_out, state, [*callbacks, *trackers])
     describe(run)
     if resumed:
         restore(run, resumed)
+        put_later_aside(folder, resumed)
+    write_config(args, folder, resumed)
     try_kernels(run)
     return go(run, processor, conversations)
 
@@ -131,31 +132,51 @@ def refuse_to_have_learned_nothing(run: Run) -> None:
 def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run, which must not overwrite another."""
     if not args.resume_from_checkpoint:
-        if (folder / CONFIG_FILE).exists() or checkpoints.checkpoints(folder):
+        if holds_run(folder):
             raise UsageError(
                 f"--output_dir {folder} holds another run. To go on with it: {resume_command(folder)}. "
                 "For a new run give another folder; nothing was changed"
             )
         return None
     if args.resume_from_checkpoint != "latest":
-        path = Path(args.resume_from_checkpoint)
-        checkpoints.check_usable(path)
-        return with_later_ones_aside(folder, path)
+        return given_checkpoint(Path(args.resume_from_checkpoint), folder)
     newest, passed_over = checkpoints.newest_valid(folder)
     for line in passed_over:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
     if newest is None and passed_over:
         raise CheckpointError(f"{folder}: no checkpoint is whole and finite; start again in another folder")
     print(f"resuming from {newest}" if newest else f"{folder} has no checkpoint yet: starting from the beginning")
-    return with_later_ones_aside(folder, newest) if newest else None
+    return newest
 
 
-def with_later_ones_aside(folder: Path, resumed: Path) -> Path:
-    """The checkpoint that is resumed, after later ones of its run have been renamed, which is said."""
-    if resumed.resolve().parent == folder.resolve():
-        for path in checkpoints.put_aside_later(folder, resumed):
-            print(f"a checkpoint of a later step is put aside: {path}")
-    return resumed
+def given_checkpoint(path: Path, folder: Path) -> Path:
+    """A checkpoint that was named, wherever it lies: also a copy of one of this run, or where a new folder goes on from
+    another run.
+    """
+    path = path.resolve()  # its name and its parent are asked for, and `.` and links have others
+    if not path.is_dir() or checkpoints.checkpoints(path):
+        raise UsageError(
+            f"--resume_from_checkpoint {path}: no checkpoint-N folder. Without a value it takes the newest of "
+            f"--output_dir {folder}"
+        )
+    checkpoints.check_usable(path)
+    own, saved_by = folder.resolve(), output_dir_of(path).resolve()
+    if own not in (path.parent, saved_by) and holds_run(folder):
+        raise UsageError(
+            f"--output_dir {folder} holds another run than {path}, which was saved by the one in {saved_by}: give a "
+            "new folder, or copy the checkpoint into its run's; nothing was changed"
+        )
+    return path
+
+
+def holds_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).exists() or bool(checkpoints.checkpoints(folder))
+
+
+def put_later_aside(folder: Path, resumed: Path) -> None:
+    """Renames the checkpoints after the one that is resumed, and says so."""
+    for path in checkpoints.put_aside_later(folder, resumed):
+        print(f"a checkpoint of a later step is put aside: {path}")
 
 
 def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_file_sha256: str) -> None:
@@ -183,10 +204,20 @@ def set_up_torch(args: TrainArguments) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def write_config(args: TrainArguments, folder: Path) -> None:
-    """Everything that is needed to run it again: `qwhisper train --config` reads it."""
+def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> None:
+    """Everything that is needed to run it again: `qwhisper train --config` reads it.
+
+    Where the disk does not take it, a resumed run goes on with what stands there.
+    """
     values = {k: v for k, v in dataclasses.asdict(args).items() if v is not None and k != "resume_from_checkpoint"}
-    checkpoints.write_whole(folder / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    try:
+        checkpoints.write_whole(folder / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        if resumed is None or not (folder / CONFIG_FILE).exists():
+            raise UsageError(
+                f"{folder / CONFIG_FILE}: can't be written ({error}): make room, or give another folder"
+            ) from None
+        print(f"note: {folder / CONFIG_FILE} is left as it was: {error}")
 
 
 def describe(run: Run) -> None:

@@ -37,9 +37,8 @@ def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
 
     folder = checkpoints.write_checkpoint(run.log.folder, state.step, fill, finite=finite)
     if finite:
-        checkpoints.rotate(
-            run.log.folder, run.args.save_total_limit, {state.best_checkpoint} if state.best_checkpoint else set()
-        )
+        protected = {name for name in (folder.name, state.best_checkpoint) if name}
+        checkpoints.rotate(run.log.folder, run.args.save_total_limit, protected)
     else:
         run.log.event("weights_not_finite", step=state.step, checkpoint=folder.name)
         print(f"{folder.name}: a trained weight is not finite; no older checkpoint will be deleted", file=sys.stderr)

@@ -140,9 +140,9 @@ def test_config_killed_anywhere(arguments, tmp_path):
     (tmp_path / "run").mkdir()
     texts = []
     for rate in (1e-2, 2e-2):
-        train_run.write_config(dataclasses.replace(args, learning_rate=rate), tmp_path / "run")
+        train_run.write_config(dataclasses.replace(args, learning_rate=rate), tmp_path / "run", None)
         texts.append((tmp_path / "run/config.yaml").read_text())
-    for where in killed_everywhere(lambda: train_run.write_config(args, tmp_path / "run"), tmp_path / "run"):
+    for where in killed_everywhere(lambda: train_run.write_config(args, tmp_path / "run", None), tmp_path / "run"):
         assert (tmp_path / "run/config.yaml").read_text() in texts, where
 
 

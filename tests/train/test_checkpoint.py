@@ -1,4 +1,6 @@
+import errno
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from qwhisper.train.checkpoint import (
     check_usable,
     checkpoints,
     newest_valid,
+    put_aside_later,
     resolve_checkpoint,
     rotate,
     write_checkpoint,
@@ -150,6 +153,65 @@ def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):
         write_whole(tmp_path / "config.yaml", text)
         assert (tmp_path / "config.yaml").read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_write_whole_leaves_what_was_there_where_the_disk_is_full(tmp_path, monkeypatch):
+    write_whole(tmp_path / "config.yaml", "one")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_flush", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "config.yaml", "two")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "one")]
+
+
+def test_one_under_another_steps_name_is_not_taken_for_it(tmp_path):
+    write_checkpoint(tmp_path, 3, fill)
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-100")
+    folder, passed_over = newest_valid(tmp_path)
+    assert folder == tmp_path / "checkpoint-3" and "of step 3, not 100" in passed_over[0]
+    with pytest.raises(CheckpointError, match="call it checkpoint-3 again"):
+        resolve_checkpoint(tmp_path / "checkpoint-100")
+
+
+@pytest.mark.parametrize("name", ["checkpoint-²", "checkpoint-3.old", "checkpoint-", "checkpoint-3b"])
+def test_other_names_are_no_checkpoints(tmp_path, name):
+    write_checkpoint(tmp_path, 3, fill)
+    (tmp_path / name).mkdir()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+def test_one_that_lies_elsewhere_and_is_linked_is_rotated_away_alone(tmp_path):
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    write_checkpoint(run, 1, fill).rename(disk)
+    (run / "checkpoint-1").symlink_to(disk)
+    for step in (2, 3):
+        write_checkpoint(run, step, fill)
+        rotate(run, 1, set())
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-3"]
+    check_manifest(disk)
+
+
+def test_what_the_disk_does_not_let_go_of_is_in_no_saves_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: None)
+    for step in (1, 2, 3):
+        (tmp_path / f".checkpoint-{step}.writing").mkdir()
+        (tmp_path / f".checkpoint-{step}.deleting").mkdir()
+        write_checkpoint(tmp_path, step, fill)
+        rotate(tmp_path, 1, set())
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+def test_later_ones_than_a_copy_are_put_aside(tmp_path):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path / "run", step, fill)
+    shutil.copytree(tmp_path / "run/checkpoint-1", tmp_path / "copy")
+    (tmp_path / "run/aside-checkpoint-3").mkdir()
+    renamed = put_aside_later(tmp_path / "run", tmp_path / "copy")
+    assert [p.name for p in renamed] == ["aside-checkpoint-2", "aside-checkpoint-3-1"]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
 
 
 def test_a_checkpoint_is_hashed_once(tmp_path, monkeypatch):

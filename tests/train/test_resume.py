@@ -1,6 +1,7 @@
 """A resumed run ends where the uninterrupted one does, to the last bit."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.errors import CheckpointError, QwhisperError, UsageError
 from qwhisper.guards import ladder
+from qwhisper.train.checkpoint import checkpoints
 from qwhisper.train.executor import Executor
 from qwhisper.train.run import main
 from tests.test_faults.inject import plant
@@ -168,6 +170,62 @@ def test_folder_of_another_run_is_refused_with_the_command_that_resumes_it(argum
         main(args)
     assert f"qwhisper train --config {args.output_dir}/config.yaml --resume_from_checkpoint" in str(caught.value)
     assert sorted((p, p.stat().st_mtime_ns) for p in Path(args.output_dir).rglob("*")) == before
+
+
+def everything(folder) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob("*")) if p.name != ".lock"}
+
+
+def test_a_refused_resume_changes_nothing(arguments, tmp_path):
+    args = arguments()
+    main(args)
+    before = everything(args.output_dir)
+    earlier = str(Path(args.output_dir) / "checkpoint-3")
+    for values in ({"lora_r": 3}, {"train_file": str(tmp_path / "gone.jsonl")}):
+        with pytest.raises(QwhisperError):
+            main(dataclasses.replace(args, resume_from_checkpoint=earlier, **values))
+        assert everything(args.output_dir) == before
+
+
+def test_another_runs_folder_is_refused_and_a_copy_of_its_own_checkpoint_is_not(arguments, tmp_path):
+    args, other = arguments(), arguments(output_dir=str(tmp_path / "other"), max_steps=3)
+    main(args)
+    main(other)
+    before = everything(args.output_dir)
+    foreign = str(tmp_path / "other/checkpoint-3")
+    with pytest.raises(UsageError, match="holds another run"):
+        main(dataclasses.replace(args, resume_from_checkpoint=foreign))
+    assert everything(args.output_dir) == before
+    shutil.copytree(Path(args.output_dir) / "checkpoint-3", tmp_path / "backup/checkpoint-3")
+    copy = str(tmp_path / "backup/checkpoint-3")
+    again = dataclasses.replace(args, resume_from_checkpoint=copy, max_steps=5, save_total_limit=1)
+    assert main(again) == 0
+    assert [p.name for p in checkpoints(Path(args.output_dir))] == ["checkpoint-5"]
+    assert main(dataclasses.replace(args, output_dir=str(tmp_path / "new"), resume_from_checkpoint=foreign)) == 0
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoint-33"])
+def test_a_path_that_is_no_checkpoint_is_a_mistake_in_the_command(arguments, tmp_path, place):
+    args = arguments(max_steps=3)
+    main(args)
+    with pytest.raises(UsageError, match="no checkpoint-N folder"):
+        main(dataclasses.replace(args, resume_from_checkpoint=str(tmp_path / place)))
+
+
+def test_a_full_disk_refuses_a_new_run_and_leaves_a_resumed_ones_config(arguments, monkeypatch, capsys):
+    args = arguments(max_steps=3)
+    main(args)
+    config = (Path(args.output_dir) / "config.yaml").read_text()
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qwhisper.train.checkpoint.write_whole", full)
+    assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=4)) == 0
+    assert (Path(args.output_dir) / "config.yaml").read_text() == config
+    assert "is left as it was" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="make room"):
+        main(dataclasses.replace(args, output_dir=f"{args.output_dir}-new"))
 
 
 def test_all_checkpoints_damaged_is_an_error_of_its_own(arguments):
