@@ -192,10 +192,19 @@ def probe_of(
         freeze_projector_steps=args.freeze_projector_steps,
         samples_per_step=args.samples_per_step,
     )
-    if first_step > total_steps:
-        return None
-
     asks_from = first_questions_step(samples_per_step=args.samples_per_step)
+    if first_step > total_steps:
+        if held_out:
+            print(
+                f"note: no listening probe: it takes {first_step} steps to pay for one, and this run has "
+                f"{total_steps}; `qwhisper eval` tells whether it hears"
+            )
+        return None
+    if asks_from <= total_steps and not state.kinds and any(m.kind for talk in held_out for m in talk.messages):
+        print(
+            "note: no retention in this run: the training data names no `kind`, so what is never trained on is "
+            "unknown; give its answers a `kind`"
+        )
 
     def make(_: None) -> ListeningProbe | None:
         asked = held_out if asks_from <= total_steps else []

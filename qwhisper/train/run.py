@@ -30,6 +30,7 @@ from qwhisper.train.loop import train
 from qwhisper.train.resume import changed_arguments, output_dir_of
 from qwhisper.train.run_lock import run_lock
 from qwhisper.train.saving import restore
+from qwhisper.train.schedule import warmup_steps
 from qwhisper.train.state import TrainState, trained_kinds
 
 CONFIG_FILE = "config.yaml"
@@ -226,6 +227,10 @@ def describe(run: Run) -> None:
     print(
         f"training {trained}; {run.total_steps} steps of {run.args.samples_per_step} samples on {run.executor.device}"
     )
+    low = {"warmup_steps": warmup_steps(run.args, run.total_steps), "early_lr_steps": run.args.early_lr_steps}
+    for name, steps in low.items():
+        if steps >= run.total_steps:
+            print(f"note: all {run.total_steps} steps are within --{name} {steps}, at a part of the learning rate")
 
 
 def try_kernels(run: Run) -> None:

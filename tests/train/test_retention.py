@@ -1,6 +1,7 @@
 """What is left of the text model in one that hears: asked while it trains, and told where it is lost."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,15 @@ def probed_in_each_step(monkeypatch):
 
 def probes(args) -> list[dict]:
     return [line for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "listening_gain" in line]
+
+
+def test_a_run_whose_data_names_no_kinds_asks_nothing_and_says_so(bases, tmp_path, probed_in_each_step, capsys):
+    args = thinking_arguments(bases, tmp_path, max_steps=3)
+    train_file = Path(args.train_file)
+    train_file.write_text(re.sub(r', "kind": "[a-z]+"', "", train_file.read_text()))
+    assert main(args) == 0
+    assert not [line for line in probes(args) if "retention" in line]
+    assert "note: no retention in this run: the training data names no `kind`" in capsys.readouterr().out
 
 
 def test_the_curve_is_in_the_log_of_a_run_with_kinds_that_it_was_not_trained_on(

@@ -32,6 +32,25 @@ def only_spoken(data: str) -> str:
     return data
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"warmup_steps": 6}, "note: all 6 steps are within --warmup_steps 6,"),
+        ({"early_lr_steps": 100}, "note: all 6 steps are within --early_lr_steps 100,"),
+        ({"warmup_steps": 0.5}, None),
+    ],
+)
+def test_a_run_that_never_comes_to_its_learning_rate_says_so(arguments, capsys, values, named):
+    main(arguments(**values))
+    notes = [line for line in capsys.readouterr().out.splitlines() if "at a part of the learning rate" in line]
+    assert [line.startswith(named) for line in notes] == [True] * (named is not None)
+
+
+def test_a_run_that_is_too_short_for_a_probe_says_so(arguments, train_file, capsys):
+    main(arguments(eval_file=str(train_file)))
+    assert "no listening probe: it takes 802 steps to pay for one, and this run has 6" in capsys.readouterr().out
+
+
 def test_a_run_in_which_no_sample_could_be_used_is_one_of_bad_data(arguments, tmp_path):
     data = only_spoken(with_bad_clips(tmp_path / "data", range(12)))
     with pytest.raises(DataError, match=r"no sample was trained on in 6 steps; 10 dialogues .*clip.*quarantine\.jsonl"):
