@@ -57,6 +57,10 @@ def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForCond
         processor = Qwen3AudioProcessor.from_pretrained(start_from)
         if args.projector_scale is not None:
             model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
+        for name in ("audio_lead_silence", "audio_tail_silence"):
+            if (seconds := getattr(args, name)) is not None:
+                setattr(model.config, name, seconds)
+                setattr(processor, name, seconds)
     model.config.projector_dropout = model.model.multi_modal_projector.dropout.p = args.projector_dropout
     prepare_trainable(model, args)
     if start_from is not None and not args.freeze_whisper:

@@ -3,6 +3,16 @@ import pytest
 from qwhisper.data.conversation import read_conversations
 from qwhisper.train.assemble import build, collator_for
 from qwhisper.train.dataset import EncodedDialogues, encode_all
+from qwhisper.train.run import main
+
+
+def test_a_second_stage_has_the_silence_that_it_is_given_or_else_the_first_ones(arguments, tmp_path):
+    first = arguments(max_steps=1, audio_lead_silence=0.04, audio_tail_silence=0.1)
+    main(first)
+    values = {"init_from": first.output_dir, "output_dir": str(tmp_path / "second")}
+    model, processor = build(arguments(**values, audio_lead_silence=0.2, audio_tail_silence=None), None)
+    for silence in (model.config.frames, processor.frames):
+        assert (silence.lead_silence_s, silence.tail_silence_s) == (0.2, 0.1)
 
 
 @pytest.mark.parametrize(("given", "made_for", "longest"), [(None, 60, 60), (50, 60, 50), (None, 10_000, 10_000)])
