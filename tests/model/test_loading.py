@@ -329,6 +329,17 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(name):
     LoadOptions(device_map={"model.layers.0": name})  # such maps are transformers' to judge
 
 
+def test_on_a_machine_with_two_gpus_those_are_taken_and_a_third_is_not(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for device, name in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda:1"), (torch.device("cuda:0"), "cuda:0")):
+        assert (
+            LoadOptions(device_map={"": device}).device == LoadOptions(device_map=device).device == torch.device(name)
+        )
+    with pytest.raises(UsageError, match="no device 'cuda:2' for PyTorch here: give one of cpu, cuda:0, cuda:1"):
+        LoadOptions(device_map="cuda:2")
+
+
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"": torch.device("cpu")}])
 def test_a_device_map_of_one_device_is_the_encoders_too(monkeypatch, device_map):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
