@@ -13,7 +13,7 @@ HOP_LENGTH = 160  # samples a mel frame
 N_FFT = 400  # samples an STFT window; also the shortest window that reflect padding allows for comfortably
 CONV_STRIDE = 2  # mel frames an encoder frame
 FRAME_SAMPLES = HOP_LENGTH * CONV_STRIDE  # 20 ms
-LEAD_SILENCE_S, TAIL_SILENCE_S = 0.25, 1.0  # around the speech where no flag says otherwise, see docs/silence.md
+DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S = 0.25, 1.0  # around the speech, see docs/silence.md
 KEPT_SILENCE_FRAMES = 12  # after the speech: what was said last is also in the frames behind it
 
 

@@ -1,6 +1,5 @@
 """Checkpoints ready to answer, and greedy answers to batches of prompts."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from qwhisper.model.loading import LoadOptions, load_trained
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.train.checkpoint import resolve_checkpoint
+from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
 from qwhisper.versions import check_versions
 
 # Spelled out: what is left open comes from the base's generation_config.json, and Qwen's samples and penalises.
@@ -66,8 +66,7 @@ def load_resolved(
 
 def training_arguments(folder: Path) -> dict:
     """What the run that wrote a checkpoint was told; empty where the folder does not say."""
-    path = folder / "arguments.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return saved_arguments(folder) if (folder / ARGUMENTS_FILE).is_file() else {}
 
 
 def collator_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -> ConversationCollator:

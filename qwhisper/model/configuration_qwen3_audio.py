@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from qwhisper.frames import LEAD_SILENCE_S, TAIL_SILENCE_S, FrameArithmetic
+from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
 
 
 @strict
@@ -41,8 +41,8 @@ class Qwen3AudioConfig(PreTrainedConfig):
     projector_dropout: float = 0.0
     projector_scale: float = 1.0
     projector_init_scale: float = 0.1
-    audio_lead_silence: float = LEAD_SILENCE_S
-    audio_tail_silence: float = TAIL_SILENCE_S
+    audio_lead_silence: float = DEFAULT_LEAD_SILENCE_S
+    audio_tail_silence: float = DEFAULT_TAIL_SILENCE_S
     audio_base: dict | None = None
     text_base: dict | None = None
     audio_tower_trained: bool = False

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwhisper.errors import UsageError
-from qwhisper.frames import LEAD_SILENCE_S, TAIL_SILENCE_S, FrameArithmetic
+from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
 from qwhisper.guards.switch import BOUND
 from qwhisper.train import flags
 
@@ -151,8 +151,8 @@ class TrainArguments(
 
     def _check_silence(self) -> None:
         """Whether a window of Whisper's has room for speech beside it."""
-        lead = LEAD_SILENCE_S if self.audio_lead_silence is None else self.audio_lead_silence
-        tail = TAIL_SILENCE_S if self.audio_tail_silence is None else self.audio_tail_silence
+        lead = DEFAULT_LEAD_SILENCE_S if self.audio_lead_silence is None else self.audio_lead_silence
+        tail = DEFAULT_TAIL_SILENCE_S if self.audio_tail_silence is None else self.audio_tail_silence
         try:
             FrameArithmetic(lead_silence_s=lead, tail_silence_s=tail)
         except ValueError as error:

@@ -204,14 +204,14 @@ def probe_of(
                 f"{total_steps}; `qwhisper eval` tells whether it hears"
             )
         return None
-    if asks_from <= total_steps and not state.kinds and any(m.kind for talk in held_out for m in talk.messages):
+    asked = held_out if asks_from <= total_steps else []
+    if not state.kinds and any(message.kind for conversation in asked for message in conversation.messages):
         print(
             "note: no retention in this run: the training data names no `kind`, so what is never trained on is "
             "unknown; give its answers a `kind`"
         )
 
     def make(_: None) -> ListeningProbe | None:
-        asked = held_out if asks_from <= total_steps else []
         return make_probe(
             executor,
             collator,

@@ -186,10 +186,8 @@ def checkpoints(run_folder: Path) -> list[Path]:
 def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
     """Renames the checkpoints of later steps than `resumed`, oldest first, and returns their new names.
 
-    `resumed` may lie elsewhere, as a copy does.
-
     They belong to another course of the run: they must neither count among the newest that are kept nor be gone on
-    from.
+    from. `resumed` may lie elsewhere, as a copy does.
     """
     resumed_step = read_manifest(resumed)["step"]
     later = [(step, folder) for step, folder in sorted(_by_step(run_folder).items()) if step > resumed_step]

@@ -101,8 +101,7 @@ def encode_all(dataset: EncodedDialogues, num_workers: int = 0) -> tuple[list[Sa
 def _always_dying(death: WorkerDied, num_workers: int) -> str:
     return (
         f"{MAX_DEATHS} times in a row a process that reads audio was lost ({death.how}), and no sample was found to be "
-        "at fault: too little memory or too many processes, perhaps; lower --dataloader_num_workers "
-        f"{num_workers}"
+        f"at fault: too little memory or too many processes, perhaps; lower --dataloader_num_workers {num_workers}"
     )
 
 

@@ -30,7 +30,8 @@ def save_arguments(args: TrainArguments, folder: Path) -> None:
     (folder / ARGUMENTS_FILE).write_text(json.dumps(dataclasses.asdict(args), indent=1), encoding="utf-8")
 
 
-def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
+def saved_arguments(checkpoint: Path) -> dict[str, Any]:
+    """What the run that wrote a checkpoint was told. Raises CheckpointError where that can't be read."""
     try:
         saved = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
         if not isinstance(saved, dict):
@@ -42,7 +43,7 @@ def _saved_arguments(checkpoint: Path) -> dict[str, Any]:
 
 def output_dir_of(checkpoint: Path) -> Path:
     """Of the run that saved it, as it was called then."""
-    return Path(_saved_arguments(checkpoint).get("output_dir", ""))
+    return Path(saved_arguments(checkpoint).get("output_dir", ""))
 
 
 def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
@@ -50,7 +51,7 @@ def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple
 
     Raises UsageError for one that can't be changed on the way, CheckpointError where the old ones can't be read.
     """
-    then = _saved_arguments(checkpoint)
+    then = saved_arguments(checkpoint)
     now = json.loads(json.dumps(dataclasses.asdict(args)))
     names = (then.keys() & now.keys()) - set(PLACES)
     changed = {name: (then[name], now[name]) for name in sorted(names) if then[name] != now[name]}

@@ -19,6 +19,7 @@ from qwhisper.train.checkpoint import (
     write_checkpoint,
     write_whole,
 )
+from tests.test_faults.kill_shim import fail
 
 
 def fill(folder, best=None):
@@ -157,11 +158,7 @@ def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):
 
 def test_write_whole_leaves_what_was_there_where_the_disk_is_full(tmp_path, monkeypatch):
     write_whole(tmp_path / "config.yaml", "one")
-
-    def full(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: fail(errno.ENOSPC)())
     with pytest.raises(OSError, match="No space"):
         write_whole(tmp_path / "config.yaml", "two")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "one")]

@@ -18,6 +18,7 @@ from qwhisper.train.checkpoint import checkpoints
 from qwhisper.train.executor import Executor
 from qwhisper.train.run import main
 from tests.test_faults.inject import plant
+from tests.test_faults.kill_shim import fail
 from tests.train.helpers import checkpoint_tensors, read_lines, same_bits
 
 
@@ -216,11 +217,7 @@ def test_a_full_disk_refuses_a_new_run_and_leaves_a_resumed_ones_config(argument
     args = arguments(max_steps=3)
     main(args)
     config = (Path(args.output_dir) / "config.yaml").read_text()
-
-    def full(path, text):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("qwhisper.train.checkpoint.write_whole", full)
+    monkeypatch.setattr("qwhisper.train.checkpoint.write_whole", lambda path, text: fail(errno.ENOSPC)())
     assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=4)) == 0
     assert (Path(args.output_dir) / "config.yaml").read_text() == config
     assert "is left as it was" in capsys.readouterr().out

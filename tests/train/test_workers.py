@@ -17,6 +17,7 @@ from qwhisper.train.dataset import EncodedDialogues, step_samples
 from qwhisper.train.run import main
 from qwhisper.train.workers import WorkerDied, how_it_dies, work_ahead
 from tests.test_faults.inject import outcome_of
+from tests.test_faults.kill_shim import fail
 from tests.test_faults.lives import At
 from tests.train.helpers import checkpoint_tensors, same_bits
 from tests.train.test_resume import StopAfter
@@ -91,16 +92,9 @@ def test_a_worker_that_does_not_answer_is_given_up(monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def no_process_can_be_started(monkeypatch, number):
-    def fork():
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fork", fork)
-
-
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
 def test_a_process_that_cannot_be_started_is_a_death_and_no_fault_of_the_task(monkeypatch, number):
-    no_process_can_be_started(monkeypatch, number)
+    monkeypatch.setattr(os, "fork", fail(number))
     with pytest.raises(WorkerDied, match=f"no process could be started .{os.strerror(number)}."):
         next(work_ahead(lambda n: n, iter([0]), 2))
     assert how_it_dies(lambda n: n, 0) is None
@@ -110,7 +104,7 @@ def test_a_run_that_can_start_no_process_again_ends_with_advice_and_quarantines_
     args = arguments(dataloader_num_workers=2, max_steps=9)
 
     def killed_by_the_system():
-        no_process_can_be_started(monkeypatch, errno.EAGAIN)
+        monkeypatch.setattr(os, "fork", fail(errno.EAGAIN))
         for process in multiprocessing.active_children():
             process.kill()
 
