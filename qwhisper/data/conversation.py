@@ -4,16 +4,15 @@ Whatever is wrong with a file is found here, without tokenizer or model; a fault
 """
 
 import json
-import math
 import os
 import re
-import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwhisper.data.audio import file_fault
+from qwhisper.data.clips import AudioClip, parse_part, quoted, resolve_path
 from qwhisper.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -21,19 +20,6 @@ AUDIO_MARKS = ("<audio>", "<|audio_pad|>")  # ms-swift's placeholder, and the to
 MAX_FAULTS_SHOWN = 20
 MAX_LINE_BYTES = 2**24  # 16 MiB of text in one dialogue; a file without line breaks would be one line of any length
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-# What a fault quotes of a file may be of any length and depth.
-_quoted = reprlib.Repr()
-_quoted.maxstring = _quoted.maxother = 200
-
-
-@dataclass(frozen=True)
-class AudioClip:
-    """A file or a stretch of one. `path` is absolute; `start` and `end` are seconds; None is the file's own edge."""
-
-    path: str
-    start: float | None = None
-    end: float | None = None
-    transcript: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +118,7 @@ def scan_conversations(
         if conversation is None:
             continue
         if conversation.id in first_seen:
-            identity = _quoted.repr(conversation.id)
+            identity = quoted.repr(conversation.id)
             faults.append(f"{source}: id {identity} was used before, at {first_seen[conversation.id]}")
             continue
         first_seen[conversation.id] = source
@@ -250,12 +236,12 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
         return Message("?", ())
     role, content, faults_before = raw.get("role"), raw.get("content"), len(faults)
     if role not in ROLES:
-        faults.append(f"{where}: unknown role {_quoted.repr(role)}; known are {', '.join(ROLES)}")
+        faults.append(f"{where}: unknown role {quoted.repr(role)}; known are {', '.join(ROLES)}")
         role = "?"
     if isinstance(content, str):
         parts: list[str | AudioClip] = [content]
     elif isinstance(content, list):
-        parts = [_parse_part(part, f"{where}, part {n}", roots, faults) for n, part in enumerate(content, 1)]
+        parts = [parse_part(part, f"{where}, part {n}", roots, faults) for n, part in enumerate(content, 1)]
     else:
         faults.append(f"{where}: `content` must be a text or a list of parts, not {type(content).__name__}")
         return Message(role, ())
@@ -290,53 +276,6 @@ def _parse_answer(message: Message, reasoning: object, where: str, faults: list[
     return replace(message, content=(text,), reasoning=(reasoning or "").strip() or None)
 
 
-def _parse_part(part: object, where: str, roots: list[Path], faults: list[str]) -> str | AudioClip:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    if not isinstance(part, dict) or part.get("type") != "audio":
-        example = "{'type': 'text', 'text': …} or {'type': 'audio', 'audio': …}"
-        faults.append(f"{where}: neither a text nor an audio part; write {example}")
-        return ""
-    location = part.get("audio", part.get("path"))
-    if not isinstance(location, str) or not location:
-        faults.append(f"{where}: an audio placeholder without audio; give its file as `audio` or `path`")
-        return ""
-    start, end = part.get("start"), part.get("end")
-    if not _is_stretch(start, end):
-        stretch = f"start {_quoted.repr(start)} and end {_quoted.repr(end)}"
-        faults.append(f"{where}: {stretch} must be seconds with 0 <= start < end")
-    transcript = part.get("transcript")
-    if transcript is not None and not isinstance(transcript, str):
-        faults.append(f"{where}: `transcript` must be a text, not {type(transcript).__name__}")
-    return AudioClip(_resolve(location, where, roots, faults), start, end, transcript)
-
-
-def _is_stretch(start: object, end: object) -> bool:
-    edges = [0 if start is None else start, math.inf if end is None else end]
-    if not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in edges):
-        return False
-    return 0 <= edges[0] < edges[1] and end != math.inf  # type: ignore[operator]
-
-
-def _resolve(location: str, where: str, roots: list[Path], faults: list[str]) -> str:
-    """The absolute path of an audio file; symbolic links are followed before it is asked where the file lies."""
-    shown = _quoted.repr(location)
-    if "\0" in location:
-        faults.append(f"{where}: {shown} holds a NUL, which no path can")
-        return ""
-    if location.rstrip().endswith("|"):
-        faults.append(f"{where}: {shown} is a Kaldi pipe, and commands are never run: write the audio to a file")
-        return ""
-    path = os.path.realpath(roots[0] / location)
-    if not any(Path(path).is_relative_to(os.path.realpath(root)) for root in roots):
-        faults.append(f"{where}: {shown} lies outside {roots[-1]}: move it there or give --data_root")
-    elif fault := file_fault(path):
-        faults.append(f"{where}: audio file {shown} {fault} (looked at {_quoted.repr(path)})")
-    return path
-
-
 def _place_audios(messages: list[Message], audios: object, roots: list[Path], faults: list[str]) -> list[Message]:
     """Put ms-swift's `audios` where `<audio>` stands in the text; without `audios` no mark may stand there.
 
@@ -360,7 +299,7 @@ def _place_audios(messages: list[Message], audios: object, roots: list[Path], fa
         lack = "audio without a placeholder" if marks < len(audios) else "a placeholder without audio"
         faults.append(f"{marks} <audio> in the text but {len(audios)} in `audios`: {lack}")
         return messages
-    clips = iter([AudioClip(_resolve(audio, f"audio {n}", roots, faults)) for n, audio in enumerate(audios, 1)])
+    clips = iter([AudioClip(resolve_path(audio, f"audio {n}", roots, faults)) for n, audio in enumerate(audios, 1)])
     return [message if message.role == "assistant" else _fill_marks(message, clips) for message in messages]
 
 

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from transformers import TrainerCallback
 
-from qwhisper.data import audio, conversation
+from qwhisper.data import audio, clips
 from qwhisper.data.audio import load_audio
 from qwhisper.data.sampler import epoch_order
 from qwhisper.errors import BadClipError
@@ -61,10 +61,10 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def paths_unchecked(monkeypatch) -> None:
-    monkeypatch.setattr(conversation, "_resolve", lambda location, where, roots, faults: str(roots[0] / location))
+    monkeypatch.setattr(clips, "resolve_path", lambda location, where, roots, faults: str(roots[0] / location))
 
 
-@fault("a FIFO in place of a clip", of="data", guarantee=REFUSED, without=unchecked(conversation, "file_fault"))
+@fault("a FIFO in place of a clip", of="data", guarantee=REFUSED, without=unchecked(clips, "file_fault"))
 def test_fifo(run):
     run.refused(run.train(os.mkfifo), "is a FIFO, not a file")
 
@@ -91,12 +91,12 @@ def test_fifo_that_comes_later(tmp_path):
     assert hangs(lambda: load_audio(tmp_path / "d3.wav")) == f"{tmp_path}/d3.wav is a FIFO, not a file; leave it out"
 
 
-@fault("a folder in place of a clip", of="data", guarantee=REFUSED, without=unchecked(conversation, "file_fault"))
+@fault("a folder in place of a clip", of="data", guarantee=REFUSED, without=unchecked(clips, "file_fault"))
 def test_folder(run):
     run.refused(run.train(os.mkdir), "is a folder, not a file")
 
 
-@fault("a device in place of a clip", of="data", guarantee=REFUSED, without=unchecked(conversation, "file_fault"))
+@fault("a device in place of a clip", of="data", guarantee=REFUSED, without=unchecked(clips, "file_fault"))
 def test_device(run):
     outcome = run.train(
         change=lambda record: record["messages"][0]["content"][0].update(audio="/dev/zero"), data_root="/dev"

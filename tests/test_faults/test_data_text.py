@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from qwhisper.data import collator, conversation, encode
+from qwhisper.data import clips, collator, conversation, encode
 from qwhisper.data.check import check_dataset
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import read_conversations, scan_conversations
@@ -109,7 +109,7 @@ def test_long_line(tmp_path):
     "NaN and Infinity as numbers in JSON",
     of="data",
     guarantee=REFUSED,
-    without=lambda monkeypatch: monkeypatch.setattr(conversation, "_is_stretch", lambda start, end: True),
+    without=lambda monkeypatch: monkeypatch.setattr(clips, "_is_stretch", lambda start, end: True),
 )
 @pytest.mark.parametrize("values", [{"start": float("nan")}, {"end": float("nan")}, {"end": float("inf")}])
 def test_nan_in_json(run, values):
@@ -140,7 +140,7 @@ def resolved_somehow(location, where, roots, faults) -> str:
     "a NUL in the path of a clip",
     of="data",
     guarantee=REFUSED,
-    without=lambda monkeypatch: monkeypatch.setattr(conversation, "_resolve", resolved_somehow),
+    without=lambda monkeypatch: monkeypatch.setattr(clips, "resolve_path", resolved_somehow),
 )
 def test_nul_in_a_path(run):
     run.refused(
