@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwhisper.data.audio import load_audio
+from qwhisper.data.clips import load_clip
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, scan_conversations
 from qwhisper.data.template import listening_template
@@ -93,7 +93,7 @@ def _decode_clips(conversations: Sequence[Conversation]) -> tuple[float, dict]:
     for clip in (clip for conversation in conversations for clip in conversation.clips):
         if clip not in seconds and clip not in bad:
             try:
-                seconds[clip] = len(load_audio(clip.path, clip.start, clip.end)) / SAMPLE_RATE
+                seconds[clip] = len(load_clip(clip)) / SAMPLE_RATE
             except BadClipError as error:
                 bad[clip] = str(error)
     return sum(seconds.values()), bad

@@ -6,7 +6,9 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwhisper.data.audio import file_fault
+import numpy as np
+
+from qwhisper.data.audio import file_fault, load_audio
 
 # What a fault quotes of a file may be of any length and depth.
 quoted = reprlib.Repr()
@@ -25,6 +27,11 @@ class AudioClip:
     end: float | None = None
     transcript: str | None = None
     channel: int | None = None
+
+
+def load_clip(clip: AudioClip) -> np.ndarray:
+    """The clip's sound as float32 [samples], mono, 16 kHz. Raises BadClipError as `load_audio` does."""
+    return load_audio(clip.path, clip.start, clip.end)
 
 
 def parse_part(part: object, where: str, roots: list[Path], faults: list[str]) -> str | AudioClip:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from qwhisper.data.audio import clip_windows, load_audio
+from qwhisper.data.audio import clip_windows
+from qwhisper.data.clips import load_clip
 from qwhisper.data.conversation import AudioClip, Message
 from qwhisper.data.template import Piece, added_token_ids, encode_text, render_pieces
 from qwhisper.errors import BadClipError, DataError
@@ -90,7 +91,7 @@ class PartEncoder:
         return Part(piece, self._scaffold_ids[piece.text])
 
     def _audio_part(self, piece: Piece, clip: AudioClip) -> Part:
-        windows = clip_windows(load_audio(clip.path, clip.start, clip.end), self.frames)
+        windows = clip_windows(load_clip(clip), self.frames)
         tokens = [self.frames.window_tokens(len(window)) for window in windows]
         return Part(piece, [self.audio_token_id] * sum(tokens), windows, tokens)
 

@@ -146,12 +146,12 @@ def no_rejections(monkeypatch) -> None:
 
 def silence_stands_in(monkeypatch) -> None:
     """What many a data loader does with a clip that it can't read."""
-    load_audio = encode.load_audio
+    load_clip = encode.load_clip
 
-    def load(path, start=None, end=None):
+    def load(clip):
         try:
-            return load_audio(path, start, end)
+            return load_clip(clip)
         except BadClipError:
             return np.zeros(4_800, dtype=np.float32)
 
-    monkeypatch.setattr(encode, "load_audio", load)
+    monkeypatch.setattr(encode, "load_clip", load)
