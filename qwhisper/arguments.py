@@ -10,6 +10,11 @@ from qwhisper.errors import UsageError
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 CHECKPOINT_HELP = "Folder of a checkpoint, or of a run (its best checkpoint, or else its newest)."
+AUDIO_MODEL_HELP = (
+    "Where the Whisper that it was trained on lies now: hub id or folder (default: where it was, or by the name of its "
+    "folder beside the checkpoint)."
+)
+TEXT_MODEL_HELP = "Where the language model that it was trained on lies now, in the same way."
 DEVICE_HELP = "cpu, cuda, cuda:1 and so on (default: the first GPU if there is one)."
 DTYPE_HELP = "Number format of the two base models (auto: bf16 on a GPU, fp32 on a CPU)."
 
@@ -101,6 +106,8 @@ class DataAnswerArguments:
 @dataclass(frozen=True, kw_only=True)
 class VerifyArguments:
     checkpoint: str = required(CHECKPOINT_HELP)
+    audio_model: str | None = flag(None, AUDIO_MODEL_HELP)
+    text_model: str | None = flag(None, TEXT_MODEL_HELP)
     device: str | None = flag(None, DEVICE_HELP)
     dtype: Dtype = flag("auto", DTYPE_HELP)
 
@@ -133,6 +140,8 @@ class EvalArguments:
     max_new_tokens: int = flag(128, "Tokens an answer may have.")
     output_json: str | None = flag(None, "File for all numbers and answers as JSON (default: none is written).")
     output_md: str | None = flag(None, "File for the result as a Markdown table (default: none; it is printed anyway).")
+    audio_model: str | None = flag(None, AUDIO_MODEL_HELP)
+    text_model: str | None = flag(None, TEXT_MODEL_HELP)
     device: str | None = flag(None, DEVICE_HELP)
     dtype: Dtype = flag("auto", DTYPE_HELP)
 
@@ -149,6 +158,8 @@ class ChatArguments:
     )
     system: str | None = flag(None, "System prompt.")
     max_new_tokens: int = flag(256, "Tokens an answer may have.")
+    audio_model: str | None = flag(None, AUDIO_MODEL_HELP)
+    text_model: str | None = flag(None, TEXT_MODEL_HELP)
     device: str | None = flag(None, DEVICE_HELP)
     dtype: Dtype = flag("auto", DTYPE_HELP)
 

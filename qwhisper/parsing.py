@@ -17,6 +17,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 from qwhisper.errors import UsageError
 from qwhisper.train.hf_names import NOT_TAKEN, REMOVED
+from qwhisper.train.places import found_again, run_of_config
 
 if TYPE_CHECKING:
     from qwhisper.cli import Verb
@@ -168,7 +169,11 @@ def shipped_recipes() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A YAML file of flags: its entries as command-line words, and the line of each for messages."""
+    """A YAML file of flags: its entries as command-line words, and the line of each for messages.
+
+    Relative paths in it are relative to the current folder, as on the command line. A run's own config.yaml has none,
+    and its output_dir is the folder in which it lies.
+    """
 
     path: Path | None
     argv: list[str]
@@ -212,6 +217,8 @@ class Recipe:
                     f"{path}:{line}: write `{key.value.removeprefix('no_')}: false` instead of {key.value}"
                 )
             lines[key.value] = line
+        if run_folder := run_of_config(path):
+            values = found_again(values, run_folder)
         argv = [word for key, value in values.items() for word in cls._words(f"{path}:{lines[key]}", key, value)]
         # A flag with one value comes last, so that a list before it can't swallow the command line's first word.
         return cls(path, [*argv, f"--config={path}"], lines)

@@ -4,6 +4,7 @@ Hashes, every saved number finite, reload, one answer, one optimizer step on the
 CheckpointError names the first that does not.
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_resolved, training_arguments
 from qwhisper.report.terminal import quieten_transformers
-from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints, resolve_checkpoint
+from qwhisper.run_folder import read_checkpoint
+from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints
 from qwhisper.train.executor import Executor
 
 if TYPE_CHECKING:
@@ -61,23 +63,49 @@ class Proof:
 def main(arguments: "VerifyArguments") -> None:
     """Print what was proved; raises CheckpointError otherwise."""
     quieten_transformers()
-    print(verify(arguments.checkpoint, device=arguments.device, dtype=arguments.dtype))
+    proof = verify(
+        arguments.checkpoint,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        audio_model=arguments.audio_model,
+        text_model=arguments.text_model,
+    )
+    print(proof)
 
 
-def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | torch.dtype = "auto") -> Proof:
+def verify(
+    checkpoint: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    audio_model: str | None = None,
+    text_model: str | None = None,
+) -> Proof:
     """Check one checkpoint, or a run: the files of all its checkpoints, then the one that it would be used from.
 
-    Raises CheckpointError naming what failed, UsageError for a folder that is neither.
+    audio_model, text_model: where its bases lie now, if they have moved. Raises CheckpointError naming what failed,
+    UsageError for a folder that is neither.
     """
-    given = Path(checkpoint)
-    files = {each: _check_files(each) for each in checkpoints(given) or [given]}
-    folder = resolve_checkpoint(checkpoint)
+    given = Path(os.path.abspath(checkpoint))
+    bases = {"audio_model": audio_model, "text_model": text_model}
+    return read_checkpoint(given, lambda folder: _prove(folder, _check_all_files(given), device, dtype, bases))
+
+
+def _prove(
+    folder: Path,
+    files: dict[Path, int | None],
+    device: str | None,
+    dtype: str | torch.dtype,
+    bases: dict[str, str | None],
+) -> Proof:
     tensors = _check_saved_numbers(folder)
     try:
-        model, processor, _ = load_resolved(folder, device, dtype)
+        model, processor, _ = load_resolved(folder, device, dtype, **bases)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: it can't be loaded ({type(error).__name__}: {error})") from error
     except UsageError as error:  # one of its bases
+        if any(bases.values()):
+            raise
         raise CheckpointError(f"{folder}: its base can't be loaded ({error})") from error
     collator = collator_of(processor, max_length=training_arguments(folder).get("max_length"))
     with tempfile.TemporaryDirectory() as scratch:
@@ -85,6 +113,18 @@ def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | to
     answer = _answer(folder, model, collator, prompt)
     loss, moved, trainable = _step(folder, model, collator, sample)
     return Proof(folder, files[folder], tensors, dialogue, loss, moved, trainable, answer)
+
+
+def _check_all_files(given: Path) -> dict[Path, int | None]:
+    """`_check_files` of a checkpoint, or of each of a run's but those that a trainer deletes meanwhile."""
+    files = {}
+    for each in checkpoints(given) or [given]:
+        try:
+            files[each] = _check_files(each)
+        except (CheckpointError, OSError):
+            if each.is_dir():
+                raise
+    return files
 
 
 def _check_files(folder: Path) -> int | None:

@@ -31,7 +31,7 @@ from qwhisper.evaluate.tables import markdown
 from qwhisper.infer.generate import answer_prompts, load_resolved
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import quieten_transformers
-from qwhisper.train.checkpoint import resolve_checkpoint
+from qwhisper.run_folder import read_checkpoint
 from qwhisper.train.executor import Executor
 from qwhisper.train.state import trained_kinds
 
@@ -48,8 +48,7 @@ def main(arguments: "EvalArguments") -> None:
         arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples
     )
     text = read_conversations(arguments.text_file, data_root=arguments.data_root) if arguments.text_file else None
-    folder = resolve_checkpoint(arguments.checkpoint)
-    model, _, collator = load_resolved(folder, arguments.device, arguments.dtype)
+    (model, _, collator), kinds = read_checkpoint(arguments.checkpoint, lambda folder: _load(folder, arguments))
     result = evaluate_model(
         model,
         collator,
@@ -57,7 +56,7 @@ def main(arguments: "EvalArguments") -> None:
         swap=arguments.swap_audio,
         text_model=arguments.ask_text_model,
         text=text,
-        trained_kinds=trained_kinds(folder),
+        trained_kinds=kinds,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
     )
@@ -68,6 +67,12 @@ def main(arguments: "EvalArguments") -> None:
         _write(arguments.output_json, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if arguments.output_md:
         _write(arguments.output_md, table + "\n")
+
+
+def _load(folder: Path, arguments: "EvalArguments"):
+    """What a checkpoint's folder holds for an evaluation: (model, processor, collator), kinds of trained questions."""
+    bases = {"audio_model": arguments.audio_model, "text_model": arguments.text_model}
+    return load_resolved(folder, arguments.device, arguments.dtype, **bases), trained_kinds(folder)
 
 
 def evaluate_model(

@@ -34,7 +34,13 @@ def main(arguments: "ChatArguments") -> None:
     """One answer to --audio and --text, or a conversation until the input ends."""
     quieten_transformers()
     clips = [_clip(path) for path in arguments.audio]
-    model, _, collator = load_for_inference(arguments.checkpoint, arguments.device, arguments.dtype)
+    model, _, collator = load_for_inference(
+        arguments.checkpoint,
+        arguments.device,
+        arguments.dtype,
+        audio_model=arguments.audio_model,
+        text_model=arguments.text_model,
+    )
     chat = Chat(model, collator, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
     if clips or arguments.text is not None:
         chat.ask(clips, arguments.text or "")

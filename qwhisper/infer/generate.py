@@ -18,8 +18,8 @@ from qwhisper.memory import is_out_of_memory
 from qwhisper.model.loading import LoadOptions, load_trained
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.train.checkpoint import resolve_checkpoint
-from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
+from qwhisper.run_folder import read_checkpoint
+from qwhisper.train.resume import ARGUMENTS_FILE, arguments_where_they_lie
 from qwhisper.versions import check_versions
 
 # Spelled out: what is left open comes from the base's generation_config.json, and Qwen's samples and penalises.
@@ -34,20 +34,34 @@ GREEDY: dict[str, Any] = {
 
 
 def load_for_inference(
-    checkpoint: str | os.PathLike, device: str | None = None, dtype: str | torch.dtype = "auto"
+    checkpoint: str | os.PathLike,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    audio_model: str | None = None,
+    text_model: str | None = None,
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, ConversationCollator]:
     """Model in evaluation mode, its processor, and a collator that makes prompts as they were trained on.
 
     checkpoint: a checkpoint's or a run's folder. device: "cpu", "cuda", "cuda:1" (None: the first GPU if there is one).
     dtype: "auto" is bf16 on a GPU and fp32 on a CPU. A base that was trained on in 4 bits is loaded in 4 bits.
+    audio_model, text_model: where the bases lie now, if they are neither where they were nor beside the checkpoint.
     Raises UsageError for a folder that is none and for a device that is not there, CheckpointError for a folder that is
     damaged or whose bases have changed.
     """
-    return load_resolved(resolve_checkpoint(checkpoint), device, dtype)
+    return read_checkpoint(
+        checkpoint,
+        lambda folder: load_resolved(folder, device, dtype, audio_model=audio_model, text_model=text_model),
+    )
 
 
 def load_resolved(
-    folder: Path, device: str | None = None, dtype: str | torch.dtype = "auto"
+    folder: Path,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    audio_model: str | None = None,
+    text_model: str | None = None,
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, ConversationCollator]:
     """The same of a checkpoint's own folder, whose files were found to be what its manifest says."""
     trained_as = training_arguments(folder)
@@ -59,14 +73,14 @@ def load_resolved(
         load_in_4bit=in_4bit,
         projector_fp32=trained_as.get("projector_fp32", True),
     )
-    model = load_trained(folder, options)
+    model = load_trained(folder, options, audio_model=audio_model, text_model=text_model)
     processor = Qwen3AudioProcessor.from_pretrained(folder)
     return model.eval(), processor, collator_of(processor)
 
 
 def training_arguments(folder: Path) -> dict:
     """What the run that wrote a checkpoint was told; empty where the folder does not say."""
-    return saved_arguments(folder) if (folder / ARGUMENTS_FILE).is_file() else {}
+    return arguments_where_they_lie(folder) if (folder / ARGUMENTS_FILE).is_file() else {}
 
 
 def collator_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -> ConversationCollator:

@@ -99,7 +99,9 @@ def _refuse_missing_device(name: str | int | torch.device) -> None:
 
 
 def resolve_model(name: str, hub: str, flag: str) -> str:
-    """A folder or hub id that transformers can load; with `hub` "modelscope" the folder it was downloaded to."""
+    """A folder's absolute path or a hub id that transformers can load; with `hub` "modelscope" the folder it was
+    downloaded to.
+    """
     if hub == "modelscope" and not Path(name).is_dir():
         try:
             from modelscope import snapshot_download
@@ -116,7 +118,7 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
         raise UsageError(
             f"{flag} {name}: {found}. Give a folder with config.json and weights, or a hub id. ({error})"
         ) from None
-    return name
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def find_file(name: str | os.PathLike, file: str) -> Path | None:

@@ -23,6 +23,7 @@ from qwhisper.model.bases import (
 )
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
+from qwhisper.model.find_base import find_base
 from qwhisper.model.lora import ADAPTER, inject, lora_parameters
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
@@ -161,12 +162,14 @@ def load_trained(
 ) -> Qwen3AudioForConditionalGeneration:
     """The bases that the folder names, then its projector and adapter. LoRA and projector come back trainable.
 
-    audio_model, text_model: where the bases lie now, if they have moved; their fingerprints must agree. Raises
-    UsageError, CheckpointError for another base, before anything is loaded.
+    audio_model, text_model: where the bases lie now, if `find_base` does not find them; their fingerprints must agree.
+    Raises UsageError, CheckpointError for another base, before anything is loaded.
     """
     config = read_trained_config(name)
     audio_path = _same_base(name, "audio", config, audio_model)
     text_path = _same_base(name, "text", config, text_model)
+    assert config.audio_base is not None and config.text_base is not None
+    config.audio_base["name"], config.text_base["name"] = audio_path, text_path  # what is saved next names these
     model = _load_and_join(config, audio_path, text_path, options)
     load_trained_weights(model, name)
     return model
@@ -190,17 +193,15 @@ def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditional
 def _same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, moved_to: str | None) -> str:
     """Where the audio or text base of a folder of trained weights is; it must be the one that they were trained on."""
     base = getattr(config, f"{role}_base")
-    path = resolve_model(moved_to or base["name"], "huggingface", f"--{role}_model")
-    if fingerprint(path) == base["fingerprint"]:
-        return path
-    if moved_to:
+    if not moved_to:
+        return find_base(name, role, base)
+    path = resolve_model(moved_to, "huggingface", f"--{role}_model")
+    if fingerprint(path) != base["fingerprint"]:
         raise UsageError(
             f"--{role}_model {path}: {name} was trained on {base['name']}, which is another model; "
             "leave the flag out, or start a new run"
         )
-    raise CheckpointError(
-        f"{name} was trained on another {role} base than {path} is now: point --{role}_model to the one that it was"
-    )
+    return path
 
 
 def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:

@@ -3,6 +3,7 @@
 Architecture only: nothing here knows of files, dialogues or training.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -223,15 +224,20 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         """Loads a whole model, or, from a folder of trained weights (projector, adapter), the bases it names and then
         these.
 
-        For a folder of trained weights the keywords are the fields of `loading.LoadOptions` (dtype, device_map,
-        load_in_4bit …) and audio_model, text_model, where a base has moved. Weights that are missing are an error, not
-        a warning.
+        Of a run's folder it is the best checkpoint by evaluation, else the newest. Files of a checkpoint must be what
+        its manifest says. For a folder of trained weights the keywords are the fields of `loading.LoadOptions` (dtype,
+        device_map, load_in_4bit …) and audio_model, text_model, where a base has moved. Weights that are missing are an
+        error, not a warning.
         """
         from qwhisper.model.bases import refuse_missing
         from qwhisper.model.loading import is_trained_folder, load_for_user
+        from qwhisper.run_folder import is_run_folder, read_checkpoint
 
-        if is_trained_folder(pretrained_model_name_or_path):
-            return load_for_user(pretrained_model_name_or_path, **kwargs)
+        name = pretrained_model_name_or_path
+        if is_run_folder(name) or (os.path.isdir(name) and is_trained_folder(name)):
+            return read_checkpoint(name, lambda folder: load_for_user(folder, **kwargs))
+        if is_trained_folder(name):  # on the hub
+            return load_for_user(name, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         refuse_missing("the model", pretrained_model_name_or_path, info)

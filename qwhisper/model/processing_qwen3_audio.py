@@ -69,6 +69,16 @@ class Qwen3AudioProcessor(ProcessorMixin):
             audio_tail_silence=config.audio_tail_silence,
         )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; of a run's folder it is the best checkpoint's, see the model's `from_pretrained`."""
+        from qwhisper.run_folder import is_run_folder, read_checkpoint
+
+        load = super().from_pretrained
+        if is_run_folder(pretrained_model_name_or_path):
+            return read_checkpoint(pretrained_model_name_or_path, lambda folder: load(folder, *args, **kwargs))
+        return load(pretrained_model_name_or_path, *args, **kwargs)
+
     @property
     def frames(self) -> FrameArithmetic:
         return FrameArithmetic(

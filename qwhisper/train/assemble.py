@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,14 +22,16 @@ from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGenerati
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
-from qwhisper.train import checkpoint as checkpoints
+from qwhisper.run_folder import read_checkpoint
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.context import Run
 from qwhisper.train.dataset import EncodedDialogues, encode_all
 from qwhisper.train.executor import Executor
 from qwhisper.train.groups import make_optimizer, parameter_groups
 from qwhisper.train.hooks import Hooks, hf_arguments
+from qwhisper.train.places import BASES, absolute
 from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe
+from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
 from qwhisper.train.retention import choose_questions
 from qwhisper.train.saving import save_checkpoint
 from qwhisper.train.schedule import guarded_factor
@@ -38,7 +41,14 @@ from qwhisper.train.workers import how_it_dies
 
 def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
     """The model with LoRA and whatever else is trained set to require gradients, and its processor."""
-    start_from = resumed or (checkpoints.resolve_checkpoint(args.init_from) if args.init_from else None)
+    if args.init_from and not resumed:  # a run that may still be in training
+        return read_checkpoint(args.init_from, lambda folder: _build(args, folder))
+    return _build(args, resumed)
+
+
+def _build(
+    args: TrainArguments, start_from: Path | None
+) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
     if start_from is None:
         assert args.audio_model and args.text_model  # left empty only for a run that starts from a checkpoint
         names = ("projector_scale", "audio_lead_silence", "audio_tail_silence")
@@ -51,9 +61,7 @@ def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForCond
             **config_values,
         )
     else:
-        given = {"audio_model": args.audio_model, "text_model": args.text_model}
-        moved = {flag: resolve_model(name, args.hub, f"--{flag}") for flag, name in given.items() if name is not None}
-        model = load_trained(start_from, load_options(args), **moved)
+        model = load_trained(start_from, load_options(args), **moved_bases(args, start_from))
         processor = Qwen3AudioProcessor.from_pretrained(start_from)
         if args.projector_scale is not None:
             model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
@@ -66,6 +74,20 @@ def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForCond
     if start_from is not None and not args.freeze_whisper:
         load_trained_weights(model, start_from)  # the encoder is in fp32 only now; it was rounded as it came
     return model, processor
+
+
+def moved_bases(args: TrainArguments, start_from: Path) -> dict[str, str]:
+    """The bases that the flags name, without a folder that the run was given before and that is there no longer.
+
+    That one comes from the run's config.yaml; `find_base` looks for where it is now.
+    """
+    then = absolute(saved_arguments(start_from)) if (start_from / ARGUMENTS_FILE).is_file() else {}
+    now = {role: absolute(vars(args))[role] for role in BASES}
+    fetched = args.hub == "modelscope"  # whose ids only the flag holds: the checkpoint holds a folder of its cache
+    given = {
+        role: name for role, name in now.items() if name and (name != then.get(role) or os.path.isdir(name) or fetched)
+    }
+    return {role: resolve_model(name, args.hub, f"--{role}") for role, name in given.items()}
 
 
 def load_options(args: TrainArguments) -> LoadOptions:

@@ -18,12 +18,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.errors import CheckpointError, QwhisperError, UsageError
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 WRITING, DELETING, OLD = ".writing", ".deleting", ".old"
 ASIDE = "aside-"
+ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes meanwhile
 # Kinds of files that a model, tokenizer or optimizer is loaded from: one that was added since must not be.
 LOADED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".bin", ".pt", ".pth", ".pkl")
 # How the tokenizer's and safetensors' libraries, which are not Python, report what Python calls an OSError.
@@ -168,7 +169,10 @@ def check_usable(folder: Path) -> None:
     """Raises CheckpointError where a file is not what was written, a weight was not finite when it was, or the name is
     another checkpoint's.
     """
-    manifest = check_manifest(folder)
+    try:
+        manifest = check_manifest(folder)
+    except OSError as error:  # such as a file that a trainer deletes at this moment
+        raise CheckpointError(f"{folder}: it can't be read ({error})") from error
     if not manifest["finite"]:
         raise CheckpointError(f"{folder}: a weight in it is not finite; go on from an older checkpoint")
     if (named := _step_in_name(folder)) is not None and named != manifest["step"]:
@@ -206,8 +210,29 @@ def _by_step(run_folder: Path) -> dict[int, Path]:
     return {step: folder for step, folder in steps if step is not None}
 
 
+def _seen(run_folder: Path) -> set[tuple[str, int]]:
+    """Name and inode of each checkpoint. Another set later: a trainer has saved or deleted one meanwhile."""
+    seen = set()
+    for folder in run_folder.glob(f"*{PREFIX}*"):
+        with suppress(OSError):
+            seen.add((folder.name, folder.stat().st_ino))
+    return seen
+
+
 def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole and finite, or None; and what was wrong with each newer one."""
+    """The newest checkpoint that is whole and finite, or None; and what was wrong with each newer one.
+
+    Looks again where a trainer saves or deletes checkpoints at the same time, a few times at most.
+    """
+    for _ in range(ATTEMPTS):
+        before = _seen(run_folder)
+        newest, passed_over = _newest_valid(run_folder)
+        if (newest and not passed_over) or _seen(run_folder) == before:
+            break
+    return newest, passed_over
+
+
+def _newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
     passed_over: list[str] = []
     for folder in reversed(checkpoints(run_folder)):
         try:
@@ -222,11 +247,27 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
     """A checkpoint folder from itself, or from its run folder.
 
     Of a run it is the best one by evaluation, else the newest that is whole and finite. Raises UsageError where there
-    is neither, CheckpointError where what there is is damaged or not finite.
+    is neither, CheckpointError where what there is is damaged or not finite. A trainer may save and delete checkpoints
+    of the run at the same time.
     """
     folder = Path(path)
+    for _ in range(ATTEMPTS):
+        before = _seen(folder)
+        try:
+            return _resolve(folder)
+        except (QwhisperError, OSError) as error:
+            failed = error
+        if _seen(folder) == before:
+            break
+    if isinstance(failed, OSError):
+        raise CheckpointError(f"{path}: it can't be read ({failed})") from failed
+    raise failed
+
+
+def _resolve(folder: Path) -> Path:
+    path = folder
     if not folder.is_dir():
-        raise UsageError(f"{path}: no such folder; give a run folder or one of its {PREFIX}N folders")
+        raise UsageError(f"{path}: no such folder; {_instead(folder)}")
     if (folder / MANIFEST).is_file():
         check_usable(folder)
         return folder
@@ -244,6 +285,14 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
         check_usable(folder / best)
         return folder / best
     return newest
+
+
+def _instead(missing: Path) -> str:
+    """What to give in the place of a folder that is not there."""
+    others = checkpoints(missing.parent) if missing.name.startswith(PREFIX) else []
+    if others:
+        return f"the newest checkpoint of {missing.parent} is {others[-1].name}"
+    return f"give a run folder or one of its {PREFIX}N folders"
 
 
 def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:

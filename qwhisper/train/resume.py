@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.places import absolute, found_again
 
 ARGUMENTS_FILE = "arguments.json"
 # Made when the run began and read from the checkpoint since: another value would have no effect.
@@ -27,7 +29,9 @@ PLACES = ("output_dir", "run_name", "resume_from_checkpoint", "init_from", "audi
 
 
 def save_arguments(args: TrainArguments, folder: Path) -> None:
-    (folder / ARGUMENTS_FILE).write_text(json.dumps(dataclasses.asdict(args), indent=1), encoding="utf-8")
+    """With absolute paths: what is loaded from another current folder finds the same files."""
+    told = absolute(dataclasses.asdict(args))
+    (folder / ARGUMENTS_FILE).write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 def saved_arguments(checkpoint: Path) -> dict[str, Any]:
@@ -41,6 +45,19 @@ def saved_arguments(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint}: no readable {ARGUMENTS_FILE} ({error})") from error
 
 
+def arguments_where_they_lie(checkpoint: Path) -> dict[str, Any]:
+    """`saved_arguments`, with paths that have moved together with the run where they are now."""
+    return found_again(saved_arguments(checkpoint), checkpoint.absolute().parent)
+
+
+def refuse_missing_data(args: TrainArguments) -> None:
+    """Raises DataError where the data of a run that is resumed does not lie where its config.yaml says."""
+    for name in ("train_file", "eval_file", "data_root"):
+        path = getattr(args, name)
+        if path and not os.path.exists(path):
+            raise DataError(f"{path} does not exist: if it has moved, give its place with --{name}")
+
+
 def output_dir_of(checkpoint: Path) -> Path:
     """Of the run that saved it, as it was called then."""
     return Path(saved_arguments(checkpoint).get("output_dir", ""))
@@ -51,8 +68,8 @@ def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple
 
     Raises UsageError for one that can't be changed on the way, CheckpointError where the old ones can't be read.
     """
-    then = saved_arguments(checkpoint)
-    now = json.loads(json.dumps(dataclasses.asdict(args)))
+    then = absolute(saved_arguments(checkpoint))
+    now = absolute(json.loads(json.dumps(dataclasses.asdict(args))))
     names = (then.keys() & now.keys()) - set(PLACES)
     changed = {name: (then[name], now[name]) for name in sorted(names) if then[name] != now[name]}
     for name in MADE_AT_THE_START:

@@ -4,8 +4,11 @@ Everything that can be refused is refused before a model is loaded.
 """
 
 import dataclasses
+import os
+import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from qwhisper.model.kernels import check_kernels
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
+from qwhisper.run_folder import read_checkpoint
 from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
@@ -27,13 +31,12 @@ from qwhisper.train.context import Run
 from qwhisper.train.dataset import EncodedDialogues, step_samples
 from qwhisper.train.hooks import tracker_callbacks
 from qwhisper.train.loop import train
-from qwhisper.train.resume import changed_arguments, output_dir_of
+from qwhisper.train.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
+from qwhisper.train.resume import changed_arguments, output_dir_of, refuse_missing_data
 from qwhisper.train.run_lock import run_lock
 from qwhisper.train.saving import restore
 from qwhisper.train.schedule import warmup_steps
 from qwhisper.train.state import TrainState, trained_kinds
-
-CONFIG_FILE = "config.yaml"
 
 
 @unfailing_output()
@@ -45,6 +48,7 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
     quieten_transformers()
     for notice in args.notices():
         print(f"note: {notice}")
+    refuse_missing_run(args)
     try:
         with run_lock(Path(args.output_dir)):
             return prepare_and_go(args, callbacks)
@@ -52,7 +56,7 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
         if not is_out_of_memory(error):
             raise
         folder = Path(args.output_dir)
-        go_on = f", then go on with: {resume_command(folder)}" if (folder / CONFIG_FILE).exists() else ""
+        go_on = f", then go on with: {resume_command(folder)}" if checkpoints.checkpoints(folder) else ""
         raise MemoryLimitError(
             f"out of memory outside of a forward and backward pass, where a smaller pack is no help: "
             f"{first_line(error)}. Use --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a smaller "
@@ -64,6 +68,8 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     folder = Path(args.output_dir)
     resumed = find_resume_point(args, folder)
     trackers = tracker_callbacks(args.report_to)
+    if resumed:
+        refuse_missing_data(args)
     conversations = read_conversations(args.train_file, data_root=args.data_root, max_samples=args.max_samples)
     held_out = read_conversations(args.eval_file, data_root=args.data_root) if args.eval_file else []
     print(f"{len(conversations)} dialogues to train on, {len(held_out)} held out")
@@ -79,7 +85,7 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     if resumed:
         adopt_changes(args, resumed, state, train_file_sha256)
     kinds = {message.kind for conversation in conversations for message in conversation.messages if message.kind}
-    earlier = trained_kinds(checkpoints.resolve_checkpoint(args.init_from)) if args.init_from and not resumed else []
+    earlier = read_checkpoint(args.init_from, trained_kinds) if args.init_from and not resumed else []
     state.kinds = sorted(kinds.union(state.kinds, earlier))
     torch.manual_seed(args.seed)
     model, processor = build(args, resumed)
@@ -105,10 +111,9 @@ def go(run: Run, processor: Qwen3AudioProcessor, conversations: list[Conversatio
     )
     code = train(run, steps)
     if code:
-        print(
-            f"stopped by a signal after step {state.step}; go on with: {resume_command(run.log.folder)}",
-            file=sys.stderr,
-        )
+        saved = bool(checkpoints.checkpoints(run.log.folder))  # not before the first step
+        go_on = resume_command(run.log.folder) if saved else start_command(run.log.folder)
+        print(f"stopped by a signal after step {state.step}; go on with: {go_on}", file=sys.stderr)
     else:
         refuse_to_have_learned_nothing(run)
         print(closing_line(run))
@@ -138,6 +143,11 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
                 f"--output_dir {folder} holds another run. To go on with it: {resume_command(folder)}. "
                 "For a new run give another folder; nothing was changed"
             )
+        if (folder / CONFIG_FILE).exists() and not written_by_a_run(folder / CONFIG_FILE):
+            raise UsageError(
+                f"--output_dir {folder} holds a {CONFIG_FILE} that would be overwritten: rename it, or give another "
+                "folder; nothing was changed"
+            )
         return None
     if args.resume_from_checkpoint != "latest":
         return given_checkpoint(Path(args.resume_from_checkpoint), folder)
@@ -146,8 +156,25 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
     if newest is None and passed_over:
         raise CheckpointError(f"{folder}: no checkpoint is whole and finite; start again in another folder")
-    print(f"resuming from {newest}" if newest else f"{folder} has no checkpoint yet: starting from the beginning")
+    if newest is None:
+        raise nothing_to_resume(folder)
+    print(f"resuming from {newest}")
     return newest
+
+
+def refuse_missing_run(args: TrainArguments) -> None:
+    """Raises UsageError for a resume of a run whose folder is not there, which would be made otherwise."""
+    if args.resume_from_checkpoint == "latest" and not Path(args.output_dir).is_dir():
+        raise nothing_to_resume(Path(args.output_dir))
+
+
+def nothing_to_resume(folder: Path) -> UsageError:
+    looked = f"--resume_from_checkpoint: there is no checkpoint in {os.path.abspath(folder)} (--output_dir)"
+    if not folder.is_dir():
+        return UsageError(f"{looked}, and no such folder: give the run's folder, or --config with its {CONFIG_FILE}")
+    if (folder / CONFIG_FILE).exists():
+        return UsageError(f"{looked}: the run ended before its first one. To start anew: {start_command(folder)}")
+    return UsageError(f"{looked}: give the run's folder, or start anew without --resume_from_checkpoint")
 
 
 def given_checkpoint(path: Path, folder: Path) -> Path:
@@ -162,7 +189,7 @@ def given_checkpoint(path: Path, folder: Path) -> Path:
         )
     checkpoints.check_usable(path)
     own, saved_by = folder.resolve(), output_dir_of(path).resolve()
-    if own not in (path.parent, saved_by) and holds_run(folder):
+    if own not in (path.parent, saved_by) and holds_run(folder) and saved_by not in former_places(folder):
         raise UsageError(
             f"--output_dir {folder} holds another run than {path}, which was saved by the one in {saved_by}: give a "
             "new folder, or copy the checkpoint into its run's; nothing was changed"
@@ -171,7 +198,17 @@ def given_checkpoint(path: Path, folder: Path) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    return (folder / CONFIG_FILE).exists() or bool(checkpoints.checkpoints(folder))
+    """Whether a run has saved something there. One that has not may be started anew."""
+    return bool(checkpoints.checkpoints(folder))
+
+
+def former_places(folder: Path) -> set[Path]:
+    """Where a run that has moved to `folder` lay when it saved its checkpoints."""
+    places = set()
+    for path in checkpoints.checkpoints(folder):
+        with suppress(CheckpointError):
+            places.add(output_dir_of(path).resolve())
+    return places
 
 
 def put_later_aside(folder: Path, resumed: Path) -> None:
@@ -195,8 +232,13 @@ def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_
         )
 
 
+def start_command(folder: Path) -> str:
+    """For a shell, from any current folder."""
+    return f"qwhisper train --config {shlex.quote(os.path.abspath(folder / CONFIG_FILE))}"
+
+
 def resume_command(folder: Path) -> str:
-    return f"qwhisper train --config {folder / CONFIG_FILE} --resume_from_checkpoint"
+    return f"{start_command(folder)} --resume_from_checkpoint"
 
 
 def set_up_torch(args: TrainArguments) -> None:
@@ -206,13 +248,15 @@ def set_up_torch(args: TrainArguments) -> None:
 
 
 def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> None:
-    """Everything that is needed to run it again: `qwhisper train --config` reads it.
+    """Everything that is needed to run it again from any current folder: `qwhisper train --config` reads it.
 
     Where the disk does not take it, a resumed run goes on with what stands there.
     """
-    values = {k: v for k, v in dataclasses.asdict(args).items() if v is not None and k != "resume_from_checkpoint"}
+    told = absolute(dataclasses.asdict(args)).items()
+    values = {name: value for name, value in told if value is not None and name != "resume_from_checkpoint"}
+    text = f"{HEADING}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
     try:
-        checkpoints.write_whole(folder / CONFIG_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        checkpoints.write_whole(folder / CONFIG_FILE, text)
     except OSError as error:
         if resumed is None or not (folder / CONFIG_FILE).exists():
             raise UsageError(

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from qwhisper.errors import UsageError
 from qwhisper.file_lock import hold
-
-LOCK_FILE = ".lock"
+from qwhisper.train.places import LOCK_FILE
 
 
 def _is_utf8(folder: Path) -> bool:

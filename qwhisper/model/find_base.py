@@ -1,0 +1,68 @@
+"""Where a base lies now: where it lay in training, or beside the folder of trained weights. Its fingerprint tells."""
+
+import os
+import re
+from pathlib import Path
+
+from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.model.bases import fingerprint, resolve_model
+
+# A checkpoint's own folder, its run's, and the two above.
+FOLDERS_ABOVE = 3
+# How much of the stored path is looked for there: `qwen3`, `bases/qwen3`, `project/bases/qwen3`.
+LONGEST_NAME = 3
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def find_base(trained: str | os.PathLike, role: str, base: dict[str, str]) -> str:
+    """An absolute path or hub id of a base with the fingerprint that it had in training.
+
+    trained: folder (or hub id) of trained weights; role: "audio" or "text"; base: {"name", "fingerprint"} of its
+    configuration. Raises UsageError where no such base is found, CheckpointError where another one lies in its place.
+    """
+    stored, wanted = str(base["name"]), base["fingerprint"]
+    for place in (stored, *beside(trained, stored)):
+        if os.path.isdir(place) and _fingerprint_or_none(place) == wanted:
+            return os.path.abspath(place)
+    flag = f"--{role}_model"
+    advice = f"give its place with {flag} (in Python: {role}_model=)"
+    if os.path.isdir(stored):
+        raise CheckpointError(f"{trained} was trained on another {role} base than {stored} is now: {advice}")
+    looked = f"{stored} (no such folder)"
+    if HUB_ID.fullmatch(stored):
+        try:
+            if fingerprint(resolve_model(stored, "huggingface", flag)) == wanted:
+                return stored
+            looked = f"{stored} (another model)"
+        except (UsageError, OSError) as error:
+            looked = f"{stored} (not there: {error})"
+    names = " or ".join(_names(stored))
+    folders = ", ".join(map(str, _folders(trained))) or "no folder beside it"
+    raise UsageError(
+        f"{trained}: its {role} base was not found. Looked at {looked} and for {names} in {folders}: {advice}"
+    )
+
+
+def beside(trained: str | os.PathLike, stored: str) -> list[str]:
+    """Where a copy of the base may lie that moved together with the folder of trained weights, the nearest first."""
+    return [str(folder / name) for folder in _folders(trained) for name in _names(stored)]
+
+
+def _folders(trained: str | os.PathLike) -> list[Path]:
+    if not os.path.isdir(trained):  # on the hub
+        return []
+    folder = Path(os.path.abspath(trained))
+    return [folder, *folder.parents][: 1 + FOLDERS_ABOVE]
+
+
+def _names(stored: str) -> list[str]:
+    """The last parts of a path, or of a hub id; the path may be of another system."""
+    parts = [part for part in re.split(r"[\\/]+", stored) if part not in ("", ".", "..")]
+    return ["/".join(parts[-count:]) for count in range(1, min(LONGEST_NAME, len(parts)) + 1)]
+
+
+def _fingerprint_or_none(folder: str) -> str | None:
+    try:
+        return fingerprint(folder)
+    except (UsageError, OSError, ValueError):  # no model, or not a whole one
+        return None

@@ -1,0 +1,63 @@
+"""Paths among a run's arguments: absolute where they are stored, and found again when the run has moved.
+
+Knows files and names, nothing of models.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwhisper.train.checkpoint import MANIFEST, checkpoints
+
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
+PATHS = ("train_file", "eval_file", "data_root", "init_from")
+BASES = ("audio_model", "text_model")  # a hub id, or a folder
+# The first line of a config.yaml that a run wrote. A file without it is a user's own, and is never overwritten.
+HEADING = "# Written by qwhisper train. output_dir: the folder in which this file lies, also after it was moved."
+
+
+def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` by their names, with absolute paths, so that they mean the same from any current folder."""
+    placed = dict(values)
+    for name in ("output_dir", *PATHS, *BASES, "resume_from_checkpoint"):
+        value = placed.get(name)
+        if value and (name in ("output_dir", *PATHS) or os.path.isdir(value)):
+            placed[name] = os.path.abspath(value)
+    return placed
+
+
+def found_again(values: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
+    """What `absolute` stored, for a run whose folder is now `run_folder`.
+
+    A path that no longer exists is taken from where it lay beside the run, if it exists there: a tree that was moved
+    as a whole keeps working.
+    """
+    was, now = values.get("output_dir"), os.path.abspath(run_folder)
+    if not isinstance(was, str):
+        return dict(values)
+    placed = dict(values) | {"output_dir": now}
+    for name in (*PATHS, *BASES) if os.path.isabs(was) else ():
+        value = placed.get(name)
+        if isinstance(value, str) and os.path.isabs(value) and not os.path.exists(value):
+            beside = os.path.normpath(os.path.join(now, os.path.relpath(value, was)))
+            placed[name] = beside if os.path.exists(beside) else value
+    return placed
+
+
+def run_of_config(config: Path) -> Path | None:
+    """The folder of the run that wrote `config`, which is the one in which it lies; None for any other recipe.
+
+    A copy in a folder that holds no run is the recipe of a new run, whose output_dir is what the file says.
+    """
+    folder = config.absolute().parent
+    if config.name != CONFIG_FILE:
+        return None
+    saved = any((checkpoint / MANIFEST).is_file() for checkpoint in checkpoints(folder))
+    return folder if saved or (written_by_a_run(config) and (folder / LOCK_FILE).exists()) else None
+
+
+def written_by_a_run(config: Path) -> bool:
+    with config.open(encoding="utf-8", errors="replace") as lines:
+        return lines.readline().rstrip("\n") == HEADING
