@@ -51,8 +51,10 @@ def beside(trained: str | os.PathLike, stored: str) -> list[str]:
 def _folders(trained: str | os.PathLike) -> list[Path]:
     if not os.path.isdir(trained):  # on the hub
         return []
-    folder = Path(os.path.abspath(trained))
-    return [folder, *folder.parents][: 1 + FOLDERS_ABOVE]
+    found: list[Path] = []
+    for folder in (Path(os.path.abspath(trained)), Path(os.path.realpath(trained))):  # a run may be reached by a link
+        found += [each for each in [folder, *folder.parents][: 1 + FOLDERS_ABOVE] if each not in found]
+    return found
 
 
 def _names(stored: str) -> list[str]:

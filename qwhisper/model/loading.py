@@ -222,7 +222,10 @@ def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | 
 def _load_adapter(model: Qwen3AudioForConditionalGeneration, file: Path) -> None:
     tensors = load_file(file)
     if not getattr(model, "peft_config", None):
-        inject(model, LoraConfig.from_pretrained(str(file.parent)))
+        config = LoraConfig.from_pretrained(str(file.parent))
+        if model.config.text_base is not None:  # where it is now; PEFT warns of a folder that is gone
+            config.base_model_name_or_path = model.config.text_base["name"]
+        inject(model, config)
         dtype = next(iter(tensors.values())).dtype
         for _, parameter in lora_parameters(model):
             parameter.data = parameter.data.to(dtype)

@@ -271,9 +271,9 @@ def _resolve(folder: Path) -> Path:
     if (folder / MANIFEST).is_file():
         check_usable(folder)
         return folder
+    if (folder / "projector.safetensors").is_file():  # saved by `save_pretrained`, without a run around it
+        return folder
     if not checkpoints(folder):
-        if (folder / "projector.safetensors").is_file():  # saved by `save_pretrained`, without a run around it
-            return folder
         if folder.name.startswith(PREFIX):
             raise CheckpointError(f"{path}: {MANIFEST} is missing, so nothing in it can be relied on")
         raise UsageError(f"{path}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")

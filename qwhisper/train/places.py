@@ -41,8 +41,11 @@ def found_again(values: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
     for name in (*PATHS, *BASES) if os.path.isabs(was) else ():
         value = placed.get(name)
         if isinstance(value, str) and os.path.isabs(value) and not os.path.exists(value):
-            beside = os.path.normpath(os.path.join(now, os.path.relpath(value, was)))
-            placed[name] = beside if os.path.exists(beside) else value
+            way = os.path.relpath(value, was)
+            beside = [
+                os.path.normpath(os.path.join(run, way)) for run in (now, os.path.realpath(now))
+            ]  # now: or a link
+            placed[name] = next(filter(os.path.exists, beside), value)
     return placed
 
 

@@ -152,7 +152,7 @@ def test_run_folder_loads_its_newest_checkpoint_as_trained(finished_run):
 
 
 def test_device_that_is_not_there_is_named_before_anything_is_loaded(finished_run, monkeypatch):
-    monkeypatch.setattr("qwhisper.infer.generate.load_trained", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("qwhisper.infer.generate.load_trained", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UsageError, match="no device 'foo'"):
         load_for_inference(finished_run, "foo")
 

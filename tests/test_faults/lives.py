@@ -22,8 +22,9 @@ from qwhisper.cli import main as command_line
 from qwhisper.report.events import read_jsonl
 from qwhisper.train import assemble
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.checkpoint import newest_valid
-from qwhisper.train.run import CONFIG_FILE, main
+from qwhisper.train.checkpoint import checkpoints, newest_valid
+from qwhisper.train.places import CONFIG_FILE
+from qwhisper.train.run import main
 from tests.test_faults.kill_shim import Operations, in_child
 from tests.train.helpers import checkpoint_tensors, same_bits
 
@@ -157,7 +158,7 @@ class Qwhisper:
             assemble, "save_checkpoint", lambda run, processor: around_save(lambda: honest(run, processor))
         )
         with saving:
-            if (folder / CONFIG_FILE).exists():
+            if checkpoints(folder):
                 code = command_line(["train", "--config", str(folder / CONFIG_FILE), "--resume_from_checkpoint"])
             else:
                 code = main(TrainArguments(**vars(self.args) | {"output_dir": str(folder)}))

@@ -272,7 +272,7 @@ def test_two_trainers_in_one_folder(arguments):
         seen["exit code"] = in_child(lambda: os._exit(outcome_of(again).code or 0))
         seen["changed"] = {path: path.stat().st_mtime_ns for path in folder.rglob("*")} != before
 
-    assert main(args, [At(1, second_trainer)]) == 0
+    assert main(args, [At(2, second_trainer)]) == 0  # when there is a checkpoint that it could go on from
     assert seen == {"exit code": UsageError.exit_code, "changed": False}
     killed = dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=4)
     assert in_child(lambda: main(killed, [At(3, kill)])) == -signal.SIGKILL
