@@ -254,7 +254,7 @@ class RunFlags:
     resume_from_checkpoint: str | None = flag(
         None,
         "Go on where a run stopped: without a value from the newest sound checkpoint in --output_dir, or from the "
-        "given one.",
+        "given one. Stops where there is none.",
         nargs="?",
         const="latest",
     )
