@@ -17,6 +17,7 @@ from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.checkpoint import write_checkpoint
 from qwhisper.train.run import main as train
 from qwhisper.verify import verify
 from tests.small import write_dialogues, write_small_bases
@@ -110,6 +111,30 @@ def test_a_run_is_resumed_through_a_link(moved, tmp_path):
     (tmp_path / "link").symlink_to(moved / "run")
     assert cli(["train", "--config", "../link/config.yaml", "--resume_from_checkpoint", "--max_steps", "3"]) == 0
     assert (moved / "run/checkpoint-3").is_dir()
+
+
+def test_a_run_of_before_whose_paths_are_relative_is_resumed_from_a_third_folder(moved):
+    run = moved / "run"
+    then = config_of(run)
+    relative = {"output_dir": "run", "train_file": "data/train.jsonl"}
+    relative |= {"audio_model": "bases/whisper", "text_model": "bases/qwen3"}
+    (run / "config.yaml").write_text(yaml.safe_dump(then | relative))
+
+    def as_before(folder: Path) -> None:
+        shutil.copytree(run / "checkpoint-2", folder, dirs_exist_ok=True)
+        (folder / "manifest.json").unlink()
+        told = json.loads((folder / "arguments.json").read_text()) | relative
+        (folder / "arguments.json").write_text(json.dumps(told))
+        config = json.loads((folder / "config.json").read_text())
+        for role in ("audio", "text"):
+            config[f"{role}_base"]["name"] = relative[f"{role}_model"]
+        (folder / "config.json").write_text(json.dumps(config))
+
+    write_checkpoint(run, 2, as_before)
+    command = ["train", "--config", str(run / "config.yaml"), "--resume_from_checkpoint", "--max_steps", "3"]
+    assert cli([*command, "--train_file", str(moved / "data/train.jsonl")]) == 0
+    assert (run / "checkpoint-3").is_dir()
+    assert Path(config_of(run)["output_dir"]) == run
 
 
 def test_every_reader_finds_the_bases_of_a_moved_tree(moved, monkeypatch):

@@ -64,7 +64,9 @@ def _names(stored: str) -> list[str]:
 
 
 def _fingerprint_or_none(folder: str) -> str | None:
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        return None
     try:
         return fingerprint(folder)
-    except (UsageError, OSError, ValueError):  # no model, or not a whole one
+    except (UsageError, OSError, ValueError, LookupError, TypeError):  # not a whole model, or a list of other shards
         return None
