@@ -12,10 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
+from qwhisper.cli import VERBS
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
+from qwhisper.parsing import parse
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.checkpoint import write_checkpoint
 from qwhisper.train.run import main as train
@@ -230,6 +232,7 @@ def test_a_resume_that_finds_no_run_stops_and_makes_no_folder(moved, tmp_path, c
     (tmp_path / "third/run").mkdir()
     assert cli(command) == 2
     assert "start anew without --resume_from_checkpoint" in capsys.readouterr().err
+    assert list((tmp_path / "third/run").iterdir()) == []
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_started_anew_by_the_command_that_is_named(moved, capsys):
@@ -246,6 +249,25 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_started_anew_by_the_com
     assert cli(command) == 2
     resume = capsys.readouterr().err.split("To go on with it: ")[1].split(". For a new run")[0]
     assert cli([*shlex.split(resume)[1:], "--max_steps", "2"]) == 0
+
+
+def test_a_copy_of_a_run_is_a_run_where_it_lies_and_flags_win(trained, tmp_path, monkeypatch):
+    """Also while the run that it was copied from is still there."""
+    now, then = trained
+    copy = shutil.copytree(now / "run", tmp_path / "copy")
+    moved_config, elsewhere = copy / "config.yaml", tmp_path / "other/config.yaml"
+    monkeypatch.chdir(tmp_path)
+    elsewhere.parent.mkdir()
+    for name, output_dir in (("copy/config.yaml", str(copy)), ("other/config.yaml", str(then / "run"))):
+        if not Path(name).exists():
+            shutil.copy(moved_config, elsewhere)
+        assert parse("train", VERBS["train"], TrainArguments, ["--config", name]).output_dir == output_dir
+        arguments = parse("train", VERBS["train"], TrainArguments, ["--config", name, "--output_dir", "new"])
+        assert arguments.output_dir == "new"
+    shutil.copy(moved_config, copy / "recipe.yaml")
+    assert parse("train", VERBS["train"], TrainArguments, ["--config", "copy/recipe.yaml"]).output_dir == str(
+        then / "run"
+    )
 
 
 def test_a_copied_config_is_the_recipe_of_a_new_run(moved, tmp_path, capsys):
@@ -274,5 +296,7 @@ def test_a_users_own_config_in_the_folder_is_not_overwritten(moved, tmp_path, ca
     recipe.write_text("# my notes\nlora_r: 4\noutput_dir: run\n")
     with contextlib.chdir(moved):
         assert cli([*TRAIN, "--config", str(recipe), "--output_dir", str(recipe.parent)]) == 2
-    assert "holds a config.yaml that would be overwritten" in capsys.readouterr().err
+        assert "holds a config.yaml that would be overwritten" in capsys.readouterr().err
+        given = ["--resume_from_checkpoint", "run/checkpoint-1"]
+        assert cli([*TRAIN, *given, "--config", str(recipe), "--output_dir", str(recipe.parent)]) == 2
     assert recipe.read_text().startswith("# my notes")

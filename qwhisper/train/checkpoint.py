@@ -265,9 +265,8 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
 
 
 def _resolve(folder: Path) -> Path:
-    path = folder
     if not folder.is_dir():
-        raise UsageError(f"{path}: no such folder; {_instead(folder)}")
+        raise UsageError(f"{folder}: no such folder; {_instead(folder)}")
     if (folder / MANIFEST).is_file():
         check_usable(folder)
         return folder
@@ -275,11 +274,11 @@ def _resolve(folder: Path) -> Path:
         return folder
     if not checkpoints(folder):
         if folder.name.startswith(PREFIX):
-            raise CheckpointError(f"{path}: {MANIFEST} is missing, so nothing in it can be relied on")
-        raise UsageError(f"{path}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
+            raise CheckpointError(f"{folder}: {MANIFEST} is missing, so nothing in it can be relied on")
+        raise UsageError(f"{folder}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
     newest, passed_over = newest_valid(folder)
     if newest is None:
-        raise CheckpointError(f"{path}: no checkpoint can be used: {'; '.join(passed_over)}")
+        raise CheckpointError(f"{folder}: no checkpoint can be used: {'; '.join(passed_over)}")
     best = json.loads((newest / "state.json").read_text(encoding="utf-8")).get("best_checkpoint")
     if best and best != newest.name and (folder / best).is_dir():
         check_usable(folder / best)

@@ -15,7 +15,7 @@ LOCK_FILE = ".lock"
 PATHS = ("train_file", "eval_file", "data_root", "init_from")
 BASES = ("audio_model", "text_model")  # a hub id, or a folder
 # The first line of a config.yaml that a run wrote. A file without it is a user's own, and is never overwritten.
-HEADING = "# Written by qwhisper train. output_dir: the folder in which this file lies, also after it was moved."
+HEADING = "# Written by qwhisper train. If this folder moves, its new place is the run's output_dir."
 
 
 def absolute(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,8 @@ PLACES = ("output_dir", "run_name", "resume_from_checkpoint", "init_from", "audi
 
 def save_arguments(args: TrainArguments, folder: Path) -> None:
     """With absolute paths: what is loaded from another current folder finds the same files."""
-    told = absolute(dataclasses.asdict(args))
-    (folder / ARGUMENTS_FILE).write_text(json.dumps(told, indent=1), encoding="utf-8")
+    text = json.dumps(absolute(dataclasses.asdict(args)), indent=1)
+    (folder / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
 
 
 def saved_arguments(checkpoint: Path) -> dict[str, Any]:

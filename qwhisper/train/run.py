@@ -138,12 +138,12 @@ def refuse_to_have_learned_nothing(run: Run) -> None:
 def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run, which must not overwrite another."""
     if not args.resume_from_checkpoint:
-        if holds_run(folder):
+        if checkpoints.checkpoints(folder):
             raise UsageError(
                 f"--output_dir {folder} holds another run. To go on with it: {resume_command(folder)}. "
                 "For a new run give another folder; nothing was changed"
             )
-        if (folder / CONFIG_FILE).exists() and not written_by_a_run(folder / CONFIG_FILE):
+        if holds_run(folder):
             raise UsageError(
                 f"--output_dir {folder} holds a {CONFIG_FILE} that would be overwritten: rename it, or give another "
                 "folder; nothing was changed"
@@ -163,16 +163,17 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
 
 
 def refuse_missing_run(args: TrainArguments) -> None:
-    """Raises UsageError for a resume of a run whose folder is not there, which would be made otherwise."""
-    if args.resume_from_checkpoint == "latest" and not Path(args.output_dir).is_dir():
-        raise nothing_to_resume(Path(args.output_dir))
+    """Raises UsageError for a resume in a folder that is no run's. Nothing is made there, not even the lock."""
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint == "latest" and not (holds_run(folder) or (folder / CONFIG_FILE).exists()):
+        raise nothing_to_resume(folder)
 
 
 def nothing_to_resume(folder: Path) -> UsageError:
     looked = f"--resume_from_checkpoint: there is no checkpoint in {os.path.abspath(folder)} (--output_dir)"
     if not folder.is_dir():
         return UsageError(f"{looked}, and no such folder: give the run's folder, or --config with its {CONFIG_FILE}")
-    if (folder / CONFIG_FILE).exists():
+    if (folder / CONFIG_FILE).exists() and written_by_a_run(folder / CONFIG_FILE):
         return UsageError(f"{looked}: the run ended before its first one. To start anew: {start_command(folder)}")
     return UsageError(f"{looked}: give the run's folder, or start anew without --resume_from_checkpoint")
 
@@ -198,8 +199,11 @@ def given_checkpoint(path: Path, folder: Path) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has saved something there. One that has not may be started anew."""
-    return bool(checkpoints.checkpoints(folder))
+    """Whether a run has saved a checkpoint there, or there is a config.yaml that no run wrote. Neither is overwritten;
+    a run that ended before its first checkpoint may be started anew.
+    """
+    config = folder / CONFIG_FILE
+    return bool(checkpoints.checkpoints(folder)) or (config.exists() and not written_by_a_run(config))
 
 
 def former_places(folder: Path) -> set[Path]:
@@ -252,8 +256,8 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
 
     Where the disk does not take it, a resumed run goes on with what stands there.
     """
-    told = absolute(dataclasses.asdict(args)).items()
-    values = {name: value for name, value in told if value is not None and name != "resume_from_checkpoint"}
+    values = absolute(dataclasses.asdict(args))
+    values = {name: value for name, value in values.items() if value is not None and name != "resume_from_checkpoint"}
     text = f"{HEADING}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
     try:
         checkpoints.write_whole(folder / CONFIG_FILE, text)
