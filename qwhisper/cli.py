@@ -87,14 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
-            stream.reconfigure(errors="backslashreplace")  # in an ASCII locale it has no ×, and no Chinese name
+            # An ASCII locale has no ×, and no Chinese name; a log or pipe should show each line when it is printed.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return _run(argv)
     except QwhisperError as error:
         code, told = error.exit_code, f"error: {error}"
     except KeyboardInterrupt:
         code, told = INTERRUPTED, "interrupted"
-    with unfailing_output():
+    # The end of a run waits for a reader no more than the run did.
+    with unfailing_output(on_lost=(lambda lines: None) if argv[0] == "train" else None):
         print(f"qwhisper: {told}", file=sys.stderr)
     return code
 

@@ -17,6 +17,7 @@ from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, Numeri
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.kernels import check_kernels
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.report.events import RunLog, read_jsonl
 from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train import checkpoint as checkpoints
@@ -36,9 +37,19 @@ from qwhisper.train.state import TrainState, trained_kinds
 CONFIG_FILE = "config.yaml"
 
 
-@unfailing_output()
 def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int:
     """Runs a training and returns its exit code. callbacks: any `TrainerCallback`s; ours configure the run."""
+    with unfailing_output(on_lost=lambda lines: log_lost_output(Path(args.output_dir), lines)):
+        return configure_and_go(args, callbacks)
+
+
+def log_lost_output(folder: Path, lines: int) -> None:
+    if folder.is_dir():
+        step = max((record["step"] for record in read_jsonl(folder / "metrics.jsonl")), default=0)
+        RunLog(folder).event("output_lost", step=step, lines=lines)
+
+
+def configure_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -> int:
     for callback in callbacks:
         if isinstance(callback, ConfiguringCallback):
             args = callback.configure(args)
