@@ -61,11 +61,11 @@ class StepLines:
             total=self.total, initial=self._first, unit="step", dynamic_ncols=True, file=sys.stderr, leave=False,
             smoothing=0.05,
         )  # fmt: skip
-        self._above_bar.callback(bar.close)
         for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
             above = AboveBar(stream, bar)
             self._above_bar.enter_context(redirect(cast(TextIO, above)))
             self._above_bar.callback(above.finish)
+        self._above_bar.callback(bar.close)  # the first of these to be called
         return bar
 
 

@@ -48,7 +48,7 @@ def test_whoever_prints_the_bar_stands_below_it():
         *above, bar = shown(terminal.getvalue())
         printed = ["before the first step", "a note", "a line of ours", "a callback's line", "a warning"]
         assert above == printed
-        assert "2/3" in bar and "loss 2.000" in bar
+        assert "/3 [" in bar and "loss 2.000" in bar
         lines.close()
         print("the end")
         assert sys.stdout is sys.stderr is terminal
