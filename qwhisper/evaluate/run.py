@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwhisper.data import leakage
 from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
-from qwhisper.data.conversation import Conversation, read_conversations
+from qwhisper.data.conversation import Conversation, read_conversations, scan_conversations
 from qwhisper.data.encode import IGNORE
-from qwhisper.errors import BadClipError, DataError
+from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
 from qwhisper.evaluate.listening import Turn, answer_row, swap_audio, turns_of
 from qwhisper.evaluate.metrics import (
     character_error_rate,
@@ -33,7 +34,8 @@ from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGenerati
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import resolve_checkpoint
 from qwhisper.train.executor import Executor
-from qwhisper.train.state import trained_kinds
+from qwhisper.train.resume import saved_arguments
+from qwhisper.train.state import trained_file_sha256, trained_kinds
 
 if TYPE_CHECKING:
     from qwhisper.arguments import EvalArguments
@@ -62,12 +64,34 @@ def main(arguments: "EvalArguments") -> None:
         max_new_tokens=arguments.max_new_tokens,
     )
     result = {"checkpoint": str(arguments.checkpoint), "eval_file": str(arguments.eval_file), **result}
+    result["notes"] += _leakage(folder, arguments.eval_file, conversations)
     table = markdown(result)
     print(table)
     if arguments.output_json:
         _write(arguments.output_json, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if arguments.output_md:
         _write(arguments.output_md, table + "\n")
+
+
+def _leakage(folder: Path, eval_file: str, conversations: Sequence[Conversation]) -> list[str]:
+    """Sentences on what of the evaluation data the checkpoint was trained on, as far as that can be found out."""
+    train_file_sha256 = trained_file_sha256(folder)
+    if train_file_sha256 is None:  # no run of ours has saved it
+        return []
+    if train_file_sha256 == leakage.file_digest(eval_file):
+        return [f"{eval_file} is what {folder.name} was trained on: its scores say what was learned by heart."]
+    try:
+        trained_on = saved_arguments(folder)
+        train_file = str(trained_on["train_file"])
+        trained, faults = scan_conversations(
+            train_file, data_root=trained_on.get("data_root"), max_samples=trained_on.get("max_samples")
+        )
+    except (QwhisperError, OSError, KeyError, TypeError, ValueError) as error:
+        return [f"Whether {eval_file} shares dialogues with the training data was not checked: {first_line(error)}."]
+    notes = leakage.notes(eval_file, conversations, train_file, trained)
+    if faults:
+        notes.append(f"not compared with what can't be read of {train_file} any more ({faults[0]})")
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
 
 
 def evaluate_model(
