@@ -7,7 +7,6 @@ did wrong is a QwhisperError and ends with one message and its exit code; anythi
 import difflib
 import importlib
 import io
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,8 +122,6 @@ def _run(argv: list[str]) -> int:
     from qwhisper.versions import check_versions
 
     check_versions(quantized=getattr(arguments, "load_in_4bit", False))
-    # Says on import, quantised or not, that an optional CPU kernel is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return load(verb.handler)(arguments) or 0
 
 

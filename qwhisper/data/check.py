@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qwhisper.data.clips import load_clip
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, scan_conversations
+from qwhisper.data.faults import grouped
 from qwhisper.data.template import listening_template
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
@@ -43,7 +44,8 @@ def check_dataset(
 
     Returns counts, `faults` (sentences with file and line), `bad_clips` (the same), and `ok`: no fault, and at most 1 %
     of the dialogues lost to bad clips or without labels. With a tokenizer also `template`, `tokens` and `answer_tokens`
-    (least, median, most), `cuts` and `without_labels` (sentences). Raises DataError only if there is no such file.
+    (least, median, most), `cuts` and `without_labels` (sentences). Raises DataError only if there is no such file,
+    or it is no JSONL file at all.
     """
     conversations, faults = scan_conversations(path, data_root=data_root)
     seconds, bad = _decode_clips(conversations)
@@ -67,7 +69,7 @@ def check_dataset(
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """A report as the lines that are printed: numbers first, then every fault, then the verdict."""
+    """A report as the lines that are printed: numbers first, then the faults, then the verdict."""
     lines = [
         f"{report['file']}: {report['dialogues']} dialogues, {report['answers']} answers, {report['clips']} clips, "
         f"{report['audio_seconds'] / 60:.1f} minutes of audio"
@@ -81,7 +83,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         found = report.get(name, [])
         if found:
             lines.append(f"{len(found)} {name.replace('_', ' ')}:")
-            lines += [f"  {sentence}" for sentence in found]
+            lines += [f"  {line}" for line in grouped(found)]
     lines.append("ready to train on" if report["ok"] else "not ready to train on: mend what is listed above")
     return lines
 

@@ -75,7 +75,7 @@ def resolve_path(location: str, where: str, roots: list[Path], faults: list[str]
         return ""
     path = os.path.realpath(roots[0] / location)
     if not any(Path(path).is_relative_to(os.path.realpath(root)) for root in roots):
-        faults.append(f"{where}: {shown} lies outside {roots[-1]}: move it there or give --data_root")
+        faults.append(f"{where}: {shown} lies outside {os.path.realpath(roots[-1])}: move it there or give --data_root")
     elif fault := file_fault(path):
         faults.append(f"{where}: audio file {shown} {fault} (looked at {quoted.repr(path)})")
     return path

@@ -13,11 +13,13 @@ from typing import Any
 
 from qwhisper.data.audio import file_fault
 from qwhisper.data.clips import AudioClip, parse_part, quoted, resolve_path
+from qwhisper.data.faults import grouped
+from qwhisper.data.kinds_of_file import not_json_lines
 from qwhisper.errors import DataError
 
 ROLES = ("system", "user", "assistant")
 AUDIO_MARKS = ("<audio>", "<|audio_pad|>")  # ms-swift's placeholder, and the token that a rendered text has for audio
-MAX_FAULTS_SHOWN = 20
+MAX_LINES_SHOWN = 20
 MAX_LINE_BYTES = 2**24  # 16 MiB of text in one dialogue; a file without line breaks would be one line of any length
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -78,13 +80,15 @@ def read_conversations(
     """Read a JSONL file of dialogues, one a line, and refuse it as a whole if anything in it is wrong.
 
     Relative audio paths start at the file's folder; other paths must lie under `data_root` (default: the same folder).
-    `max_samples` reads no further than that many dialogues. Raises DataError with file and line of the first 20 faults.
+    `max_samples` reads no further than that many dialogues. Raises DataError with file and line of
+    the faults: equal ones as one line, the 20 most frequent.
     """
     conversations, faults = scan_conversations(path, data_root=data_root, max_samples=max_samples)
     if faults:
-        shown = faults[:MAX_FAULTS_SHOWN]
-        if len(faults) > len(shown):
-            shown.append(f"... and {len(faults) - len(shown)} more; `qwhisper data check {path}` lists them all")
+        lines = grouped(faults)
+        shown = lines[:MAX_LINES_SHOWN]
+        if len(lines) > len(shown):
+            shown.append(f"... and {len(lines) - len(shown)} more; `qwhisper data check {path}` lists them all")
         raise DataError("\n".join(shown))
     return conversations
 
@@ -100,11 +104,14 @@ def scan_conversations(
     """The good dialogues of a file and every fault in it, each fault as `file:line: sentence`.
 
     answered: a dialogue without any answer is a fault; False: not where a user's message ends it. convert: what makes
-    the canonical form of a line's object that has another. Raises DataError only if there is no such file.
+    the canonical form of a line's object that has another. Raises DataError only if there is no such file,
+    or it is no JSONL file at all.
     """
     path = Path(path)
     if fault := file_fault(path):
         raise DataError(f"{path} {fault}: give a JSONL file with one dialogue a line")
+    if fault := not_json_lines(path):
+        raise DataError(f"{path} is {fault}")
     conversations: list[Conversation] = []
     faults: list[str] = []
     first_seen: dict[str, str] = {}

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import Conversation, Message, in_words, scan_conversations, to_record
+from qwhisper.data.faults import grouped
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
 from qwhisper.errors import DataError, UsageError
 from qwhisper.file_lock import hold
@@ -247,8 +248,8 @@ def _report(
     cut: int,
     faults: Sequence[str],
 ) -> None:
-    for fault in faults:
-        print(fault)
+    for line in grouped(faults):
+        print(line)
     print(
         f"{arguments.out_file}: {len(dialogues)} dialogues; {given} of them answered by {arguments.text_model} "
         f"({asked} prompts now, the rest from the cache), {len(dialogues) - given} had their answers; "

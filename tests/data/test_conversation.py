@@ -151,7 +151,8 @@ def test_line_may_have_sixteen_megabytes_and_the_next_one_is_read(folder, length
 
 
 def test_every_fault_of_a_file_is_named_and_the_twenty_first_only_counted(write):
-    path = write(*[dialogue(user=audio_part(audio=f"{n}.wav")) for n in range(25)])
+    roles = [f"role {chr(ord('a') + n)}" for n in range(25)]
+    path = write(*[{"messages": [{"role": role, "content": "Hi"}]} for role in roles])
     with pytest.raises(DataError) as error:
         read_conversations(path)
     lines = str(error.value).splitlines()
@@ -161,6 +162,16 @@ def test_every_fault_of_a_file_is_named_and_the_twenty_first_only_counted(write)
     conversations, faults = scan_conversations(path)
     assert conversations == []
     assert len(faults) == 25
+
+
+def test_equal_faults_are_one_line(write):
+    many = [dialogue(user=audio_part(audio=f"{n}.wav")) for n in range(120)]
+    path = write(dialogue(assistant=""), *many, dialogue(id=[]))
+    with pytest.raises(DataError) as error:
+        read_conversations(path)
+    first, empty, identity = str(error.value).splitlines()
+    assert first.startswith(f"{path}:2, 3, 4 and 117 more: message 1, part 1: audio file '0.wav' does not exist")
+    assert empty.startswith(f"{path}:1: ") and identity.startswith(f"{path}:122: ")
 
 
 def test_two_faults_of_one_line_are_both_named(write):
