@@ -1,5 +1,6 @@
 """Audio files to 16 kHz mono waveforms, and waveforms to the windows that the encoder hears."""
 
+import io
 import os
 import re
 import stat
@@ -30,26 +31,33 @@ CLAIM = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
 UNKNOWN_LENGTH = 0x7FFF0000  # bytes; what writes to a pipe can't know the length, and claims this or more
 
 
-def load_audio(path: str | Path, start: float | None = None, end: float | None = None) -> np.ndarray:
+def load_audio(
+    path: str | Path | bytes, start: float | None = None, end: float | None = None, channel: int | None = None
+) -> np.ndarray:
     """The stretch from `start` to `end` (seconds; None: the file's edge) as float32 [samples], mono, 16 kHz.
 
     Any sample rate from 1 to 768 kHz, up to 64 channels (their mean), up to 4 hours and 2^33 samples of all channels
     together. Raises BadClipError where that is exceeded, the path is no file, can't be read or decoded, the stretch is
     empty or goes on more than 0.1 s after the sound has ended, or the sound is not finite, silent or absurdly loud.
     """
-    with _faults_named(path):
+    name = "the audio data" if isinstance(path, bytes) else path
+    with _faults_named(name):
         try:
-            return _load(path, start, end)
+            return _load(path, name, start, end, channel)
         except (OSError, MemoryError, soundfile.LibsndfileError):
             pass  # perhaps of this moment alone: of a network drive, or of another process that took the memory
-        return _load(path, start, end)
+        return _load(path, name, start, end, channel)
 
 
-def _load(path: str | Path, start: float | None, end: float | None) -> np.ndarray:
-    if fault := file_fault(path):
+def _load(
+    source: str | Path | bytes, path: str | Path, start: float | None, end: float | None, channel: int | None
+) -> np.ndarray:
+    if not isinstance(source, bytes) and (fault := file_fault(path)):
         raise BadClipError(f"{path} {fault}; leave it out")
-    with soundfile.SoundFile(path) as file:
-        waveform = _read_stretch(file, path, start or 0.0, end)
+    with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        if channel is not None and channel >= file.channels:
+            raise BadClipError(f"{path}: channel {channel} of {file.channels} (counted from 0); give another `channel`")
+        waveform = _read_stretch(file, path, start or 0.0, end, channel)
     _check_audible(waveform, path, _stretch_name(start, end))
     return waveform
 
@@ -95,7 +103,9 @@ def _faults_named(path: str | Path) -> Iterator[None]:
         raise BadClipError(f"{path}: unreadable audio ({what}); convert it to WAV or FLAC, or leave it out") from error
 
 
-def _read_stretch(file: soundfile.SoundFile, path: str | Path, start: float, end: float | None) -> np.ndarray:
+def _read_stretch(
+    file: soundfile.SoundFile, path: str | Path, start: float, end: float | None, channel: int | None
+) -> np.ndarray:
     rate = file.samplerate
     first = round(start * rate)
     last = _claimed_frames(file) if end is None else round(end * rate)
@@ -105,14 +115,16 @@ def _read_stretch(file: soundfile.SoundFile, path: str | Path, start: float, end
     if first >= file.frames:
         raise BadClipError(f"{path}: nothing {_stretch_name(start, end)}, the file ends at {file.frames / rate:.3f} s")
     file.seek(first)
-    waveform, num_frames = _decode(file, path, min(last, file.frames) - first)
+    waveform, num_frames = _decode(file, path, min(last, file.frames) - first, channel)
     _check_complete(path, should_end=last / rate, ends=(first + num_frames) / rate)
     if len(waveform) == 0:
         raise BadClipError(f"{path}: empty {_stretch_name(start, end)}; leave it out")
     return waveform
 
 
-def _decode(file: soundfile.SoundFile, path: str | Path, num_frames: int) -> tuple[np.ndarray, int]:
+def _decode(
+    file: soundfile.SoundFile, path: str | Path, num_frames: int, channel: int | None
+) -> tuple[np.ndarray, int]:
     """Up to `num_frames` from where the file stands, as mono at 16 kHz, and how many there were."""
     rate, remaining, filled = file.samplerate, num_frames, 0
     resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
@@ -121,7 +133,8 @@ def _decode(file: soundfile.SoundFile, path: str | Path, num_frames: int) -> tup
     ended = False
     while not ended:
         frames = min(remaining, max(1, BLOCK_SAMPLES // file.channels))
-        block = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+        block = file.read(frames, dtype="float32", always_2d=True)
+        block = block.mean(axis=1) if channel is None else block[:, channel]
         _check_samples(block, path)
         remaining -= len(block)
         ended = remaining == 0 or len(block) == 0  # a file cut short ends before its header says

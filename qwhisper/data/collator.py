@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from qwhisper.data.conversation import Conversation, Message, in_words, parse_conversation
+from qwhisper.data.conversation import Conversation, Message, as_messages, in_words, parse_own
 from qwhisper.data.encode import (
     IGNORE,
     TRAIN_ON,
@@ -96,9 +95,13 @@ class ConversationCollator:
             rows.append(self._encode(row, {answer}, previous + 1, list(events)))
         return rows
 
-    def encode_prompt(self, messages: Sequence[Message], *, reply_with: str | None = None) -> Sample:
-        """What `generate` continues: dialogue and generation prompt, and `reply_with` as the reply's beginning."""
-        row = join_parts(self._encoder.parts(messages, True), messages, self._encoder.added_ids)
+    def encode_prompt(self, messages: Sequence[Message | dict], *, reply_with: str | None = None) -> Sample:
+        """What `generate` continues: dialogue and generation prompt, and `reply_with` as the reply's beginning.
+
+        messages: read already, or as `parse_own` reads them. Raises DataError, and BadClipError for an unusable clip.
+        """
+        read = as_messages(messages)
+        row = join_parts(self._encoder.parts(read, True), read, self._encoder.added_ids)
         ids = row.input_ids + (encode_text(self.tokenizer, reply_with) if reply_with else [])
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
         return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, [window for _, window in row.windows])
@@ -123,8 +126,7 @@ class ConversationCollator:
     def _prepare(self, conversation: Conversation | dict) -> tuple[Conversation, list[str]]:
         """The dialogue without what nothing is learned from, and the events of leaving it out."""
         if isinstance(conversation, dict):
-            source = str(conversation.get("id", "a dialogue given as a dict"))
-            conversation = parse_conversation(conversation, source, Path.cwd())
+            conversation = parse_own(conversation, str(conversation.get("id", "a dialogue given as a dict")))
         messages, events = conversation.messages, []
         answers = _answers(messages)
         if not answers:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qwhisper.data.audio import file_fault
-from qwhisper.data.clips import AudioClip, parse_part, quoted, resolve_path
+from qwhisper.data.clips import AudioClip, own_roots, parse_audio, parse_content, quoted
+from qwhisper.data.waveform import data_url
 from qwhisper.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -131,17 +132,38 @@ def scan_conversations(
 
 
 def parse_conversation(
-    record: dict, source: str, root: str | Path, data_root: str | Path | None = None
+    record: dict, source: str, root: str | Path, data_root: str | Path | None = None, *, answered: bool = True
 ) -> Conversation:
-    """One record in canonical form; `root` is the folder that relative audio paths start at. Raises DataError."""
-    conversation, faults = _parse(record, source, Path(root), data_root)
+    """One record in canonical form; `root` is the folder that relative audio paths start at. Raises DataError.
+
+    answered: as in `scan_conversations`.
+    """
+    conversation, faults = _parse(record, source, Path(root), data_root, answered)
     if conversation is None:
         raise DataError("\n".join(f"{source}: {fault}" for fault in faults))
     return conversation
 
 
+def parse_own(record: dict, source: str, *, answered: bool = True) -> Conversation:
+    """One record that a person's own call gives: relative paths start in the current folder, and any file may be read.
+
+    Raises DataError.
+    """
+    folder, everywhere = own_roots()
+    return parse_conversation(record, source, folder, everywhere, answered=answered)
+
+
+def as_messages(messages: Sequence[Message | dict]) -> Sequence[Message]:
+    """Messages as they are, or those of a prompt, which a user's message ends, read as `parse_own` does."""
+    read = [message for message in messages if isinstance(message, Message)]
+    if len(read) == len(messages):
+        return read
+    return parse_own({"messages": messages}, "the prompt", answered=False).messages
+
+
 def to_record(conversation: Conversation, folder: str | Path) -> dict[str, Any]:
-    """What `parse_conversation` reads the same dialogue from; clips below `folder` stand there by their relative path.
+    """What `parse_conversation` reads the same dialogue from; clips below `folder` stand there by their relative path,
+    and sound in memory as a data URL.
 
     An id that was only the place where the dialogue stood is left out.
     """
@@ -165,9 +187,10 @@ def _message_record(message: Message, root: Path) -> dict[str, Any]:
 
 def _clip_record(clip: AudioClip, root: Path) -> dict[str, Any]:
     path = Path(clip.path)
-    location = path.relative_to(root) if path.is_relative_to(root) else path
-    named = {"start": clip.start, "end": clip.end, "transcript": clip.transcript}
-    return {"type": "audio", "audio": str(location)} | {k: v for k, v in named.items() if v is not None}
+    location = str(path.relative_to(root) if path.is_relative_to(root) else path)
+    named = {"start": clip.start, "end": clip.end, "channel": clip.channel, "transcript": clip.transcript}
+    source = location if clip.sound is None else data_url(clip.sound)
+    return {"type": "audio", "audio": source} | {k: v for k, v in named.items() if v is not None}
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict | str]]:
@@ -211,7 +234,7 @@ def _parse(
 ) -> tuple[Conversation | None, list[str]]:
     """The conversation, or None and what is wrong with it."""
     raw = record.get("messages")
-    if not isinstance(raw, list):
+    if not isinstance(raw, list | tuple):
         return None, ["no `messages` list: the canonical form is {'messages': [{'role': …, 'content': …}, …]}"]
     if not raw:
         return None, ["the dialogue is empty: `messages` has no entry"]
@@ -238,18 +261,12 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
     if role not in ROLES:
         faults.append(f"{where}: unknown role {quoted.repr(role)}; known are {', '.join(ROLES)}")
         role = "?"
-    if isinstance(content, str):
-        parts: list[str | AudioClip] = [content]
-    elif isinstance(content, list):
-        parts = [parse_part(part, f"{where}, part {n}", roots, faults) for n, part in enumerate(content, 1)]
-    else:
-        faults.append(f"{where}: `content` must be a text or a list of parts, not {type(content).__name__}")
-        return Message(role, ())
+    parts = parse_content(content, where, roots, faults, unused=[])
     kind = raw.get("kind")
     if isinstance(kind, dict | list):
         faults.append(f"{where}: `kind` must be a text, not {type(kind).__name__}")
         kind = None
-    message = Message(role, tuple(parts), kind=None if kind is None else str(kind))
+    message = Message(role, parts, kind=None if kind is None else str(kind))
     if len(faults) > faults_before:  # what is missing because of them is no fault of its own
         return message
     if role == "assistant":
@@ -291,15 +308,15 @@ def _place_audios(messages: list[Message], audios: object, roots: list[Path], fa
                 )
         return messages
     audios = [audios] if isinstance(audios, str) else audios
-    if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
-        faults.append("`audios` must be a list of file names")
+    if not isinstance(audios, list | tuple):
+        faults.append(f"`audios` must be a list of file names, not {type(audios).__name__}")
         return messages
     marks = sum(message.text.count("<audio>") for message in messages if message.role != "assistant")
     if marks != len(audios):
         lack = "audio without a placeholder" if marks < len(audios) else "a placeholder without audio"
         faults.append(f"{marks} <audio> in the text but {len(audios)} in `audios`: {lack}")
         return messages
-    clips = iter([AudioClip(resolve_path(audio, f"audio {n}", roots, faults)) for n, audio in enumerate(audios, 1)])
+    clips = iter([parse_audio(audio, f"audio {n}", roots, faults, unused=[]) for n, audio in enumerate(audios, 1)])
     return [message if message.role == "assistant" else _fill_marks(message, clips) for message in messages]
 
 

@@ -173,7 +173,7 @@ def fit_last_exchange(
 
 
 def _refuse_to_drop_audio(parts: Iterable[Part]) -> None:
-    clips = {part.piece.clip.path: len(part.ids) for part in parts if part.piece.clip is not None}
+    clips = {part.piece.clip.name: len(part.ids) for part in parts if part.piece.clip is not None}
     if clips:
         raise BadClipError(
             f"{', '.join(clips)}: {sum(clips.values())} tokens of audio and the reply do not fit into max_length; "

@@ -119,7 +119,7 @@ def _fits(turn: Turn, other: Turn) -> bool:
 def _says_something_else(clip: AudioClip, other: AudioClip) -> bool:
     if clip.transcript is not None and other.transcript is not None:
         return normalise(clip.transcript) != normalise(other.transcript)
-    return (clip.path, clip.start, clip.end) != (other.path, other.start, other.end)
+    return replace(clip, transcript=None) != replace(other, transcript=None)
 
 
 def _heard_instead(turn: Turn, other: Turn) -> Turn:
