@@ -23,7 +23,7 @@ UNSUPPORTED = {
     **dict.fromkeys(("images", "image", "videos", "video", "objects"), _NO_VISION),
     **dict.fromkeys(("conversations", "conversation", "from", "value"), _SHAREGPT),
     **dict.fromkeys(("functions", "function_call"), _CALLS),
-    **dict.fromkeys(("mask", "masked", "ignore", "training", "trainable", "supervised", "labels"), _MASK),
+    **dict.fromkeys(("mask", "masked", "ignore", "training"), _MASK),
     **dict.fromkeys(("train_detail", "training_detail", "prefix", "partial", "loss_mask"), _WHOLE_ANSWER),
     **dict.fromkeys(("loss_scale", "loss_weight"), "an answer is learned or not; write `loss` true or false"),
     **dict.fromkeys(("chat_template_kwargs", "enable_thinking", "add_generation_prompt"), _OPTIONS),
@@ -34,7 +34,7 @@ UNSUPPORTED = {
 
 
 def unknown_keys(raw: dict[str, Any], known: Collection[str], where: str) -> tuple[list[str], list[str]]:
-    """(faults, keys that are not used) of an object that may have the keys `known`. A key whose value is None is absent.
+    """(faults, keys that are not used) of an object that may have the keys `known`; None as a value means absent.
 
     where: the beginning of each fault, as in "message 2".
     """
