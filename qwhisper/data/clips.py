@@ -132,7 +132,7 @@ def parse_part(
             raise ValueError(f"neither a text nor an audio part ({found}); write {example}")
         misspelled, rest = unknown_keys(given, KNOWN_KEYS, where)
         faults += misspelled
-        unused += rest
+        unused += [f"`{key}` in a part" for key in rest]
         return _parse_text(given) if kind in TEXT_TYPES else _parse_clip(given, where, roots, faults, unused, rate)
     except ValueError as error:
         faults.append(f"{where}: {error}")
@@ -195,7 +195,7 @@ def _parse_clip(
     channel = _parse_channel(given)
     key = _source_key(given)
     if not is_array(given[key]):  # a file says itself what its rate is
-        unused += [name for name in RATES if name in given]
+        unused += [f"`{name}` in a part" for name in RATES if name in given]
     try:
         source = _read_source(key, given, where, roots, faults, rate)
     except ValueError as error:

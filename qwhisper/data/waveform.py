@@ -23,7 +23,17 @@ MAX_ARRAY_BYTES = 2**32 - 2**16  # an AU file holds no more
 URL_ALPHABET = str.maketrans("-_", "+/")  # base64's second alphabet, to the first
 BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{40,}={0,2}\s*")
 # How files begin: WAV, FLAC, Ogg, AIFF, AU, CAF, Matroska and WebM, MP3 with and without tags, AAC.
-SIGNATURES = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd", b"caff", b"\x1aE\xdf\xa3", b"ID3")
+SIGNATURES: tuple[bytes, ...] = (
+    b"RIFF",
+    b"RF64",
+    b"fLaC",
+    b"OggS",
+    b"FORM",
+    b".snd",
+    b"caff",
+    b"\x1aE\xdf\xa3",
+    b"ID3",
+)
 SIGNATURES += tuple(b"\xff" + bytes([second]) for second in (0xFB, 0xFA, 0xF3, 0xF2, 0xF1, 0xF9))
 
 

@@ -4,13 +4,13 @@ import shutil
 import pytest
 
 from qwhisper.data.conversation import (
-    MAX_LINE_BYTES,
     AudioClip,
     parse_conversation,
     read_conversations,
     scan_conversations,
     to_record,
 )
+from qwhisper.data.records import MAX_LINE_BYTES
 from qwhisper.errors import DataError
 
 
