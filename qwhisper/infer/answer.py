@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import Conversation, Message, in_words, scan_conversations, to_record
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
+from qwhisper.data.records import MAX_LINE_BYTES
 from qwhisper.errors import DataError, UsageError
 from qwhisper.file_lock import hold
 from qwhisper.frames import FrameArithmetic
@@ -261,8 +262,8 @@ def _report(
 
 
 def _folder_of_far_audio(dialogues: Sequence[Conversation], folder: Path) -> str | None:
-    """The folder of all clips that don't lie below `folder`, whose paths are absolute; None where there are none."""
-    clips = {clip.path for dialogue in dialogues for clip in dialogue.clips}
+    """The folder of all files that don't lie below `folder`, whose paths are absolute; None where there are none."""
+    clips = {clip.path for dialogue in dialogues for clip in dialogue.clips if clip.sound is None}
     root = os.path.realpath(folder)
     far = [os.path.dirname(path) for path in clips if not Path(path).is_relative_to(root)]
     return os.path.commonpath(far) if far else None
@@ -276,5 +277,11 @@ def _keep(cache: Path, answers: dict[str, Answer]) -> None:
 
 
 def _write(out_file: Path, dialogues: Sequence[Conversation]) -> None:
-    records = [to_record(dialogue, out_file.parent) for dialogue in dialogues]
-    write_whole(out_file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    lines = [json.dumps(to_record(dialogue, out_file.parent), ensure_ascii=False) + "\n" for dialogue in dialogues]
+    for dialogue, line in zip(dialogues, lines, strict=True):
+        if len(line.encode()) > MAX_LINE_BYTES:
+            raise DataError(
+                f"{dialogue.source}: its line in {out_file} would have more than {MAX_LINE_BYTES} bytes, which is not "
+                "read; write its audio to a file and give the path"
+            )
+    write_whole(out_file, "".join(lines))

@@ -167,7 +167,7 @@ def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[lis
     if faults:
         raise DataError("\n".join(faults))
     if unused:
-        warnings.warn(f"not used in content parts: {', '.join(sorted(set(unused)))}", stacklevel=4)
+        warnings.warn(f"not used: {', '.join(sorted(set(unused)))}", stacklevel=4)
     return read_dialogues, clips
 
 
