@@ -11,6 +11,7 @@ from qwhisper.errors import UsageError
 
 POOLS = Path(__file__).parent / "instructions"
 LANGUAGES = ("en", "zh")
+ABOUT_THE_CLIP = ("audio", "start", "end", "offset", "duration", "channel", "transcript")  # keys of an audio part
 NOTHING = '""'  # the line of a pool that stands for no instruction at all: the model just reacts to what is said
 
 
@@ -38,16 +39,16 @@ def read_instructions(path: str | Path) -> list[str]:
 
 def as_question(record: dict[str, Any], instructions: Sequence[str], seed: int) -> dict[str, Any]:
     """A bare line, {"audio": path, "transcript": text} and perhaps id, start, end, kind, in the canonical form: one
-    user's message of the audio and an instruction. What is no bare line comes back as it is.
+    user's message of the audio and an instruction. Other keys stay the record's. What is no bare line comes back as it
+    is.
 
     The instruction is drawn by the line's content and the seed alone: wherever the line stands, it has the same.
     """
     if "messages" in record or "audio" not in record:
         return record
     drawn = random.Random(f"{seed} {json.dumps(record, sort_keys=True)}").choice(instructions)
-    about_the_clip = ("audio", "start", "end", "transcript")
-    clip: dict[str, Any] = {name: record[name] for name in about_the_clip if name in record}
+    clip: dict[str, Any] = {name: record[name] for name in ABOUT_THE_CLIP if name in record}
     content: list[dict[str, Any]] = [{"type": "audio", **clip}]
     content += [{"type": "text", "text": drawn}] if drawn else []
-    identity = {"id": record["id"]} if "id" in record else {}
-    return {**identity, "messages": [{"role": "user", "content": content, "kind": record.get("kind")}]}
+    others = {name: value for name, value in record.items() if name not in (*ABOUT_THE_CLIP, "kind")}
+    return {**others, "messages": [{"role": "user", "content": content, "kind": record.get("kind")}]}
