@@ -23,6 +23,8 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 ANSWER_KEYS = (*REASONING_KEYS, "tool_calls")
 KNOWN = ("role", "content", "kind", "tool_call_id", *LOSS_KEYS, *ANSWER_KEYS)
 THINK_MARKS = ("<think>", "</think>")
+# What chat templates write behind an answer. (`</s>` is missing: it is HTML as well.)
+END_MARKS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def _parse_answer(message: Message, raw: dict, where: str, faults: list[str]) ->
     text, more_calls = split_calls(text, where, faults)
     reasoning = _reasoning(raw, thought, where, faults)
     calls = message.tool_calls + more_calls
+    if text.endswith(END_MARKS):
+        faults.append(f"{where}: the answer ends with a control token, which the chat template writes; leave it out")
     if not text and not calls:
         faults.append(f"{where}: the assistant's reply is empty")
     return replace(message, content=(text,) if text else (), reasoning=reasoning, tool_calls=calls)

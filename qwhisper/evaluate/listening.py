@@ -49,12 +49,12 @@ class SwappedTurn:
 
 
 def turns_of(conversations: Sequence[Conversation]) -> list[Turn]:
-    """Every answer that follows a question, in their order."""
+    """Every answer to ask for, in their order: it follows a question, is not masked, and calls no tool."""
     return [
         Turn(conversation, index)
         for conversation in conversations
         for index, message in enumerate(conversation.messages)
-        if index and message.role == "assistant" and message.text.strip()
+        if index and message.is_answer and message.learned and not message.tool_calls
     ]
 
 
