@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qwhisper.data.audio import file_fault, load_audio
+from qwhisper.data.audio import load_audio
+from qwhisper.data.files import file_fault
 
 # What a fault quotes of a file may be of any length and depth.
 quoted = reprlib.Repr()

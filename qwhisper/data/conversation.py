@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwhisper.data.audio import file_fault
 from qwhisper.data.clips import AudioClip, parse_part, quoted, resolve_path
+from qwhisper.data.files import file_fault
 from qwhisper.errors import DataError
 
 ROLES = ("system", "user", "assistant")
