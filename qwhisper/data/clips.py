@@ -28,7 +28,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from qwhisper.data.audio import file_fault, load_audio
+from qwhisper.data.audio import load_audio
+from qwhisper.data.files import file_fault
 from qwhisper.data.keys import unknown_keys
 from qwhisper.data.waveform import (
     Sound,
@@ -84,9 +85,9 @@ class AudioClip:
 def load_clip(clip: AudioClip) -> np.ndarray:
     """The clip's sound as float32 [samples], mono, 16 kHz. Raises BadClipError as `load_audio` does."""
     if clip.sound is None:
-        return load_audio(clip.path, clip.start, clip.end, clip.channel)
+        return load_audio(clip.path, clip.start, clip.end, channel=clip.channel)
     try:
-        return load_audio(clip.sound.data, clip.start, clip.end, clip.channel)
+        return load_audio(clip.sound.data, clip.start, clip.end, channel=clip.channel)
     except BadClipError as error:
         raise BadClipError(f"{clip.name}: {error}") from error
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qwhisper.data.audio import file_fault
 from qwhisper.data.audio_marks import place_audios
 from qwhisper.data.clips import AudioClip, own_roots, quoted
+from qwhisper.data.files import file_fault
 from qwhisper.data.keys import unknown_keys
 from qwhisper.data.messages import LOSS_KEYS, Message, join_calls, parse_learned, parse_messages
 from qwhisper.data.records import read_records

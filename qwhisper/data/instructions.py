@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwhisper.data.audio import file_fault
 from qwhisper.data.clips import SOURCES
 from qwhisper.data.conversation import KNOWN
+from qwhisper.data.files import file_fault
 from qwhisper.errors import UsageError
 
 POOLS = Path(__file__).parent / "instructions"
