@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from qwhisper.data.template import listening_template
 from qwhisper.errors import CheckpointError, UsageError
@@ -143,6 +144,8 @@ def load_trained(
     text_path = _same_base(name, "text", config, text_model)
     model = _load_and_join(config, audio_path, text_path, options)
     load_trained_weights(model, name)
+    if find_file(name, GENERATION_CONFIG_NAME) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(name)
     return model
 
 

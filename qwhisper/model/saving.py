@@ -88,10 +88,11 @@ def save_pretrained(
     with _upload(model, folder, token, kwargs) if push_to_hub else nullcontext():
         state = _state_with(model, state_dict)
         weights, adapter = plain_weights(state), find_adapter(model, state)
-        changed = None if model.config.text_base is None else changed_weights(model, weights)
-        if changed is None or any(not name.startswith(ENCODER) for name in changed):
+        record = None if model.config.text_base is None else model.base_record
+        changed = differing(record, weights) if record is not None else []
+        if record is None or any(not name.startswith(ENCODER) or name not in record for name in changed):
             options = {"variant": variant, "save_original_format": save_original_format}
-            _save_whole(model, folder, weights, adapter, changed or [], max_shard_size=max_shard_size, **options)
+            _save_whole(model, folder, weights, adapter, changed, max_shard_size=max_shard_size, **options)
         else:
             if variant is not None:
                 raise UsageError(f"variant={variant!r}: trained weights are saved under fixed names; leave it out")
@@ -123,11 +124,6 @@ def _state_with(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[st
     if unknown:
         raise UsageError(f"state_dict has {len(unknown)} weights that this model lacks, the first: {unknown[0]}")
     return state | dict(given or {})
-
-
-def changed_weights(model: "Qwen3AudioForConditionalGeneration", weights: Mapping[str, Tensor]) -> list[str] | None:
-    """Plain names of what is not its base's any more; None where it is not known what the bases gave."""
-    return None if model.base_record is None else differing(model.base_record, weights)
 
 
 def find_adapter(model: "Qwen3AudioForConditionalGeneration", state: Mapping[str, Tensor]) -> Adapter | None:
@@ -259,6 +255,7 @@ def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
     config = copy.copy(adapter.config)
+    config.modules_to_save = None  # their trained copies are among the plain weights
     config.base_model_name_or_path = base  # left empty, every loader would ask the hub for a repository called "None"
     config.save_pretrained(folder)
 
