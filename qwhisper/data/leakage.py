@@ -7,13 +7,13 @@ are compared by their bytes. The same recording in another format, or cut anew, 
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from qwhisper.data.clips import AudioClip
 from qwhisper.data.conversation import Conversation
+from qwhisper.data.waveform import sound_of_bytes
 
 OVERLAP = 0.5  # of the shorter clip; less is the margin that a cutter leaves around a sentence
 MAX_FILES_READ = 20_000  # of the training data, to be compared by their bytes; a few minutes on a slow disk
@@ -74,15 +74,15 @@ class _Training:
     def __init__(self, trained: Sequence[Conversation], held_out: Sequence[Conversation]):
         self.unread: str | None = None
         self._trained = trained
-        self._same_bytes = self._files_of_the_same_bytes(_paths(held_out), _paths(trained))
+        self._names = self._names_of_the_same_bytes(_recordings(held_out), _recordings(trained))
         self._clips: dict[str, list[tuple[AudioClip, str]]] = defaultdict(list)
         for conversation in trained:
             for clip in conversation.clips:
-                self._clips[clip.path].append((clip, conversation.source))
+                self._clips[_name(clip)].append((clip, conversation.source))
 
     @cached_property
     def _dialogues(self) -> dict[Hashable, str]:
-        return {_content(conversation): conversation.source for conversation in self._trained}
+        return {_content(conversation, {}): conversation.source for conversation in self._trained}
 
     @cached_property
     def _ids(self) -> dict[str, str]:
@@ -90,51 +90,34 @@ class _Training:
 
     def places(self, conversation: Conversation) -> Iterable[tuple[str, str]]:
         """What is shared, and where in the training data it stands."""
-        content = _content(self._renamed(conversation))
+        content = _content(conversation, self._names)
         if content in self._dialogues:
             yield "dialogue", self._dialogues[content]
         for clip in conversation.clips:
-            path = self._same_bytes.get(clip.path, clip.path)
-            for other, source in self._clips.get(path, ()):
+            name = self._names.get(_name(clip), _name(clip))
+            for other, source in self._clips.get(name, ()):
                 if overlap(clip, other):
-                    yield "audio", f"{Path(clip.path).name} is {Path(path).name} of {source}"
+                    yield "audio", f"{Path(_name(clip)).name} is {Path(name).name} of {source}"
         if conversation.id in self._ids:
             yield "id", f"id {conversation.id!r}, {self._ids[conversation.id]}"
 
-    def _renamed(self, conversation: Conversation) -> Conversation:
-        """With the training data's name of each file that it has under another one."""
-        messages = tuple(
-            replace(
-                message,
-                content=tuple(
-                    replace(part, path=self._same_bytes.get(part.path, part.path))
-                    if isinstance(part, AudioClip)
-                    else part
-                    for part in message.content
-                ),
-            )
-            for message in conversation.messages
-        )
-        return replace(conversation, messages=messages)
-
-    def _files_of_the_same_bytes(self, held_out: Sequence[str], trained: Sequence[str]) -> dict[str, str]:
-        """By a held-out file that training has under another name: that name."""
-        own = set(trained)
-        others: dict[int, list[str]] = defaultdict(list)
-        for path in held_out:
-            if path not in own:
-                others[_size(path)].append(path)
-        alike = [path for path in trained if _size(path) in others]
+    def _names_of_the_same_bytes(self, held_out: dict[str, AudioClip], trained: dict[str, AudioClip]) -> dict[str, str]:
+        """By a held-out recording that training has under another name: that name."""
+        others: dict[int, list[AudioClip]] = defaultdict(list)
+        for name, clip in held_out.items():
+            if name not in trained:
+                others[_size(clip)].append(clip)
+        alike = [clip for clip in trained.values() if _size(clip) in others]
         if len(alike) > MAX_FILES_READ:
             self.unread = (
                 f"only {MAX_FILES_READ} of {len(alike)} training files were compared by their bytes with held-out "
                 "files of the same size and another name"
             )
-        digests: dict[str, str] = {}
-        for path in alike[:MAX_FILES_READ]:
-            digests.setdefault(_digest_or_name(path), path)
-        found = {path: digests.get(_digest_or_name(path)) for paths in others.values() for path in paths}
-        return {path: name for path, name in found.items() if name is not None}
+        names: dict[str, str] = {}
+        for clip in alike[:MAX_FILES_READ]:
+            names.setdefault(_digest(clip), _name(clip))
+        found = {_name(clip): names.get(_digest(clip)) for clips in others.values() for clip in clips}
+        return {name: other for name, other in found.items() if other is not None}
 
 
 def overlap(a: AudioClip, b: AudioClip) -> bool:
@@ -148,32 +131,35 @@ def overlap(a: AudioClip, b: AudioClip) -> bool:
     return shared > 0 and shared >= OVERLAP * min(end - start, other_end - other_start)
 
 
-def _paths(conversations: Iterable[Conversation]) -> list[str]:
-    return list(dict.fromkeys(clip.path for conversation in conversations for clip in conversation.clips))
+def _recordings(conversations: Iterable[Conversation]) -> dict[str, AudioClip]:
+    """One clip of each file, and of each sound in memory, by its name."""
+    return {_name(clip): clip for conversation in conversations for clip in conversation.clips}
 
 
-def _content(conversation: Conversation) -> Hashable:
-    return tuple(
-        (
-            message.role,
-            tuple(
-                (part.path, part.start, part.end, part.channel) if isinstance(part, AudioClip) else part.strip()
-                for part in message.content
-            ),
-        )
-        for message in conversation.messages
-    )
+def _name(clip: AudioClip) -> str:
+    return clip.path if clip.sound is None else clip.sound.digest
 
 
-def _size(path: str) -> int:
+def _content(conversation: Conversation, names: Mapping[str, str]) -> Hashable:
+    """What is learned or asked; `names`: what to call some recordings instead."""
+
+    def part_content(part: str | AudioClip) -> Hashable:
+        if isinstance(part, str):
+            return part.strip()
+        return names.get(_name(part), _name(part)), part.start, part.end, part.channel
+
+    return tuple((message.role, tuple(map(part_content, message.content))) for message in conversation.messages)
+
+
+def _size(clip: AudioClip) -> int:
     try:
-        return os.path.getsize(path)
+        return os.path.getsize(clip.path) if clip.sound is None else len(clip.sound.data)
     except OSError:
-        return -1  # gone since it was read: like nothing else
+        return -1  # gone since it was read
 
 
-def _digest_or_name(path: str) -> str:
+def _digest(clip: AudioClip) -> str:
     try:
-        return file_digest(path)
-    except OSError:
-        return path
+        return sound_of_bytes(Path(clip.path).read_bytes(), "").digest if clip.sound is None else clip.sound.digest
+    except (OSError, ValueError):  # gone, or empty: like nothing else
+        return _name(clip)

@@ -14,7 +14,7 @@ import numpy as np
 
 from qwhisper.data import leakage
 from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
-from qwhisper.data.conversation import Conversation, read_conversations, scan_conversations
+from qwhisper.data.conversation import Conversation, read_conversations, scan_conversations, unused_notes
 from qwhisper.data.encode import IGNORE
 from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
 from qwhisper.evaluate.listening import Turn, answer_row, swap_audio, turns_of
@@ -50,6 +50,8 @@ def main(arguments: "EvalArguments") -> None:
         arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples
     )
     text = read_conversations(arguments.text_file, data_root=arguments.data_root) if arguments.text_file else None
+    for note in unused_notes([*conversations, *(text or [])]):
+        print(f"note: {note}")
     folder = resolve_checkpoint(arguments.checkpoint)
     model, _, collator = load_resolved(folder, arguments.device, arguments.dtype)
     result = evaluate_model(
@@ -155,7 +157,7 @@ def evaluate_model(
         **losses,
         "retention": retention(scores["kinds"], trained_kinds),
         "text_shift": shift,
-        "notes": _notes(scores, trained_kinds, no_shift),
+        "notes": _notes(scores, trained_kinds, no_shift) + _not_asked(usable),
         "trained_kinds": sorted(trained_kinds),
         "counts": _counts(usable, turns, records),
         "seconds": round(time.perf_counter() - started, 2),
@@ -281,6 +283,14 @@ def _notes(scores: dict[str, Any], trained_kinds: Collection[str], no_shift: str
             "give the answers of the training data a `kind`."
         )
     return notes + ([f"No text shift: {no_shift}."] if no_shift else [])
+
+
+def _not_asked(conversations: Sequence[Conversation]) -> list[str]:
+    answers = [message for conversation in conversations for message in conversation.messages if message.is_answer]
+    masked = sum(not answer.learned for answer in answers)
+    calls = sum(answer.learned and bool(answer.tool_calls) for answer in answers)
+    notes = [f"Masked answers (`loss` false), which are history alone: {masked}."] if masked else []
+    return notes + ([f"Answers with tool calls, of which the loss alone is measured: {calls}."] if calls else [])
 
 
 def _kind_scores(records: list[dict]) -> dict[str, Any]:

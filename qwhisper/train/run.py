@@ -13,7 +13,7 @@ import yaml
 from transformers import TrainerCallback
 
 from qwhisper.data import leakage
-from qwhisper.data.conversation import Conversation, in_words, read_conversations
+from qwhisper.data.conversation import Conversation, in_words, read_conversations, unused_notes
 from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, NumericalError, UsageError, first_line
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.kernels import check_kernels
@@ -79,6 +79,8 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     conversations = read_conversations(args.train_file, data_root=args.data_root, max_samples=args.max_samples)
     held_out = read_conversations(args.eval_file, data_root=args.data_root) if args.eval_file else []
     print(f"{len(conversations)} dialogues to train on, {len(held_out)} held out")
+    for note in unused_notes([*conversations, *held_out]):
+        print(f"note: {note}")
     for note in leakage.notes(args.eval_file, held_out, args.train_file, conversations) if args.eval_file else ():
         print(f"note: {note}")
     if args.distill_weight and (untaught := sum(in_words(talk.messages) is None for talk in conversations)):

@@ -4,13 +4,13 @@ import shutil
 import pytest
 
 from qwhisper.data.conversation import (
-    MAX_LINE_BYTES,
     AudioClip,
     parse_conversation,
     read_conversations,
     scan_conversations,
     to_record,
 )
+from qwhisper.data.records import MAX_LINE_BYTES
 from qwhisper.errors import DataError
 
 
@@ -111,7 +111,8 @@ FAULTS = {
     "token alone": (dialogue(user="<|audio_pad|>What?"), "the text holds the placeholder <|audio_pad|> without"),
     "too few audios": (dialogue(user="<audio><audio>?", audios=["clips/a.wav"]), "2 <audio> in the text but 1 in"),
     "too many audios": (dialogue(audios=["clips/a.wav"]), "0 <audio> in the text but 1 in `audios`: audio without a"),
-    "audios no list": (dialogue(user="<audio>?", audios=[1]), "`audios` must be a list of file names"),
+    "audios no list": (dialogue(user="<audio>?", audios=[1]), "audio 1: `audio` is of type int; give a path"),
+    "audios no list at all": (dialogue(user="<audio>?", audios=1), "`audios` must be a list of file names, not int"),
     "assistant audio": (dialogue(assistant=audio_part(audio="clips/a.wav")), "an assistant message holds audio"),
     "reasoning list": (
         {"messages": [text_message("user", "hi"), text_message("assistant", "Yes.", reasoning_content=[])]},

@@ -1,3 +1,4 @@
+import base64
 import json
 import shutil
 
@@ -64,6 +65,14 @@ def test_audio_is_the_same_under_another_name_and_with_another_question(compare)
     assert compare(held_out, trained) == [
         "2 of 3 held-out dialogues have audio that is in the training data, the first: held.jsonl:2 (b.wav is a.wav of "
         "train.jsonl:1)"
+    ]
+
+
+def test_sound_in_the_line_itself_is_compared_as_well(compare, tmp_path):
+    sound = base64.b64encode((tmp_path / "a.wav").read_bytes()).decode()
+    held_out = [dialogue("x1", f"data:audio/wav;base64,{sound}"), dialogue("x2", "c.wav")]
+    assert compare(held_out, [dialogue("y1", "a.wav")]) == [
+        "1 of 2 held-out dialogues are in the training data as they are, the first: held.jsonl:1 (train.jsonl:1)"
     ]
 
 
