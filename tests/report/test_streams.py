@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -207,3 +208,16 @@ def test_a_paused_terminal_is_still_a_terminal_and_stops_nobody():
     assert program.lost() == [3000]
     os.close(its_end)
     os.close(terminal)
+
+
+def test_what_is_written_last_before_a_crash_comes_out():
+    code = """
+import os
+from qwhisper.report.streams import unfailing_output
+with unfailing_output(on_lost=print):
+    print("a line", flush=True)
+    os.write(2, b"what a library says\\n")
+    os.abort()"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == -signal.SIGABRT
+    assert done.stdout == b"a line\nwhat a library says\n"
