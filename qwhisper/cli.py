@@ -7,7 +7,6 @@ did wrong is a QwhisperError and ends with one message and its exit code; anythi
 import difflib
 import importlib
 import io
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,14 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where it is closed
-            stream.reconfigure(errors="backslashreplace")  # in an ASCII locale it has no ×, and no Chinese name
+            # An ASCII locale has no ×, and no Chinese name; a log or pipe should show each line when it is printed.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return _run(argv)
     except QwhisperError as error:
         code, told = error.exit_code, f"error: {error}"
     except KeyboardInterrupt:
         code, told = INTERRUPTED, "interrupted"
-    with unfailing_output():
+    # The end of a run waits for a reader no more than the run did.
+    with unfailing_output(on_lost=(lambda lines: None) if argv[0] == "train" else None):
         print(f"qwhisper: {told}", file=sys.stderr)
     return code
 
@@ -121,8 +122,6 @@ def _run(argv: list[str]) -> int:
     from qwhisper.versions import check_versions
 
     check_versions(quantized=getattr(arguments, "load_in_4bit", False))
-    # Says on import, quantised or not, that an optional CPU kernel is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return load(verb.handler)(arguments) or 0
 
 

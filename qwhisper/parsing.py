@@ -16,6 +16,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from qwhisper.errors import UsageError
+from qwhisper.nearest_flag import nearest_flag
 from qwhisper.train.hf_names import NOT_TAKEN, REMOVED
 from qwhisper.train.places import found_again, run_of_config
 
@@ -37,6 +38,11 @@ def parse(name: str, verb: "Verb", arguments_class: type, argv: list[str]) -> An
     recipe = Recipe.find(_config_of(argv), flags, hf_names=name == "train")
     try:
         namespace, rest = parser.parse_known_args(recipe.argv + argv)
+        if rest and re.match("-[a-zA-Z]", rest[0]):
+            short = rest[0].lstrip("-").partition("=")[0].replace("-", "_")
+            nearest = nearest_flag(short, flags)
+            hint = f"did you mean --{nearest}?" if nearest else f"see qwhisper {name} --help"
+            raise UsageError(f"unknown flag {rest[0]}: flags begin with two dashes; {hint}")
         if rest:
             raise UsageError(f"{rest[0]!r} belongs to no flag; see qwhisper {name} --help")
         values = vars(namespace)
@@ -150,10 +156,8 @@ def _explain(name: str, flags: list[str], *, dashes: str, hf_names: bool) -> str
         return f"{dashes}{name} is no longer a flag: {REMOVED[name]}"
     if hf_names and name in NOT_TAKEN:
         return f"{dashes}{name} of HF's TrainingArguments is not taken: {NOT_TAKEN[name]}"
-    nearest = difflib.get_close_matches(name, flags, n=1) or [flag for flag in flags if name in flag]
-    return f"unknown flag {dashes}{name}" + (
-        f"; did you mean {dashes}{nearest[0]}?" if nearest else "; --help lists all"
-    )
+    nearest = nearest_flag(name, flags)
+    return f"unknown flag {dashes}{name}" + (f"; did you mean {dashes}{nearest}?" if nearest else "; --help lists all")
 
 
 def _config_of(argv: list[str]) -> str | None:

@@ -164,7 +164,8 @@ def _encode(conversation: Conversation, collator: ConversationCollator) -> tuple
     messages = conversation.messages
     heard = next(n for n, message in enumerate(messages) if message.clips)
     answer = next(n for n, message in enumerate(messages) if n > heard and message.role == "assistant")
-    return collator.encode(conversation), collator.encode_prompt(messages[:answer]), conversation.source
+    prompt = collator.encode_prompt(messages[:answer], tools=conversation.tools)
+    return collator.encode(conversation), prompt, conversation.source
 
 
 def _made_dialogue(scratch: Path) -> Conversation:

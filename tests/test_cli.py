@@ -244,3 +244,11 @@ def test_an_error_that_nobody_can_be_told_of_keeps_its_exit_code():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "qwhisper", "xyzzy"]
         assert subprocess.run(command, stdout=full, stderr=full, cwd=ROOT).returncode == 2
+
+
+def test_no_entry_point_says_that_an_optional_kernel_of_bitsandbytes_is_missing():
+    """On a CPU with AVX512-BF16 it warns on import; processes that the demo spawns never meet the command line."""
+    pytest.importorskip("bitsandbytes")
+    code = "import qwhisper, bitsandbytes.backends.cpu.ops as ops; print(ops.logger.isEnabledFor(30))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n" and "gemm_4bit" not in done.stderr

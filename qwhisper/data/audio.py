@@ -1,20 +1,23 @@
 """Audio files to 16 kHz mono waveforms, and waveforms to the windows that the encoder hears."""
 
-import os
-import re
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
 
+from qwhisper.data.containers import Layout, find_layout
+from qwhisper.data.decode import Decoder, ffmpeg, find_ffmpeg, sndfile
+from qwhisper.data.files import FileBytes, opened
+from qwhisper.data.mono import Mono
 from qwhisper.errors import BadClipError
-from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
+from qwhisper.frames import FrameArithmetic
 
-# What a header may claim of the stretch that is read; whatever claims more is refused before any of it is decoded.
+# What a file may have in the stretch that is read: a header that claims more is refused before any of it is decoded,
+# and one that lies about it as soon as there is more.
 MAX_SECONDS = 4 * 3600  # 0.9 GB of waveform
 MAX_CHANNELS = 64
 SAMPLE_RATES = (1_000, 768_000)
@@ -25,47 +28,54 @@ SILENCE_PEAK = 1e-4  # below this no sample differs from dither
 LOUDEST_PEAK = 100.0  # 40 dB above full scale: no sound, but integers stored as floats, or broken
 MISSING_SECONDS = 0.1  # the padding of a decoder and the rounding of a list of stretches; more is speech that is lost
 
-# libsndfile takes a file that was cut for a short one: the bytes that its header claims stand in the log alone.
-CLAIM = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
-UNKNOWN_LENGTH = 0x7FFF0000  # bytes; what writes to a pipe can't know the length, and claims this or more
 
-
-def load_audio(path: str | Path, start: float | None = None, end: float | None = None) -> np.ndarray:
+def load_audio(
+    source: str | Path | bytes,
+    start: float | None = None,
+    end: float | None = None,
+    *,
+    channel: int | None = None,
+    follow_links: bool = True,
+    at_most_s: float = MAX_SECONDS,
+    notes: list[str] | None = None,
+) -> np.ndarray:
     """The stretch from `start` to `end` (seconds; None: the file's edge) as float32 [samples], mono, 16 kHz.
 
-    Any sample rate from 1 to 768 kHz, up to 64 channels (their mean), up to 4 hours and 2^33 samples of all channels
-    together. Raises BadClipError where that is exceeded, the path is no file, can't be read or decoded, the stretch is
-    empty or goes on more than 0.1 s after the sound has ended, or the sound is not finite, silent or absurdly loud.
+    source: a path, or the bytes of a whole file. Any sample rate from 1 to 768 kHz, up to 64 channels (their mean, or
+    the one numbered `channel`, from 0; where they cancel each other, the loudest), up to `at_most_s` seconds and 2^33
+    samples of all channels together. follow_links=False refuses a path with a link in it. notes: what a user should
+    know of how it was read is appended. docs/audio.md has the formats.
+
+    Raises BadClipError where a limit is exceeded, the path is no file, can't be read or decoded, the channel doesn't
+    exist, the stretch is empty or goes on more than 0.1 s after the sound has ended, or the sound is not finite, silent
+    or absurdly loud.
     """
-    with _faults_named(path):
+    name = f"audio of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    wanted = _Wanted(name, start or 0.0, end, channel, at_most_s)
+    with _faults_named(name):
         try:
-            return _load(path, start, end)
+            waveform, said = _load(source, wanted, follow_links)
         except (OSError, MemoryError, soundfile.LibsndfileError):
-            pass  # perhaps of this moment alone: of a network drive, or of another process that took the memory
-        return _load(path, start, end)
-
-
-def _load(path: str | Path, start: float | None, end: float | None) -> np.ndarray:
-    if fault := file_fault(path):
-        raise BadClipError(f"{path} {fault}; leave it out")
-    with soundfile.SoundFile(path) as file:
-        waveform = _read_stretch(file, path, start or 0.0, end)
-    _check_audible(waveform, path, _stretch_name(start, end))
+            # Perhaps of this moment alone: of a network drive, or of another process that took the memory.
+            waveform, said = _load(source, wanted, follow_links)
+    if notes is not None:
+        notes += said
     return waveform
 
 
-def file_fault(path: str | Path) -> str | None:
-    """What keeps `path` from being read as a file, or None. Nothing is opened: a FIFO would wait for its writer."""
+def claimed_seconds(
+    source: str | Path | bytes, start: float | None = None, end: float | None = None, *, follow_links: bool = True
+) -> float:
+    """How long the stretch is by the file's headers; 0 where they don't tell or can't be read. Nothing is decoded."""
+    seconds = 0.0
     try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return "does not exist"
-    except OSError as error:
-        return f"can't be reached ({error.strerror})"
-    if stat.S_ISREG(mode):
-        return None
-    kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
-    return f"is {next((kind for kind, matches in kinds.items() if matches(mode)), 'a device')}, not a file"
+        with opened(source, follow_links=follow_links) as descriptor:
+            for stream in find_layout(FileBytes(descriptor), end).streams:
+                with sndfile(descriptor, stream) as decoder:
+                    seconds += (decoder.num_frames or 0) / decoder.rate
+    except (BadClipError, OSError, soundfile.SoundFileError):
+        return 0.0  # decoding names the fault
+    return max(0.0, min(seconds, seconds if end is None else end) - (start or 0.0))
 
 
 def clip_windows(waveform: np.ndarray, frames: FrameArithmetic) -> list[np.ndarray]:
@@ -83,101 +93,186 @@ def clip_windows(waveform: np.ndarray, frames: FrameArithmetic) -> list[np.ndarr
     return windows
 
 
+class TooLongError(BadClipError):
+    """More sound than may be read, by a header's claim or while it is decoded."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked for. name: of the file, in messages. start, end, at_most_s: seconds."""
+
+    name: str
+    start: float
+    end: float | None
+    channel: int | None
+    at_most_s: float
+
+    @property
+    def stretch(self) -> str:
+        return f"from {self.start:g} s to {'its end' if self.end is None else f'{self.end:g} s'}"
+
+    def fault(self, what: str) -> BadClipError:
+        return BadClipError(f"{self.name}: {what}")
+
+
 @contextmanager
-def _faults_named(path: str | Path) -> Iterator[None]:
+def _faults_named(name: str) -> Iterator[None]:
     """Whatever a decoder makes of a broken file, out of memory for what a header claims too, is the file's fault."""
     try:
         yield
     except BadClipError:
         raise
+    except MemoryError as error:
+        raise BadClipError(f"{name}: MemoryError, too little memory to read it; give `start` and `end`") from error
     except Exception as error:
-        what = str(error) if isinstance(error, soundfile.LibsndfileError) else f"{type(error).__name__}: {error}"
-        raise BadClipError(f"{path}: unreadable audio ({what}); convert it to WAV or FLAC, or leave it out") from error
+        what = f"{type(error).__name__}: {error}"
+        raise BadClipError(f"{name}: unreadable audio ({what}); convert it to WAV or FLAC, or leave it out") from error
 
 
-def _read_stretch(file: soundfile.SoundFile, path: str | Path, start: float, end: float | None) -> np.ndarray:
-    rate = file.samplerate
-    first = round(start * rate)
-    last = _claimed_frames(file) if end is None else round(end * rate)
-    _check_header(file, path, last - first)
-    if file.frames == 0:
-        raise BadClipError(f"{path}: empty, no samples in it; leave it out")
-    if first >= file.frames:
-        raise BadClipError(f"{path}: nothing {_stretch_name(start, end)}, the file ends at {file.frames / rate:.3f} s")
-    file.seek(first)
-    waveform, num_frames = _decode(file, path, min(last, file.frames) - first)
-    _check_complete(path, should_end=last / rate, ends=(first + num_frames) / rate)
-    if len(waveform) == 0:
-        raise BadClipError(f"{path}: empty {_stretch_name(start, end)}; leave it out")
-    return waveform
+# A decoder that is open, and why sound behind its end is missing.
+_Opened = tuple[Decoder, str | None]
 
 
-def _decode(file: soundfile.SoundFile, path: str | Path, num_frames: int) -> tuple[np.ndarray, int]:
-    """Up to `num_frames` from where the file stands, as mono at 16 kHz, and how many there were."""
-    rate, remaining, filled = file.samplerate, num_frames, 0
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
-    # The few samples more are for the resampler's rounding; memory that no sample reaches is never touched.
-    waveform = np.empty(int(num_frames * SAMPLE_RATE / rate) + 16, dtype=np.float32)
-    ended = False
-    while not ended:
-        frames = min(remaining, max(1, BLOCK_SAMPLES // file.channels))
-        block = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
-        _check_samples(block, path)
-        remaining -= len(block)
-        ended = remaining == 0 or len(block) == 0  # a file cut short ends before its header says
-        if resampler is not None:
-            block = resampler.resample_chunk(block, last=ended)
-        waveform[filled : filled + len(block)] = block
-        filled += len(block)
-    return waveform[:filled], num_frames - remaining
+def _load(source: str | Path | bytes, wanted: _Wanted, follow_links: bool) -> tuple[np.ndarray, list[str]]:
+    with opened(source, follow_links=follow_links) as descriptor:
+        layout = find_layout(FileBytes(descriptor), wanted.end)
+        try:
+            return _read_mono(lambda: _sndfile_streams(descriptor, layout), wanted, layout.notes)
+        except soundfile.LibsndfileError as error:
+            reason = error.error_string.rstrip(".")
+            if (program := find_ffmpeg()) is None:
+                raise wanted.fault(
+                    f"unreadable audio (libsndfile: {reason}); FFmpeg, which may read it, is not there: install the "
+                    "program `ffmpeg` or `pip install imageio-ffmpeg`, or convert the file to WAV or FLAC"
+                ) from error
+            notes: list[str] = []
+            return _read_mono(lambda: _ffmpeg_streams(program, descriptor, wanted.name, notes), wanted, notes)
 
 
-def _claimed_frames(file: soundfile.SoundFile) -> int:
-    """The length by the header, also where the file is shorter."""
-    claim = CLAIM.search(file.extra_info)
-    if claim is None:
-        return file.frames
-    claimed, there = int(claim[1]), int(claim[2])
-    return file.frames if claimed >= UNKNOWN_LENGTH else round(file.frames * claimed / max(there, 1))
+def _sndfile_streams(descriptor: int, layout: Layout) -> Generator[_Opened]:
+    for stream in layout.streams:
+        with sndfile(descriptor, stream) as decoder:
+            yield decoder, stream.lost
 
 
-def _check_header(file: soundfile.SoundFile, path: str | Path, num_frames: int) -> None:
-    rate, channels, seconds = file.samplerate, file.channels, num_frames / file.samplerate
-    low, high = SAMPLE_RATES
+def _ffmpeg_streams(program: str, descriptor: int, name: str, notes: list[str]) -> Generator[_Opened]:
+    with ffmpeg(program, descriptor, name) as decoder:
+        notes[:] = decoder.notes()
+        yield decoder, None
+
+
+def _read_mono(
+    streams: Callable[[], Generator[_Opened]], wanted: _Wanted, notes: list[str]
+) -> tuple[np.ndarray, list[str]]:
+    mix = _read(streams(), wanted, wanted.channel)
+    if wanted.channel is None and (loudest := mix.loudest_of_cancelling()) is not None:
+        mix = _read(streams(), wanted, loudest)
+        notes = [*notes, f"its channels cancel each other in their mean: channel {loudest} alone is read"]
+    waveform = mix.finish()
+    _check_audible(waveform, wanted)
+    return waveform, notes
+
+
+def _read(streams: Generator[_Opened], wanted: _Wanted, channel: int | None) -> Mono:
+    """The stretch of the streams one after the other, as one sound."""
+    mono, passed = Mono(channel), Fraction(0)
+    with closing(streams):
+        for decoder, lost in streams:
+            rate = decoder.rate
+            before = round(passed * rate)
+            first = max(0, round(wanted.start * rate) - before)
+            last = None if wanted.end is None else round(wanted.end * rate) - before
+            if last is not None and last <= 0:
+                break
+            _check_header(decoder, wanted, mono.seconds, first, last)
+            position = _read_stream(decoder, mono, wanted, first, last)
+            passed += Fraction(position, rate)
+            if last is None or position < last:
+                _check_complete(decoder, wanted, position, float(passed), lost)
+    seconds = float(passed)
+    if seconds == 0:
+        raise wanted.fault("empty, no samples in it; leave it out")
+    if mono.num_frames == 0 and wanted.start >= seconds:
+        raise wanted.fault(f"nothing {wanted.stretch}, the file ends at {seconds:.3f} s")
+    if wanted.end is not None and wanted.end - seconds > MISSING_SECONDS:
+        raise _cut_short(wanted, seconds, wanted.end)
+    if mono.num_frames == 0:
+        raise wanted.fault(f"empty {wanted.stretch}; leave it out")
+    return mono
+
+
+def _read_stream(decoder: Decoder, mono: Mono, wanted: _Wanted, first: int, last: int | None) -> int:
+    """Frames from `first` up to `last`, or to the decoder's end, into `mono`; how many frames have passed."""
+    position = decoder.seek(first) if first and decoder.seeks else 0
+    block_frames = max(1, BLOCK_SAMPLES // decoder.channels)
+    while last is None or position < last:
+        block = decoder.read(block_frames if last is None else min(block_frames, last - position))
+        if len(block) == 0:
+            break
+        needed = block[max(0, first - position) :]
+        position += len(block)
+        if len(needed):
+            _check_samples(mono.add(needed, decoder.rate), wanted)
+            _check_so_far(mono, wanted)
+    return position
+
+
+def _check_header(decoder: Decoder, wanted: _Wanted, before_s: float, first: int, last: int | None) -> None:
+    rate, channels = decoder.rate, decoder.channels
+    if wanted.channel is not None and wanted.channel >= channels:
+        raise wanted.fault(f"channel {wanted.channel} is asked for, and it has {channels}, numbered from 0")
+    stop = last if last is not None else decoder.num_frames
+    num_frames = 0 if stop is None else max(0, stop - first)
+    seconds, (low, high) = before_s + num_frames / rate, SAMPLE_RATES
     limits = [
         (channels <= MAX_CHANNELS, f"{channels} channels (at most {MAX_CHANNELS})"),
         (low <= rate <= high, f"{rate} Hz ({low} to {high})"),
-        (seconds <= MAX_SECONDS, f"{seconds:.5g} s to read (at most {MAX_SECONDS})"),
+        (seconds <= wanted.at_most_s, f"{seconds:.5g} s to read (at most {wanted.at_most_s:.5g})"),
         (num_frames * channels <= MAX_SAMPLES, f"{num_frames * channels:.2g} samples (at most {MAX_SAMPLES:.2g})"),
     ]
     if exceeded := [claim for kept, claim in limits if not kept]:
-        raise BadClipError(
-            f"{path}: its header claims {', '.join(exceeded)}; leave it out or, if that is true, convert it or give "
-            "`start` and `end`"
+        raise (BadClipError if seconds <= wanted.at_most_s else TooLongError)(
+            f"{wanted.name}: its header claims {', '.join(exceeded)}; leave it out or, if that is true, convert it or "
+            "give `start` and `end`"
         )
 
 
-def _check_samples(block: np.ndarray, path: str | Path) -> None:
+def _check_so_far(mono: Mono, wanted: _Wanted) -> None:
+    """The limits of `_check_header`, for headers that lie or don't tell."""
+    if mono.seconds > wanted.at_most_s + MISSING_SECONDS or mono.num_samples > MAX_SAMPLES:
+        raise TooLongError(
+            f"{wanted.name}: it goes on after {mono.seconds:.5g} s and {mono.num_samples:.2g} samples (at most "
+            f"{wanted.at_most_s:.5g} s and {MAX_SAMPLES:.2g}), whatever its header claims; give `start` and `end`"
+        )
+
+
+def _check_samples(block: np.ndarray, wanted: _Wanted) -> None:
     if not np.isfinite(block).all():
-        raise BadClipError(f"{path}: NaN or Inf among the samples; export it again")
+        raise wanted.fault("NaN or Inf among the samples; export it again")
     peak = float(max(block.max(initial=0.0), -block.min(initial=0.0)))
     if peak > LOUDEST_PEAK:
-        raise BadClipError(f"{path}: samples up to {peak:.1e}, where full scale is 1; export it again")
+        raise wanted.fault(f"samples up to {peak:.1e}, where full scale is 1; export it again")
 
 
-def _check_complete(path: str | Path, *, should_end: float, ends: float) -> None:
-    if should_end - ends > MISSING_SECONDS:
-        raise BadClipError(
-            f"{path}: cut short, the sound ends at {ends:.3f} s and should go on to {should_end:.3f} s; copy it again, "
-            "or mend `end`"
+def _check_complete(decoder: Decoder, wanted: _Wanted, position: int, ends: float, lost: str | None) -> None:
+    """After the last frame of a stream: whether its container says that there was more."""
+    missing = 0.0 if decoder.num_frames is None else (decoder.num_frames - position) / decoder.rate
+    if missing > MISSING_SECONDS:
+        raise _cut_short(wanted, ends, ends + missing)
+    if lost is not None:
+        raise wanted.fault(
+            f"{lost}: not all of its sound can be read, which ends at {ends:.3f} s; copy it again, or set `end`"
         )
 
 
-def _check_audible(waveform: np.ndarray, path: str | Path, stretch: str) -> None:
-    peak = (float(waveform.max()) - float(waveform.min())) / 2  # a constant offset is no sound
+def _cut_short(wanted: _Wanted, ends: float, should_end: float) -> BadClipError:
+    return wanted.fault(
+        f"cut short, the sound ends at {ends:.3f} s and should go on to {should_end:.3f} s; copy it again, or correct "
+        "`end`"
+    )
+
+
+def _check_audible(waveform: np.ndarray, wanted: _Wanted) -> None:
+    peak = (float(waveform.max(initial=0.0)) - float(waveform.min(initial=0.0))) / 2  # a constant offset is no sound
     if peak < SILENCE_PEAK:
-        raise BadClipError(f"{path}: silent (peak {peak:.1e}) {stretch}; check the recording")
-
-
-def _stretch_name(start: float | None, end: float | None) -> str:
-    return f"from {start or 0:g} s to {'its end' if end is None else f'{end:g} s'}"
+        raise wanted.fault(f"silent (peak {peak:.1e}) {wanted.stretch}; check the recording")

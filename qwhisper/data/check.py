@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from qwhisper.data.clips import load_clip
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import Conversation, scan_conversations
+from qwhisper.data.conversation import Conversation, scan_conversations, unused_notes
+from qwhisper.data.faults import grouped
 from qwhisper.data.template import listening_template
+from qwhisper.data.text_tokens import typed_tokens
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 
@@ -41,9 +43,11 @@ def check_dataset(
 ) -> dict[str, Any]:
     """Structure of every line, every clip decoded; with a tokenizer also every dialogue's labels and length.
 
-    Returns counts, `faults` (sentences with file and line), `bad_clips` (the same), and `ok`: no fault, and at most 1 %
+    Returns counts (`masked`: answers that are not learned), `faults` (sentences with file and line), `bad_clips` (the
+    same), `notes` (what is not used, or perhaps not meant), and `ok`: no fault, and at most 1 %
     of the dialogues lost to bad clips or without labels. With a tokenizer also `template`, `tokens` and `answer_tokens`
-    (least, median, most), `cuts` and `without_labels` (sentences). Raises DataError only if there is no such file.
+    (least, median, most), `cuts` and `without_labels` (sentences). Raises DataError only if there is no such file,
+    or it is no JSONL file at all.
     """
     conversations, faults = scan_conversations(path, data_root=data_root)
     seconds, bad = _decode_clips(conversations)
@@ -52,37 +56,41 @@ def check_dataset(
         "file": str(path),
         "dialogues": len(conversations),
         "answers": sum(m.role == "assistant" for c in conversations for m in c.messages),
+        "masked": sum(m.is_answer and not m.learned for c in conversations for m in c.messages),
         "clips": sum(len(c.clips) for c in conversations),
         "audio_seconds": round(seconds, 3),
         "faults": faults,
         "bad_clips": [f"{c.source}: {bad[clip]}" for c in conversations for clip in c.clips if clip in bad],
+        "notes": unused_notes(conversations),
     }
     if tokenizer is not None:
         sound = [c for c in conversations if not any(clip in bad for clip in c.clips)]
         labels = _check_labels(sound, tokenizer, frames or FrameArithmetic(), max_length)
         lost += len(labels["without_labels"])
         report |= labels
+        report["notes"] += _typed_tokens(sound, tokenizer)
     report["ok"] = not faults and lost <= MAX_BAD_FRACTION * len(conversations)
     return report
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """A report as the lines that are printed: numbers first, then every fault, then the verdict."""
+    """A report as the lines that are printed: numbers first, then the faults, then the verdict."""
+    masked = f" ({report['masked']} of them masked)" if report["masked"] else ""
     lines = [
-        f"{report['file']}: {report['dialogues']} dialogues, {report['answers']} answers, {report['clips']} clips, "
-        f"{report['audio_seconds'] / 60:.1f} minutes of audio"
+        f"{report['file']}: {report['dialogues']} dialogues, {report['answers']} answers{masked}, "
+        f"{report['clips']} clips, {report['audio_seconds'] / 60:.1f} minutes of audio"
     ]
     if "template" in report:
         tokens, answers = report["tokens"], report["answer_tokens"]
         lines.append(f"chat template: {report['template']}")
         lines.append(f"tokens a row: {tokens[0]} to {tokens[2]}, median {tokens[1]}")
         lines.append(f"supervised tokens an answer: {answers[0]} to {answers[2]}, median {answers[1]}")
-    for name in ("faults", "bad_clips", "without_labels", "cuts"):
+    for name in ("faults", "bad_clips", "without_labels", "cuts", "notes"):
         found = report.get(name, [])
         if found:
             lines.append(f"{len(found)} {name.replace('_', ' ')}:")
-            lines += [f"  {sentence}" for sentence in found]
-    lines.append("ready to train on" if report["ok"] else "not ready to train on: mend what is listed above")
+            lines += [f"  {line}" for line in grouped(found)]
+    lines.append("ready to train on" if report["ok"] else "not ready to train on: fix the faults listed above")
     return lines
 
 
@@ -126,6 +134,17 @@ def _check_labels(
         "cuts": cuts,
         "without_labels": without,
     }
+
+
+def _typed_tokens(conversations: Sequence[Conversation], tokenizer) -> list[str]:
+    """Control tokens that stand in an answer: a model learns to write them letter by letter."""
+    return [
+        f"{conversation.source}: message {number}: {token} in an answer is learned as text, not as the token"
+        for conversation in conversations
+        for number, message in enumerate(conversation.messages, 1)
+        if message.is_answer and message.learned
+        for token in typed_tokens(tokenizer, message.text)
+    ]
 
 
 def _load_tokenizer(name: str, hub: str):

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from qwhisper.data.conversation import Conversation, Message, in_words, parse_conversation
+from qwhisper.data.conversation import Conversation, as_messages, in_words, parse_own
 from qwhisper.data.encode import (
     IGNORE,
     TRAIN_ON,
@@ -18,8 +17,10 @@ from qwhisper.data.encode import (
     fit_last_exchange,
     join_parts,
 )
+from qwhisper.data.messages import Message
 from qwhisper.data.packing import Batch, pack_samples, pad_samples
-from qwhisper.data.template import encode_text, listening_template, supports_reasoning, template_fault
+from qwhisper.data.template import listening_template, supports_reasoning, template_fault
+from qwhisper.data.text_tokens import encode_text
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 
@@ -30,7 +31,8 @@ class ConversationCollator:
     """Turns dialogues into samples (`encode`, `encode_rows`, `encode_prompt`) and lists of them into batches (a call).
 
     audio_token_id: the token that stands once for every projected audio frame. train_on: "assistant" supervises every
-    answer, "last" the last one, "all" what users typed as well. max_length: tokens a row may have. packed: batches are
+    answer, "last" the last one, "all" what users typed as well; a message whose `learned` is False is none of these.
+    max_length: tokens a row may have. packed: batches are
     one packed row instead of a padded row a sample. teach: samples carry the same dialogue in words, for a teacher to
     read. `rejected` collects (id, reason) of samples that a call left out.
     """
@@ -72,7 +74,7 @@ class ConversationCollator:
         An earlier answer whose reasoning the template drops from the history is masked: `encode_rows` gives it its row.
         """
         conversation, events = self._prepare(conversation)
-        answers = _answers(conversation.messages)
+        answers = _learned(conversation.messages)
         supervised = {k for k in answers if k == answers[-1] or not conversation.messages[k].reasoning}
         if len(supervised) < len(answers):
             events.append(f"masked {len(answers) - len(supervised)} of {len(answers)} turns, which have reasoning")
@@ -84,7 +86,7 @@ class ConversationCollator:
         Raises as `encode` does.
         """
         conversation, events = self._prepare(conversation)
-        answers = _answers(conversation.messages)
+        answers = _learned(conversation.messages)
         if not any(message.reasoning for message in conversation.messages) or len(answers) == 1:
             return [self._encode(conversation, set(answers), 0, events)]
         rows: list[Sample] = []
@@ -92,13 +94,20 @@ class ConversationCollator:
             if self.train_on == "last" and answer != answers[-1]:
                 continue
             messages = conversation.messages[: answer + 1]
-            row = Conversation(f"{conversation.id}#{len(rows) + 1}", messages, conversation.source)
+            row = replace(conversation, id=f"{conversation.id}#{len(rows) + 1}", messages=messages)
             rows.append(self._encode(row, {answer}, previous + 1, list(events)))
         return rows
 
-    def encode_prompt(self, messages: Sequence[Message], *, reply_with: str | None = None) -> Sample:
-        """What `generate` continues: dialogue and generation prompt, and `reply_with` as the reply's beginning."""
-        row = join_parts(self._encoder.parts(messages, True), messages, self._encoder.added_ids)
+    def encode_prompt(
+        self, messages: Sequence[Message | dict], *, tools: Sequence[str] = (), reply_with: str | None = None
+    ) -> Sample:
+        """What `generate` continues: dialogue and generation prompt, and `reply_with` as the reply's beginning.
+
+        messages: read already, or as `parse_own` reads them. tools: the JSON text of each, as in `Conversation.tools`.
+        Raises DataError, and BadClipError for an unusable clip.
+        """
+        read = as_messages(messages)
+        row = join_parts(self._encoder.parts(read, True, tools), read, self._encoder.added_ids)
         ids = row.input_ids + (encode_text(self.tokenizer, reply_with) if reply_with else [])
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
         return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, [window for _, window in row.windows])
@@ -123,27 +132,30 @@ class ConversationCollator:
     def _prepare(self, conversation: Conversation | dict) -> tuple[Conversation, list[str]]:
         """The dialogue without what nothing is learned from, and the events of leaving it out."""
         if isinstance(conversation, dict):
-            source = str(conversation.get("id", "a dialogue given as a dict"))
-            conversation = parse_conversation(conversation, source, Path.cwd())
+            conversation = parse_own(conversation, str(conversation.get("id", "a dialogue given as a dict")))
         messages, events = conversation.messages, []
-        answers = _answers(messages)
-        if not answers:
+        if not any(message.is_answer for message in messages):
             raise NoLabelsError(f"{conversation.source}: no assistant message, so nothing to learn from")
+        answers = _learned(messages)
+        if not answers:
+            raise NoLabelsError(f"{conversation.source}: every answer is masked, so nothing to learn from")
         if self.train_on != "all" and len(messages) > answers[-1] + 1:
             events.append(f"left out {len(messages) - answers[-1] - 1} messages after the last answer")
             messages = messages[: answers[-1] + 1]
         if not self._keeps_reasoning and any(message.reasoning for message in messages):
             events.append("left out the reasoning: the chat template has no place for it")
-            messages = tuple(Message(m.role, m.content, m.kind) for m in messages)
-        return Conversation(conversation.id, messages, conversation.source), events
+            messages = tuple(replace(message, reasoning=None) for message in messages)
+        return replace(conversation, messages=messages), events
 
     def _encode(self, conversation: Conversation, supervised: set[int], first_own: int, events: list[str]) -> Sample:
         """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
         told = len(events)
+        if conversation.has_tools:
+            conversation = replace(conversation, messages=_as_in_the_history(conversation.messages))
         try:
-            row, offset = self._fitting_row(conversation.messages, supervised, events)
-        except BadClipError as error:
-            raise BadClipError(f"{conversation.source}: {error}") from error
+            row, offset = self._fitting_row(conversation, supervised, events)
+        except (BadClipError, NoLabelsError) as error:
+            raise type(error)(f"{conversation.source}: {error}") from error
         except DataError as error:
             raise DataError(f"{conversation.source}: {error}") from error
         spans = {index + offset: span for index, span in row.answers.items() if index + offset in supervised}
@@ -176,10 +188,10 @@ class ConversationCollator:
         read = self._encode(replace(conversation, messages=typed), supervised, first_own, [])
         return None if read.events else read
 
-    def _fitting_row(self, messages: Sequence[Message], supervised: set[int], events: list[str]) -> tuple[Row, int]:
+    def _fitting_row(self, conversation: Conversation, supervised: set[int], events: list[str]) -> tuple[Row, int]:
         """The row within max_length, and how many messages it lacks at the front."""
-        added_ids = self._encoder.added_ids
-        row = join_parts(self._encoder.parts(messages), messages, added_ids)
+        messages, added_ids = conversation.messages, self._encoder.added_ids
+        row = join_parts(self._encoder.parts(messages, tools=conversation.tools), messages, added_ids)
         if self.max_length is None:
             return row, 0
         cut = cut_row(row, self.max_length)
@@ -188,11 +200,16 @@ class ConversationCollator:
                 turns = f"{len(cut.answers)} of {len(row.answers)} turns"
                 events.append(f"cut to {turns}: {len(row.input_ids)} > {self.max_length} tokens")
             return cut, 0
-        answers = _answers(messages)
-        first = answers[-2] + 1 if len(answers) > 1 else 0
-        while first < answers[-1] and messages[first].role == "system":
+        if conversation.has_tools:
+            raise NoLabelsError(
+                f"a dialogue with tools is cut behind its answers alone, and of {len(row.input_ids)} tokens none that "
+                f"is learned ends within max_length {self.max_length}; raise it"
+            )
+        last = max(supervised)
+        first = max((answer + 1 for answer in _answers(messages) if answer < last), default=0)
+        while first < last and messages[first].role == "system":
             first += 1
-        exchange = messages[first : answers[-1] + 1]
+        exchange = messages[first : last + 1]
         return fit_last_exchange(self._encoder.parts(exchange), exchange, self.max_length, added_ids, events), first
 
     @staticmethod
@@ -200,7 +217,9 @@ class ConversationCollator:
         return [
             (start, end)
             for index, start, end in row.texts
-            if index + offset >= first_own and messages[index + offset].role == "user"
+            if index + offset >= first_own
+            and messages[index + offset].role == "user"
+            and messages[index + offset].learned
         ]
 
     @staticmethod
@@ -212,4 +231,18 @@ class ConversationCollator:
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
-    return [index for index, message in enumerate(messages) if message.role == "assistant" and message.text.strip()]
+    return [index for index, message in enumerate(messages) if message.is_answer]
+
+
+def _learned(messages: Sequence[Message]) -> list[int]:
+    return [index for index in _answers(messages) if messages[index].learned]
+
+
+def _as_in_the_history(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Without the reasoning before the last question, which a template drops once that is asked.
+
+    Between a question and its answer, over calls and responses, it is kept; so a row that held both would show an
+    earlier answer a history that it did not have.
+    """
+    asked = max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
+    return tuple(replace(m, reasoning=None) if index < asked else m for index, m in enumerate(messages))

@@ -5,39 +5,26 @@ Whatever is wrong with a file is found here, without tokenizer or model; a fault
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qwhisper.data.audio import file_fault
-from qwhisper.data.clips import AudioClip, parse_part, quoted, resolve_path
+from qwhisper.data.audio_marks import place_audios
+from qwhisper.data.clips import AudioClip, own_roots, quoted
+from qwhisper.data.faults import grouped
+from qwhisper.data.files import file_fault
+from qwhisper.data.keys import unknown_keys
+from qwhisper.data.kinds_of_file import not_json_lines
+from qwhisper.data.messages import LOSS_KEYS, Message, join_calls, parse_learned, parse_messages
+from qwhisper.data.records import read_records
+from qwhisper.data.tools import parse_tools
+from qwhisper.data.waveform import data_url
 from qwhisper.errors import DataError
 
-ROLES = ("system", "user", "assistant")
-AUDIO_MARKS = ("<audio>", "<|audio_pad|>")  # ms-swift's placeholder, and the token that a rendered text has for audio
-MAX_FAULTS_SHOWN = 20
-MAX_LINE_BYTES = 2**24  # 16 MiB of text in one dialogue; a file without line breaks would be one line of any length
-SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. `kind` is an optional type of question, by which evaluation groups; `reasoning` precedes the answer."""
-
-    role: str
-    content: tuple[str | AudioClip, ...]
-    kind: str | None = None
-    reasoning: str | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(part for part in self.content if isinstance(part, str))
-
-    @property
-    def clips(self) -> tuple[AudioClip, ...]:
-        return tuple(part for part in self.content if isinstance(part, AudioClip))
+MAX_LINES_SHOWN = 20
+KNOWN = ("id", "messages", "audios", "system", "tools", *LOSS_KEYS)
 
 
 def in_words(messages: Sequence[Message]) -> tuple[Message, ...] | None:
@@ -61,11 +48,21 @@ def _typed(content: Sequence[str | AudioClip]) -> str:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One dialogue; `source` says where it stands, as in `train.jsonl:12`."""
+    """One dialogue; `source` says where it stands, as in `train.jsonl:12`.
+
+    tools: the JSON text of each tool's schema, in OpenAI's form. unused: names of keys that were found and not used.
+    """
 
     id: str
     messages: tuple[Message, ...]
     source: str
+    tools: tuple[str, ...] = ()
+    unused: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether a chat template needs a place for tools, their calls or their responses."""
+        return bool(self.tools) or any(message.tool_calls or message.role == "tool" for message in self.messages)
 
     @property
     def clips(self) -> tuple[AudioClip, ...]:
@@ -78,13 +75,15 @@ def read_conversations(
     """Read a JSONL file of dialogues, one a line, and refuse it as a whole if anything in it is wrong.
 
     Relative audio paths start at the file's folder; other paths must lie under `data_root` (default: the same folder).
-    `max_samples` reads no further than that many dialogues. Raises DataError with file and line of the first 20 faults.
+    `max_samples` reads no further than that many dialogues. Raises DataError with file and line of
+    the faults: equal ones as one line, the 20 most frequent.
     """
     conversations, faults = scan_conversations(path, data_root=data_root, max_samples=max_samples)
     if faults:
-        shown = faults[:MAX_FAULTS_SHOWN]
-        if len(faults) > len(shown):
-            shown.append(f"... and {len(faults) - len(shown)} more; `qwhisper data check {path}` lists them all")
+        lines = grouped(faults)
+        shown = lines[:MAX_LINES_SHOWN]
+        if len(lines) > len(shown):
+            shown.append(f"... and {len(lines) - len(shown)} more; `qwhisper data check {path}` lists them all")
         raise DataError("\n".join(shown))
     return conversations
 
@@ -99,16 +98,19 @@ def scan_conversations(
 ) -> tuple[list[Conversation], list[str]]:
     """The good dialogues of a file and every fault in it, each fault as `file:line: sentence`.
 
-    answered: a dialogue without any answer is a fault; False: not where a user's message ends it. convert: what makes
-    the canonical form of a line's object that has another. Raises DataError only if there is no such file.
+    answered: a dialogue without any answer is a fault; False: not where its last message awaits one. convert: makes the
+    canonical form of a line's object that has another. Raises DataError only if there is no such file,
+    or it is no JSONL file at all.
     """
     path = Path(path)
     if fault := file_fault(path):
         raise DataError(f"{path} {fault}: give a JSONL file with one dialogue a line")
+    if fault := not_json_lines(path):
+        raise DataError(f"{path} is {fault}")
     conversations: list[Conversation] = []
     faults: list[str] = []
     first_seen: dict[str, str] = {}
-    for source, record in _records(path):
+    for source, record in read_records(path):
         if isinstance(record, str):
             faults.append(f"{source}: {record}")
             continue
@@ -131,23 +133,45 @@ def scan_conversations(
 
 
 def parse_conversation(
-    record: dict, source: str, root: str | Path, data_root: str | Path | None = None
+    record: dict, source: str, root: str | Path, data_root: str | Path | None = None, *, answered: bool = True
 ) -> Conversation:
-    """One record in canonical form; `root` is the folder that relative audio paths start at. Raises DataError."""
-    conversation, faults = _parse(record, source, Path(root), data_root)
+    """One record in canonical form; `root` is the folder that relative audio paths start at. Raises DataError.
+
+    answered: as in `scan_conversations`.
+    """
+    conversation, faults = _parse(record, source, Path(root), data_root, answered)
     if conversation is None:
         raise DataError("\n".join(f"{source}: {fault}" for fault in faults))
     return conversation
 
 
+def parse_own(record: dict, source: str, *, answered: bool = True) -> Conversation:
+    """One record that a person's own call gives: relative paths start in the current folder, and any file may be read.
+
+    Raises DataError.
+    """
+    folder, everywhere = own_roots()
+    return parse_conversation(record, source, folder, everywhere, answered=answered)
+
+
+def as_messages(messages: Sequence[Message | dict]) -> Sequence[Message]:
+    """Messages as they are, or those of a prompt, which a user's message ends, read as `parse_own` does."""
+    read = [message for message in messages if isinstance(message, Message)]
+    if len(read) == len(messages):
+        return read
+    return parse_own({"messages": messages}, "the prompt", answered=False).messages
+
+
 def to_record(conversation: Conversation, folder: str | Path) -> dict[str, Any]:
-    """What `parse_conversation` reads the same dialogue from; clips below `folder` stand there by their relative path.
+    """What `parse_conversation` reads the same dialogue from; clips below `folder` stand there by their relative path,
+    and sound in memory as a data URL.
 
     An id that was only the place where the dialogue stood is left out.
     """
     root = Path(os.path.realpath(folder))
     identity = {} if conversation.id == conversation.source else {"id": conversation.id}
-    return identity | {"messages": [_message_record(message, root) for message in conversation.messages]}
+    tools = {"tools": [json.loads(tool) for tool in conversation.tools]} if conversation.tools else {}
+    return identity | tools | {"messages": [_message_record(message, root) for message in conversation.messages]}
 
 
 def _message_record(message: Message, root: Path) -> dict[str, Any]:
@@ -155,7 +179,12 @@ def _message_record(message: Message, root: Path) -> dict[str, Any]:
         {"type": "text", "text": part} if isinstance(part, str) else _clip_record(part, root)
         for part in message.content
     ]
-    named = {"kind": message.kind, "reasoning_content": message.reasoning}
+    named = {
+        "kind": message.kind,
+        "reasoning_content": message.reasoning,
+        "tool_calls": [call.record for call in message.tool_calls] or None,
+        "loss": None if message.learned else False,
+    }
     return {
         "role": message.role,
         "content": parts if message.clips else message.text,
@@ -165,149 +194,78 @@ def _message_record(message: Message, root: Path) -> dict[str, Any]:
 
 def _clip_record(clip: AudioClip, root: Path) -> dict[str, Any]:
     path = Path(clip.path)
-    location = path.relative_to(root) if path.is_relative_to(root) else path
-    named = {"start": clip.start, "end": clip.end, "transcript": clip.transcript}
-    return {"type": "audio", "audio": str(location)} | {k: v for k, v in named.items() if v is not None}
+    location = str(path.relative_to(root) if path.is_relative_to(root) else path)
+    named = {"start": clip.start, "end": clip.end, "channel": clip.channel, "transcript": clip.transcript}
+    source = location if clip.sound is None else data_url(clip.sound)
+    return {"type": "audio", "audio": source} | {k: v for k, v in named.items() if v is not None}
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict | str]]:
-    """(source, record) of each line that is not blank; a line that is no JSON object gives its fault instead."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-            source = f"{path}:{number}"
-            if len(line) > MAX_LINE_BYTES:
-                yield source, f"longer than {MAX_LINE_BYTES} bytes; each line should be one dialogue"
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(2**16)
-                continue
-            record = _record(line, "utf-8-sig" if number == 1 else "utf-8")
-            if record is not None:
-                yield source, record
-
-
-def _record(line: bytes, encoding: str) -> dict | str | None:
-    """The object in a line, or what is wrong with it; None where it is blank."""
-    try:
-        text = line.decode(encoding).strip()
-        record = json.loads(text) if text else None
-        if SURROGATE_ESCAPE.search(text):
-            json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start + 1}): save the file as UTF-8"
-    except UnicodeEncodeError as error:
-        return f"half of a surrogate pair, \\u{ord(error.object[error.start]):x}, which is no character: mend the text"
-    except RecursionError:
-        return "not valid JSON (nested too deeply)"
-    except ValueError as error:
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and text[error.pos] == "{":
-            # `cat` makes such a line of two files, the first of which does not end with a line break.
-            return f"two objects stand on one line: a line break is probably missing before character {error.pos + 1}"
-        return f"not valid JSON ({error})"
-    return record if isinstance(record, dict) or not text else "not a JSON object with `messages`"
+def unused_notes(conversations: Iterable[Conversation]) -> list[str]:
+    """A sentence for each key that dialogues have and that nothing uses: how many have it, and where it is first."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for conversation in conversations:
+        counts.update(conversation.unused)
+        for key in conversation.unused:
+            first.setdefault(key, conversation.source)
+    notes = [
+        f"dialogues with the key {key}, which is not used: {n}; first at {first[key]}" for key, n in counts.items()
+    ]
+    if len(notes) > MAX_LINES_SHOWN:
+        notes[MAX_LINES_SHOWN:] = [f"and {len(notes) - MAX_LINES_SHOWN} more keys that are not used"]
+    return notes
 
 
 def _parse(
     record: dict, source: str, root: Path, data_root, answered: bool = True
 ) -> tuple[Conversation | None, list[str]]:
     """The conversation, or None and what is wrong with it."""
+    faults, others = unknown_keys(record, KNOWN, "the dialogue")
+    unused = [f"`{key}`" for key in others]
     raw = record.get("messages")
-    if not isinstance(raw, list):
-        return None, ["no `messages` list: the canonical form is {'messages': [{'role': …, 'content': …}, …]}"]
+    if not isinstance(raw, list | tuple):
+        return None, faults or [
+            "no `messages` list: the canonical form is {'messages': [{'role': …, 'content': …}, …]}"
+        ]
     if not raw:
-        return None, ["the dialogue is empty: `messages` has no entry"]
+        return None, [*faults, "the dialogue is empty: `messages` has no entry"]
     roots = [root] if data_root is None else [root, Path(data_root)]
-    faults: list[str] = []
-    messages = [_parse_message(message, f"message {n}", roots, faults) for n, message in enumerate(raw, 1)]
-    is_question = not answered and messages[-1].role == "user"
-    if not is_question and not any(message.role == "assistant" for message in messages) and not faults:
-        faults.append("no assistant message: there is nothing to learn from")
-    messages = _place_audios(messages, record.get("audios"), roots, faults)
+    if parse_learned(record, "the dialogue", faults) is False:
+        faults.append("the whole dialogue is not to be learned; leave it out, or mark single answers")
+    tools = parse_tools(record.get("tools"), faults)
+    messages = parse_messages(raw, roots, faults, unused)
+    if not faults and (answered or messages[-1].role not in ("user", "tool")):
+        _check_answers(messages, faults)
+    messages = place_audios(messages, record.get("audios"), roots, faults, unused)
     identity = record.get("id")
     if isinstance(identity, dict | list):
         faults.append(f"`id` must be a text or a number, not {type(identity).__name__}")
+    if not faults:
+        messages = _with_system(join_calls(messages, raw, faults), record.get("system"), faults)
     if faults:
         return None, faults
-    return Conversation(source if identity is None else str(identity), tuple(messages), source), []
+    name = source if identity is None else str(identity)
+    return Conversation(name, tuple(messages), source, tools, tuple(dict.fromkeys(unused))), []
 
 
-def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]) -> Message:
-    if not isinstance(raw, dict):
-        faults.append(f"{where} is not an object with `role` and `content`")
-        return Message("?", ())
-    role, content, faults_before = raw.get("role"), raw.get("content"), len(faults)
-    if role not in ROLES:
-        faults.append(f"{where}: unknown role {quoted.repr(role)}; known are {', '.join(ROLES)}")
-        role = "?"
-    if isinstance(content, str):
-        parts: list[str | AudioClip] = [content]
-    elif isinstance(content, list):
-        parts = [parse_part(part, f"{where}, part {n}", roots, faults) for n, part in enumerate(content, 1)]
-    else:
-        faults.append(f"{where}: `content` must be a text or a list of parts, not {type(content).__name__}")
-        return Message(role, ())
-    kind = raw.get("kind")
-    if isinstance(kind, dict | list):
-        faults.append(f"{where}: `kind` must be a text, not {type(kind).__name__}")
-        kind = None
-    message = Message(role, tuple(parts), kind=None if kind is None else str(kind))
-    if len(faults) > faults_before:  # what is missing because of them is no fault of its own
-        return message
-    if role == "assistant":
-        return _parse_answer(message, raw.get("reasoning_content"), where, faults)
-    if role == "user" and not message.clips and not message.text.strip():
-        faults.append(f"{where}: the user message is empty")
-    return message
+def _check_answers(messages: Sequence[Message], faults: list[str]) -> None:
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
+        faults.append("no assistant message: there is nothing to learn from")
+    elif not any(answer.learned for answer in answers):
+        faults.append("`loss`, `train` or `weight` mask every answer: there is nothing to learn from")
 
 
-def _parse_answer(message: Message, reasoning: object, where: str, faults: list[str]) -> Message:
-    """An assistant message, its reasoning apart from the reply; a leading <think> block counts as reasoning."""
-    if message.clips:
-        faults.append(f"{where}: an assistant message holds audio, but answers are text")
-    text = message.text.strip()
-    if text.startswith("<think>") and "</think>" in text:
-        thought, text = text.removeprefix("<think>").split("</think>", 1)
-        reasoning = reasoning or thought
-    text = text.strip()
-    if not text:
-        faults.append(f"{where}: the assistant's reply is empty")
-    if reasoning is not None and not isinstance(reasoning, str):
-        faults.append(f"{where}: `reasoning_content` must be a text, not {type(reasoning).__name__}")
-        reasoning = None
-    return replace(message, content=(text,), reasoning=(reasoning or "").strip() or None)
-
-
-def _place_audios(messages: list[Message], audios: object, roots: list[Path], faults: list[str]) -> list[Message]:
-    """Put ms-swift's `audios` where `<audio>` stands in the text; without `audios` no mark may stand there.
-
-    What an assistant writes is never searched: an answer may speak of HTML's <audio>.
-    """
-    if audios is None:
-        for number, message in enumerate(messages, 1):
-            mark = next((mark for mark in AUDIO_MARKS if message.role != "assistant" and mark in message.text), None)
-            if mark:
-                faults.append(
-                    f"message {number}: the text holds the placeholder {mark} without audio; "
-                    "write {'type': 'audio', 'audio': …} or give `audios`"
-                )
+def _with_system(messages: list[Message], system: object, faults: list[str]) -> list[Message]:
+    """The messages with the record's own `system` before them, if it is not there already."""
+    if system is None or system == "":
         return messages
-    audios = [audios] if isinstance(audios, str) else audios
-    if not isinstance(audios, list) or not all(isinstance(audio, str) for audio in audios):
-        faults.append("`audios` must be a list of file names")
+    if not isinstance(system, str):
+        faults.append(f"`system` must be a text, not {type(system).__name__}")
         return messages
-    marks = sum(message.text.count("<audio>") for message in messages if message.role != "assistant")
-    if marks != len(audios):
-        lack = "audio without a placeholder" if marks < len(audios) else "a placeholder without audio"
-        faults.append(f"{marks} <audio> in the text but {len(audios)} in `audios`: {lack}")
-        return messages
-    clips = iter([AudioClip(resolve_path(audio, f"audio {n}", roots, faults)) for n, audio in enumerate(audios, 1)])
-    return [message if message.role == "assistant" else _fill_marks(message, clips) for message in messages]
-
-
-def _fill_marks(message: Message, clips: Iterator[AudioClip]) -> Message:
-    parts: list[str | AudioClip] = []
-    for part in message.content:
-        texts = part.split("<audio>") if isinstance(part, str) else []
-        parts += [part] if not texts else texts[:1]
-        for text in texts[1:]:
-            parts += [next(clips), text]
-    return replace(message, content=tuple(part for part in parts if part != ""))
+    there = [message for message in messages if message.role == "system"]
+    if not there:
+        return [Message("system", (system,)), *messages]
+    if len(there) > 1 or there[0].clips or there[0].text.strip() != system.strip():
+        faults.append("`system` and the system message differ; keep one")
+    return messages

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from qwhisper.data.audio import clip_windows
-from qwhisper.data.clips import load_clip
-from qwhisper.data.conversation import AudioClip, Message
-from qwhisper.data.template import Piece, added_token_ids, encode_text, render_pieces
+from qwhisper.data.clips import AudioClip, load_clip
+from qwhisper.data.messages import Message
+from qwhisper.data.template import Piece, render_pieces
+from qwhisper.data.text_tokens import added_token_ids, encode_text
 from qwhisper.errors import BadClipError, DataError
 from qwhisper.frames import FrameArithmetic
 
@@ -74,12 +75,16 @@ class PartEncoder:
         self.added_ids = added_token_ids(tokenizer)
         self._scaffold_ids: dict[str, list[int]] = {}
 
-    def parts(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Part]:
+    def parts(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[str] = ()
+    ) -> list[Part]:
         """All parts of a dialogue, audio decoded. Raises BadClipError, and DataError where the template refuses it."""
-        return [self._part(piece) for piece in self.pieces(messages, add_generation_prompt)]
+        return [self._part(piece) for piece in self.pieces(messages, add_generation_prompt, tools)]
 
-    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Piece]:
-        return render_pieces(messages, self.tokenizer, self.chat_template, add_generation_prompt)
+    def pieces(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[str] = ()
+    ) -> list[Piece]:
+        return render_pieces(messages, self.tokenizer, self.chat_template, add_generation_prompt, tools)
 
     def _part(self, piece: Piece) -> Part:
         if piece.clip is not None:
@@ -107,7 +112,9 @@ class Row:
 
 
 def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: set[int]) -> Row:
-    """Put parts end to end; an assistant's answer ends with the first added token of the scaffold after it."""
+    """Put parts end to end; an assistant's answer, tool calls included, ends with the first added token of the scaffold
+    after it.
+    """
     row = Row([], {}, [], [])
     open_answer = None
     for part in parts:
@@ -173,7 +180,7 @@ def fit_last_exchange(
 
 
 def _refuse_to_drop_audio(parts: Iterable[Part]) -> None:
-    clips = {part.piece.clip.path: len(part.ids) for part in parts if part.piece.clip is not None}
+    clips = {part.piece.clip.name: len(part.ids) for part in parts if part.piece.clip is not None}
     if clips:
         raise BadClipError(
             f"{', '.join(clips)}: {sum(clips.values())} tokens of audio and the reply do not fit into max_length; "

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwhisper.data.audio import file_fault
+from qwhisper.data.clips import SOURCES
+from qwhisper.data.conversation import KNOWN
+from qwhisper.data.files import file_fault
 from qwhisper.errors import UsageError
 
 POOLS = Path(__file__).parent / "instructions"
@@ -37,17 +39,17 @@ def read_instructions(path: str | Path) -> list[str]:
 
 
 def as_question(record: dict[str, Any], instructions: Sequence[str], seed: int) -> dict[str, Any]:
-    """A bare line, {"audio": path, "transcript": text} and perhaps id, start, end, kind, in the canonical form: one
-    user's message of the audio and an instruction. What is no bare line comes back as it is.
+    """A bare line, {"audio": path, "transcript": text} and perhaps id, kind and what an audio part may have, in the
+    canonical form: one user's message of the audio and an instruction. The keys of a record stay the record's. What is
+    no bare line comes back as it is.
 
     The instruction is drawn by the line's content and the seed alone: wherever the line stands, it has the same.
     """
-    if "messages" in record or "audio" not in record:
+    if "messages" in record or not any(name in record for name in SOURCES):
         return record
     drawn = random.Random(f"{seed} {json.dumps(record, sort_keys=True)}").choice(instructions)
-    about_the_clip = ("audio", "start", "end", "transcript")
-    clip: dict[str, Any] = {name: record[name] for name in about_the_clip if name in record}
+    of_the_record = {name: value for name, value in record.items() if name in KNOWN}
+    clip = {name: value for name, value in record.items() if name not in (*KNOWN, "kind")}
     content: list[dict[str, Any]] = [{"type": "audio", **clip}]
     content += [{"type": "text", "text": drawn}] if drawn else []
-    identity = {"id": record["id"]} if "id" in record else {}
-    return {**identity, "messages": [{"role": "user", "content": content, "kind": record.get("kind")}]}
+    return {**of_the_record, "messages": [{"role": "user", "content": content, "kind": record.get("kind")}]}

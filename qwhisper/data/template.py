@@ -7,13 +7,17 @@ stands in the last turn alone.
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import jinja2
 
-from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.data.clips import AudioClip
+from qwhisper.data.messages import Message
+from qwhisper.data.text_tokens import added_token_ids, typed_tokens
+from qwhisper.data.tools import ToolCall
 from qwhisper.errors import DataError, UsageError
 
 AUDIO_TOKEN = "<|audio_pad|>"
@@ -23,7 +27,7 @@ PREAMBLE = (
     "{%- set flat = namespace(messages=[], text='') -%}"
     "{%- for message in messages -%}"
     "{%- set flat.text = message.content if message.content is string else '' -%}"
-    "{%- for part in ([] if message.content is string else message.content) -%}"
+    "{%- for part in ([] if message.content is string or not message.content else message.content) -%}"
     f"{{%- set flat.text = flat.text ~ ('{AUDIO_TOKEN}' if part.type == 'audio' else part.text) -%}}"
     "{%- endfor -%}"
     "{%- set flat.messages = flat.messages + [dict(message, content=flat.text | trim)] -%}"
@@ -53,12 +57,25 @@ ROLE_OF = {"s": "system", "u": "user", "a": "assistant"}
 MARK = re.compile("\ue000([cr])(\\d+)\ue001")
 
 
+class Slot(NamedTuple):
+    """All that the rendering of a message depends on. has_text: False only for an answer of calls alone."""
+
+    role: str
+    has_reasoning: bool = False
+    has_text: bool = True
+    calls: tuple[ToolCall, ...] = ()
+
+
+Pattern = tuple[Slot, ...]
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of a rendered dialogue.
 
     kind: "scaffold" (the template's own text), "text" or "audio" (from the messages). message_index: the message whose
-    content it is; None for scaffold, except for what the assistant writes itself (think marks), which is its turn's.
+    content it is; None for scaffold, except for what the assistant writes itself (think marks, tool calls), which is
+    its turn's.
     """
 
     kind: str
@@ -91,7 +108,7 @@ def template_fault(tokenizer, chat_template: str) -> str | None:
     for probe in PROBES:
         roles = [ROLE_OF[letter] for letter in probe]
         try:
-            _render(tokenizer, chat_template, tuple((role, False) for role in roles), False)
+            _render(tokenizer, chat_template, tuple(map(Slot, roles)), False)
         except DataError as error:
             if roles[0] == "system":
                 continue  # some templates know no system message; a dialogue that has one is refused by name later
@@ -105,29 +122,68 @@ def template_fault(tokenizer, chat_template: str) -> str | None:
 
 
 def render_pieces(
-    messages: Sequence[Message], tokenizer, chat_template: str, add_generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer,
+    chat_template: str,
+    add_generation_prompt: bool = False,
+    tools: Sequence[str] = (),
 ) -> list[Piece]:
-    """A dialogue as scaffold, texts and clips in their order; contents are stripped.
+    """A dialogue as scaffold, texts and clips in their order; contents are stripped. tools: the JSON text of each.
 
     The pieces before the first one of an assistant turn are exactly those of the generation prompt at that turn.
     Raises DataError where the template refuses the dialogue, drops a message or is not prefix-stable.
     """
-    pattern = tuple((message.role, message.reasoning is not None) for message in messages)
+    pattern = tuple(
+        Slot(m.role, m.reasoning is not None, bool(m.text.strip()) or not m.tool_calls, m.tool_calls) for m in messages
+    )
+    with_tools = bool(tools) or any(slot.calls or slot.role == "tool" for slot in pattern)
+    if with_tools:
+        _check_typed(tokenizer, pattern, tools)
+        # Not from the cache: hardly any other dialogue has the same tools and calls, whose texts are long.
+        segments = _segments.__wrapped__(tokenizer, chat_template, pattern, add_generation_prompt, tuple(tools))
+        _check_rendered(segments, pattern, tools)
+    else:
+        segments = _segments(tokenizer, chat_template, pattern, add_generation_prompt)
     pieces = []
-    for kind, text, index in _segments(tokenizer, chat_template, pattern, add_generation_prompt):
+    for kind, text, index in segments:
         if kind == "scaffold":
             pieces.append(Piece("scaffold", text, index))
         elif kind == "r":
             pieces.append(Piece("text", messages[index].reasoning or "", index))
         else:
             pieces += _content_pieces(messages[index].content, index)
-    return pieces
+    return list(_with_space_in_texts(pieces)) if with_tools else pieces
 
 
 def supports_reasoning(tokenizer, chat_template: str) -> bool:
     """Whether the template has a place for `reasoning_content`."""
-    segments = _segments(tokenizer, chat_template, (("user", False), ("assistant", True)), False)
+    segments = _segments(tokenizer, chat_template, (Slot("user"), Slot("assistant", has_reasoning=True)), False)
     return any(kind == "r" for kind, _, _ in segments)
+
+
+def _check_typed(tokenizer, pattern: Pattern, tools: Sequence[str]) -> None:
+    """Refuses tools and calls with what would be a control token or a mark once it stands in the rendered text."""
+    if pattern[0].calls:
+        raise DataError("the first message calls a tool, but there is nothing that it answers")
+    for text in (*tools, *(f"{call.name} {call.arguments}" for slot in pattern for call in slot.calls)):
+        found = [*typed_tokens(tokenizer, text), *("a private-use character" for _ in MARK.finditer(text))]
+        if found:
+            raise DataError(
+                f"a tool or a tool call holds {found[0]}, which would be read as a control token; change it"
+            )
+
+
+def _check_rendered(segments: Sequence[tuple], pattern: Pattern, tools: Sequence[str]) -> None:
+    """Refuses a rendering that lacks a tool, or a call in the answer that it belongs to."""
+    scaffold = "".join(text for _, text, _ in segments)
+    lacking = [name for tool in tools if (name := json.loads(tool)["function"]["name"]) not in scaffold]
+    for index, slot in enumerate(pattern):
+        own = "".join(text for _, text, owner in segments if owner == index)
+        lacking += [call.name for call in slot.calls if call.name not in own or call.arguments not in own]
+    if lacking:
+        raise DataError(
+            f"the chat template has no place for tools: it leaves out {lacking[0]}; use another --text_model"
+        )
 
 
 def end_of_turn_ids(tokenizer, chat_template: str) -> list[int]:
@@ -135,39 +191,20 @@ def end_of_turn_ids(tokenizer, chat_template: str) -> list[int]:
 
     Raises UsageError where no added token closes the turn: a model could never learn to stop.
     """
-    last = _segments(tokenizer, chat_template, (("user", False), ("assistant", False)), False)[-1]
-    added = added_token_ids(tokenizer)
-    ends = [i for i in tokenizer(last[1], add_special_tokens=False)["input_ids"] if i in added][:1]
-    if last[0] != "scaffold" or not ends:
+    ends = _closing_ids(tokenizer, chat_template)
+    if not ends:
         raise UsageError("no special token ends an assistant turn in this chat template: let it write eos_token there")
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.append(tokenizer.eos_token_id)
     return ends
 
 
-def added_token_ids(tokenizer) -> set[int]:
-    """Ids of all tokens that are matched as a whole, special or not (`<|im_end|>`, `<think>`)."""
-    return set(tokenizer.added_tokens_decoder)
-
-
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of what a person or the model wrote: no special or other added token can come out of it.
-
-    `split_special_tokens` leaves `<think>` and `<tool_call>` whole, since they are added but not special; so the text
-    is cut inside each of them. Added tokens of white space alone (Gemma's runs of line breaks) are ordinary text.
-    """
-    inside = [match.start() + 1 for match in _forbidden(tokenizer, len(tokenizer)).finditer(text)]
-    ids: list[int] = []
-    for start, end in zip([0, *inside], [*inside, len(text)], strict=True):
-        ids += tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids
-
-
-@lru_cache(maxsize=16)
-def _forbidden(tokenizer, num_tokens: int) -> re.Pattern:
-    """Finds the added tokens in a text; `num_tokens` in the key notices tokens that were added since."""
-    contents = [content for content in tokenizer.get_added_vocab() if content.strip() and len(content) > 1]
-    return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
+def _closing_ids(tokenizer, chat_template: str) -> list[int]:
+    """The token that closes an assistant turn, as a list; empty where none does."""
+    kind, text, _ = _segments(tokenizer, chat_template, (Slot("user"), Slot("assistant")), False)[-1]
+    added = added_token_ids(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if kind == "scaffold" else []
+    return [i for i in ids if i in added][:1]
 
 
 def _content_pieces(content: Sequence[str | AudioClip], index: int) -> list[Piece]:
@@ -189,68 +226,108 @@ def _content_pieces(content: Sequence[str | AudioClip], index: int) -> list[Piec
     return pieces
 
 
-Pattern = tuple[tuple[str, bool], ...]  # (role, has reasoning) of each message: all that a rendering depends on
+def _with_space_in_texts(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Moves the white space between a message's text and the scaffold behind it to the text.
+
+    Around tools a template writes a line break behind contents, and a tokenizer joins it with what it follows: the
+    model must meet the tokens that it meets where the whole prompt is tokenised at once.
+    """
+    space = ""
+    for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+        text = piece.text.removeprefix(space)
+        space = ""
+        if piece.kind == "text" and following is not None and following.kind == "scaffold":
+            space = following.text[: len(following.text) - len(following.text.lstrip())]
+        if text + space:
+            yield replace(piece, text=text + space)
 
 
 @lru_cache(maxsize=4096)
-def _segments(tokenizer, chat_template: str, pattern: Pattern, add_generation_prompt: bool) -> tuple:
+def _segments(
+    tokenizer, chat_template: str, pattern: Pattern, add_generation_prompt: bool, tools: tuple[str, ...] = ()
+) -> tuple:
     """(kind, text, message index) of a rendering: kind "scaffold", "c" (a message's content) or "r" (its reasoning).
 
-    Scaffold is cut where a generation prompt ends, so that what follows it is tokenised as the model will meet it.
+    Scaffold is cut where a generation prompt ends, so that what follows it is tokenised as the model will meet it, and
+    where an answer with tool calls ends.
     """
-    text = _render(tokenizer, chat_template, pattern, add_generation_prompt)
+    text = _render(tokenizer, chat_template, pattern, add_generation_prompt, tools=tools)
     marks = list(MARK.finditer(text))
     contents = [int(mark[2]) for mark in marks if mark[1] == "c"]
-    if contents != list(range(len(pattern))):
-        raise DataError(f"the chat template drops, repeats or moves messages: of {len(pattern)} it renders {contents}")
-    prompt_ends = {}
-    for index, (role, _) in enumerate(pattern):
-        if role != "assistant" or index == 0:
+    expected = [index for index, slot in enumerate(pattern) if slot.has_text]
+    if contents != expected:
+        raise DataError(f"the chat template drops, repeats or moves messages: of {len(expected)} it renders {contents}")
+    own_from: dict[int, int | None] = {}
+    for index, slot in enumerate(pattern):
+        if slot.role != "assistant" or index == 0:
             continue
         thinking = any(mark[1] == "r" and int(mark[2]) == index for mark in marks)
-        prompt = _render(tokenizer, chat_template, pattern[:index], True, thinking)
+        prompt = _render(tokenizer, chat_template, pattern[:index], True, thinking, tools)
         if not text.startswith(prompt):
             raise DataError(f"the chat template is not prefix-stable: message {index + 1} does not follow its prompt")
-        prompt_ends[len(prompt)] = index
-    return tuple(_split(text, marks, prompt_ends))
+        own_from[len(prompt)] = index
+        if slot.calls:
+            behind = next((mark.start() for mark in marks if int(mark[2]) > index), len(text))
+            own_from[_end_of_calls(tokenizer, chat_template, text, len(prompt), behind)] = None
+    return tuple(_split(text, marks, own_from, {index for index, slot in enumerate(pattern) if slot.calls}))
 
 
-def _split(text: str, marks: list[re.Match], prompt_ends: dict[int, int]):
-    """Cut a rendering at its marks and at the ends of the generation prompts."""
+def _end_of_calls(tokenizer, chat_template: str, text: str, start: int, stop: int) -> int:
+    """Where, between `start` and `stop`, the token stands that closes a turn; contents and calls hold no token."""
+    closing = tokenizer.convert_ids_to_tokens(_closing_ids(tokenizer, chat_template))
+    end = text.find(closing[0], start, stop) if closing else -1
+    if end < 0:
+        raise DataError("the chat template ends an answer with tool calls by another token than one without")
+    return end
+
+
+def _split(
+    text: str, marks: list[re.Match], own_from: dict[int, int | None], calling: set[int]
+) -> Iterator[tuple[str, str, int | None]]:
+    """Cut a rendering at its marks and where the owner of the scaffold changes. calling: answers with tool calls."""
     position, own_turn = 0, None
     for mark in [*marks, None]:
         end = mark.start() if mark else len(text)
-        for cut in sorted(cut for cut in prompt_ends if position <= cut <= end):
+        for cut in sorted(cut for cut in own_from if position <= cut <= end):
             if cut > position:
                 yield "scaffold", text[position:cut], own_turn
-            position, own_turn = cut, prompt_ends[cut]
+            position, own_turn = cut, own_from[cut]
         if end > position:
             yield "scaffold", text[position:end], own_turn
         if mark:
-            yield mark[1], "", int(mark[2])
-            own_turn = own_turn if mark[1] == "r" else None
+            index = int(mark[2])
+            yield mark[1], "", index
+            own_turn = own_turn if mark[1] == "r" or index in calling else None
             position = mark.end()
 
 
 def _render(
-    tokenizer, chat_template: str, pattern: Pattern, add_generation_prompt: bool, thinking: bool = False
+    tokenizer,
+    chat_template: str,
+    pattern: Pattern,
+    add_generation_prompt: bool,
+    thinking: bool = False,
+    tools: Sequence[str] = (),
 ) -> str:
     messages = []
-    for index, (role, has_reasoning) in enumerate(pattern):
-        message = {"role": role, "content": f"\ue000c{index}\ue001"}
-        if has_reasoning:
+    for index, slot in enumerate(pattern):
+        message: dict = {"role": slot.role, "content": f"\ue000c{index}\ue001" if slot.has_text else ""}
+        if slot.has_reasoning:
             message["reasoning_content"] = f"\ue000r{index}\ue001"
+        if slot.calls:
+            message["tool_calls"] = [call.record for call in slot.calls]
         messages.append(message)
     try:
         return tokenizer.apply_chat_template(
             messages,
+            tools=[json.loads(tool) for tool in tools] or None,
             chat_template=chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=thinking,
         )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(role for role, _ in pattern)
+    except (jinja2.TemplateError, TypeError) as error:
+        roles = ", ".join(slot.role for slot in pattern)
         raise DataError(f"the chat template refuses a dialogue of {roles}: {error}") from error
 
 
@@ -292,7 +369,7 @@ def _table_template(tokenizer, own: str) -> str:
 def _probe_between(tokenizer, own: str, roles: list[str], generate: bool, between: dict[str, str]) -> None:
     """Enter the texts between turns of one rendering of `own` into `between`; those of the generation prompt win."""
     try:
-        text = _render(tokenizer, own, tuple((role, False) for role in roles), generate)
+        text = _render(tokenizer, own, tuple(map(Slot, roles)), generate)
     except DataError:
         return
     marks = list(MARK.finditer(text))

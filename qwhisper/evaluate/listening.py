@@ -49,12 +49,12 @@ class SwappedTurn:
 
 
 def turns_of(conversations: Sequence[Conversation]) -> list[Turn]:
-    """Every answer that follows a question, in their order."""
+    """Every answer to ask for, in their order: it follows a question, is not masked, and calls no tool."""
     return [
         Turn(conversation, index)
         for conversation in conversations
         for index, message in enumerate(conversation.messages)
-        if index and message.role == "assistant" and message.text.strip()
+        if index and message.is_answer and message.learned and not message.tool_calls
     ]
 
 
@@ -119,7 +119,7 @@ def _fits(turn: Turn, other: Turn) -> bool:
 def _says_something_else(clip: AudioClip, other: AudioClip) -> bool:
     if clip.transcript is not None and other.transcript is not None:
         return normalise(clip.transcript) != normalise(other.transcript)
-    return (clip.path, clip.start, clip.end) != (other.path, other.start, other.end)
+    return replace(clip, transcript=None) != replace(other, transcript=None)
 
 
 def _heard_instead(turn: Turn, other: Turn) -> Turn:

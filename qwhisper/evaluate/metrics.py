@@ -1,31 +1,47 @@
 """Scores of answers against references: exact match, word and character error rates, and a guesser to compare with.
 
-Plain text in, numbers out; knows no model.
+Plain text in, numbers out; knows no model. docs/learning.md has what a score does not count.
 """
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
 import jiwer
+import regex
 
-FINAL_PUNCTUATION = ".,;:!?。、।؟۔"  # as NFKC leaves them: it turns full-width ones into ASCII
-AT_END = re.compile(rf"[\s{FINAL_PUNCTUATION}]+\Z")
-# Scripts that put no space between words: Chinese characters, kana, Thai, Lao, Khmer, Burmese.
-UNSPACED = re.compile(
-    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
+FINAL_PUNCTUATION = ".,;:!?。、।॥؟،؛۔։።။។"  # as `_compatible` leaves them: it turns full-width ones into ASCII
+AT_END = regex.compile(rf"[\s{FINAL_PUNCTUATION}]+\Z")
+# Neither heard nor seen: joiners, direction marks, soft hyphens, and what chooses between two glyphs of a character.
+INVISIBLE = regex.compile(r"[\p{Cf}\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+RAISED = ("<super>", "<sub>")
+# A letter with its marks, in the scripts that put no space between words: Chinese characters, kana, Thai, Lao, Khmer,
+# Burmese.
+UNSPACED = regex.compile(
+    r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]\p{M}*)"
 )
-OUTER_PUNCTUATION = re.compile(r"(?<!\w)[^\w\s]+|[^\w\s]+(?!\w)")
+# Categories P and S alone: a mark (M) is a vowel or a tone in most scripts of India, in Thai and in Hebrew.
+OUTER_PUNCTUATION = regex.compile(r"(?<![^\s\p{P}\p{S}])[\p{P}\p{S}]+|[\p{P}\p{S}]+(?![^\s\p{P}\p{S}])")
 
 
 def normalise(text: str) -> str:
-    """What exact match compares: NFKC, without case, surrounding white space and final punctuation.
+    """What exact match compares: NFKC without raised digits, case, invisible characters, surrounding white space and
+    final punctuation.
 
     A text of punctuation alone stays as it is.
     """
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
+    text = _compatible(_compatible(INVISIBLE.sub("", text)).casefold()).strip()
     return AT_END.sub("", text) or text
+
+
+def _compatible(text: str) -> str:
+    """NFKC, but 10² does not become 102. NFC at last: a character and its marks are one wherever Unicode has one."""
+    return unicodedata.normalize("NFC", "".join(map(_compatible_character, unicodedata.normalize("NFC", text))))
+
+
+def _compatible_character(character: str) -> str:
+    is_raised = unicodedata.decomposition(character).startswith(RAISED)
+    return character if is_raised else unicodedata.normalize("NFKC", character)
 
 
 def same(reference: str, answer: str) -> bool:
@@ -33,19 +49,20 @@ def same(reference: str, answer: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """The words that error rates count; a character of a script without spaces is a word of its own.
+    """The words that error rates count; a letter of a script without spaces, with its marks, is a word of its own.
 
-    Punctuation counts only inside a word ("3.5", "it's").
+    Punctuation and symbols count only inside a word ("3.5", "it's").
     """
     return OUTER_PUNCTUATION.sub(" ", UNSPACED.sub(r" \1 ", normalise(text))).split()
 
 
 def _characters(text: str) -> str:
-    """The text that CER counts: one space between words, none beside a character of a script without spaces."""
-    joined = ""
+    """The text that CER counts: one space between words, none beside a letter of a script without spaces."""
+    joined, before = "", ""
     for word in words(text):
-        glued = not joined or UNSPACED.fullmatch(word) or UNSPACED.fullmatch(joined[-1])
+        glued = not joined or UNSPACED.fullmatch(word) or UNSPACED.fullmatch(before)
         joined += word if glued else f" {word}"
+        before = word
     return joined
 
 
@@ -55,7 +72,7 @@ def word_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def character_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
-    """The same for characters, spaces between words included."""
+    """The same for characters, marks and spaces between words included."""
     return _error_rate(jiwer.process_characters, [[_characters(t) for t in texts] for texts in (references, answers)])
 
 

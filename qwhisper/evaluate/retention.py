@@ -41,7 +41,7 @@ def text_answers(
     prompts = {}
     for position, turn in enumerate(turns):
         if turn.clips and (typed := in_words(turn.history)) is not None:
-            prompts[position] = collator.encode_prompt(typed)
+            prompts[position] = collator.encode_prompt(typed, tools=turn.conversation.tools)
     with adapter_off(model):
         answers = answer_prompts(model, collator, list(prompts.values()), max_new_tokens, batch_size)
     found = dict(zip(prompts, answers, strict=True))

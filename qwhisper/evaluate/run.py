@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwhisper.data import leakage
 from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
-from qwhisper.data.conversation import Conversation, read_conversations
+from qwhisper.data.conversation import Conversation, read_conversations, scan_conversations, unused_notes
 from qwhisper.data.encode import IGNORE
-from qwhisper.errors import BadClipError, DataError
+from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
 from qwhisper.evaluate.listening import Turn, answer_row, swap_audio, turns_of
 from qwhisper.evaluate.metrics import (
     character_error_rate,
@@ -33,7 +34,8 @@ from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGenerati
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.run_folder import read_checkpoint
 from qwhisper.train.executor import Executor
-from qwhisper.train.state import trained_kinds
+from qwhisper.train.resume import saved_arguments
+from qwhisper.train.state import trained_file_sha256, trained_kinds
 
 if TYPE_CHECKING:
     from qwhisper.arguments import EvalArguments
@@ -48,7 +50,11 @@ def main(arguments: "EvalArguments") -> None:
         arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples
     )
     text = read_conversations(arguments.text_file, data_root=arguments.data_root) if arguments.text_file else None
-    (model, _, collator), kinds = read_checkpoint(arguments.checkpoint, lambda folder: _load(folder, arguments))
+    for note in unused_notes([*conversations, *(text or [])]):
+        print(f"note: {note}")
+    (model, _, collator), kinds, shared = read_checkpoint(
+        arguments.checkpoint, lambda folder: _load(folder, arguments, conversations)
+    )
     result = evaluate_model(
         model,
         collator,
@@ -61,6 +67,7 @@ def main(arguments: "EvalArguments") -> None:
         max_new_tokens=arguments.max_new_tokens,
     )
     result = {"checkpoint": str(arguments.checkpoint), "eval_file": str(arguments.eval_file), **result}
+    result["notes"] += shared
     table = markdown(result)
     print(table)
     if arguments.output_json:
@@ -69,10 +76,34 @@ def main(arguments: "EvalArguments") -> None:
         _write(arguments.output_md, table + "\n")
 
 
-def _load(folder: Path, arguments: "EvalArguments"):
-    """What a checkpoint's folder holds for an evaluation: (model, processor, collator), kinds of trained questions."""
+def _load(folder: Path, arguments: "EvalArguments", conversations: Sequence[Conversation]):
+    """What a checkpoint's folder holds for an evaluation: (model, processor, collator), kinds of trained questions, and
+    notes on what of the evaluation data it was trained on.
+    """
     bases = {"audio_model": arguments.audio_model, "text_model": arguments.text_model}
-    return load_resolved(folder, arguments.device, arguments.dtype, **bases), trained_kinds(folder)
+    loaded = load_resolved(folder, arguments.device, arguments.dtype, **bases)
+    return loaded, trained_kinds(folder), _leakage(folder, arguments.eval_file, conversations)
+
+
+def _leakage(folder: Path, eval_file: str, conversations: Sequence[Conversation]) -> list[str]:
+    """Sentences on what of the evaluation data the checkpoint was trained on, as far as that can be found out."""
+    train_file_sha256 = trained_file_sha256(folder)
+    if train_file_sha256 is None:  # no run of ours has saved it
+        return []
+    if train_file_sha256 == leakage.file_digest(eval_file):
+        return [f"{eval_file} is what {folder.name} was trained on: its scores say what was learned by heart."]
+    try:
+        trained_on = saved_arguments(folder)
+        train_file = str(trained_on["train_file"])
+        trained, faults = scan_conversations(
+            train_file, data_root=trained_on.get("data_root"), max_samples=trained_on.get("max_samples")
+        )
+    except (QwhisperError, OSError, KeyError, TypeError, ValueError) as error:
+        return [f"Whether {eval_file} shares dialogues with the training data was not checked: {first_line(error)}."]
+    notes = leakage.notes(eval_file, conversations, train_file, trained)
+    if faults:
+        notes.append(f"not compared with what can't be read of {train_file} any more ({faults[0]})")
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
 
 
 def evaluate_model(
@@ -136,7 +167,7 @@ def evaluate_model(
         **losses,
         "retention": retention(scores["kinds"], trained_kinds),
         "text_shift": shift,
-        "notes": _notes(scores, trained_kinds, no_shift),
+        "notes": _notes(scores, trained_kinds, no_shift) + _not_asked(usable),
         "trained_kinds": sorted(trained_kinds),
         "counts": _counts(usable, turns, records),
         "seconds": round(time.perf_counter() - started, 2),
@@ -262,6 +293,14 @@ def _notes(scores: dict[str, Any], trained_kinds: Collection[str], no_shift: str
             "give the answers of the training data a `kind`."
         )
     return notes + ([f"No text shift: {no_shift}."] if no_shift else [])
+
+
+def _not_asked(conversations: Sequence[Conversation]) -> list[str]:
+    answers = [message for conversation in conversations for message in conversation.messages if message.is_answer]
+    masked = sum(not answer.learned for answer in answers)
+    calls = sum(answer.learned and bool(answer.tool_calls) for answer in answers)
+    notes = [f"Masked answers (`loss` false), which are history alone: {masked}."] if masked else []
+    return notes + ([f"Answers with tool calls, of which the loss alone is measured: {calls}."] if calls else [])
 
 
 def _kind_scores(records: list[dict]) -> dict[str, Any]:

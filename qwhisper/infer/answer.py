@@ -22,8 +22,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import Conversation, Message, in_words, scan_conversations, to_record
+from qwhisper.data.conversation import Conversation, in_words, scan_conversations, to_record, unused_notes
+from qwhisper.data.faults import grouped
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
+from qwhisper.data.messages import THINK_MARKS, Message
+from qwhisper.data.records import MAX_LINE_BYTES
+from qwhisper.data.tools import CALL_MARKS
 from qwhisper.errors import DataError, UsageError
 from qwhisper.file_lock import hold
 from qwhisper.frames import FrameArithmetic
@@ -55,6 +59,8 @@ def main(arguments: "DataAnswerArguments") -> int:
     out_file = Path(arguments.out_file)
     cache = _cache_of(Path(arguments.in_file), out_file)
     conversations, faults = _read(arguments)
+    for note in unused_notes(conversations):
+        print(f"note: {note}")
     path = resolve_model(arguments.text_model, arguments.hub, "--text_model")
     options = LoadOptions(
         dtype=arguments.dtype,
@@ -90,7 +96,7 @@ def text_collator(path: str) -> ConversationCollator:
 def find_questions(
     conversations: Sequence[Conversation], collator: ConversationCollator, settings: Sequence
 ) -> tuple[dict[int, Question], list[str]]:
-    """The dialogues that end with a user's message, by their position, and which of these can't be asked, and why.
+    """The dialogues that await an answer, by their position, and which of these can't be asked, and why.
 
     settings: all beside the prompt that an answer depends on.
     """
@@ -103,7 +109,7 @@ def find_questions(
             faults.append(f"{conversation.source}: a clip has no `transcript`, and the text model can't hear it")
             continue
         try:
-            prompt = collator.encode_prompt(messages)
+            prompt = collator.encode_prompt(messages, tools=conversation.tools)
         except DataError as error:  # the chat template refuses these roles
             faults.append(f"{conversation.source}: {error}")
             continue
@@ -154,9 +160,8 @@ def with_answers(
             dialogues.append(conversation)
         elif position in questions:
             answered = answers[questions[position].key]
-            if not answered.text or answered.text.startswith("<think>"):
-                what = "reasoning alone" if answered.text else "nothing"
-                faults.append(f"{conversation.source}: the text model answered {what}; word the question differently")
+            if fault := _unusable(answered.text):
+                faults.append(f"{conversation.source}: {fault}")
                 continue
             if not answered.ended:  # it would teach to end in mid-sentence
                 cut += 1
@@ -176,8 +181,17 @@ def read_answers(cache: Path) -> dict[str, Answer]:
     return answers
 
 
+def _unusable(text: str) -> str | None:
+    """Why a text model's answer can't be learned from."""
+    if not text or any(mark in text for mark in THINK_MARKS):
+        return f"the text model answered {'reasoning' if text else 'nothing'}; word the question differently"
+    if any(mark in text for mark in CALL_MARKS):
+        return "the text model called a tool; write the call as `tool_calls`, and the tool's response behind it"
+    return None
+
+
 def _is_open(conversation: Conversation) -> bool:
-    return conversation.messages[-1].role == "user"
+    return conversation.messages[-1].role in ("user", "tool")
 
 
 def _cache_of(in_file: Path, out_file: Path) -> Path:
@@ -247,8 +261,8 @@ def _report(
     cut: int,
     faults: Sequence[str],
 ) -> None:
-    for fault in faults:
-        print(fault)
+    for line in grouped(faults):
+        print(line)
     print(
         f"{arguments.out_file}: {len(dialogues)} dialogues; {given} of them answered by {arguments.text_model} "
         f"({asked} prompts now, the rest from the cache), {len(dialogues) - given} had their answers; "
@@ -261,8 +275,8 @@ def _report(
 
 
 def _folder_of_far_audio(dialogues: Sequence[Conversation], folder: Path) -> str | None:
-    """The folder of all clips that don't lie below `folder`, whose paths are absolute; None where there are none."""
-    clips = {clip.path for dialogue in dialogues for clip in dialogue.clips}
+    """The folder of all files that don't lie below `folder`, whose paths are absolute; None where there are none."""
+    clips = {clip.path for dialogue in dialogues for clip in dialogue.clips if clip.sound is None}
     root = os.path.realpath(folder)
     far = [os.path.dirname(path) for path in clips if not Path(path).is_relative_to(root)]
     return os.path.commonpath(far) if far else None
@@ -276,5 +290,11 @@ def _keep(cache: Path, answers: dict[str, Answer]) -> None:
 
 
 def _write(out_file: Path, dialogues: Sequence[Conversation]) -> None:
-    records = [to_record(dialogue, out_file.parent) for dialogue in dialogues]
-    write_whole(out_file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    lines = [json.dumps(to_record(dialogue, out_file.parent), ensure_ascii=False) + "\n" for dialogue in dialogues]
+    for dialogue, line in zip(dialogues, lines, strict=True):
+        if len(line.encode()) > MAX_LINE_BYTES:
+            raise DataError(
+                f"{dialogue.source}: its line in {out_file} would have more than {MAX_LINE_BYTES} bytes, which is not "
+                "read; write its audio to a file and give the path"
+            )
+    write_whole(out_file, "".join(lines))

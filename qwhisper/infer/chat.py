@@ -8,14 +8,14 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TextStreamer
 
-from qwhisper.data.audio import load_audio
-from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.data.clips import URL, AudioClip, load_clip, read_own_audio
+from qwhisper.data.conversation import Message
 from qwhisper.errors import BadClipError, DataError
 from qwhisper.infer.generate import decode_answer, generate_tokens, load_for_inference
 from qwhisper.report.terminal import quieten_transformers
@@ -66,9 +66,14 @@ class Chat:
         """Forget everything but the system prompt."""
         self.messages = list(self.opening)
 
-    def ask(self, clips: list[AudioClip], text: str) -> str:
-        """Print the answer to one turn as it comes, and return it. Raises BadClipError, and then nothing was said."""
-        question = Message("user", (*clips, text) if text else tuple(clips))
+    def ask(self, clips: Sequence, text: str) -> str:
+        """Print the answer to one turn as it comes, and return it.
+
+        clips: AudioClips, or whatever an audio part may hold. Raises DataError, for a clip that can't be used
+        BadClipError, and then nothing was said.
+        """
+        heard = [read_own_audio(clip, f"clip {n}") for n, clip in enumerate(clips, 1)]
+        question = Message("user", (*heard, text) if text else tuple(heard))
         prompt = self.collator.encode_prompt([*self.messages, question])
         streamer = TextStreamer(self.collator.tokenizer, skip_prompt=True, skip_special_tokens=True)
         generated = generate_tokens(self.model, self.collator, [prompt], self.max_new_tokens, streamer=streamer)
@@ -134,9 +139,10 @@ def _first_word(text: str) -> tuple[str, str]:
 
 
 def _clip(path: str) -> AudioClip:
-    """A file as a clip, opened once so that what is wrong with it is said now."""
-    file = Path(path).expanduser()
-    if not os.path.isfile(file):
+    """A file as a clip, read once so that what is wrong with it is said now."""
+    location = os.path.expanduser(path)
+    if not URL.match(path) and not os.path.isfile(location):
         raise BadClipError(f"{path}: no such file; give the path of an audio file")
-    load_audio(file)
-    return AudioClip(str(file.resolve()))
+    clip = read_own_audio(Path(location) if not URL.match(path) else path, path)
+    load_clip(clip)
+    return clip

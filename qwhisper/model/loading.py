@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from qwhisper.data.template import listening_template
 from qwhisper.errors import CheckpointError, UsageError
@@ -24,14 +26,13 @@ from qwhisper.model.bases import (
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
-from qwhisper.model.lora import ADAPTER, inject, lora_parameters
+from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
+from qwhisper.model.saving import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
+from qwhisper.model.weights import base_record, is_adapters, plain_name, plain_weights
 
 DEFAULT_OPTIONS = LoadOptions()
-PROJECTOR_FILE = "projector.safetensors"
-ENCODER_FILE = "encoder.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def assemble(
@@ -105,35 +106,9 @@ def _load_and_join(
         encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
         language_model = load_language_model(text_path, options)
     config.audio_config, config.text_config = encoder.config, language_model.config
-    return assemble(config, encoder, language_model, projector_fp32=options.projector_fp32)
-
-
-def _trained_state(model: Qwen3AudioForConditionalGeneration) -> dict[str, dict[str, torch.Tensor]]:
-    """File name to {parameter name: tensor}: projector, encoder where it was trained, adapter where there is one."""
-    state = {PROJECTOR_FILE: model.model.multi_modal_projector.state_dict()}
-    if model.config.audio_tower_trained:
-        state[ENCODER_FILE] = model.model.audio_tower.state_dict()
-    if getattr(model, "peft_config", None):
-        state[ADAPTER_FILE] = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    return {file: {k: v.detach().cpu().contiguous() for k, v in tensors.items()} for file, tensors in state.items()}
-
-
-def save_trained(model: Qwen3AudioForConditionalGeneration, folder: str | os.PathLike) -> None:
-    """Writes the trained weights and what is needed to find their bases; megabytes, not gigabytes."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.audio_tower_trained |= model.model.encoder_is_trained
-    for file, tensors in _trained_state(model).items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if getattr(model, "peft_config", None):
-        peft_config: LoraConfig = model.peft_config[ADAPTER]
-        assert model.config.text_base is not None
-        # Left empty, every loader would ask the hub for a repository called "None".
-        peft_config.base_model_name_or_path = model.config.text_base["name"]
-        peft_config.save_pretrained(folder)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    model = assemble(config, encoder, language_model, projector_fp32=options.projector_fp32)
+    model.base_record = base_record(plain_weights(model.state_dict()))
+    return model
 
 
 def is_trained_folder(name: str | os.PathLike) -> bool:
@@ -172,15 +147,26 @@ def load_trained(
     config.audio_base["name"], config.text_base["name"] = audio_path, text_path  # what is saved next names these
     model = _load_and_join(config, audio_path, text_path, options)
     load_trained_weights(model, name)
+    if find_file(name, GENERATION_CONFIG_NAME) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(name)
     return model
 
 
 def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditionalGeneration:
-    """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on."""
-    for passed_along in ("config", "adapter_kwargs", "trust_remote_code"):
-        kwargs.pop(passed_along, None)
+    """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on.
+
+    config: only the folder's own, as the Auto classes pass it. Any other keyword is refused, none is ignored.
+    """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    _refuse_other_config(name, kwargs.pop("config", None))
+    if kwargs.pop("trust_remote_code", False):
+        raise UsageError(
+            f"{name}: trust_remote_code=True has no effect: no code of a checkpoint is ever run; leave it out"
+        )
     moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}
+    # The Auto classes add these: their own path, and what a user gave, such as a token, which is named below.
+    adapter_kwargs = kwargs.pop("adapter_kwargs", {}).items()
+    kwargs |= {key: value for key, value in adapter_kwargs if value is not None and not key.startswith("_")}
     unknown = kwargs.keys() - {field.name for field in fields(LoadOptions)}
     if unknown:
         known = ", ".join([field.name for field in fields(LoadOptions)] + ["audio_model", "text_model"])
@@ -188,6 +174,20 @@ def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditional
             f"{name} holds trained weights alone; loading it takes {known}, not {', '.join(sorted(unknown))}"
         )
     return load_trained(name, LoadOptions(**kwargs), **moved)
+
+
+def _refuse_other_config(name: str | os.PathLike, given: Qwen3AudioConfig | str | os.PathLike | None) -> None:
+    if given is None:
+        return
+    own = Qwen3AudioConfig.from_pretrained(name).to_dict()
+    other = (given if isinstance(given, Qwen3AudioConfig) else Qwen3AudioConfig.from_pretrained(given)).to_dict()
+    said_elsewhere = {"dtype", "architectures", "transformers_version"}
+    names = [key for key in {**own, **other} if key not in said_elsewhere and not key.startswith("_")]
+    if differing := sorted(key for key in names if own.get(key) != other.get(key)):
+        raise UsageError(
+            f"{name}: the given config differs in {', '.join(differing)}, but trained weights are loaded with their "
+            "own config: leave it out, and change the config of the loaded model"
+        )
 
 
 def _same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, moved_to: str | None) -> str:
@@ -211,25 +211,56 @@ def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | 
         raise CheckpointError(f"{name} has no {PROJECTOR_FILE}: it was not written by qwhisper, or not wholly")
     try:
         if adapter is not None:
-            _load_adapter(model, adapter)
-        model.model.multi_modal_projector.load_state_dict(load_file(projector))
+            _load_adapter(model, name, adapter)
+        _fill(model.model.multi_modal_projector, load_file(projector))
         if encoder is not None:
-            model.model.audio_tower.load_state_dict(load_file(encoder))
+            _fill(model.model.audio_tower, load_file(encoder))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{name}: its weights do not fit this model ({error})") from error
 
 
-def _load_adapter(model: Qwen3AudioForConditionalGeneration, file: Path) -> None:
+def load_adapter_of_whole(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:
+    """The LoRA that was saved beside a whole model, if there is one."""
+    adapter = find_file(name, f"{ADAPTER_FOLDER}/{ADAPTER_FILE}")
+    if adapter is not None:
+        try:
+            _load_adapter(model, name, adapter, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}")
+        except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+            raise CheckpointError(f"{name}: its adapter does not fit its weights ({error})") from error
+
+
+def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts plain weights into a module that LoRA may have been added to."""
+    named = ((plain_name(key), key) for key in module.state_dict() if not is_adapters(key))
+    places = {name: key for name, key in named if name is not None}
+    if places.keys() != tensors.keys():
+        raise ValueError(
+            f"weights in the file or in the model alone: {', '.join(sorted(places.keys() ^ tensors.keys()))}"
+        )
+    module.load_state_dict({places[name]: tensor for name, tensor in tensors.items()}, strict=False)
+
+
+def _load_adapter(
+    model: Qwen3AudioForConditionalGeneration,
+    name: str | os.PathLike,
+    file: Path,
+    config_file: str = ADAPTER_CONFIG,
+) -> None:
     tensors = load_file(file)
     if not getattr(model, "peft_config", None):
-        config = LoraConfig.from_pretrained(str(file.parent))
+        found = find_file(name, config_file)
+        if found is None:
+            raise ValueError(f"{config_file} is missing")
+        config = LoraConfig.from_pretrained(str(found.parent))
         if model.config.text_base is not None:  # where it is now; PEFT warns of a folder that is gone
             config.base_model_name_or_path = model.config.text_base["name"]
         inject(model, config)
         dtype = next(iter(tensors.values())).dtype
-        for _, parameter in lora_parameters(model):
-            parameter.data = parameter.data.to(dtype)
-    expected = get_peft_model_state_dict(model, adapter_name=ADAPTER).keys()
+        for key, parameter in model.named_parameters():
+            if is_adapters(key):
+                parameter.data = parameter.data.to(dtype)
+    own = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    expected = {key for key in own if is_adapters(key)}
     if expected != tensors.keys():
         odd = sorted(expected ^ tensors.keys())
         raise ValueError(f"{len(odd)} LoRA weights are in the file or in the model alone, the first: {odd[0]}")

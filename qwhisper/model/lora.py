@@ -36,7 +36,8 @@ def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     result = self.base_layer(x, *args)
     x = self.lora_dropout[ADAPTER](x).to(result.dtype)
     low_rank = nn.functional.linear(x, self.lora_A[ADAPTER].weight.to(x.dtype))
-    update = nn.functional.linear(low_rank, self.lora_B[ADAPTER].weight.to(x.dtype))
+    up = self.lora_B[ADAPTER]  # with a bias under PEFT's lora_bias
+    update = nn.functional.linear(low_rank, up.weight.to(x.dtype), None if up.bias is None else up.bias.to(x.dtype))
     return result + update * self.scaling[ADAPTER]
 
 
@@ -99,6 +100,9 @@ def add_lora(
         task_type="CAUSAL_LM",
     )
     inject(model, config)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    outside = [name for name in adapted if not name.startswith(LANGUAGE_MODEL + ".")]
+    assert not outside, f"LoRA outside the language model: {outside[:3]}"
     with torch.no_grad():
         for name, parameter in lora_parameters(model):
             parameter.data = parameter.data.to(torch.float32 if fp32 else model.get_submodule(LANGUAGE_MODEL).dtype)
@@ -107,7 +111,7 @@ def add_lora(
 
 
 def inject(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Puts the adapter that `config` describes into the language model, with our forward pass."""
+    """Puts the adapter that `config` describes into the model, with our forward pass."""
     config._register_custom_module(_layer_types(model))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     inject_adapter_in_model(config, model, ADAPTER)
@@ -118,10 +122,6 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> None:
     for name, parameter in model.named_parameters():
         # PEFT freezes all that is not its own; the projector and an unfrozen encoder stay as they were.
         parameter.requires_grad_("lora_" in name or name in trainable)
-    outside = [
-        n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not n.startswith(LANGUAGE_MODEL + ".")
-    ]
-    assert not outside, f"LoRA outside the language model: {outside[:3]}"
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from qwhisper.model.lora import adapter_off
 from qwhisper.model.loss import IGNORE_INDEX, Lesson, head_logits, reference_loss, supervised_loss
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.projector import AudioProjection, ProjectorLinear
+from qwhisper.model.weights import BaseRecord, following_casts
 
 AUDIO_INPUTS = ("audio_waveforms", "input_features", "audio_features")
 
@@ -63,7 +64,8 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
 
     @property
     def encoder_is_trained(self) -> bool:
-        return self.audio_tower.conv1.weight.requires_grad
+        """Whether any of it is, a last layer alone or LoRA on it included."""
+        return any(parameter.requires_grad for parameter in self.audio_tower.parameters())
 
     def train(self, mode: bool = True) -> "Qwen3AudioModel":
         """A frozen encoder stays in evaluation mode: its dropout would blur features that nothing learns from."""
@@ -211,6 +213,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.base_record: BaseRecord | None = None  # of the weights that came from the bases, see `weights`
         self.manual_loss = False
         self.last_logits: Tensor | None = None
         self.last_manual_loss: Tensor | None = None
@@ -230,7 +233,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         error, not a warning.
         """
         from qwhisper.model.bases import refuse_missing
-        from qwhisper.model.loading import is_trained_folder, load_for_user
+        from qwhisper.model.loading import is_trained_folder, load_adapter_of_whole, load_for_user
         from qwhisper.run_folder import is_run_folder, read_checkpoint
 
         name = pretrained_model_name_or_path
@@ -241,19 +244,21 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         refuse_missing("the model", pretrained_model_name_or_path, info)
+        load_adapter_of_whole(model, pretrained_model_name_or_path)
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Trained weights alone where the bases are known by name, the whole model otherwise."""
-        from qwhisper.model.loading import save_trained
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """Trained weights alone where all others are still their bases', the whole model otherwise; see
+        `saving.save_pretrained`.
+        """
+        from qwhisper.model.saving import save_pretrained
 
-        if self.config.text_base is not None:
-            return save_trained(self, save_directory)
-        if getattr(self, "peft_config", None):
-            raise ValueError(
-                "a model with LoRA whose text_base is not known can't be saved: set config.text_base, or merge LoRA"
-            )
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        keywords = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
+        save_pretrained(self, save_directory, **keywords)
+
+    def _apply(self, fn, recurse=True):
+        with following_casts(self):
+            return super()._apply(fn, recurse)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -1,17 +1,28 @@
 """The processor: text with audio placeholders and clips in, token ids and log-mel features out."""
 
-from pathlib import Path
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
-from qwhisper.data.audio import clip_windows, load_audio
+from qwhisper.data.audio import clip_windows
+from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, read_own_audio
 from qwhisper.data.template import AUDIO_TOKEN, listening_template
-from qwhisper.frames import FrameArithmetic
+from qwhisper.data.waveform import is_one_clip, whole_rate
+from qwhisper.errors import DataError, UsageError
+from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.mel import packed_log_mel
+
+# Arguments of a call, which transformers takes among those of the chat template as well.
+CALL_KEYWORDS = (
+    "sampling_rate", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of",
+    "return_attention_mask", "text_kwargs", "audio_kwargs", "common_kwargs",
+)  # fmt: skip
 
 
 def add_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -27,11 +38,14 @@ def add_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
 class Qwen3AudioProcessor(ProcessorMixin):
     """Feature extractor + tokenizer + the lengths that the model was trained with.
 
-    `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and as many clips, each a file or a
-    waveform at 16 kHz, of any length; returns input_ids, attention_mask (left-padded), input_features [windows, mel
-    bins, frames] and input_features_mask [windows, frames]. `apply_chat_template` takes messages with `{"type":
-    "audio", "audio" | "path": ...}` parts. It trusts its texts, as transformers does: a `<|im_end|>` in them becomes
-    that token (the collator's does not).
+    `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and as many clips of any length: files,
+    data URLs, bytes, arrays (at 16 kHz, or at `sampling_rate`, or as a pair with their rate) or what else
+    `qwhisper.data.clips` reads. It returns input_ids, attention_mask (left-padded), input_features [windows, mel bins,
+    frames] and input_features_mask [windows, frames]. `apply_chat_template` takes messages whose parts are read, and
+    refused, as those of a file of dialogues are, except that paths start in the current folder and lead anywhere. It
+    trusts its texts, as transformers does: a `<|im_end|>` in them becomes that token (the collator's does not).
+
+    Both raise DataError for what is no audio, and BadClipError for sound that can't be used, naming its place.
     """
 
     def __init__(
@@ -96,7 +110,9 @@ class Qwen3AudioProcessor(ProcessorMixin):
         kwargs.setdefault("padding", True)
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("return_tensors", "pt")
-        return super().__call__(text=text, audio=None if audio is None else _as_waveforms(audio), **kwargs)
+        rate = _taken_rate(kwargs)
+        clips = [read_own_audio(clip, f"audio {n}", rate) for n, clip in enumerate(_each_clip(audio), 1)]
+        return super().__call__(text=text, audio=[load_clip(clip) for clip in clips] or None, **kwargs)
 
     def apply_chat_template(
         self,
@@ -109,45 +125,80 @@ class Qwen3AudioProcessor(ProcessorMixin):
     ):
         """Text, or with `tokenize` input_ids, or with `return_dict` as well all that the model takes.
 
-        Arguments as in transformers. Its own way of reading audio parts needs librosa or torchcodec; here every file
-        that soundfile knows is read. A prompt has the empty think block that every answer was trained behind.
+        Arguments as in transformers, whose own way of reading audio parts knows no stretches and no silence. A prompt
+        has the empty think block that every answer was trained behind.
         """
         return_tensors = kwargs.pop("return_tensors", "pt")
         kwargs.setdefault("enable_thinking", False)
-        text = super().apply_chat_template(conversation, tokenize=False, **kwargs)
+        call = {name: kwargs.pop(name) for name in CALL_KEYWORDS if name in kwargs} | (processor_kwargs or {})
+        is_batch = isinstance(conversation[0], list | tuple)
+        dialogues, clips = _read_dialogues(conversation if is_batch else [conversation], is_batch, _taken_rate(call))
+        text = super().apply_chat_template(dialogues if is_batch else dialogues[0], tokenize=False, **kwargs)
         if not tokenize:
             return text
-        dialogues = [conversation] if isinstance(conversation[0], dict) else conversation
-        clips = [clip for dialogue in dialogues for message in dialogue for clip in _clips(message)]
-        inputs = self(
-            text=text,
-            audio=clips or None,
-            return_tensors=return_tensors,
-            add_special_tokens=False,
-            **(processor_kwargs or {}),
-        )
+        defaults = {"return_tensors": return_tensors, "add_special_tokens": False}
+        inputs = self(text=text, audio=clips, **(defaults | call))
         return inputs if return_dict else inputs["input_ids"]
 
     def _process_audio(self, audio, **kwargs) -> tuple[dict, list[str]]:
-        clips = [np.asarray(clip, dtype=np.float32) for clip in audio]
-        windows = [window for clip in clips for window in clip_windows(clip, self.frames)]
+        windows = [window for waveform in audio for window in clip_windows(waveform, self.frames)]
         waveforms = torch.from_numpy(np.concatenate(windows))
         mel, lengths = packed_log_mel(waveforms, [len(w) for w in windows], self.feature_extractor.feature_size)
         features = torch.nn.utils.rnn.pad_sequence(mel.split(lengths), batch_first=True).transpose(1, 2)
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        replacements = [AUDIO_TOKEN * self.frames.num_tokens(len(clip)) for clip in clips]
+        replacements = [AUDIO_TOKEN * self.frames.num_tokens(len(waveform)) for waveform in audio]
         return {"input_features": features, "input_features_mask": mask.long()}, replacements
 
 
-def _clips(message: dict) -> list:
-    """The audio parts of a message: files or waveforms."""
-    parts = [] if isinstance(message["content"], str) else message["content"]
-    return [part.get("audio", part.get("path")) for part in parts if part["type"] == "audio"]
+def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[list[list[dict]], list[AudioClip]]:
+    """(dialogues with bare audio parts, as a chat template takes them; their clips). Raises DataError."""
+    faults: list[str] = []
+    unused: list[str] = []
+    clips: list[AudioClip] = []
 
+    def read(message: Any, where: str) -> dict:
+        if not isinstance(message, Mapping):
+            faults.append(f"{where} is not an object with `role` and `content`")
+            return {}
+        content = message.get("content")
+        if content is None:  # of a message that calls a tool
+            return dict(message)
+        parts = parse_content(content, where, own_roots(), faults, unused, rate)
+        clips.extend(part for part in parts if isinstance(part, AudioClip))
+        bare = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "audio"} for part in parts]
+        return {**message, "content": content if isinstance(content, str) else bare}
 
-def _as_waveforms(audio) -> list[np.ndarray]:
-    """One clip or several, each a file or a waveform, as waveforms."""
-    one = isinstance(audio, str | Path) or (not isinstance(audio[0], str | Path) and np.ndim(audio[0]) == 0)
-    return [
-        load_audio(clip) if isinstance(clip, str | Path) else np.asarray(clip) for clip in ([audio] if one else audio)
+    def place(dialogue: int, message: int) -> str:
+        return f"dialogue {dialogue}, message {message}" if is_batch else f"message {message}"
+
+    read_dialogues = [
+        [read(message, place(d, m)) for m, message in enumerate(dialogue, 1)] for d, dialogue in enumerate(dialogues, 1)
     ]
+    if faults:
+        raise DataError("\n".join(faults))
+    if unused:
+        warnings.warn(f"not used: {', '.join(sorted(set(unused)))}", stacklevel=4)
+    return read_dialogues, clips
+
+
+def _taken_rate(keywords: dict) -> int:
+    """Takes the sampling rate of bare arrays out of keywords, which may be transformers' nested ones."""
+    nested = dict(keywords.get("audio_kwargs") or {})
+    rates = [rate for rate in (nested.pop("sampling_rate", None), keywords.pop("sampling_rate", None)) if rate]
+    if "audio_kwargs" in keywords:
+        keywords["audio_kwargs"] = nested
+    try:
+        return whole_rate(rates[-1]) if rates else SAMPLE_RATE
+    except ValueError as error:
+        raise UsageError(f"the audio {error}") from error
+
+
+def _each_clip(audio: Any) -> Iterator:
+    """One clip, several, or transformers' list of a list for each text, as one clip after another."""
+    if audio is None:
+        return
+    if isinstance(audio, list | tuple) and not is_one_clip(audio):
+        for clip in audio:
+            yield from _each_clip(clip)
+    else:
+        yield audio

@@ -1,26 +1,49 @@
 """stdout and stderr of a run, which goes on where they take nothing more.
 
 The disk under them is full, the reader of their pipe is gone, their terminal was closed, or they were from the
-beginning. What is told there is in the run folder's logs anyway. The command line waits for what is imported here.
+beginning; or the reader has stopped: a paused pipe or terminal, a stalled log collector. What is told there is in the
+run folder's logs anyway. The command line waits for what is imported here.
 """
 
+import atexit
+import json
 import os
+import select
+import stat
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from typing import Any, TextIO, cast
+
+from qwhisper.report import relay
+from qwhisper.report.relay import cannot_be_written
+
+RELAY_ENDS_S = 4 * relay.PATIENCE_S
 
 
 class Unfailing:
-    """A stream whose first failing write is told once on stderr; it and all after it go nowhere."""
+    """A stream whose first failing write is told once on stderr; it and all after it go nowhere.
+
+    terminal: a descriptor of the terminal that the stream is shown on, where its own leads to the relay.
+    """
 
     def __init__(self, stream: TextIO, name: str):
+        self.terminal: int | None = None
         self._stream = stream
-        self._name = name
+        self.name = name
         self._is_told = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    def isatty(self) -> bool:
+        return self.terminal is not None or self._stream.isatty()
+
+    def fileno(self) -> int:
+        """A progress bar asks it for the width of the terminal."""
+        return self._stream.fileno() if self.terminal is None else self.terminal
 
     def write(self, text: str) -> int:
         try:
@@ -37,29 +60,129 @@ class Unfailing:
 
     def give_up(self, error: OSError) -> None:
         # With what is left in its buffer: the interpreter's last flush would fail on that and end in exit code 120.
-        with suppress(OSError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), self._stream.fileno())
+        with suppress(OSError):
+            _discard(self._stream.fileno())
         if not self._is_told:
             self._is_told = True
-            print(
-                f"{self._name} can't be written ({error}): the run goes on without; metrics.jsonl and events.jsonl "
-                "have what it tells",
-                file=sys.stderr,
-            )
+            print(cannot_be_written(self.name, error), file=sys.stderr)
 
 
 @contextmanager
-def unfailing_output() -> Iterator[None]:
-    """While it lasts, no write to stdout or stderr raises OSError, whoever prints; a closed one takes it all."""
+def unfailing_output(*, on_lost: Callable[[int], None] | None = None) -> Iterator[None]:
+    """While it lasts, no write to stdout or stderr raises OSError, whoever prints; a closed one takes it all.
+
+    With on_lost, no write waits for a reader either. What a reader does not take in time is dropped, and it is told how
+    much when it goes on; on_lost is called at the end with the number of lines, if any were lost.
+    """
     with ExitStack() as opened:
         # Opened for a closed one, it has that one's descriptor as well, which a library may write to.
         out, err = (
             Unfailing(stream or opened.enter_context(open(os.devnull, "w")), name)
             for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr"))
         )
+        if on_lost:
+            opened.callback(_end, _start([out, err]), on_lost)
         with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
             try:
                 yield
             finally:
                 out.flush()
                 err.flush()
+
+
+@dataclass(frozen=True)
+class Relayed:
+    """Descriptors that lead to a relay process.
+
+    targets: by descriptor, a copy of what it was. descriptors: those of each of the relay's outlets, by its name.
+    """
+
+    process: subprocess.Popen
+    targets: dict[int, int]
+    descriptors: dict[str, list[int]]
+
+
+def _start(streams: Sequence[Unfailing]) -> Relayed | None:
+    """Puts a relay process between the streams that may have to wait and their readers; see relay.py."""
+    waiting = [stream for stream in streams if _may_wait(stream)]
+    if not waiting or not sys.executable:
+        return None
+    targets = {stream.fileno(): os.dup(stream.fileno()) for stream in waiting}
+    outlets: dict[tuple[int, int], str] = {}  # one for both streams of a terminal: their lines stay in order
+    pipes: dict[str, tuple[int, int]] = {}
+    descriptors: dict[str, list[int]] = {}
+    for stream in waiting:
+        status = os.fstat(stream.fileno())
+        name = outlets.setdefault((status.st_dev, status.st_ino), stream.name)
+        if name not in pipes:
+            pipes[name] = os.pipe()
+        descriptors.setdefault(name, []).append(stream.fileno())
+    arguments = [f"{name}:{pipes[name][0]}:{targets[those[0]]}" for name, those in descriptors.items()]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", relay.__file__, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            pass_fds=[int(number) for argument in arguments for number in argument.split(":")[1:]],
+            start_new_session=True,  # Ctrl-C and Ctrl-Z in the terminal are meant for the run
+        )  # fmt: skip
+    except OSError:  # no memory, or a limit of processes: without it, the run waits for a reader that has stopped
+        for descriptor in (*targets.values(), *(end for pipe in pipes.values() for end in pipe)):
+            os.close(descriptor)
+        return None
+    for stream in waiting:
+        stream.terminal = targets[stream.fileno()] if stream.isatty() else None
+    for name, (reading, writing) in pipes.items():
+        for descriptor in descriptors[name]:
+            os.dup2(writing, descriptor)
+        os.close(reading)
+        os.close(writing)
+    return Relayed(process, targets, descriptors)
+
+
+def _may_wait(stream: Unfailing) -> bool:
+    """Whether it is a pipe, a socket or a terminal, with somebody at its other end."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, AttributeError):  # of Python's making
+        return False
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(descriptor)):
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return not poll.poll(0)  # it reports errors alone
+
+
+def _end(relayed: Relayed | None, on_lost: Callable[[int], None]) -> None:
+    """Waits until the relay has passed everything on, or no reader takes it."""
+    if relayed is None:
+        return
+    for descriptor, target in relayed.targets.items():
+        os.dup2(target, descriptor)
+        os.close(target)
+    try:
+        told, _ = relayed.process.communicate(timeout=RELAY_ENDS_S)
+        report = json.loads(told)
+    except (subprocess.TimeoutExpired, ValueError):  # it hangs, or was killed
+        relayed.process.kill()
+        relayed.process.wait()
+        return
+    for name in report["dead"]:
+        for descriptor in relayed.descriptors[name]:
+            _discard(descriptor)
+    for name in report["stalled"]:
+        atexit.register(_discard_what_would_wait, relayed.descriptors[name])
+    if report["lost"]:
+        on_lost(report["lost"])
+
+
+def _discard_what_would_wait(descriptors: Sequence[int]) -> None:
+    """At the interpreter's end: so that no last flush or line of a library keeps the process."""
+    for descriptor in descriptors:
+        if not select.select([], [descriptor], [], 0)[1]:
+            _discard(descriptor)
+
+
+def _discard(descriptor: int) -> None:
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)

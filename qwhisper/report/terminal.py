@@ -1,29 +1,49 @@
 """A progress bar at the bottom and one line a logging step above it."""
 
 import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 from transformers import logging as hf_logging
 
+EARLY_LINES = (1, 2, 5)  # steps after the start that get a line where no bar shows that the run is alive
+
 
 class StepLines:
-    """The bar shows loss, supervised tokens, gradient norm and the time left; `say` prints above it."""
+    """The bar shows loss, supervised tokens, gradient norm and the time left; whatever is printed stands above it.
+
+    It appears with the first step, on a terminal alone. Elsewhere the first steps have a line each, whatever the
+    logging interval.
+    """
 
     def __init__(self, total_steps: int, first_step: int):
         self.total = total_steps
-        self.bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr,
-            disable=not sys.stderr.isatty(), leave=False, smoothing=0.05,
-        )  # fmt: skip
+        self._first = first_step
+        self._num_steps = 0
+        self._last_line: int | None = None
+        self._bar: tqdm | None = None
+        self._above_bar = ExitStack()
 
-    def step(self, *, loss: float, tokens: int, grad_norm: float) -> None:
-        self.bar.set_postfix_str(f"loss {loss:.3f} · {tokens} tokens · grad norm {grad_norm:.2f}", refresh=False)
-        self.bar.update(1)
+    def step(self, *, loss: float, tokens: int, grad_norm: float, learning_rate: float, seconds: float) -> None:
+        self._num_steps += 1
+        if sys.stderr.isatty():
+            bar = self._bar or self._show_bar()
+            bar.set_postfix_str(f"loss {loss:.3f} · {tokens} tokens · grad norm {grad_norm:.2f}", refresh=False)
+            bar.update(1)
+        elif self._num_steps in EARLY_LINES:
+            self.line(
+                step=self._first + self._num_steps, loss=loss, tokens=tokens, grad_norm=grad_norm,
+                learning_rate=learning_rate, seconds=seconds,
+            )  # fmt: skip
 
     def line(
         self, *, step: int, loss: float, tokens: int, grad_norm: float, learning_rate: float, seconds: float
     ) -> None:
         """seconds: wall-clock seconds a step, lately."""
+        if step == self._last_line:
+            return
+        self._last_line = step
         left = (self.total - step) * seconds
         self.say(
             f"step {step}/{self.total}  loss {loss:.4f}  tokens {tokens}  grad norm {grad_norm:.3f}  "
@@ -31,11 +51,48 @@ class StepLines:
         )
 
     def say(self, text: str) -> None:
-        self.bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        print(text, flush=True)
 
     def close(self) -> None:
-        self.bar.close()
+        self._above_bar.close()
+
+    def _show_bar(self) -> tqdm:
+        bar = self._bar = tqdm(
+            total=self.total, initial=self._first, unit="step", dynamic_ncols=True, file=sys.stderr, leave=False,
+            smoothing=0.05,
+        )  # fmt: skip
+        for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
+            above = AboveBar(stream, bar)
+            self._above_bar.enter_context(redirect(cast(TextIO, above)))
+            self._above_bar.callback(above.finish)
+        self._above_bar.callback(bar.close)  # the first of these to be called
+        return bar
+
+
+class AboveBar:
+    """A stream of a terminal with a progress bar: clears the bar, writes whole lines, and draws it again."""
+
+    def __init__(self, stream: TextIO, bar: tqdm):
+        self._stream = stream
+        self._bar = bar
+        self._begun = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        lines, end, self._begun = (self._begun + text).rpartition("\n")
+        if end:
+            self._bar.clear()
+            self._stream.write(lines + end)
+            self._stream.flush()
+            self._bar.refresh()
+        return len(text)
+
+    def finish(self) -> None:
+        """Writes a last line that has no end."""
+        self._stream.write(self._begun)
+        self._begun = ""
 
 
 def quieten_transformers() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from qwhisper.checksums import checksums
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation
 from qwhisper.errors import DataError
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
-from qwhisper.guards.fingerprint import fingerprint, frozen_parameters
+from qwhisper.guards.fingerprint import frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.model.bases import LoadOptions, resolve_model
 from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
@@ -196,7 +197,7 @@ def assemble_run(
         hooks=hooks,
         eval_samples=eval_samples,
         probe=probe_of(args, executor, collator, conversations, held_out, state, total_steps),
-        base_checksums=fingerprint(frozen_parameters(model)),
+        base_checksums=checksums(frozen_parameters(model)),
         save=lambda run: save_checkpoint(run, processor),
     )
 

@@ -15,11 +15,13 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
-from qwhisper.data.conversation import Conversation, in_words, read_conversations
+from qwhisper.data import leakage
+from qwhisper.data.conversation import Conversation, in_words, read_conversations, unused_notes
 from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, NumericalError, UsageError, first_line
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.kernels import check_kernels
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.report.events import RunLog, read_jsonl
 from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.run_folder import read_checkpoint
@@ -39,9 +41,19 @@ from qwhisper.train.schedule import warmup_steps
 from qwhisper.train.state import TrainState, trained_kinds
 
 
-@unfailing_output()
 def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int:
     """Runs a training and returns its exit code. callbacks: any `TrainerCallback`s; ours configure the run."""
+    with unfailing_output(on_lost=lambda lines: log_lost_output(Path(args.output_dir), lines)):
+        return configure_and_go(args, callbacks)
+
+
+def log_lost_output(folder: Path, lines: int) -> None:
+    if folder.is_dir():
+        step = max((record["step"] for record in read_jsonl(folder / "metrics.jsonl")), default=0)
+        RunLog(folder).event("output_lost", step=step, lines=lines)
+
+
+def configure_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -> int:
     for callback in callbacks:
         if isinstance(callback, ConfiguringCallback):
             args = callback.configure(args)
@@ -73,6 +85,10 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     conversations = read_conversations(args.train_file, data_root=args.data_root, max_samples=args.max_samples)
     held_out = read_conversations(args.eval_file, data_root=args.data_root) if args.eval_file else []
     print(f"{len(conversations)} dialogues to train on, {len(held_out)} held out")
+    for note in unused_notes([*conversations, *held_out]):
+        print(f"note: {note}")
+    for note in leakage.notes(args.eval_file, held_out, args.train_file, conversations) if args.eval_file else ():
+        print(f"note: {note}")
     if args.distill_weight and (untaught := sum(in_words(talk.messages) is None for talk in conversations)):
         print(
             f"note: --distill_weight has no effect on {untaught} of {len(conversations)} dialogues, which have a clip "

@@ -74,6 +74,11 @@ def trained_kinds(folder: Path) -> list[str]:
     return TrainState.load(folder).kinds if (folder / STATE_FILE).is_file() else []
 
 
+def trained_file_sha256(folder: Path) -> str | None:
+    """Of the file that a checkpoint's run was trained on; None where it does not say."""
+    return TrainState.load(folder).train_file_sha256 if (folder / STATE_FILE).is_file() else None
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file's content, on the CPU. Raises CheckpointError where it is missing or anything else."""
     try:

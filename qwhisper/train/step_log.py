@@ -30,7 +30,13 @@ def log_step(run: Run, report: StepReport, learning_rates: dict[str, float]) -> 
         **memory(run),
         seconds=round(report.seconds, 4),
     )
-    run.lines.step(loss=report.loss, tokens=report.tokens, grad_norm=report.grad_norm)
+    run.lines.step(
+        loss=report.loss,
+        tokens=report.tokens,
+        grad_norm=report.grad_norm,
+        learning_rate=max(learning_rates.values()),
+        seconds=report.seconds,
+    )
     if report.skipped:
         run.lines.say(
             f"step {run.state.step}: skipped, {report.skipped} (events.jsonl names the samples); weights are untouched"

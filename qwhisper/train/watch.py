@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from qwhisper.checksums import changed, checksums
 from qwhisper.guards.alarms import StepFacts
-from qwhisper.guards.fingerprint import changed, fingerprint, frozen_parameters, group_checksums
+from qwhisper.guards.fingerprint import frozen_parameters, group_checksums
 from qwhisper.train.context import Run, StepReport
 from qwhisper.train.probe import Probed
 from qwhisper.train.signals import StopSignals
@@ -64,4 +65,4 @@ def as_line(found: Probed) -> str:
 
 def altered_base(run: Run) -> list[str]:
     """Names of frozen weights that are no longer what they were when the run began."""
-    return changed(run.base_checksums, fingerprint(frozen_parameters(run.executor.model)))
+    return changed(run.base_checksums, checksums(frozen_parameters(run.executor.model)))

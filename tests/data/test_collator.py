@@ -10,7 +10,8 @@ from qwhisper.data.audio import load_audio
 from qwhisper.data.collator import ConversationCollator, NoLabelsError
 from qwhisper.data.conversation import AudioClip, Conversation, Message, parse_conversation
 from qwhisper.data.encode import IGNORE
-from qwhisper.data.template import encode_text, end_of_turn_ids
+from qwhisper.data.template import end_of_turn_ids
+from qwhisper.data.text_tokens import encode_text
 from qwhisper.errors import BadClipError, DataError, UsageError
 from tests.data.conftest import CHATML, OPEN_THINK, TEMPLATES, byte_tokenizer
 

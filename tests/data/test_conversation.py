@@ -4,13 +4,13 @@ import shutil
 import pytest
 
 from qwhisper.data.conversation import (
-    MAX_LINE_BYTES,
     AudioClip,
     parse_conversation,
     read_conversations,
     scan_conversations,
     to_record,
 )
+from qwhisper.data.records import MAX_LINE_BYTES
 from qwhisper.errors import DataError
 
 
@@ -111,7 +111,8 @@ FAULTS = {
     "token alone": (dialogue(user="<|audio_pad|>What?"), "the text holds the placeholder <|audio_pad|> without"),
     "too few audios": (dialogue(user="<audio><audio>?", audios=["clips/a.wav"]), "2 <audio> in the text but 1 in"),
     "too many audios": (dialogue(audios=["clips/a.wav"]), "0 <audio> in the text but 1 in `audios`: audio without a"),
-    "audios no list": (dialogue(user="<audio>?", audios=[1]), "`audios` must be a list of file names"),
+    "audios no list": (dialogue(user="<audio>?", audios=[1]), "audio 1: `audio` is of type int; give a path"),
+    "audios no list at all": (dialogue(user="<audio>?", audios=1), "`audios` must be a list of file names, not int"),
     "assistant audio": (dialogue(assistant=audio_part(audio="clips/a.wav")), "an assistant message holds audio"),
     "reasoning list": (
         {"messages": [text_message("user", "hi"), text_message("assistant", "Yes.", reasoning_content=[])]},
@@ -151,7 +152,8 @@ def test_line_may_have_sixteen_megabytes_and_the_next_one_is_read(folder, length
 
 
 def test_every_fault_of_a_file_is_named_and_the_twenty_first_only_counted(write):
-    path = write(*[dialogue(user=audio_part(audio=f"{n}.wav")) for n in range(25)])
+    roles = [f"role {chr(ord('a') + n)}" for n in range(25)]
+    path = write(*[{"messages": [{"role": role, "content": "Hi"}]} for role in roles])
     with pytest.raises(DataError) as error:
         read_conversations(path)
     lines = str(error.value).splitlines()
@@ -161,6 +163,16 @@ def test_every_fault_of_a_file_is_named_and_the_twenty_first_only_counted(write)
     conversations, faults = scan_conversations(path)
     assert conversations == []
     assert len(faults) == 25
+
+
+def test_equal_faults_are_one_line(write):
+    many = [dialogue(user=audio_part(audio=f"{n}.wav")) for n in range(120)]
+    path = write(dialogue(assistant=""), *many, dialogue(id=[]))
+    with pytest.raises(DataError) as error:
+        read_conversations(path)
+    first, empty, identity = str(error.value).splitlines()
+    assert first.startswith(f"{path}:2, 3, 4 and 117 more: message 1, part 1: audio file '0.wav' does not exist")
+    assert empty.startswith(f"{path}:1: ") and identity.startswith(f"{path}:122: ")
 
 
 def test_two_faults_of_one_line_are_both_named(write):

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from qwhisper.data.conversation import AudioClip, Message
 from qwhisper.data.template import (
     AUDIO_TOKEN,
-    encode_text,
     end_of_turn_ids,
     listening_template,
     render_pieces,
     supports_reasoning,
     template_fault,
 )
+from qwhisper.data.text_tokens import encode_text
 from qwhisper.errors import DataError, UsageError
 from tests.data.conftest import ENDLESS, MOVING_SYSTEM, OPEN_THINK, TEMPLATES, byte_tokenizer
 

@@ -1,3 +1,5 @@
+import unicodedata
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -27,6 +29,12 @@ from qwhisper.evaluate.metrics import (
         ("ﬁve", "five"),  # a ligature
         ("3.5", "3.5."),
         ("…", "..."),
+        ("نمی‌دانم", "نمیدانم"),  # a joiner between letters
+        ("\u200fשלום", "שלום"),  # a direction mark
+        ("नमस्ते।", "नमस्ते"),
+        ("tiếng Việt", unicodedata.normalize("NFD", "tiếng Việt")),
+        ("한국어", unicodedata.normalize("NFD", "한국어")),
+        ("ｶﾞ", "ガ"),  # half width
     ],
 )
 def test_same_answer(reference, answer):
@@ -44,6 +52,11 @@ def test_same_answer(reference, answer):
         ("a b", "ab"),
         ("C++", "C"),
         ("七", "八"),
+        ("का", "की"),
+        ("ที่", "ที"),
+        ("résumé", "resume"),
+        ("10²", "102"),
+        ("❤️", "❤️❤️"),
     ],
 )
 def test_another_answer(reference, answer):
@@ -99,6 +112,47 @@ def test_character_error_rate(references, answers, expected):
 def test_chinese_word_and_character_error_rates_agree(references, data):
     answers = [data.draw(st.text("零一二三四五六七八九", max_size=6)) for _ in references]
     assert word_error_rate(references, answers) == pytest.approx(character_error_rate(references, answers))
+
+
+# Words with their marks, which are of category M in each of these: reference, answer, WER, CER.
+@pytest.mark.parametrize(
+    ("reference", "answer", "wer", "cer"),
+    [
+        ("राम का घर", "राम की घर", 1 / 3, 1 / 9),  # Devanagari: another vowel sign
+        ("हिन्दी", "हिनदी", 1, 1 / 6),  # a virama that is missing
+        ("আমি ভাত খাই", "আমা ভাত খাই", 1 / 3, 1 / 11),  # Bengali
+        ("தமிழ் மொழி", "தமழ் மொழி", 1 / 2, 1 / 10),  # Tamil
+        ("ที่", "ที", 1, 1 / 3),  # Thai: a tone mark; one letter with its marks
+        ("น้ำ", "นำ", 1 / 2, 1 / 4),  # sara am is two characters after NFKC
+        ("ភាសាខ្មែរ", "ភាសខ្មែរ", 1 / 5, 1 / 9),  # Khmer
+        ("မြန်မာ", "မြန်မ", 1 / 3, 1 / 6),  # Burmese
+        ("שָׁלוֹם עוֹלָם", "שָׁלוֹם עוֹלָם", 0, 0),  # pointed Hebrew: two words
+        ("שָׁלוֹם עוֹלָם", "שָׁלוֹם עולם", 1 / 2, 2 / 14),
+        ("كَتَبَ", "كُتِبَ", 1, 2 / 6),  # Arabic: he wrote, it was written
+        ("e\u0301te\u0301", "été", 0, 0),  # what Unicode has a character for
+        ("q\u0303a", "qa", 1, 1 / 3),  # and what it has none for
+    ],
+)
+def test_combining_marks_are_part_of_their_word(reference, answer, wer, cer):
+    assert word_error_rate([reference], [answer]) == pytest.approx(wer)
+    assert character_error_rate([reference], [answer]) == pytest.approx(cer)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("שָׁלוֹם", ["שָׁלוֹם"]),
+        ("क्या? हाँ!", ["क्या", "हाँ"]),
+        ("«مرحبا»، قال.", ["مرحبا", "قال"]),
+        ("ที่นี่", ["ที่", "นี่"]),
+        ("well-known don't", ["well-known", "don't"]),
+        ("yes 👍🏽 ❤️ ☺️", ["yes"]),
+        ("می‌خواهم", ["میخواهم"]),
+        ("_yes_ “no”", ["yes", "no"]),
+    ],
+)
+def test_only_punctuation_and_symbols_at_the_edges_of_words_are_dropped(text, expected):
+    assert words(text) == [unicodedata.normalize("NFC", word) for word in expected]
 
 
 def test_punctuation_counts_inside_words_alone():

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -225,6 +226,28 @@ def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
     table = (tmp_path / "out/eval.md").read_text(encoding="utf-8")
     assert "| all answers |" in table
     assert table.strip() in capsys.readouterr().out
+    leaked = "5 of 5 held-out dialogues are in the training data as they are, the first: "  # the same tones and words
+    assert any(note.startswith(leaked) for note in result["notes"]) and leaked in table
+
+
+def test_evaluation_data_that_was_trained_on_is_noted(finished_run, tmp_path):
+    folder, train_file = finished_run / "checkpoint-2", finished_run.parent / "data/train.jsonl"
+    copy = shutil.copy(train_file, tmp_path / "copy.jsonl")
+    (note,) = run_module._leakage(folder, copy, read_conversations(train_file))
+    assert note == f"{copy} is what checkpoint-2 was trained on: its scores say what was learned by heart."
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"messages": [{"role": "user", "content": "Ho"}, {"role": "assistant", "content": "Hey"}]}\n')
+    assert run_module._leakage(folder, other, read_conversations(other)) == []
+
+
+def test_training_data_that_is_gone_is_said_not_to_be_compared(finished_run, tmp_path):
+    folder = shutil.copytree(finished_run / "checkpoint-2", tmp_path / "checkpoint-2")
+    told = json.loads((folder / "arguments.json").read_text()) | {"train_file": str(tmp_path / "gone.jsonl")}
+    (folder / "arguments.json").write_text(json.dumps(told))
+    eval_file = write_dialogues(tmp_path / "data", 1)
+    (note,) = run_module._leakage(folder, eval_file, read_conversations(eval_file))
+    assert note.startswith(f"Whether {eval_file} shares dialogues with the training data was not checked: ")
+    assert "gone.jsonl does not exist" in note
 
 
 @pytest.mark.parametrize("flags", [["--eval_file", "nowhere.jsonl"], ["--text_file", "nowhere.jsonl"]])

@@ -7,14 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qwhisper.guards.fingerprint import changed, fingerprint, frozen_parameters, group_checksums
+from qwhisper.checksums import changed, checksums
+from qwhisper.guards.fingerprint import frozen_parameters, group_checksums
 from qwhisper.guards.measure import norm_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float64, torch.int8, torch.bool)
 
 
 def of(tensor: torch.Tensor) -> int:
-    return fingerprint([("it", tensor)])["it"]
+    return checksums([("it", tensor)])["it"]
 
 
 def random_bits(dtype: torch.dtype, numel: int) -> torch.Tensor:
@@ -35,11 +36,21 @@ def test_any_single_bit_shows_in_any_dtype_and_length(dtype, numel, where, bit):
     assert of(tensor) == before
 
 
-def test_the_sum_is_that_of_the_words_modulo_2_to_the_64():
+def test_each_word_counts_by_its_place_modulo_2_to_the_64():
     words = torch.tensor([2**62, 2**62, 2**62, 5], dtype=torch.int64)
-    expected = (3 * 2**62 + 5 + 2**63) % 2**64 - 2**63
+    expected = (2**62 * (1 + 3 + 5) + 5 * 7 + 2**63) % 2**64 - 2**63
     assert of(words.view(torch.float32)) == of(words.view(torch.bfloat16).view(4, 4)) == expected
-    assert of(torch.tensor([1, 0, 2], dtype=torch.uint8)) == 1 + 2 * 2**16
+    assert of(torch.tensor([1, 0, 2], dtype=torch.uint8)) == 3 * (1 + 2 * 2**16)
+
+
+@pytest.mark.parametrize("columns", [3, 8, 1000])
+def test_rows_that_change_places_show(columns):
+    tensor = torch.randn(500, columns)
+    swapped = tensor.clone()
+    swapped[[3, 400]] = tensor[[400, 3]]
+    assert of(swapped) != of(tensor)
+    swapped[[3, 400]] = swapped[[400, 3]]
+    assert of(swapped) == of(tensor)
 
 
 def test_nan_negative_zero_and_infinity_are_bits_like_any_others():
@@ -54,7 +65,7 @@ def test_layout_does_not_matter_where_the_values_are_the_same():
     assert of(tensor.T) == of(tensor.T.contiguous())
     assert of(row[3:17]) == of(row[3:17].clone())  # starts within a word
     assert isinstance(of(torch.tensor(2.5)), int) and of(torch.empty(0)) == 0
-    assert fingerprint([]) == {}
+    assert checksums([]) == {}
 
 
 def test_changed_names_what_differs_and_what_is_missing():

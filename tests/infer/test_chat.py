@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -163,3 +164,17 @@ def test_missing_file_is_found_before_a_model_is_loaded(monkeypatch):
     with pytest.raises(BadClipError, match=r"nope\.wav: no such file") as caught:
         main(ChatArguments(checkpoint="run", audio=["nope.wav"]))
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x.wav", "~/nosuch.wav", "", ".", "a\0.wav", "x" * 5000, "\udcff.wav"])
+def test_a_path_that_leads_to_no_file_is_one_sentence(monkeypatch, path):
+    monkeypatch.setattr(chat_module, "load_for_inference", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(BadClipError) as error:
+        main(ChatArguments(checkpoint="run", audio=[path]))
+    assert str(error.value) == f"{path}: no such file; give the path of an audio file"
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", os.getcwd())
+    (clip,), _ = split_line("~/a.wav")
+    assert clip.path == os.path.realpath("a.wav")

@@ -1,15 +1,19 @@
+import copy
 import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from qwhisper.data.audio import load_audio
 from qwhisper.data.collator import ConversationCollator, pad_samples
 from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.errors import BadClipError, DataError, UsageError
+from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
+from tests.audio_parts import parts_of, write_chirp
 from tests.small import tone
 
 
@@ -99,12 +103,7 @@ def test_a_chat_prompt_equals_the_prompt_that_was_trained_on(joined, clip_file):
     inputs = processor.apply_chat_template(
         dialogue({"type": "audio", "audio": clip_file}), add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    collator = ConversationCollator(
-        processor.tokenizer,
-        processor.frames,
-        audio_token_id=processor.audio_token_id,
-        chat_template=processor.chat_template,
-    )
+    collator = collator_of(processor)
     messages = [
         Message("system", ("Be brief.",)),
         Message("user", (AudioClip(clip_file, None, None, None), "What is it?")),
@@ -156,3 +155,138 @@ def test_float64_waveforms_are_taken_as_well(processor):
     ]
     assert inputs[0].equal(inputs[1])
     assert inputs[0].equal(inputs[2])
+
+
+def collator_of(processor) -> ConversationCollator:
+    return ConversationCollator(
+        processor.tokenizer,
+        processor.frames,
+        audio_token_id=processor.audio_token_id,
+        chat_template=processor.chat_template,
+    )
+
+
+def prompt_of(processor, messages, **keywords):
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **keywords
+    )
+
+
+def trained_features(sample) -> torch.Tensor:
+    """float32 [mel frames, mel bins] of a sample's windows end to end, as the model computes them."""
+    return packed_log_mel(torch.from_numpy(np.concatenate(sample.windows)), [len(w) for w in sample.windows], 80)[0]
+
+
+def features_of(inputs) -> torch.Tensor:
+    mask = inputs["input_features_mask"].bool()
+    return inputs["input_features"].transpose(1, 2)[mask]
+
+
+STRETCHES = ({}, {"start": 0.3, "end": 0.55}, {"offset": 0.3, "duration": 0.25, "channel": 0})
+
+
+@pytest.mark.parametrize("stretch", STRETCHES, ids=["whole", "start and end", "offset and duration"])
+def test_every_form_of_audio_is_the_prompt_and_the_features_of_training(processor, tmp_path, stretch):
+    path, collator = write_chirp(tmp_path / "a.wav"), collator_of(processor)
+    expected = collator.encode_prompt(dialogue({"type": "audio", "audio": str(path), **stretch}))
+    features = trained_features(expected)
+    num_samples = 14_400 if not stretch else 4_000
+    assert expected.input_ids.tolist().count(processor.audio_token_id) == processor.frames.num_tokens(num_samples)
+    different = []
+    for name, part in parts_of(path).items():
+        messages = dialogue({k: v for k, v in part.items() if v is not None or not stretch} | stretch)
+        inputs = prompt_of(processor, messages)
+        same_ids = inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
+        if not same_ids or not torch.equal(features_of(inputs), features):
+            different.append(name)
+    assert different == []
+
+
+def test_a_call_takes_every_form_of_audio(processor, tmp_path):
+    path = write_chirp(tmp_path / "a.wav")
+    expected = processor(text="<|audio_pad|>", audio=str(path))
+    forms = [part for part in parts_of(path).values() if part.get("type") == "audio" and "sampling_rate" not in part]
+    for audio in (*forms, *(part["audio"] for part in forms if "audio" in part)):
+        for given in (audio, [audio], [[audio]]):
+            assert processor(text="<|audio_pad|>", audio=given)["input_features"].equal(expected["input_features"])
+    several = processor(text=["<|audio_pad|>", "x", "<|audio_pad|>"], audio=[[forms[0]], [], [forms[-1]]])
+    assert several["input_features"].equal(expected["input_features"].repeat(2, 1, 1))
+    assert "input_features" not in processor(text="x", audio=[])
+
+
+def test_a_rate_given_with_the_call_is_that_of_arrays_without_one(processor, tmp_path):
+    path = write_chirp(tmp_path / "a.wav")
+    samples = soundfile.read(path, dtype="float32")[0]
+    expected = processor(text="<|audio_pad|>", audio=path)["input_features"]
+    part = {"type": "audio", "audio": samples}
+    for keywords in ({"sampling_rate": 8000}, {"audio_kwargs": {"sampling_rate": 8000}}):
+        assert processor(text="<|audio_pad|>", audio=samples, **keywords)["input_features"].equal(expected)
+        assert prompt_of(processor, dialogue(part), **keywords)["input_features"].equal(expected)
+        inputs = prompt_of(processor, dialogue(part), processor_kwargs=keywords)
+        assert inputs["input_features"].equal(expected)
+        inputs = prompt_of(processor, dialogue(part | {"sampling_rate": 16_000}), **keywords)
+        assert inputs["input_features"].shape[2] < expected.shape[2]
+    with pytest.raises(UsageError, match="sampling rate fast"):
+        processor(text="<|audio_pad|>", audio=samples, sampling_rate="fast")
+
+
+def test_keywords_of_a_call_reach_it_from_a_chat_too(processor, clip_file):
+    messages = dialogue({"type": "audio", "audio": clip_file})
+    inputs = prompt_of(processor, messages, padding="max_length", max_length=200, padding_side="right")
+    assert inputs["input_ids"].shape == (1, 200)
+    assert inputs["attention_mask"][0, -1] == 0
+    assert isinstance(prompt_of(processor, messages, return_tensors="np")["input_ids"], np.ndarray)
+
+
+REFUSED = {
+    "missing key": ({"type": "audio"}, DataError, "message 2, part 1: an audio placeholder without audio"),
+    "address": ({"type": "audio", "url": "https://host/a.wav"}, DataError, "nothing is downloaded"),
+    "no file": (
+        {"type": "audio_url", "audio_url": "gone.wav"},
+        DataError,
+        "part 1: audio file 'gone.wav' does not exist",
+    ),
+    "image": ({"type": "image", "image": "a.png"}, DataError, "message 2, part 1: neither a text nor an audio part"),
+    "misspelled": ({"type": "audio", "audio": [0.1, 0.2], "strat": 1}, DataError, "did you mean `start`?"),
+    "integers": ({"type": "audio", "audio": [1, 2, 3]}, DataError, "part 1: `audio` has samples of type int64"),
+    "NaN": ({"type": "audio", "audio": [0.1, float("nan")]}, BadClipError, "message 2, part 1, `audio`: .*NaN or Inf"),
+    "silence": ({"type": "audio", "audio": [0.0] * 800}, BadClipError, "message 2, part 1, `audio`: .*silent"),
+    "nothing": ({"type": "audio", "audio": np.zeros(0)}, BadClipError, "message 2, part 1, `audio`: .*empty"),
+    "loud": ({"type": "audio", "audio": [0.1, -4e4]}, BadClipError, "message 2, part 1, `audio`: .*4.0e[+]04"),
+    "broken bytes": (
+        {"input_audio": {"data": "UklGRiQAAABXQVZF"}},
+        BadClipError,
+        "message 2, part 1, `data`: .*unreadable",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_audio_that_cannot_be_used_never_becomes_features(processor, name):
+    part, error, sentence = REFUSED[name]
+    for messages in (dialogue(part), [dialogue("Hi"), dialogue(part)]):
+        with pytest.raises(error, match=sentence):
+            prompt_of(processor, messages)
+    if "audio" in part and len(part) == 2:
+        with pytest.raises(error, match=r"audio 1"):
+            processor(text="<|audio_pad|>", audio=part["audio"])
+
+
+def test_a_chats_own_messages_stay_as_they_were_and_metadata_is_named(processor, clip_file):
+    messages = dialogue({"type": "audio", "audio": clip_file, "speaker": "f1"}, "Well.")
+    before = copy.deepcopy(messages)
+    with pytest.warns(UserWarning, match="not used: `speaker` in a part"):
+        inputs = prompt_of(processor, messages)
+    assert messages == before
+    assert inputs["input_ids"][0].tolist() == collator_of(processor).encode_prompt(before).input_ids.tolist()
+
+
+def test_a_prompt_of_the_real_tokenizer_is_the_one_of_training(shared, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
+    processor = Qwen3AudioProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer, 4, 1500, 0.25, 1.0)
+    audio = {"type": "audio", "audio": str(write_chirp(tmp_path / "a.wav")), "end": 0.5}
+    messages = dialogue("  First:\n", audio, "\n\nthen", audio, {"type": "text", "text": "which was 1. last?  "})
+    inputs = prompt_of(processor, messages)
+    expected = collator_of(processor).encode_prompt(messages)
+    assert inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
+    assert torch.equal(features_of(inputs), trained_features(expected))

@@ -1,18 +1,25 @@
 """What a run prints where nobody takes it. The pipe whose reader is gone is in tests/test_faults/test_logger.py."""
 
+import fcntl
 import io
+import json
 import os
+import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 from qwhisper.report.streams import unfailing_output
+from tests.pipes import full_pipe, read_all
 
 ROOT = Path(__file__).parents[2]
 PRINTS = """
 import sys
+import termios
 from qwhisper.report.streams import unfailing_output
 with unfailing_output():
     print("a line")
@@ -82,3 +89,135 @@ def test_a_sound_stream_gets_what_is_printed_and_is_put_back(capsys):
         prints_and_raises()
     assert sys.stdout is before
     assert capsys.readouterr() == ("a line\n", "")
+
+
+NEVER_WAITS = """
+import atexit, os, sys
+from qwhisper.report.streams import unfailing_output
+atexit.register(print, "a library's last words")
+go, tell = int(sys.argv[1]), int(sys.argv[2])
+lost = []
+with unfailing_output(on_lost=lost.append):
+    {body}
+os.write(tell, repr(lost).encode())
+sys.exit(7)
+"""
+
+
+class Program:
+    """A Python that runs `body` where no write waits, and ends with exit code 7.
+
+    It may wait for `os.read(go, 1)` until `go()`.
+    """
+
+    def __init__(self, body: str, *, stdout: int, stderr: int):
+        wait, self._go = os.pipe()
+        self._told, tell = os.pipe()
+        command = [sys.executable, "-c", NEVER_WAITS.format(body=body), str(wait), str(tell)]
+        self._child = subprocess.Popen(command, cwd=ROOT, pass_fds=[wait, tell], stdout=stdout, stderr=stderr)
+        for descriptor in {wait, tell, stdout, stderr}:
+            os.close(descriptor)
+
+    def go(self) -> None:
+        os.write(self._go, b"!")
+
+    def lost(self) -> list[int]:
+        """What on_lost was called with, once the program has ended."""
+        assert self._child.wait() == 7
+        os.close(self._go)
+        return json.loads(read_all(self._told))
+
+
+def test_no_write_waits_for_a_reader_that_has_stopped_and_the_interpreter_ends():
+    reading, writing = full_pipe()
+    body = """
+    for number in range(500):
+        print(number, "." * 500)
+        print(number, file=sys.stderr)
+        os.write(2, b"by a library\\n")
+    if not os.fork():
+        os.write(1, b"by a child\\n")
+        os._exit(0)
+    os.wait()"""
+    assert Program(body, stdout=writing, stderr=writing).lost() == [1501]
+    assert set(read_all(reading)) == {ord(".")}
+
+
+def test_a_reader_that_comes_back_gets_the_newest_lines_and_the_number_of_those_dropped():
+    body = """
+    for number in range(3000):
+        print("line", number, "." * 1000)
+    print("all printed", file=sys.stderr)
+    os.read(go, 1)
+    print("the end")"""
+    (reading, stdout), (said, stderr) = os.pipe(), os.pipe()
+    program = Program(body, stdout=stdout, stderr=stderr)
+    assert os.read(said, 100) == b"all printed\n"
+    program.go()
+    lines = read_all(reading).decode().splitlines()
+    numbers = [int(line.split()[1]) for line in lines if line.startswith("line ")]
+    (place,) = [place for place, line in enumerate(lines) if line.startswith("note: ")]
+    dropped = 3000 - len(numbers)
+    assert lines[place] == (
+        f"note: {dropped} lines of output were dropped here, because nobody read them; metrics.jsonl has every step"
+    )
+    assert program.lost() == [dropped]
+    assert numbers[place] - numbers[place - 1] - 1 == dropped > 1500
+    assert numbers == sorted(numbers) and numbers[-1] == 2999
+    assert lines[-2:] == ["the end", "a library's last words"]
+
+
+def test_stdout_and_stderr_of_one_pipe_stay_in_order():
+    body = """
+    for number in range(200):
+        print(number, file=(sys.stdout, sys.stderr)[number % 2], flush=True)"""
+    reading, writing = os.pipe()
+    program = Program(body, stdout=writing, stderr=writing)
+    assert read_all(reading).decode().splitlines() == [*map(str, range(200)), "a library's last words"]
+    assert program.lost() == []
+
+
+def test_a_reader_that_goes_in_mid_run_is_told_of_on_the_other_stream():
+    body = """
+    print("a line", flush=True)
+    os.read(go, 1)
+    print("nobody reads it", flush=True)"""
+    (reading, stdout), (said, stderr) = os.pipe(), os.pipe()
+    program = Program(body, stdout=stdout, stderr=stderr)
+    assert os.read(reading, 100) == b"a line\n"
+    os.close(reading)
+    program.go()
+    said = read_all(said).decode()
+    assert said.startswith("stdout can't be written ([Errno 32] Broken pipe): the run goes on without;")
+    assert said.count("\n") == 1
+    assert program.lost() == []
+
+
+def test_a_paused_terminal_is_still_a_terminal_and_stops_nobody():
+    terminal, its_end = os.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 99, 0, 0))
+    body = """
+    print(sys.stdout.isatty(), os.get_terminal_size(sys.stdout.fileno()).columns)
+    os.read(go, 1)
+    for number in range(3000):
+        print(number, "." * 1000)"""
+    program = Program(body, stdout=os.dup(its_end), stderr=os.dup(its_end))
+    assert os.read(terminal, 100) == b"True 99\r\n"
+    termios.tcflow(its_end, termios.TCOOFF)  # what Ctrl-S does
+    program.go()
+    assert program.lost() == [3000]
+    os.close(its_end)
+    os.close(terminal)
+
+
+def test_what_is_written_last_before_a_crash_comes_out():
+    code = """
+import os
+from qwhisper.report.streams import unfailing_output
+with unfailing_output(on_lost=print):
+    print("a line", flush=True)
+    os.write(2, b"what a library says\\n")
+    os.abort()"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == -signal.SIGABRT
+    assert done.stdout == b"a line\nwhat a library says\n"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from qwhisper.checksums import changed, checksums
 from qwhisper.data.encode import IGNORE
 from qwhisper.guards.alarms import STEPS_UNTIL_MOVED, STEPS_WITHOUT_GRADIENT, Alarm, Alarms, StepFacts
-from qwhisper.guards.fingerprint import changed, fingerprint, frozen_parameters, group_checksums
+from qwhisper.guards.fingerprint import frozen_parameters, group_checksums
 from qwhisper.train.dataset import StepSamples
 from qwhisper.train.loop import train_step
 from tests.test_faults.matrix import WithoutGuard, fault
@@ -71,10 +72,10 @@ def change_loss(run, monkeypatch, change) -> None:
 def test_a_sound_run_raises_no_alarm(run):
     run, samples = run
     text_only = [sample for sample in samples if not sample.windows]
-    frozen = fingerprint(frozen_parameters(run.executor.model))
+    frozen = checksums(frozen_parameters(run.executor.model))
     steps = [samples[:4], text_only, text_only, text_only, *[samples[4:8]] * STEPS_UNTIL_MOVED]
     assert raised_by(run, steps, look_at_weights=True) == []
-    assert changed(frozen, fingerprint(frozen_parameters(run.executor.model))) == []
+    assert changed(frozen, checksums(frozen_parameters(run.executor.model))) == []
 
 
 @fault(
@@ -155,11 +156,11 @@ def test_optimizer_of_other_weights(guard, run):
 def test_base_weight_changed(guard, run):
     run, samples = run
     model = run.executor.model
-    before = fingerprint(frozen_parameters(model))
+    before = checksums(frozen_parameters(model))
     train_step(run, StepSamples(samples[:2], [], 0, 0))
     name, weight = next((name, p) for name, p in frozen_parameters(model) if "layers.1.mlp.down_proj" in name)
     weight.detach().view(torch.int32)[3, 5] ^= 1
-    found = changed(before, fingerprint(frozen_parameters(model)))
+    found = changed(before, checksums(frozen_parameters(model)))
     raised = Alarms().observe(facts_of_a_sound_step(changed_weights=found))
     assert kinds(raised) == [("base_changed", "")] and name in raised[0].message
 

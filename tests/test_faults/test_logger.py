@@ -3,16 +3,25 @@
 import contextlib
 import json
 import os
+import select
+import signal
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
 from transformers import TrainerCallback
 
-from qwhisper.report import events
+from qwhisper.report import events, streams
 from qwhisper.report.events import RunLog, read_jsonl
 from qwhisper.report.streams import Unfailing
 from qwhisper.train import hooks
+from qwhisper.train.checkpoint import newest_valid
+from qwhisper.train.run import main
+from tests.pipes import full_pipe
 from tests.test_faults.inject import outcome_of
+from tests.test_faults.kill_shim import in_child
+from tests.test_faults.lives import At
 from tests.test_faults.matrix import fault
 
 
@@ -122,6 +131,69 @@ def test_a_pipe_that_nobody_reads(arguments, monkeypatch, capsys):
         pipe.close()
     assert outcome.code == 0 and outcome.finite, outcome.message
     assert capsys.readouterr().err.count("stdout can't be written ([Errno 32] Broken pipe)") == 1
+
+
+def output_waits_for_its_reader(monkeypatch) -> None:
+    """As it would: here a write that would wait for ever raises instead."""
+
+    def write(self, text: str) -> int:
+        assert select.select([], [self._stream], [], 0)[1], "the run waits for its reader"
+        return self._stream.write(text)
+
+    monkeypatch.setattr(streams, "_start", lambda streams: None)
+    monkeypatch.setattr(Unfailing, "write", write)
+
+
+def with_a_reader_that_has_stopped(work) -> int:
+    """How a process that does `work` ended, with stdout and stderr in one pipe that takes no byte more."""
+    reading, writing = full_pipe()
+
+    def printing_to_the_pipe():
+        with os.fdopen(os.dup(writing), "w", buffering=1) as pipe, redirect_stdout(pipe), redirect_stderr(pipe):
+            work()
+
+    code = in_child(printing_to_the_pipe)
+    os.close(reading)
+    os.close(writing)
+    return code
+
+
+def losses(args) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_jsonl(Path(args.output_dir) / "metrics.jsonl")]
+
+
+@pytest.mark.trains_in_forks
+@fault(
+    "the reader of the pipe that a run prints to has stopped",
+    of="logger",
+    guarantee="no step waits for it: the run goes on to its end, and events.jsonl has the number of lines lost",
+    without=output_waits_for_its_reader,
+)
+def test_a_pipe_whose_reader_has_stopped(arguments, tmp_path):
+    args = arguments()
+    assert with_a_reader_that_has_stopped(lambda: main(args)) == 0
+    events_of_run = read_jsonl(Path(args.output_dir) / "events.jsonl")
+    (lost,) = [event["lines"] for event in events_of_run if event["kind"] == "output_lost"]
+    assert lost > args.max_steps
+    other = arguments(output_dir=str(tmp_path / "heard"))
+    assert main(other) == 0 and losses(args) == losses(other)
+
+
+@pytest.mark.trains_in_forks
+@fault(
+    "SIGTERM while the reader of the pipe that a run prints to has stopped",
+    of="logger",
+    guarantee="a checkpoint is written, exit code 143",
+    without=output_waits_for_its_reader,
+)
+def test_a_signal_while_a_reader_has_stopped(arguments):
+    args = arguments(max_steps=9, save_steps=100)
+
+    def work():
+        assert main(args, [At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))]) == 128 + signal.SIGTERM
+
+    assert with_a_reader_that_has_stopped(work) == 0
+    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-2"
 
 
 @fault(

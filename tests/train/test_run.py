@@ -103,3 +103,12 @@ def test_a_signal_in_the_last_step_comes_too_late_to_stop_anything(arguments, ca
     assert main(args, [At(step, lambda: os.kill(os.getpid(), signal.SIGTERM))]) == code
     assert (Path(args.output_dir) / f"checkpoint-{step}").exists()
     assert last_line(capsys).startswith("done: 6 steps") == (code == 0)
+
+
+def test_held_out_data_that_is_trained_on_is_noted(arguments, train_file, capsys):
+    held_out = train_file.with_name("held.jsonl")
+    held_out.write_text("".join(train_file.read_text().splitlines(keepends=True)[:3]))
+    assert main(arguments(max_steps=1, eval_file=str(held_out))) == 0
+    assert (
+        "note: 3 of 3 held-out dialogues are in the training data as they are, the first: " in capsys.readouterr().out
+    )

@@ -1,0 +1,281 @@
+"""`save_pretrained`: the trained weights alone where everything else is still the bases', the whole model otherwise.
+
+A folder of trained weights holds projector, adapter, and the encoder where it was trained; its configuration names the
+bases. A folder of a whole model is an ordinary Hugging Face one, with LoRA that is not merged in its folder `adapter`.
+"""
+
+import copy
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.hub import convert_file_size_to_int
+
+from qwhisper.errors import UsageError
+from qwhisper.model.projector import AudioProjection
+from qwhisper.model.weights import ENCODER, PROJECTOR, differing, is_adapters, part, plain_weights
+
+if TYPE_CHECKING:
+    from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+    from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+
+PROJECTOR_FILE = "projector.safetensors"
+ENCODER_FILE = "encoder.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FOLDER = "adapter"  # of a whole model: beside its config.json, transformers would load it in its own way
+WHOLE_FILES = ("model*.safetensors", "model*.safetensors.index.json")
+
+PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
+SAVE_KEYWORDS = (
+    "is_main_process", "state_dict", "push_to_hub", "max_shard_size", "variant", "token", "save_original_format",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA that is not merged: PEFT's configuration and its tensors, by the names of PEFT's files."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+
+def save_pretrained(
+    model: "Qwen3AudioForConditionalGeneration",
+    save_directory: str | os.PathLike,
+    *,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    token: str | bool | None = None,
+    save_original_format: bool = True,
+    **kwargs,
+) -> None:
+    """Writes all that is needed to load the model again; raises UsageError where a weight would be lost.
+
+    state_dict: weights that are saved instead of the model's, as Trainer and Accelerate gather them; the model's stand
+    in for what it lacks. Nothing is written unless `is_main_process`. max_shard_size, variant,
+    save_original_format: as in transformers, for a whole model; trained weights have one file each.
+    push_to_hub: also uploads what was written to `repo_id` (default: the folder's name), with the keywords of
+    transformers' `push_to_hub`.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if not _has_default(name, value)}
+    unknown = sorted(name for name in kwargs if name not in PUSH_KEYWORDS or not push_to_hub)
+    if unknown:
+        raise UsageError(
+            f"save_pretrained does not take {', '.join(unknown)} here: it takes {', '.join(SAVE_KEYWORDS)}, and with "
+            f"push_to_hub=True {', '.join(PUSH_KEYWORDS)}"
+        )
+    if not is_main_process:
+        return
+    folder = Path(save_directory)
+    _refuse_folder(model.config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _upload(model, folder, token, kwargs) if push_to_hub else nullcontext():
+        state = _state_with(model, state_dict)
+        weights, adapter = plain_weights(state), find_adapter(model, state)
+        record = None if model.config.text_base is None else model.base_record
+        changed = differing(record, weights) if record is not None else []
+        if record is None or any(not name.startswith(ENCODER) or name not in record for name in changed):
+            options = {"variant": variant, "save_original_format": save_original_format}
+            _save_whole(model, folder, weights, adapter, changed, max_shard_size=max_shard_size, **options)
+        else:
+            if variant is not None:
+                raise UsageError(f"variant={variant!r}: trained weights are saved under fixed names; leave it out")
+            _save_trained(model, folder, weights, adapter, bool(changed), max_shard_size)
+
+
+def _has_default(name: str, value: Any) -> bool:
+    """Keywords that other versions of the library pass along, at the value that says what is done here anyway."""
+    return value is None or (name, value) in (
+        ("safe_serialization", True),
+        ("save_peft_format", True),
+        ("distributed_checkpoint", False),
+        ("create_pr", False),
+    )
+
+
+def _refuse_folder(config: "Qwen3AudioConfig", folder: Path) -> None:
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file: give a folder to save to")
+    for base in (config.audio_base, config.text_base):
+        if base is not None and folder.exists() and Path(base["name"]).resolve() == folder.resolve():
+            raise UsageError(f"{folder} holds a base of this model, whose config.json would be lost: save elsewhere")
+
+
+def _state_with(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The model's state dict, with the given tensors in the places of its own."""
+    state = dict(model.state_dict())
+    unknown = sorted((given or {}).keys() - state.keys())
+    if unknown:
+        raise UsageError(f"state_dict has {len(unknown)} weights that this model lacks, the first: {unknown[0]}")
+    return state | dict(given or {})
+
+
+def find_adapter(model: "Qwen3AudioForConditionalGeneration", state: Mapping[str, Tensor]) -> Adapter | None:
+    """LoRA that is attached to the model and not merged into its weights. Raises UsageError for more than one."""
+    own = [key for key in state if is_adapters(key)]
+    if not own:
+        return None
+    configs = getattr(model, "peft_config", None) or {}
+    if len(configs) != 1:
+        raise UsageError(
+            f"a folder holds one adapter, and this model has {', '.join(configs) or 'one without peft_config'}: "
+            "delete_adapter those that are not to be saved, or merge them"
+        )
+    merged = {bool(module.merged) for module in model.modules() if isinstance(module, LoraLayer)}
+    if merged == {True}:
+        warnings.warn("the adapter is merged: it is saved inside the weights alone", stacklevel=2)
+        return None
+    if True in merged:
+        raise UsageError("the adapter is merged in some layers only: merge it in all of them, or unmerge it")
+    ((name, config),) = configs.items()
+    found = get_peft_model_state_dict(model, dict(state), adapter_name=name, save_embedding_layers=False)
+    tensors = {key: tensor for key, tensor in found.items() if is_adapters(key)}
+    if len(tensors) != len(own):
+        raise UsageError(f"{len(own) - len(tensors)} LoRA weights belong to no adapter of peft_config, as {own[0]}")
+    return Adapter(config, tensors)
+
+
+def _save_trained(
+    model: "Qwen3AudioForConditionalGeneration",
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    adapter: Adapter | None,
+    encoder_changed: bool,
+    max_shard_size: int | str,
+) -> None:
+    """Projector, adapter and encoder, in megabytes, and what is needed to find the bases."""
+    config = copy.deepcopy(model.config)
+    config.audio_tower_trained |= encoder_changed or model.model.encoder_is_trained
+    files = {PROJECTOR_FILE: part(weights, PROJECTOR)}
+    with torch.device("meta"):
+        _refuse_unloadable(files[PROJECTOR_FILE], AudioProjection(config).state_dict())
+    if config.audio_tower_trained:
+        files[ENCODER_FILE] = part(weights, ENCODER)
+    if adapter is not None:
+        files[ADAPTER_FILE] = adapter.tensors
+    limit = convert_file_size_to_int(max_shard_size)
+    for file, tensors in files.items():
+        if (size := sum(tensor.nbytes for tensor in tensors.values())) > limit:
+            raise UsageError(f"max_shard_size={max_shard_size!r}: {file} is one file of {size:,} bytes; allow as many")
+    for file, tensors in files.items():
+        _write(tensors, folder / file)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if adapter is not None:
+        _save_adapter_config(adapter, folder, (config.text_base or {})["name"])
+    _delete_others(folder, {*files, *([ADAPTER_CONFIG] if adapter is not None else [])})
+
+
+def _save_whole(
+    model: "Qwen3AudioForConditionalGeneration",
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    adapter: Adapter | None,
+    changed: list[str],
+    **options,
+) -> None:
+    """Everything, bases included: an ordinary Hugging Face folder."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        if model.config.text_base is None and adapter is None:
+            PreTrainedModel.save_pretrained(model, folder, **options)  # as it was loaded, a whole model in few bits
+            return
+        raise UsageError(
+            f"a quantised model whose weights are not all its bases' ({_some(changed) or 'its bases are not known'}) "
+            "can't be saved: load it without load_in_4bit and train or merge there"
+        )
+    config = copy.deepcopy(model.config)
+    config.text_base = config.audio_base = None
+    config.audio_tower_trained = False
+    ((head, embeddings),) = model._tied_weights_keys.items()
+    if config.tie_word_embeddings and not torch.equal(weights[head], weights[embeddings]):
+        # One of both was trained, replaced or resized alone: tied again at loading, it would be lost.
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    with torch.device("meta"):
+        _refuse_unloadable(weights, type(model)(copy.deepcopy(config)).state_dict())
+    with _as_whole(model, config):
+        PreTrainedModel.save_pretrained(model, folder, state_dict=dict(weights), **options)
+    if adapter is not None:
+        (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
+        _write(adapter.tensors, folder / ADAPTER_FOLDER / ADAPTER_FILE)
+        _save_adapter_config(adapter, folder / ADAPTER_FOLDER, str(folder))
+    kept = {ADAPTER_FOLDER} if adapter is not None else set()
+    _delete_others(folder, kept | {file.name for pattern in WHOLE_FILES for file in folder.glob(pattern)})
+
+
+@contextmanager
+def _as_whole(model: "Qwen3AudioForConditionalGeneration", config: "Qwen3AudioConfig") -> Iterator[None]:
+    """While the library saves all weights: with another configuration, and without its mark of an adapter."""
+    own = {"config": model.config, "_hf_peft_config_loaded": getattr(model, "_hf_peft_config_loaded", False)}
+    model.config, model._hf_peft_config_loaded = config, False
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(model, name, value)
+
+
+def _refuse_unloadable(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """A model made from the configuration must have a place for each weight, of its shape."""
+    odd = [name for name in {**weights, **expected} if not _fits(weights.get(name), expected.get(name))]
+    if odd:
+        raise UsageError(
+            f"{len(odd)} weights have no place in a model of this configuration, or are missing ({_some(odd)}): they "
+            "would be lost. Take out what was added to the model, or save it by yourself"
+        )
+
+
+def _fits(tensor: Tensor | None, expected: Tensor | None) -> bool:
+    return tensor is not None and expected is not None and tensor.shape == expected.shape
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
+def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
+    config = copy.copy(adapter.config)
+    config.modules_to_save = None  # their trained copies are among the plain weights
+    config.base_model_name_or_path = base  # left empty, every loader would ask the hub for a repository called "None"
+    config.save_pretrained(folder)
+
+
+def _delete_others(folder: Path, kept: set[str]) -> None:
+    """Deletes what an earlier save left here: loaded with the new weights, it would make another model."""
+    names = {PROJECTOR_FILE, ENCODER_FILE, ADAPTER_FILE, ADAPTER_CONFIG, ADAPTER_FOLDER}
+    names |= {file.name for pattern in WHOLE_FILES for file in folder.glob(pattern)}
+    for path in (folder / name for name in names - kept):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _upload(model: PreTrainedModel, folder: Path, token: str | bool | None, keywords: dict[str, Any]) -> Iterator[None]:
+    """Creates the repository first, so that a wrong token fails at once; uploads what is written in the meantime."""
+    repository, private = keywords.pop("repo_id", folder.name), keywords.pop("private", None)
+    repository = HfApi().create_repo(repository, private=private, token=token, exist_ok=True).repo_id
+    before = model._get_files_timestamps(folder)
+    yield
+    model._upload_modified_files(folder, repository, before, token=token, **keywords)

@@ -1,0 +1,93 @@
+"""Which weights of a model are still its bases', and which are not: judged by content, never by `requires_grad`.
+
+PEFT merges through `.data`, a callback may write to a frozen weight, a module may be replaced: no flag and no version
+counter shows all of it. So the checksum of every weight that came from a base is kept with the model, and compared
+when it is saved.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qwhisper.checksums import changed, checksums
+
+if TYPE_CHECKING:
+    from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+
+PROJECTOR = "model.multi_modal_projector."
+ENCODER = "model.audio_tower."
+NARROW = (torch.bfloat16, torch.float16)
+
+BaseRecord = dict[str, tuple[int, ...]]  # plain name to (checksum, *shape); without the checksum for one on `meta`
+
+
+def is_adapters(key: str) -> bool:
+    """Whether a key of a state dict is one of LoRA's own tensors."""
+    return ".lora_" in key
+
+
+def plain_name(key: str) -> str | None:
+    """A weight's name without what PEFT and torch.compile put into it.
+
+    None for one that PEFT's `modules_to_save` has replaced by a trained copy: the copy has the name.
+    """
+    if ".original_module." in key:
+        return None
+    key = key.replace("_orig_mod.", "").replace(".base_layer.", ".")
+    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
+
+
+def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{plain name: tensor} of a state dict, without LoRA's own tensors."""
+    named = ((plain_name(key), tensor) for key, tensor in state.items() if not is_adapters(key))
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those below `prefix`, named from there."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def base_record(weights: Mapping[str, Tensor]) -> BaseRecord:
+    """Of every plain weight but the projector's."""
+    of_bases = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR)}
+    sums = checksums((name, tensor) for name, tensor in of_bases.items() if not tensor.is_meta)
+    return {
+        name: (*tensor.shape,) if tensor.is_meta else (sums[name], *tensor.shape) for name, tensor in of_bases.items()
+    }
+
+
+def differing(record: BaseRecord, weights: Mapping[str, Tensor]) -> list[str]:
+    """Plain names, outside the projector, whose content or shape is not the record's, or that one of both lacks.
+
+    A weight that was cast to a wider dtype, as PEFT's `prepare_model_for_kbit_training` does, is the same weight.
+    """
+    found = changed(record, base_record(weights))
+    return [name for name in found if name not in weights or not _is_widened(weights[name], record.get(name))]
+
+
+def _is_widened(tensor: Tensor, before: tuple[int, ...] | None) -> bool:
+    if before is None or tensor.is_meta or not tensor.is_floating_point() or before[1:] != (*tensor.shape,):
+        return False
+    for dtype in NARROW:
+        narrow = tensor.to(dtype)
+        if tensor.element_size() > narrow.element_size() and checksums([("it", narrow)])["it"] == before[0]:
+            return torch.equal(narrow.to(tensor.dtype), tensor)
+    return False
+
+
+@contextmanager
+def following_casts(model: "Qwen3AudioForConditionalGeneration") -> Iterator[None]:
+    """While the whole model is moved or cast: what was its bases' before is its bases' afterwards, in the new dtype."""
+    record = model.base_record
+    if record is None:
+        yield
+        return
+    kept = set(differing(record, plain_weights(model.state_dict())))
+    yield
+    now = base_record(plain_weights(model.state_dict()))
+    model.base_record = {name: before if name in kept else now[name] for name, before in record.items()}

@@ -1,0 +1,162 @@
+"""The process between a run and the readers of its output: it takes everything at once and passes it on as it can.
+
+streams.py starts it as a script, so it imports the standard library alone. It is a process and not a thread of the run:
+what a library writes to the descriptor passes through it too, and the last lines before a crash are not lost.
+
+    python relay.py NAME:IN:OUT …      stdin: its end is the end of the run; stdout: a JSON report
+
+NAME: for messages. IN, OUT: descriptors to read from and to write to.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+MAX_BYTES = 2**20  # kept for a reader that has stopped; beyond, the oldest lines are dropped
+PATIENCE_S = 2.0  # after the end of the run, for a reader that takes nothing
+
+
+def cannot_be_written(name: str, error: OSError) -> str:
+    return (
+        f"{name} can't be written ({error}): the run goes on without; metrics.jsonl and events.jsonl have what it tells"
+    )
+
+
+class Outlet:
+    """A queue of lines and the thread that writes them to a descriptor, however long each write takes.
+
+    on_error is called from that thread with what ended the writing; from then on it is dead and discards everything.
+    """
+
+    def __init__(self, name: str, descriptor: int, on_error: Callable[[str], None]):
+        self.name = name
+        self._descriptor = descriptor
+        self._on_error = on_error
+        self._lines: deque[bytes] = deque()
+        self._size = 0
+        self._gap = 0  # lines dropped since the last one that was written
+        self._lost = 0  # before that
+        self._last_byte = b"\n"
+        self.is_dead = False
+        self._is_idle = True
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @property
+    def lost(self) -> int:
+        """Lines that were dropped, or are still here, the one in hand included."""
+        left = sum(line.endswith(b"\n") for line in self._lines) + (not self._is_idle)
+        return self._lost + self._gap + left
+
+    def put(self, data: bytes) -> None:
+        """Never waits."""
+        with self._changed:
+            if self.is_dead:
+                return
+            for line in data.splitlines(keepends=True):  # bytes: at \n, and at \r, which begins a progress bar's text
+                if self._lines and not self._lines[-1].endswith((b"\n", b"\r")):
+                    self._lines[-1] += line
+                else:
+                    self._lines.append(line)
+            self._size += len(data)
+            while self._size > MAX_BYTES:
+                oldest = self._lines.popleft()
+                self._size -= len(oldest)
+                self._gap += oldest.endswith(b"\n")
+            self._changed.notify_all()
+
+    def finish(self) -> bool:
+        """Waits until all is written; False if nothing was for PATIENCE_S."""
+        with self._changed:
+            while self._lines or not self._is_idle:
+                if not self._changed.wait(PATIENCE_S):  # each write notifies
+                    return False
+        return True
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._is_idle = not self._lines
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._lines)
+                    self._is_idle = False
+                    line = self._lines.popleft()
+                    self._size -= len(line)
+                    gap, self._gap = self._gap, 0
+                    self._lost += gap
+                self._write(self._note(gap) + line if gap else line)
+        except OSError as error:
+            self._on_error(cannot_be_written(self.name, error))
+            with self._changed:
+                self._is_idle = self.is_dead = True
+                self._lines.clear()
+                self._changed.notify_all()
+
+    def _note(self, gap: int) -> bytes:
+        start = "" if self._last_byte in b"\r\n" else "\n"
+        lines = f"{gap} lines of output were" if gap > 1 else "1 line of output was"
+        return f"{start}note: {lines} dropped here, because nobody read them; metrics.jsonl has every step\n".encode()
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            select.select([], [self._descriptor], [])  # another program may have set it to O_NONBLOCK
+            with suppress(BlockingIOError):
+                count = os.write(self._descriptor, data[: select.PIPE_BUF])
+                self._last_byte, data = data[count - 1 : count], data[count:]
+                with self._changed:
+                    self._changed.notify_all()
+
+
+def main(arguments: Sequence[str]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they may go to all processes of the run
+        signal.signal(number, signal.SIG_IGN)
+    outlets: dict[int, Outlet] = {}
+
+    def tell(message: str) -> None:
+        for outlet in outlets.values():
+            outlet.put(message.encode() + b"\n")
+
+    for argument in arguments:
+        name, source, target = argument.split(":")
+        outlets[int(source)] = Outlet(name, int(target), tell)
+    _pass_on(outlets)
+    stalled: set[Outlet] = set()
+    for _ in range(2):  # the error of the second may be told on the first
+        stalled |= {outlet for outlet in outlets.values() if outlet not in stalled and not outlet.finish()}
+    lost = sum(outlet.lost for outlet in outlets.values())
+    dead = [outlet.name for outlet in outlets.values() if outlet.is_dead]
+    print(json.dumps({"lost": lost, "stalled": [outlet.name for outlet in stalled], "dead": dead}), flush=True)
+    os._exit(0)  # without a wait for a write that does not end
+
+
+def _pass_on(outlets: dict[int, Outlet]) -> None:
+    """Until the run has ended and all that it wrote is taken."""
+    poll = select.poll()
+    for descriptor in (sys.stdin.fileno(), *outlets):
+        poll.register(descriptor, select.POLLIN)
+    left, deadline = set(outlets), None
+    while left and (deadline is None or time.monotonic() < deadline):
+        events = poll.poll(None if deadline is None else 0)
+        if deadline is not None and not events:
+            return
+        for descriptor, _ in events:
+            if descriptor == sys.stdin.fileno():
+                deadline = time.monotonic() + PATIENCE_S
+                poll.unregister(descriptor)
+            elif data := os.read(descriptor, 2**16):
+                outlets[descriptor].put(data)
+            else:
+                left.discard(descriptor)
+                poll.unregister(descriptor)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

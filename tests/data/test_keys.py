@@ -1,0 +1,45 @@
+import pytest
+
+from qwhisper.data.keys import UNSUPPORTED, unknown_keys
+
+KNOWN = ("role", "content", "kind", "loss", "weight", "reasoning_content", "tool_calls", "messages", "audios", "tools")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("mesages", "messages"),
+        ("Messages", "messages"),
+        ("message", "messages"),
+        ("weigth", "weight"),
+        ("kinds", "kind"),
+        ("audio", "audios"),
+        ("reasoning_contents", "reasoning_content"),
+        ("reasoningContent", "reasoning_content"),
+        ("tool-calls", "tool_calls"),
+        ("lss", None),
+        ("idx", None),
+        ("message_id", None),
+        ("speaker", None),
+        ("duration", None),
+    ],
+)
+def test_misspelled_key_is_a_fault_and_metadata_is_not(key, nearest):
+    faults, unused = unknown_keys({key: 1}, KNOWN, "message 2")
+    assert faults == ([f"message 2: unknown key `{key}`; did you mean `{nearest}`?"] if nearest else [])
+    assert unused == ([] if nearest else [key])
+
+
+def test_key_beside_the_one_that_it_resembles_is_metadata():
+    assert unknown_keys({"content": "a", "context": "b"}, KNOWN, "message 2") == ([], ["context"])
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_instruction_of_another_framework_is_a_fault_that_says_what_to_do(key):
+    (fault,), unused = unknown_keys({key: [1]}, KNOWN, "message 2")
+    assert fault == f"message 2: the key `{key}` is not supported: {UNSUPPORTED[key]}"
+    assert unused == []
+
+
+def test_key_without_a_value_is_absent():
+    assert unknown_keys({"chosen": None, "mesages": None, "speaker": None}, KNOWN, "message 2") == ([], [])
