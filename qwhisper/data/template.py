@@ -160,8 +160,8 @@ def render_pieces(
 def _without_past_reasoning(messages: Sequence[Message]) -> list[Message]:
     """Without the reasoning before the last question.
 
-    Qwen3's template keeps reasoning over calls and responses, and drops it once the next question is asked: a row that
-    held both would show an earlier answer a history that it did not have.
+    Qwen3's template keeps it over calls and responses, and drops it once the next question is asked: a row that held
+    both would show an earlier answer another history.
     """
     asked = max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
     return [replace(m, reasoning=None) if index < asked else m for index, m in enumerate(messages)]
@@ -193,9 +193,7 @@ def _check_rendered(segments: Sequence[tuple], pattern: Pattern, tools: Sequence
         own = "".join(text for _, text, owner in segments if owner == index)
         lacking += [call.name for call in slot.calls if call.name not in own or call.arguments not in own]
     if lacking:
-        raise DataError(
-            f"the chat template has no place for tools: it leaves out {lacking[0]}; use another --text_model"
-        )
+        raise DataError(f"the chat template has no place for tools: it leaves out {lacking[0]}; change --text_model")
 
 
 def end_of_turn_ids(tokenizer, chat_template: str) -> list[int]:

@@ -192,7 +192,7 @@ def test_template_without_a_place_for_tools_refuses_them(name, lacking, frames):
 
 def test_place_for_tools_is_named_where_it_is_missing(frames):
     collator = ConversationCollator(byte_tokenizer(CHATML), frames, audio_token_id=1)
-    with pytest.raises(DataError, match="has no place for tools: it leaves out get_weather; use another --text_model"):
+    with pytest.raises(DataError, match="has no place for tools: it leaves out get_weather; change --text_model"):
         collator.encode(parse())
 
 

@@ -180,9 +180,7 @@ def test_empty_text(run):
     guarantee=REFUSED,
     without=lambda monkeypatch: monkeypatch.setattr(messages, "_split_thought", lambda text, where, faults: ("", text)),
 )
-@pytest.mark.parametrize(
-    "reply", ["low <think>", "<think>low", "A <think> is closed by </think>.", "a</think>b</think>c"]
-)
+@pytest.mark.parametrize("reply", ["<think>low", "A <think> is closed by </think>."])
 def test_think_mark_in_an_answer(run, reply):
     run.refused(run.train(change=says("Pitch?", reply=reply)), "message 2: the answer holds a mark of reasoning")
 
