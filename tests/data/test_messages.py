@@ -210,7 +210,11 @@ TOOL_FAULTS = {
         "outside of blocks of JSON at its end",
     ),
     "user calls": ({}, [{**USER, "tool_calls": [CALL]}], "message 2: `tool_calls` belongs to an assistant's message"),
-    "function_call": ({}, [{**ONE, "function_call": {}}], "message 2: the key `function_call` is not supported"),
+    "function_call": (
+        {},
+        [{**ONE, "function_call": {"name": "a"}}],
+        "message 2: the key `function_call` is not supported",
+    ),
     "empty call": ({}, [{"role": "tool_call", "content": "[]"}], "message 2: no tool call in its `content`"),
     "response of a user": (
         {},
