@@ -40,10 +40,11 @@ def unknown_keys(raw: dict[str, Any], known: Collection[str], where: str) -> tup
     """
     faults, unused = [], []
     for key, value in raw.items():
-        if key in known or value is None:
+        if key in known or value is None or (key in UNSUPPORTED and value in ([], {}, "")):
             continue
+        key = key[:200] if key.isprintable() else ascii(key)[:200]
         if nearest := _nearest(key, tuple(name for name in known if name not in raw)):
-            faults.append(f"{where}: unknown key `{key[:200]}`; did you mean `{nearest}`?")
+            faults.append(f"{where}: unknown key `{key}`; did you mean `{nearest}`?")
         elif key in UNSUPPORTED:
             faults.append(f"{where}: the key `{key}` is not supported: {UNSUPPORTED[key]}")
         else:

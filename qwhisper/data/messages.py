@@ -60,7 +60,8 @@ class Message:
 def parse_messages(raw: Sequence, roots: list[Path], faults: list[str], unused: list[str]) -> list[Message]:
     """One message for each of `raw`; faults and keys that are not used are added to the lists."""
     messages = [_parse_message(item, f"message {n}", roots, faults, unused) for n, item in enumerate(raw, 1)]
-    _check_call_ids(raw, faults)
+    if any(message.role == "tool" for message in messages):
+        _check_call_ids(raw, faults)
     return messages
 
 
@@ -81,6 +82,8 @@ def join_calls(messages: Sequence[Message], raw: Sequence, faults: list[str]) ->
 def parse_learned(raw: dict, where: str, faults: list[str]) -> bool | None:
     """Whether an object is to be learned, by `loss`, `train` and `weight`; None where they say nothing."""
     said = {key: raw[key] for key in LOSS_KEYS if raw.get(key) is not None}
+    if not said:  # of most messages
+        return None
     for key, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             faults.append(f"{where}: `{key}` is {quoted.repr(value)}; it can be true or 1, false or 0, nothing between")
@@ -88,7 +91,7 @@ def parse_learned(raw: dict, where: str, faults: list[str]) -> bool | None:
     if len({bool(value) for value in said.values()}) > 1:
         faults.append(f"{where}: {' and '.join(f'`{key}` {said[key]}' for key in said)} contradict each other")
         return None
-    return next((bool(value) for value in said.values()), None)
+    return bool(next(iter(said.values())))
 
 
 def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str], unused: list[str]) -> Message:

@@ -41,5 +41,10 @@ def test_instruction_of_another_framework_is_a_fault_that_says_what_to_do(key):
     assert unused == []
 
 
+def test_key_that_holds_a_line_break_stays_on_one_line():
+    assert unknown_keys({"speaker\n": 1}, KNOWN, "message 2") == ([], ["'speaker\\n'"])
+
+
 def test_key_without_a_value_is_absent():
+    assert unknown_keys({"images": [], "objects": {}, "rejected_response": ""}, KNOWN, "message 2") == ([], [])
     assert unknown_keys({"chosen": None, "mesages": None, "speaker": None}, KNOWN, "message 2") == ([], [])
