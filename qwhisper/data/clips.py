@@ -20,10 +20,11 @@ import numbers
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 import numpy as np
@@ -98,13 +99,26 @@ def own_roots() -> list[Path]:
     return [folder, Path(folder.anchor)]
 
 
+def raise_or_warn(faults: list[str], unused: Iterable[str]) -> None:
+    """Report what was found in a person's own call: DataError for faults, a warning for keys that are not used."""
+    if faults:
+        raise DataError("\n".join(faults))
+    if names := ", ".join(sorted(set(unused))):
+        warnings.warn(f"not used: {names}", stacklevel=3)
+
+
+def is_list(value: object) -> TypeGuard[Sequence]:
+    """Whether a value is a list of messages, parts or clips: pandas gives arrays of objects for the lists of a file."""
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object)
+
+
 def parse_content(
     content: object, where: str, roots: list[Path], faults: list[str], unused: list[str], rate: int = SAMPLE_RATE
 ) -> tuple[str | AudioClip, ...]:
     """The parts of a message's content; see `parse_part`."""
     if isinstance(content, str):
         return (content,)
-    if not isinstance(content, list | tuple):
+    if not is_list(content):
         faults.append(f"{where}: `content` must be a text or a list of parts, not {type(content).__name__}")
         return ()
     return tuple(
@@ -157,9 +171,9 @@ def read_own_audio(value: object, where: str, rate: int = SAMPLE_RATE) -> AudioC
     Raises DataError.
     """
     faults: list[str] = []
-    clip = parse_audio(value, where, own_roots(), faults, [], rate)
-    if faults:
-        raise DataError("\n".join(faults))
+    unused: list[str] = []
+    clip = parse_audio(value, where, own_roots(), faults, unused, rate)
+    raise_or_warn(faults, unused)
     return clip
 
 

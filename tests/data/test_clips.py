@@ -259,3 +259,20 @@ def test_a_collator_takes_dicts_with_files_anywhere_and_sets_aside_sound_that_ca
     assert identity == "bad" and "message 1, part 1, `audio`: " in reason and "NaN or Inf" in reason
     with pytest.raises(DataError, match=r"good: message 1, part 1: audio file 'a\.wav' does not exist"):
         collator.encode(record(audio(), "Which?", id="good"))
+
+
+def test_arrays_of_objects_are_lists_as_pandas_gives_them(folder):
+    parts = np.array([audio(end=0.5), {"type": "text", "text": "Which?"}], dtype=object)
+    messages = np.array([{"role": "user", "content": parts}, {"role": "assistant", "content": "One."}], dtype=object)
+    conversation = parse_own({"messages": messages}, "here")
+    assert conversation == parse_own({"messages": [messages[0] | {"content": list(parts)}, messages[1]]}, "here")
+    assert parse_own(record("<audio>?", audios=np.array(["a.wav"], dtype=object)), "here").clips == (
+        AudioClip(str(folder / "a.wav")),
+    )
+
+
+def test_a_persons_own_call_is_warned_of_keys_that_are_not_used(folder):
+    with pytest.warns(UserWarning, match="not used: `speaker` in a part"):
+        parse_own(record(audio(speaker="f1"), "Which?"), "here")
+    with pytest.warns(UserWarning, match="not used: `speaker` in a part"):
+        read_own_audio(audio(speaker="f1"), "clip 1")
