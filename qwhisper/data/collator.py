@@ -75,7 +75,7 @@ class ConversationCollator:
         """
         conversation, events = self._prepare(conversation)
         answers = _learned(conversation.messages)
-        supervised = {k for k in answers if k == answers[-1] or not conversation.messages[k].reasoning}
+        supervised = {k for k in answers if k == answers[-1] or not _has_thought(conversation.messages, k)}
         if len(supervised) < len(answers):
             events.append(f"masked {len(answers) - len(supervised)} of {len(answers)} turns, which have reasoning")
         return self._encode(conversation, supervised, 0, events)
@@ -150,8 +150,6 @@ class ConversationCollator:
     def _encode(self, conversation: Conversation, supervised: set[int], first_own: int, events: list[str]) -> Sample:
         """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
         told = len(events)
-        if conversation.has_tools:
-            conversation = replace(conversation, messages=_as_in_the_history(conversation.messages))
         try:
             row, offset = self._fitting_row(conversation, supervised, events)
         except (BadClipError, NoLabelsError) as error:
@@ -234,15 +232,11 @@ def _answers(messages: Sequence[Message]) -> list[int]:
     return [index for index, message in enumerate(messages) if message.is_answer]
 
 
+def _has_thought(messages: Sequence[Message], answer: int) -> bool:
+    """Whether there is reasoning since the question of this answer, with tool calls between them."""
+    asked = max((index for index in range(answer) if messages[index].role == "user"), default=0)
+    return any(message.reasoning for message in messages[asked : answer + 1])
+
+
 def _learned(messages: Sequence[Message]) -> list[int]:
     return [index for index in _answers(messages) if messages[index].learned]
-
-
-def _as_in_the_history(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Without the reasoning before the last question, which a template drops once that is asked.
-
-    Between a question and its answer, over calls and responses, it is kept; so a row that held both would show an
-    earlier answer a history that it did not have.
-    """
-    asked = max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
-    return tuple(replace(m, reasoning=None) if index < asked else m for index, m in enumerate(messages))

@@ -133,10 +133,12 @@ def render_pieces(
     The pieces before the first one of an assistant turn are exactly those of the generation prompt at that turn.
     Raises DataError where the template refuses the dialogue, drops a message or is not prefix-stable.
     """
+    with_tools = bool(tools) or any(message.tool_calls or message.role == "tool" for message in messages)
+    if with_tools:
+        messages = _without_past_reasoning(messages)
     pattern = tuple(
         Slot(m.role, m.reasoning is not None, bool(m.text.strip()) or not m.tool_calls, m.tool_calls) for m in messages
     )
-    with_tools = bool(tools) or any(slot.calls or slot.role == "tool" for slot in pattern)
     if with_tools:
         _check_typed(tokenizer, pattern, tools)
         # Not from the cache: hardly any other dialogue has the same tools and calls, whose texts are long.
@@ -153,6 +155,16 @@ def render_pieces(
         else:
             pieces += _content_pieces(messages[index].content, index)
     return list(_with_space_in_texts(pieces)) if with_tools else pieces
+
+
+def _without_past_reasoning(messages: Sequence[Message]) -> list[Message]:
+    """Without the reasoning before the last question.
+
+    Qwen3's template keeps reasoning over calls and responses, and drops it once the next question is asked: a row that
+    held both would show an earlier answer a history that it did not have.
+    """
+    asked = max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
+    return [replace(m, reasoning=None) if index < asked else m for index, m in enumerate(messages)]
 
 
 def supports_reasoning(tokenizer, chat_template: str) -> bool:

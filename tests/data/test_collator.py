@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,86 @@ def test_every_answer_follows_exactly_its_generation_prompt(collators, recording
     lengths = [len(load_audio(clip.path)) for clip in conversation.clips]
     assert (sample.input_ids == len(collator.tokenizer)).sum() == sum(map(frames.num_tokens, lengths))
     assert [len(w) for w in sample.windows] == [n for length in lengths for n in frames.window_lengths(length)]
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+@settings(PROPERTY, max_examples=15)
+@given(data=st.data())
+def test_masked_message_is_history_and_nothing_else_changes(collators, recordings, frames, train_on, data):
+    tokenizer = collators["qwen3"].tokenizer
+    collator = ConversationCollator(tokenizer, frames, audio_token_id=len(tokenizer), train_on=train_on)
+    plain = data.draw(dialogues(recordings))
+    masks = data.draw(st.lists(st.booleans(), min_size=len(plain.messages), max_size=len(plain.messages)))
+    messages = [replace(m, learned=learned) for m, learned in zip(plain.messages, masks, strict=True)]
+    learned = [k for k, m in enumerate(messages) if m.role == "assistant" and m.learned]
+    assume(learned)
+    masked = collator.encode(talk(*messages))
+    # The same dialogue where all is learned, up to the last answer that is learned.
+    whole = collator.encode(talk(*plain.messages[: learned[-1] + 1 if train_on != "all" else None]))
+    np.testing.assert_array_equal(masked.input_ids, whole.input_ids)
+    expected = np.full_like(whole.labels, IGNORE)
+    answers = [k for k, m in enumerate(plain.messages[: learned[-1] + 1]) if m.role == "assistant"]
+    spans = dict(zip(answers, collators["qwen3"].encode(plain).answer_spans, strict=False))
+    for k in learned[-1:] if train_on == "last" else learned:
+        expected[slice(*spans[k])] = whole.input_ids[slice(*spans[k])]
+    if train_on == "all":  # where a user's text stands is seen by masking all but it
+        for k in [k for k, m in enumerate(messages) if m.role == "user" and m.learned]:
+            alone = [replace(m, learned=m.role == "assistant" or n == k) for n, m in enumerate(plain.messages)]
+            row = collator.encode(talk(*alone))
+            typed = row.labels.copy()
+            for start, end in row.answer_spans:
+                typed[start:end] = IGNORE
+            expected = np.where(typed != IGNORE, typed, expected)
+    np.testing.assert_array_equal(masked.labels, expected)
+    (row,) = collator.encode_rows(talk(*messages))
+    np.testing.assert_array_equal(row.labels, masked.labels)
+
+
+def test_masked_answer_token_by_token(collators):
+    tokenizer, collator = collators["qwen3"].tokenizer, collators["qwen3"]
+    talked = [user("Say one."), reply("One."), user("Sure?"), reply("Yes."), user("Bye."), reply("Bye.")]
+    for masked, learned in ((1, "Yes.<|im_end|>Bye.<|im_end|>"), (5, "One.<|im_end|>Yes.<|im_end|>")):
+        messages = [replace(m, learned=n != masked) for n, m in enumerate(talked)]
+        sample = collator.encode(talk(*messages))
+        assert sample.targets.tolist() == tokenizer(learned)["input_ids"]
+        assert sample.events == (["left out 2 messages after the last answer"] if masked == 5 else [])
+        assert [tokenizer.decode(sample.input_ids[start:end]) for start, end in sample.answer_spans] == [
+            f"{answer}<|im_end|>" for answer in learned.split("<|im_end|>")[:-1]
+        ]
+    with pytest.raises(NoLabelsError, match=r"t.jsonl:1: every answer is masked, so nothing to learn from"):
+        collator.encode_rows(talk(*(replace(m, learned=False) for m in talked)))
+
+
+def test_masked_answer_with_reasoning_has_no_row(collators):
+    collator = collators["qwen3"]
+    talked = [user("a"), reply("One.", "Hm."), user("b"), reply("Two.", "Ah."), user("c"), reply("Three.")]
+    talked[3] = replace(talked[3], learned=False)
+    texts = [collator.tokenizer.decode(row.targets) for row in collator.encode_rows(talk(*talked))]
+    assert texts == ["<think>\nHm.\n</think>\n\nOne.<|im_end|>", "Three.<|im_end|>"]
+
+
+def test_cut_keeps_to_answers_that_are_learned(collators, frames):
+    tokenizer = collators["qwen3"].tokenizer
+    talked = [
+        user("a"),
+        replace(reply("One."), learned=False),
+        user("b"),
+        reply("Two."),
+        user("c" * 100),
+        reply("Three."),
+    ]
+    whole = collators["qwen3"].encode(talk(*talked))
+
+    def cut(max_length):
+        maker = ConversationCollator(tokenizer, frames, audio_token_id=1, max_length=max_length)
+        row = maker.encode(talk(*talked))
+        return tokenizer.decode(row.targets), row.events
+
+    first = whole.answer_spans[0][1]
+    assert cut(first) == ("Two.<|im_end|>", [f"cut to 2 of 3 turns: {len(whole.input_ids)} > {first} tokens"])
+    # The masked answer alone would fit, but nothing would be learned.
+    learned, (event,) = cut(first - 1)
+    assert learned == "Three.<|im_end|>" and event.startswith("kept the last exchange alone, without the first")
 
 
 @PROPERTY

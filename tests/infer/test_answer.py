@@ -1,6 +1,7 @@
 """`data answer`: what the text model writes where it reads the words, and what a kill costs."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,12 +51,16 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def whole_answers(request, monkeypatch):
-    """The small model never ends its turn: what it says in NEW_TOKENS is taken for whole, but in tests of cut ones."""
+    """The small model never ends its turn: what it says in NEW_TOKENS is taken for whole, but in tests of cut ones.
+
+    Its weights are random, so it also writes marks of reasoning and calls, with which no answer is taken.
+    """
     iterate = module.iterate_answers
 
     def all_whole(*arguments):
         for batch in iterate(*arguments):
-            yield {index: replace(answer, ended=True) for index, answer in batch.items()}
+            texts = {index: re.sub("</?(think|tool_call)>", "+", answer.text) for index, answer in batch.items()}
+            yield {index: replace(answer, ended=True, text=texts[index]) for index, answer in batch.items()}
 
     if "cut" not in request.node.name:
         monkeypatch.setattr(module, "iterate_answers", all_whole)
@@ -231,7 +236,7 @@ def test_nothing_answered_is_exit_code_3(folder, text_model, monkeypatch, capsys
     assert not (folder / "out.jsonl").exists()
     write(path, [question("low"), question("high")])
     monkeypatch.setattr(
-        module, "iterate_answers", lambda *_: iter([{0: Answer("", True), 1: Answer("<think>", False)}])
+        module, "iterate_answers", lambda *_: iter([{0: Answer("", True), 1: Answer("Well</think>low", True)}])
     )
     assert main(told(folder, text_model)) == 3
     said = capsys.readouterr().out

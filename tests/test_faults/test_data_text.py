@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from qwhisper.data import clips, collator, conversation, encode
+from qwhisper.data import clips, collator, conversation, encode, messages, records
 from qwhisper.data.check import check_dataset
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import read_conversations, scan_conversations
@@ -65,7 +65,7 @@ def decode_and_load(line: bytes, encoding: str):
 
 
 def unguarded_json(monkeypatch) -> None:
-    monkeypatch.setattr(conversation, "_record", decode_and_load)
+    monkeypatch.setattr(records, "_record", decode_and_load)
 
 
 @fault("JSON nested a hundred thousand deep", of="data", guarantee=REFUSED, without=unguarded_json)
@@ -89,7 +89,7 @@ def test_lone_surrogate(run):
     "a line of 128 MB",
     of="data",
     guarantee=f"{REFUSED} (16 MB at most); it is never in memory as a whole",
-    without=lambda monkeypatch: monkeypatch.setattr(conversation, "MAX_LINE_BYTES", 2**40),
+    without=lambda monkeypatch: monkeypatch.setattr(records, "MAX_LINE_BYTES", 2**40),
 )
 def test_long_line(tmp_path):
     path = tmp_path / "train.jsonl"
@@ -115,6 +115,17 @@ def test_long_line(tmp_path):
 def test_nan_in_json(run, values):
     outcome = run.train(change=lambda record: record["messages"][0]["content"][0].update(values))
     run.refused(outcome, "must be seconds with 0 <= start < end")
+
+
+@fault(
+    "a key that stands twice in one object",
+    of="data",
+    guarantee=f"{REFUSED} and key: neither value is lost in silence",
+    without=lambda monkeypatch: monkeypatch.setattr(records, "parse_json", json.loads),
+)
+def test_duplicate_key(run):
+    line = b'{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "low"}]}'
+    run.refused(run.train(line=line), "the key 'content' stands twice in one object; keep one")
 
 
 def faulty_lines_dropped(monkeypatch) -> None:
@@ -156,11 +167,43 @@ def test_nul_in_a_path(run):
     of="data",
     guarantee=REFUSED,
     without=lambda monkeypatch: monkeypatch.setattr(
-        conversation, "_parse_answer", lambda message, reasoning, where, faults: message
+        messages, "_parse_answer", lambda message, raw, where, faults: message
     ),
 )
 def test_empty_text(run):
     run.refused(run.train(change=says("Pitch?", reply=" \n\t")), "message 2: the assistant's reply is empty")
+
+
+@fault(
+    "a mark of reasoning in the middle of an answer",
+    of="data",
+    guarantee=REFUSED,
+    without=lambda monkeypatch: monkeypatch.setattr(messages, "_split_thought", lambda text, where, faults: ("", text)),
+)
+@pytest.mark.parametrize(
+    "reply", ["low <think>", "<think>low", "A <think> is closed by </think>.", "a</think>b</think>c"]
+)
+def test_think_mark_in_an_answer(run, reply):
+    run.refused(run.train(change=says("Pitch?", reply=reply)), "message 2: the answer holds a mark of reasoning")
+
+
+def all_learned(monkeypatch) -> None:
+    monkeypatch.setattr(messages, "parse_learned", lambda raw, where, faults: None)
+
+
+@fault(
+    "`loss` false on an answer",
+    of="data",
+    guarantee="the answer is history: none of its tokens is learned",
+    without=all_learned,
+)
+def test_masked_answer(run):
+    def change(record: dict) -> None:
+        record["messages"] += [{"role": "user", "content": "Sure?"}, answer("low")]
+        record["messages"][1]["loss"] = False
+
+    run.right(run.train(change=change))
+    assert run.trained_tokens == broken.ANSWER_TOKENS * broken.COUNT
 
 
 def uncut(monkeypatch) -> None:
@@ -220,7 +263,7 @@ def special_tokens_split(monkeypatch) -> None:
     without=special_tokens_split,
 )
 def test_typed_think(run):
-    typed = says("What is <think>? And <tool_call>?", reply="A mark: <think>, closed by </think>.")
+    typed = says("What is <think>? And <tool_call>?", reply="Marks of reasoning, and of a call.")
     assert control_tokens(typed) == control_tokens(says("x"))
     run.right(run.train(change=typed))
 
@@ -230,7 +273,7 @@ def test_typed_think(run):
     of="data",
     guarantee=REFUSED,
     without=lambda monkeypatch: monkeypatch.setattr(
-        conversation, "_place_audios", lambda messages, audios, roots, faults: messages
+        conversation, "place_audios", lambda messages, audios, roots, faults: messages
     ),
 )
 def test_typed_placeholder(run):
