@@ -37,6 +37,7 @@ from qwhisper.data.waveform import (
     is_array,
     is_base64,
     is_data_url,
+    plain_scalar,
     samples_and_rate,
     sound_of_array,
     sound_of_base64,
@@ -289,6 +290,7 @@ def _parse_stretch(given: dict[str, Any]) -> tuple[float | None, float | None]:
 
 def _seconds(value: object) -> float:
     """A number of Python or numpy as float; NaN, which no comparison is true of, for anything else."""
+    value = plain_scalar(value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return math.nan
     try:
@@ -301,7 +303,7 @@ def _parse_channel(given: dict[str, Any]) -> int | None:
     named = [key for key in CHANNELS if key in given]
     if not named:
         return None
-    value = given[named[-1]]
+    value = plain_scalar(given[named[-1]])
     if len(named) > 1 or not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
         raise ValueError(f"`{named[-1]}` must be one whole number, from 0, not {quoted.repr(value)}")
     return int(value)
