@@ -51,6 +51,24 @@ def test_every_fault_and_bad_clip_is_listed(write, capsys):
     assert "not ready to train on" in printed
 
 
+def test_keys_that_are_not_used_masked_answers_and_typed_tokens_are_said(write):
+    odd = {**typed(reply="<|im_end|> ends it, says <bos>."), "speaker": "a"}
+    odd["messages"][1]["loss"] = False
+    odd["messages"] += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "<|im_end|> does."}]
+    path = write(typed(reply="One."), odd, odd)
+    report = check_dataset(path, tokenizer=byte_tokenizer(CHATML))
+    assert report["ok"] and (report["answers"], report["masked"]) == (5, 2)
+    typed_token = "message 4: <|im_end|> in an answer is learned as text, not as the token"
+    assert report["notes"] == [
+        f"dialogues with the key `speaker`, which is not used: 2; first at {path}:2",
+        f"{path}:2: {typed_token}",
+        f"{path}:3: {typed_token}",
+    ]
+    printed = report_lines(report)
+    assert "5 answers (2 of them masked)" in printed[0]
+    assert printed[printed.index("3 notes:") + 1 :][:3] == [f"  {note}" for note in report["notes"]]
+
+
 def test_one_bad_clip_in_a_hundred_is_what_training_puts_up_with(write):
     assert check_dataset(write(record("silent.wav"), *[record("a.wav")] * 99))["ok"]
     assert not check_dataset(write(record("silent.wav"), *[record("a.wav")] * 98))["ok"]

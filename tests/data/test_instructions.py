@@ -22,6 +22,16 @@ def bare(n: int, **more) -> dict:
     return {"audio": f"{n}.wav", "transcript": f"words {n}", **more}
 
 
+def test_other_keys_of_a_bare_line_stay_where_the_reader_finds_them():
+    record = as_question(bare(1, id="a", speaker="b", channel=1, loss=False, kind="c"), POOL, 0)
+    assert {key: value for key, value in record.items() if key != "messages"} == {
+        "id": "a",
+        "speaker": "b",
+        "loss": False,
+    }
+    assert record["messages"][0]["content"][0] == {"type": "audio", **bare(1), "channel": 1}
+
+
 def instruction_of(record: dict) -> str:
     clip, *texts = record["messages"][0]["content"]
     assert clip["type"] == "audio" and len(texts) <= 1

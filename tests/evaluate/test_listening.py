@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwhisper.data.conversation import AudioClip, Conversation, Message
+from qwhisper.data.tools import ToolCall
 from qwhisper.data.waveform import sound_of_bytes
 from qwhisper.evaluate.listening import Turn, swap_audio, turns_of
 from qwhisper.evaluate.metrics import normalise
@@ -55,6 +56,15 @@ def asked_the_same(turn: Turn, other: Turn) -> bool:
         return [(m.role, m.text.lower(), len(m.clips)) for m in of.history if m.role != "assistant"]
 
     return said(turn) == said(other)
+
+
+def test_masked_answers_and_calls_are_history_and_not_asked_for():
+    call = Message("assistant", ("Let me look.",), tool_calls=(ToolCall("look", "{}"),))
+    wrong = Message("assistant", ("Two.",), learned=False)
+    user, tool, right = Message("user", ("One?",)), Message("tool", ("1",)), Message("assistant", ("One.",))
+    talk = Conversation("a", (user, wrong, user, call, tool, right), "f:1")
+    (turn,) = turns_of([talk])
+    assert turn.index == 5 and turn.history == (user, wrong, user, call, tool)
 
 
 @settings(max_examples=150, deadline=None)

@@ -227,6 +227,26 @@ def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
     assert table.strip() in capsys.readouterr().out
 
 
+def test_command_says_what_it_does_not_use_and_does_not_ask_for(finished_run, tmp_path, capsys):
+    eval_file = write_dialogues(tmp_path / "data", 3, name="eval.jsonl")
+    lines = [json.loads(line) for line in eval_file.read_text().splitlines()]
+    lines[0]["speaker"] = "a"
+    lines[0]["messages"] += lines[0]["messages"]
+    lines[0]["messages"][1] = {**lines[0]["messages"][1], "loss": False}
+    eval_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = tmp_path / "eval.json"
+    flags = ["--no_swap_audio", "--no_ask_text_model", "--max_new_tokens", "1", "--output_json", str(output)]
+    assert cli(["eval", str(finished_run), "--eval_file", str(eval_file), *flags]) == 0
+    said = capsys.readouterr().out
+    assert f"note: dialogues with the key `speaker`, which is not used: 1; first at {eval_file}:1\n" in said
+    result = json.loads(output.read_text())
+    answers = sum(message["role"] == "assistant" for line in lines for message in line["messages"])
+    assert len(result["answers"]) == answers - 1
+    assert "Masked answers (`loss` false), which are history alone: 1." in result["notes"]
+    first = next(message for message in lines[0]["messages"] if message["role"] == "user")
+    assert first == lines[0]["messages"][0] and result["answers"][0]["turn"] == 2
+
+
 @pytest.mark.parametrize("flags", [["--eval_file", "nowhere.jsonl"], ["--text_file", "nowhere.jsonl"]])
 def test_command_names_a_missing_file_before_it_loads(finished_run, tmp_path, capsys, monkeypatch, flags):
     monkeypatch.setattr(run_module, "load_resolved", lambda *_: pytest.fail("a model was loaded"))

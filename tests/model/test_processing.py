@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from qwhisper.data.audio import load_audio
 from qwhisper.data.collator import ConversationCollator, pad_samples
-from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.data.conversation import AudioClip, Message, parse_conversation
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
@@ -115,6 +115,28 @@ def test_a_chat_prompt_equals_the_prompt_that_was_trained_on(joined, clip_file):
     batch = pad_samples([sample], collator.pad_token_id, padding_side="left")
     batch = {name: value.to(model.device) for name, value in batch.items()}
     torch.testing.assert_close(model(**inputs.to(model.device)).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_tools_in_a_chat_prompt_are_those_that_were_trained_on(shared, clip_file):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
+    lengths = {"projector_stack": 4, "max_encoder_frames": 1500, "audio_lead_silence": 0.0, "audio_tail_silence": 0.5}
+    processor = Qwen3AudioProcessor(WhisperFeatureExtractor(), tokenizer, **lengths)
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"where": "there"}}}
+    messages = [
+        {"role": "user", "content": [{"type": "audio", "audio": clip_file}]},
+        {"role": "assistant", "content": "Let me look.", "tool_calls": [call]},
+        {"role": "tool", "content": '{"seen": "nothing."}'},
+    ]
+    inputs = processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=True)
+    collator = ConversationCollator(
+        tokenizer, processor.frames, audio_token_id=processor.audio_token_id, chat_template=processor.chat_template
+    )
+    record = {"messages": [*messages, {"role": "assistant", "content": "Nothing."}], "tools": tools}
+    talk = parse_conversation(record, "here:1", "/", "/")
+    assert inputs[0].tolist() == collator.encode_prompt(talk.messages[:3], tools=talk.tools).input_ids.tolist()
+    row, (_, (start, _)) = collator.encode(talk), collator.encode(talk).answer_spans
+    assert inputs[0].tolist() == row.input_ids[:start].tolist()
 
 
 def test_batches_of_dialogues_and_plain_text_are_rendered(processor, clip_file):

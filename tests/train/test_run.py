@@ -51,6 +51,14 @@ def test_a_run_that_is_too_short_for_a_probe_says_so(arguments, train_file, caps
     assert "no listening probe: it takes 802 steps to pay for one, and this run has 6" in capsys.readouterr().out
 
 
+def test_a_key_that_is_not_used_is_said_before_the_run(arguments, train_file, capsys):
+    data = Path(train_file)
+    data.write_text(data.read_text().replace('{"id"', '{"speaker": "a", "id"'))
+    main(arguments(train_file=str(data), max_steps=1))
+    said = capsys.readouterr().out
+    assert f"note: dialogues with the key `speaker`, which is not used: 12; first at {data}:1\n" in said
+
+
 def test_a_run_in_which_no_sample_could_be_used_is_one_of_bad_data(arguments, tmp_path):
     data = only_spoken(with_bad_clips(tmp_path / "data", range(12)))
     with pytest.raises(DataError, match=r"no sample was trained on in 6 steps; 10 dialogues .*clip.*quarantine\.jsonl"):
