@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwhisper.data.audio import load_audio
+from qwhisper.data.audio import MAX_SECONDS, load_audio
 from qwhisper.data.files import file_fault
 
 # What a fault quotes of a file may be of any length and depth.
@@ -18,8 +18,9 @@ quoted.maxstring = quoted.maxother = 200
 
 @dataclass(frozen=True)
 class AudioClip:
-    """A file or a stretch of one. `path` is absolute; `start` and `end` are seconds; None is the file's own edge.
+    """A file or a stretch of one. `start` and `end` are seconds; None is the file's own edge.
 
+    path: absolute and without a link in it (`os.path.realpath`): one that is there when it is read is refused.
     channel: the one to read, from 0; None reads them all.
     """
 
@@ -30,9 +31,20 @@ class AudioClip:
     channel: int | None = None
 
 
-def load_clip(clip: AudioClip) -> np.ndarray:
-    """The clip's sound as float32 [samples], mono, 16 kHz. Raises BadClipError as `load_audio` does."""
-    return load_audio(clip.path, clip.start, clip.end)
+def load_clip(clip: AudioClip, *, at_most_s: float = MAX_SECONDS, notes: list[str] | None = None) -> np.ndarray:
+    """The clip's sound as float32 [samples], mono, 16 kHz. Raises BadClipError as `load_audio` does.
+
+    Also where its path, which was resolved when it was checked, has a link in it now.
+    """
+    return load_audio(
+        clip.path,
+        clip.start,
+        clip.end,
+        channel=clip.channel,
+        follow_links=False,
+        at_most_s=at_most_s,
+        notes=notes,
+    )
 
 
 def parse_part(part: object, where: str, roots: list[Path], faults: list[str]) -> str | AudioClip:
