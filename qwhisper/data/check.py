@@ -107,6 +107,11 @@ class _Clips:
         faults = [self.bad[clip] for clip in conversation.clips if clip in self.bad]
         return faults + ([self.too_long[conversation.source]] if conversation.source in self.too_long else [])
 
+    def all_notes(self, conversations: Sequence[Conversation]) -> list[str]:
+        """Each note once, where its clip is used first."""
+        first = {clip: conversation.source for conversation in reversed(conversations) for clip in conversation.clips}
+        return [f"{source}: {clip.path}: {note}" for clip, source in first.items() for note in self.notes[clip]]
+
     def spoil(self, conversation: Conversation) -> bool:
         return bool(self.faults(conversation))
 
