@@ -29,7 +29,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from qwhisper.data.audio import load_audio
+from qwhisper.data.audio import MAX_SECONDS, load_audio
 from qwhisper.data.files import file_fault
 from qwhisper.data.keys import unknown_keys
 from qwhisper.data.waveform import (
@@ -68,7 +68,8 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 class AudioClip:
     """A file, or sound in memory, or a stretch of either. `start` and `end` are seconds; None is the sound's own edge.
 
-    path: absolute; "" where `sound` is given. channel: the one to read, from 0; None reads them all.
+    path: absolute and without a link in it (`os.path.realpath`): one that is there when it is read is refused; "" where
+    `sound` is given. channel: the one to read, from 0; None reads them all.
     """
 
     path: str
@@ -83,15 +84,31 @@ class AudioClip:
         """What an error calls it: the path, or where the sound was given, as in "message 1, part 2, `audio`"."""
         return self.path if self.sound is None else self.sound.name
 
+    @property
+    def source(self) -> str | bytes:
+        """What `load_audio` reads it from."""
+        return self.path if self.sound is None else self.sound.data
 
-def load_clip(clip: AudioClip) -> np.ndarray:
-    """The clip's sound as float32 [samples], mono, 16 kHz. Raises BadClipError as `load_audio` does."""
-    if clip.sound is None:
-        return load_audio(clip.path, clip.start, clip.end, channel=clip.channel)
+
+def load_clip(clip: AudioClip, *, at_most_s: float = MAX_SECONDS, notes: list[str] | None = None) -> np.ndarray:
+    """The clip's sound as float32 [samples], mono, 16 kHz. Raises BadClipError as `load_audio` does.
+
+    Also where its path, which was resolved when it was checked, has a link in it now.
+    """
     try:
-        return load_audio(clip.sound.data, clip.start, clip.end, channel=clip.channel)
+        return load_audio(
+            clip.source,
+            clip.start,
+            clip.end,
+            channel=clip.channel,
+            follow_links=False,
+            at_most_s=at_most_s,
+            notes=notes,
+        )
     except BadClipError as error:
-        raise BadClipError(f"{clip.name}: {error}") from error
+        if clip.sound is None:
+            raise
+        raise type(error)(f"{clip.name}: {error}") from error
 
 
 def own_roots() -> list[Path]:
