@@ -174,7 +174,7 @@ def _made_dialogue(scratch: Path) -> Conversation:
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)
     soundfile.write(scratch / "tone.wav", (tone + noise).astype(np.float32), SAMPLE_RATE)
     messages = (
-        Message("user", (AudioClip(str(scratch / "tone.wav")), "What do you hear?")),
+        Message("user", (AudioClip(str((scratch / "tone.wav").resolve())), "What do you hear?")),
         Message("assistant", ("A tone.",)),
     )
     return Conversation("made", messages, "a made dialogue (the training file is not there)")

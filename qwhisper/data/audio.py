@@ -1,5 +1,6 @@
 """Audio files to 16 kHz mono waveforms, and waveforms to the windows that the encoder hears."""
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import soundfile
 
 from qwhisper.data.containers import Layout, find_layout
-from qwhisper.data.decode import Decoder, ffmpeg, find_ffmpeg, sndfile
+from qwhisper.data.decode import Decoder, UnreadableError, ffmpeg, find_ffmpeg, sndfile
 from qwhisper.data.files import FileBytes, opened
 from qwhisper.data.mono import Mono
 from qwhisper.errors import BadClipError
@@ -24,6 +25,7 @@ SAMPLE_RATES = (1_000, 768_000)
 MAX_SAMPLES = 2**33  # of all channels together; an hour of 8 channels at 192 kHz has 5.5e9
 
 BLOCK_SAMPLES = 2**20  # an hour of 48 kHz stereo is 1.4 GB as float32; read in blocks it never exists as a whole
+SMALL_BLOCK = 2**12  # frames, to find where a damaged file stops
 SILENCE_PEAK = 1e-4  # below this no sample differs from dither
 LOUDEST_PEAK = 100.0  # 40 dB above full scale: no sound, but integers stored as floats, or broken
 MISSING_SECONDS = 0.1  # the padding of a decoder and the rounding of a list of stretches; more is speech that is lost
@@ -93,6 +95,10 @@ def clip_windows(waveform: np.ndarray, frames: FrameArithmetic) -> list[np.ndarr
     return windows
 
 
+class DamagedError(BadClipError):
+    """A known format whose bytes are damaged, or stop."""
+
+
 class TooLongError(BadClipError):
     """More sound than may be read, by a header's claim or while it is decoded."""
 
@@ -123,7 +129,8 @@ def _faults_named(name: str) -> Iterator[None]:
     except BadClipError:
         raise
     except MemoryError as error:
-        raise BadClipError(f"{name}: MemoryError, too little memory to read it; give `start` and `end`") from error
+        what = f"{type(error).__name__}: {error}"
+        raise BadClipError(f"{name}: out of memory while it was read ({what}); give `start` and `end`") from error
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise BadClipError(f"{name}: unreadable audio ({what}); convert it to WAV or FLAC, or leave it out") from error
@@ -135,18 +142,53 @@ _Opened = tuple[Decoder, str | None]
 
 def _load(source: str | Path | bytes, wanted: _Wanted, follow_links: bool) -> tuple[np.ndarray, list[str]]:
     with opened(source, follow_links=follow_links) as descriptor:
-        layout = find_layout(FileBytes(descriptor), wanted.end)
+        data = FileBytes(descriptor)
+        if data.size == 0:
+            raise wanted.fault("empty, no byte in it; leave it out")
+        layout = find_layout(data, wanted.end)
         try:
             return _read_mono(lambda: _sndfile_streams(descriptor, layout), wanted, layout.notes)
         except soundfile.LibsndfileError as error:
-            reason = error.error_string.rstrip(".")
-            if (program := find_ffmpeg()) is None:
-                raise wanted.fault(
-                    f"unreadable audio (libsndfile: {reason}); FFmpeg, which may read it, is not there: install the "
-                    "program `ffmpeg` or `pip install imageio-ffmpeg`, or convert the file to WAV or FLAC"
-                ) from error
-            notes: list[str] = []
-            return _read_mono(lambda: _ffmpeg_streams(program, descriptor, wanted.name, notes), wanted, notes)
+            fault = _libsndfile_fault(error, descriptor, layout, wanted)
+        if (program := find_ffmpeg()) is None:
+            raise fault
+        notes = list(layout.notes)
+        try:
+            return _read_mono(lambda: _ffmpeg_streams(program, descriptor, wanted.name, layout, notes), wanted, notes)
+        except UnreadableError as error:
+            raise (fault if isinstance(fault, DamagedError) else error) from None
+
+
+def _libsndfile_fault(
+    error: soundfile.LibsndfileError, descriptor: int, layout: Layout, wanted: _Wanted
+) -> BadClipError:
+    """What to say if nothing else can read it: whether the format is unknown, or where the sound is damaged."""
+    reason = error.error_string.rstrip(".")
+    try:
+        ends, claimed = _stops_at(descriptor, layout)
+    except soundfile.LibsndfileError:
+        return BadClipError(
+            f"{wanted.name}: unreadable audio (libsndfile: {reason}); FFmpeg, which may read it, is not there: install "
+            "the program `ffmpeg` or `pip install imageio-ffmpeg`, or convert the file to WAV or FLAC"
+        )
+    claim = "without a length in its header" if claimed is None else f"and its header claims {claimed:.3f} s"
+    return DamagedError(
+        f"{wanted.name}: unreadable audio (libsndfile: {reason}): damaged or cut short, the sound ends at about "
+        f"{ends:.1f} s, {claim}; copy it again, or set `end`"
+    )
+
+
+def _stops_at(descriptor: int, layout: Layout) -> tuple[float, float | None]:
+    """How many seconds can be decoded, and how many headers claim. Raises LibsndfileError where it can't be opened."""
+    seconds, claimed = 0.0, 0.0
+    for decoder, _ in _sndfile_streams(descriptor, layout):
+        claimed += math.inf if decoder.num_frames is None else decoder.num_frames / decoder.rate
+        try:
+            while len(block := decoder.read(SMALL_BLOCK)):
+                seconds += len(block) / decoder.rate
+        except soundfile.LibsndfileError:
+            break
+    return seconds, None if claimed == math.inf else claimed
 
 
 def _sndfile_streams(descriptor: int, layout: Layout) -> Generator[_Opened]:
@@ -155,10 +197,10 @@ def _sndfile_streams(descriptor: int, layout: Layout) -> Generator[_Opened]:
             yield decoder, stream.lost
 
 
-def _ffmpeg_streams(program: str, descriptor: int, name: str, notes: list[str]) -> Generator[_Opened]:
+def _ffmpeg_streams(program: str, descriptor: int, name: str, layout: Layout, notes: list[str]) -> Generator[_Opened]:
     with ffmpeg(program, descriptor, name) as decoder:
-        notes[:] = decoder.notes()
-        yield decoder, None
+        notes[:] = [*layout.notes, *decoder.notes()]
+        yield decoder, layout.streams[-1].lost
 
 
 def _read_mono(
@@ -169,6 +211,8 @@ def _read_mono(
         mix = _read(streams(), wanted, loudest)
         notes = [*notes, f"its channels cancel each other in their mean: channel {loudest} alone is read"]
     waveform = mix.finish()
+    if len(waveform) == 0:
+        raise wanted.fault(f"empty {wanted.stretch}; leave it out")
     _check_audible(waveform, wanted)
     return waveform, notes
 
@@ -194,10 +238,7 @@ def _read(streams: Generator[_Opened], wanted: _Wanted, channel: int | None) -> 
         raise wanted.fault("empty, no samples in it; leave it out")
     if mono.num_frames == 0 and wanted.start >= seconds:
         raise wanted.fault(f"nothing {wanted.stretch}, the file ends at {seconds:.3f} s")
-    if wanted.end is not None and wanted.end - seconds > MISSING_SECONDS:
-        raise _cut_short(wanted, seconds, wanted.end)
-    if mono.num_frames == 0:
-        raise wanted.fault(f"empty {wanted.stretch}; leave it out")
+    _check_end(wanted, seconds)
     return mono
 
 
@@ -265,6 +306,11 @@ def _check_complete(decoder: Decoder, wanted: _Wanted, position: int, ends: floa
         )
 
 
+def _check_end(wanted: _Wanted, ends: float) -> None:
+    if wanted.end is not None and wanted.end - ends > MISSING_SECONDS:
+        raise _cut_short(wanted, ends, wanted.end)
+
+
 def _cut_short(wanted: _Wanted, ends: float, should_end: float) -> BadClipError:
     return wanted.fault(
         f"cut short, the sound ends at {ends:.3f} s and should go on to {should_end:.3f} s; copy it again, or correct "
@@ -273,6 +319,6 @@ def _cut_short(wanted: _Wanted, ends: float, should_end: float) -> BadClipError:
 
 
 def _check_audible(waveform: np.ndarray, wanted: _Wanted) -> None:
-    peak = (float(waveform.max(initial=0.0)) - float(waveform.min(initial=0.0))) / 2  # a constant offset is no sound
+    peak = (float(waveform.max()) - float(waveform.min())) / 2  # a constant offset is no sound
     if peak < SILENCE_PEAK:
         raise wanted.fault(f"silent (peak {peak:.1e}) {wanted.stretch}; check the recording")

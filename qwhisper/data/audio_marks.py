@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qwhisper.data.clips import AudioClip, parse_audio
+from qwhisper.data.clips import AudioClip, is_list, parse_audio
 from qwhisper.data.messages import Message
 
 FILLED = "<audio>"  # what ms-swift's and LLaMA-Factory's `audios` go into
@@ -60,7 +60,7 @@ def _fill(
     messages: Sequence[Message], audios: object, roots: list[Path], faults: list[str], unused: list[str]
 ) -> Sequence[Message]:
     audios = [audios] if isinstance(audios, str) else audios
-    if not isinstance(audios, list | tuple):
+    if not is_list(audios):
         faults.append(f"`audios` must be a list of file names, not {type(audios).__name__}")
         return messages
     marks = sum(message.text.count(FILLED) for message in messages if message.role in ("system", "user"))

@@ -1,13 +1,17 @@
 """`qwhisper data check FILE`: every fault of a data set in one pass, before a run would meet the first of them."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwhisper.data.clips import load_clip
+from qwhisper.data.audio import TooLongError
+from qwhisper.data.clips import AudioClip, load_clip
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import Conversation, scan_conversations, unused_notes
+from qwhisper.data.dialogue_audio import MAX_DIALOGUE_SECONDS, check_dialogue_seconds, claimed_by_headers
 from qwhisper.data.faults import grouped
 from qwhisper.data.template import listening_template
 from qwhisper.data.text_tokens import typed_tokens
@@ -44,27 +48,28 @@ def check_dataset(
     """Structure of every line, every clip decoded; with a tokenizer also every dialogue's labels and length.
 
     Returns counts (`masked`: answers that are not learned), `faults` (sentences with file and line), `bad_clips` (the
-    same), `notes` (what is not used, or perhaps not meant), and `ok`: no fault, and at most 1 %
+    same; of dialogues with too much audio, too), `notes` (what is not used, or perhaps not meant, and how a clip was
+    read, where a user should know), and `ok`: no fault, and at most 1 %
     of the dialogues lost to bad clips or without labels. With a tokenizer also `template`, `tokens` and `answer_tokens`
     (least, median, most), `cuts` and `without_labels` (sentences). Raises DataError only if there is no such file,
     or it is no JSONL file at all.
     """
     conversations, faults = scan_conversations(path, data_root=data_root)
-    seconds, bad = _decode_clips(conversations)
-    lost = sum(any(clip in bad for clip in conversation.clips) for conversation in conversations)
+    clips = _decode_clips(conversations)
+    lost = sum(clips.spoil(conversation) for conversation in conversations)
     report: dict[str, Any] = {
         "file": str(path),
         "dialogues": len(conversations),
         "answers": sum(m.role == "assistant" for c in conversations for m in c.messages),
         "masked": sum(m.is_answer and not m.learned for c in conversations for m in c.messages),
         "clips": sum(len(c.clips) for c in conversations),
-        "audio_seconds": round(seconds, 3),
+        "audio_seconds": round(sum(clips.seconds.values()), 3),
         "faults": faults,
-        "bad_clips": [f"{c.source}: {bad[clip]}" for c in conversations for clip in c.clips if clip in bad],
-        "notes": unused_notes(conversations),
+        "bad_clips": [f"{c.source}: {fault}" for c in conversations for fault in clips.faults(c)],
+        "notes": unused_notes(conversations) + clips.all_notes(conversations),
     }
     if tokenizer is not None:
-        sound = [c for c in conversations if not any(clip in bad for clip in c.clips)]
+        sound = [c for c in conversations if not clips.spoil(c)]
         labels = _check_labels(sound, tokenizer, frames or FrameArithmetic(), max_length)
         lost += len(labels["without_labels"])
         report |= labels
@@ -94,17 +99,50 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _decode_clips(conversations: Sequence[Conversation]) -> tuple[float, dict]:
-    """Seconds of sound, and of each clip that can't be used the reason; a clip used twice is decoded once."""
-    seconds: dict = {}
-    bad: dict = {}
-    for clip in (clip for conversation in conversations for clip in conversation.clips):
-        if clip not in seconds and clip not in bad:
-            try:
-                seconds[clip] = len(load_clip(clip)) / SAMPLE_RATE
-            except BadClipError as error:
-                bad[clip] = str(error)
-    return sum(seconds.values()), bad
+@dataclass
+class _Clips:
+    """Of each clip its seconds or why it can't be used, and what to know of how it was read; dialogues too long."""
+
+    seconds: dict[AudioClip, float] = field(default_factory=dict)
+    bad: dict[AudioClip, str] = field(default_factory=dict)
+    notes: dict[AudioClip, list[str]] = field(default_factory=lambda: defaultdict(list))
+    too_long: dict[str, str] = field(default_factory=dict)  # by the dialogue's source
+
+    def faults(self, conversation: Conversation) -> list[str]:
+        faults = [self.bad[clip] for clip in conversation.clips if clip in self.bad]
+        return faults + ([self.too_long[conversation.source]] if conversation.source in self.too_long else [])
+
+    def all_notes(self, conversations: Sequence[Conversation]) -> list[str]:
+        """Each note once, where its clip is used first."""
+        first = {clip: conversation.source for conversation in reversed(conversations) for clip in conversation.clips}
+        return [f"{source}: {clip.name}: {note}" for clip, source in first.items() for note in self.notes[clip]]
+
+    def spoil(self, conversation: Conversation) -> bool:
+        return bool(self.faults(conversation))
+
+
+def _decode_clips(conversations: Sequence[Conversation]) -> _Clips:
+    """Decode every clip once; none of a dialogue whose headers claim too much."""
+    clips = _Clips()
+    for conversation in conversations:
+        try:
+            claimed_by_headers(conversation.clips)
+            for clip in conversation.clips:
+                if clip not in clips.seconds and clip not in clips.bad:
+                    _decode_clip(clip, clips)
+            check_dialogue_seconds([clips.seconds.get(clip, 0.0) for clip in conversation.clips])
+        except TooLongError as error:
+            clips.too_long[conversation.source] = str(error)
+    return clips
+
+
+def _decode_clip(clip: AudioClip, clips: _Clips) -> None:
+    try:
+        clips.seconds[clip] = (
+            len(load_clip(clip, at_most_s=MAX_DIALOGUE_SECONDS, notes=clips.notes[clip])) / SAMPLE_RATE
+        )
+    except BadClipError as error:
+        clips.bad[clip] = str(error)
 
 
 def _check_labels(

@@ -20,15 +20,16 @@ import numbers
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 import numpy as np
 
-from qwhisper.data.audio import load_audio
+from qwhisper.data.audio import MAX_SECONDS, load_audio
 from qwhisper.data.files import file_fault
 from qwhisper.data.keys import unknown_keys
 from qwhisper.data.waveform import (
@@ -36,6 +37,7 @@ from qwhisper.data.waveform import (
     is_array,
     is_base64,
     is_data_url,
+    plain_scalar,
     samples_and_rate,
     sound_of_array,
     sound_of_base64,
@@ -66,7 +68,8 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 class AudioClip:
     """A file, or sound in memory, or a stretch of either. `start` and `end` are seconds; None is the sound's own edge.
 
-    path: absolute; "" where `sound` is given. channel: the one to read, from 0; None reads them all.
+    path: absolute and without a link in it (`os.path.realpath`): one that is there when it is read is refused; "" where
+    `sound` is given. channel: the one to read, from 0; None reads them all.
     """
 
     path: str
@@ -81,15 +84,31 @@ class AudioClip:
         """What an error calls it: the path, or where the sound was given, as in "message 1, part 2, `audio`"."""
         return self.path if self.sound is None else self.sound.name
 
+    @property
+    def source(self) -> str | bytes:
+        """What `load_audio` reads it from."""
+        return self.path if self.sound is None else self.sound.data
 
-def load_clip(clip: AudioClip) -> np.ndarray:
-    """The clip's sound as float32 [samples], mono, 16 kHz. Raises BadClipError as `load_audio` does."""
-    if clip.sound is None:
-        return load_audio(clip.path, clip.start, clip.end, channel=clip.channel)
+
+def load_clip(clip: AudioClip, *, at_most_s: float = MAX_SECONDS, notes: list[str] | None = None) -> np.ndarray:
+    """The clip's sound as float32 [samples], mono, 16 kHz. Raises BadClipError as `load_audio` does.
+
+    Also where its path, which was resolved when it was checked, has a link in it now.
+    """
     try:
-        return load_audio(clip.sound.data, clip.start, clip.end, channel=clip.channel)
+        return load_audio(
+            clip.source,
+            clip.start,
+            clip.end,
+            channel=clip.channel,
+            follow_links=False,
+            at_most_s=at_most_s,
+            notes=notes,
+        )
     except BadClipError as error:
-        raise BadClipError(f"{clip.name}: {error}") from error
+        if clip.sound is None:
+            raise
+        raise type(error)(f"{clip.name}: {error}") from error
 
 
 def own_roots() -> list[Path]:
@@ -98,13 +117,26 @@ def own_roots() -> list[Path]:
     return [folder, Path(folder.anchor)]
 
 
+def raise_or_warn(faults: list[str], unused: Iterable[str]) -> None:
+    """Report what was found in a person's own call: DataError for faults, a warning for keys that are not used."""
+    if faults:
+        raise DataError("\n".join(faults))
+    if names := ", ".join(sorted(set(unused))):
+        warnings.warn(f"not used: {names}", stacklevel=3)
+
+
+def is_list(value: object) -> TypeGuard[Sequence]:
+    """Whether a value is a list of messages, parts or clips: pandas gives arrays of objects for the lists of a file."""
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object)
+
+
 def parse_content(
     content: object, where: str, roots: list[Path], faults: list[str], unused: list[str], rate: int = SAMPLE_RATE
 ) -> tuple[str | AudioClip, ...]:
     """The parts of a message's content; see `parse_part`."""
     if isinstance(content, str):
         return (content,)
-    if not isinstance(content, list | tuple):
+    if not is_list(content):
         faults.append(f"{where}: `content` must be a text or a list of parts, not {type(content).__name__}")
         return ()
     return tuple(
@@ -157,9 +189,9 @@ def read_own_audio(value: object, where: str, rate: int = SAMPLE_RATE) -> AudioC
     Raises DataError.
     """
     faults: list[str] = []
-    clip = parse_audio(value, where, own_roots(), faults, [], rate)
-    if faults:
-        raise DataError("\n".join(faults))
+    unused: list[str] = []
+    clip = parse_audio(value, where, own_roots(), faults, unused, rate)
+    raise_or_warn(faults, unused)
     return clip
 
 
@@ -265,16 +297,21 @@ def _parse_stretch(given: dict[str, Any]) -> tuple[float | None, float | None]:
     names = pairs[0]
     first, second = (None if given.get(name) is None else _seconds(given[name]) for name in names)
     start, by_length = first or 0.0, names == ("offset", "duration")
-    end = math.inf if second is None else start + second if by_length else second
-    if not 0 <= start < end or second == math.inf:
+    end = None if second is None else start + second if by_length else second
+    if not _is_stretch(start, end):
         stretch = " and ".join(f"{name} {quoted.repr(given.get(name))}" for name in names)
         rule = "0 <= offset and 0 < duration" if by_length else f"0 <= {names[0]} < {names[1]}"
         raise ValueError(f"{stretch} must be seconds with {rule}")
-    return first, None if second is None else end
+    return first, end
+
+
+def _is_stretch(start: float, end: float | None) -> bool:
+    return 0 <= start < (math.inf if end is None else end) and end != math.inf
 
 
 def _seconds(value: object) -> float:
     """A number of Python or numpy as float; NaN, which no comparison is true of, for anything else."""
+    value = plain_scalar(value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return math.nan
     try:
@@ -287,7 +324,7 @@ def _parse_channel(given: dict[str, Any]) -> int | None:
     named = [key for key in CHANNELS if key in given]
     if not named:
         return None
-    value = given[named[-1]]
+    value = plain_scalar(given[named[-1]])
     if len(named) > 1 or not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
         raise ValueError(f"`{named[-1]}` must be one whole number, from 0, not {quoted.repr(value)}")
     return int(value)

@@ -65,7 +65,7 @@ class ConversationCollator:
         self.teach = teach
         self.rejected: list[tuple[str, str]] = []
         self.pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        self._encoder = PartEncoder(tokenizer, frames, audio_token_id, chat_template)
+        self._encoder = PartEncoder(tokenizer, frames, audio_token_id, chat_template, max_length)
         self._keeps_reasoning = supports_reasoning(tokenizer, chat_template)
 
     def encode(self, conversation: Conversation | dict) -> Sample:
@@ -156,6 +156,11 @@ class ConversationCollator:
             raise type(error)(f"{conversation.source}: {error}") from error
         except DataError as error:
             raise DataError(f"{conversation.source}: {error}") from error
+        except MemoryError as error:
+            raise BadClipError(
+                f"{conversation.source}: out of memory while it was read, with {len(conversation.clips)} clips; divide "
+                "it, or choose stretches with `start` and `end`"
+            ) from error
         spans = {index + offset: span for index, span in row.answers.items() if index + offset in supervised}
         if self.train_on == "last":
             spans = dict(sorted(spans.items())[-1:])
@@ -168,7 +173,9 @@ class ConversationCollator:
             labels[start:end] = ids[start:end]
         labels[:1] = IGNORE
         windows = [window for _, window in row.windows]
-        sample = Sample(conversation.id, conversation.source, ids, labels, windows, sorted(spans.values()), events)
+        sample = Sample(
+            conversation.id, conversation.source, ids, labels, windows, sorted(spans.values()), events, row.notes
+        )
         if self.teach:
             sample.teacher = self._in_words(conversation, supervised, first_own, sample, cut=len(events) > told)
         return self._with_labels(sample)

@@ -18,6 +18,7 @@ _UNKNOWN = [(2_000_000_000, 2_000_065_536), (0x7F000000, 0x7F010000), (0x7FFF000
 _MPEG_IN_WAV = (0x50, 0x55)  # format tags
 _SOUND = {"<": b"data", ">": b"SSND"}  # the chunk of sound in RIFF and in AIFF
 _MAX_RIFF = 2**32 - 2**16
+_LONG_S = 0.1  # what is missing or left over may be a decoder's padding up to here
 _FEW_BYTES = 800  # 0.1 s of telephone sound
 
 
@@ -26,13 +27,15 @@ class Stream:
     """Sound that one decoder can read: `pieces` of the file, None for the whole file.
 
     seeks: a seek lands on the sample that a full decode has there. lost: why sound behind its end is missing, or None.
-    num_frames: how many frames it has, where the container tells and the decoder might not.
+    num_frames: how many frames it has, where the container tells and the decoder might not. skip: frames that the
+    decoder gives before the first.
     """
 
     pieces: list[Piece] | None = None
     seeks: bool = True
     lost: str | None = None
     num_frames: int | None = None
+    skip: int = 0
 
 
 @dataclass
@@ -49,6 +52,12 @@ def find_layout(data: FileBytes, end: float | None = None) -> Layout:
     magic = data.get(start, 12)
     if magic[:4] in (b"RIFF", b"RIFX", b"RF64") and magic[8:12] == b"WAVE":
         return _riff_layout(data, start)
+    if magic[:4] == b"RIFF":  # AVI and others, which FFmpeg reads
+        size = struct.unpack("<I", magic[4:8])[0]
+        cut = start + 8 + size > data.size and not is_unknown(size)
+        return Layout(
+            [Stream(lost=f"cut short, its header claims {size} bytes, {data.size} are there" if cut else None)]
+        )
     if magic[:4] == b"FORM" and magic[8:12] in (b"AIFF", b"AIFC"):
         return Layout([_aiff_stream(data, start)])
     if magic[:4] == b".snd":
@@ -68,28 +77,25 @@ def is_unknown(claimed: int) -> bool:
 
 def _of_mpeg(found: MpegLayout) -> Layout:
     layout = Layout()
-    for stream in found.streams:
-        pieces, claimed_more = stream.with_count()
-        layout.streams.append(Stream(pieces, False, _missing_in_mpeg(stream, claimed_more), _mpeg_frames(stream)))
+    for part in found.streams:
+        pieces, skip = part.with_count()
+        # An encoder's header has the delay that a decoder leaves out; without one, every sample counts.
+        num_frames = part.num_frames * part.frame.samples if part.claimed_frames is None else None
+        layout.streams.append(Stream(pieces, False, _missing_in_mpeg(part), num_frames, skip))
     if found.skipped:
         layout.notes.append(f"skipped {found.skipped} bytes that are neither MPEG frames nor tags")
     return layout
 
 
-def _mpeg_frames(stream: MpegStream) -> int | None:
-    """A stream without an encoder's header has no delay that a decoder would leave out."""
-    return None if stream.info is not None else stream.num_frames * stream.frame.samples
-
-
-def _missing_in_mpeg(stream: MpegStream, claimed_more: int | None) -> str | None:
-    hertz = stream.frame.kind[2]
-    if claimed_more and claimed_more * stream.frame.samples > hertz / 10:
+def _missing_in_mpeg(part: MpegStream) -> str | None:
+    claimed, seconds = part.claimed_frames, part.frame.samples / part.frame.kind[2]
+    if claimed is not None and (claimed - part.num_frames) * seconds > _LONG_S:
         return (
-            f"its header claims {stream.num_frames + claimed_more} frames ("
-            f"{(stream.num_frames + claimed_more) * stream.frame.samples / hertz:.3f} s), {stream.num_frames} are there"
+            f"cut short, its header claims {claimed} frames ({claimed * seconds:.3f} s) and {part.num_frames} "
+            f"({part.num_frames * seconds:.3f} s) are there"
         )
-    if stream.missing and claimed_more is None:
-        return f"its last frame lacks {stream.missing} of {stream.frame.length} bytes"
+    if part.missing and (claimed is None or claimed > part.num_frames):
+        return f"cut short, its last frame lacks {part.missing} of {part.frame.length} bytes"
     return None
 
 
@@ -154,13 +160,15 @@ def _riff_stream(data: FileBytes, start: int, layout: Layout) -> tuple[Stream | 
     if tag in _MPEG_IN_WAV and (found := mpeg_layout(data, chunk.start, stop)) is not None and found.streams:
         part = _of_mpeg(found)
         if claimed > there and not rewritten:
-            lost = f"its header claims {claimed} bytes of sound, {there} are there"
+            lost = f"cut short, its header claims {claimed} bytes of sound, {there} are there"
         part.streams[-1].lost = part.streams[-1].lost or lost
         layout.streams += part.streams
         layout.notes += part.notes
         return None, following
     if rewritten:
         return Stream(_rewritten(start, chunk, stop, order), lost=lost), following
+    if lost is not None:  # libsndfile refuses what follows in some files, whose beginning can be read
+        return Stream([(start, stop)], lost=lost), following
     whole = start == 0 and following is None
     return Stream(None if whole else [(start, data.size if following is None else following)], lost=lost), following
 
@@ -238,9 +246,9 @@ def _ogg_layout(data: FileBytes) -> Layout:
         whole = len(links) == 1 and not skipped
         stream = Stream(None if whole else [(link.start, link.stop)])
         if link is links[-1] and cut:
-            stream.lost = f"its last page lacks {cut} bytes"
+            stream.lost = f"cut short, its last page lacks {cut} bytes"
         elif link.continued and not all(link.ended.values()):
-            stream.lost = "its last page ends within a packet"
+            stream.lost = "cut short, its last page ends within a packet"
         elif not all(link.ended.values()):
             layout.notes.append("nothing marks the end of its Ogg stream, as where a recorder was stopped")
         layout.streams.append(stream)
@@ -287,14 +295,16 @@ def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
         return Layout([Stream()])
     layout = Layout()
     while True:
-        behind = _flac_frames(data, start)
-        found = [at for what in _FLAC_BEGINNINGS if (at := data.find(what, behind, data.size)) >= 0]
+        sound = _behind_flac_metadata(data, start)
+        found = [at for what in _FLAC_BEGINNINGS if (at := data.find(what, sound, data.size)) >= 0]
         stop = min(found, default=data.size)
-        if stop == data.size and data.get(max(start, stop - 128), 3) == b"TAG":
+        if not found and data.get(max(sound, stop - 128), 3) == b"TAG":
             stop -= 128
         num_frames = _flac_claim(data, start)[1]
-        whole = start == 0 and stop == data.size
-        layout.streams.append(Stream(None if whole else [(start, stop)], seeks=num_frames > 0))
+        # With an unknown length in its header, libFLAC decodes to the end whatever was claimed.
+        unknown = bytes((data.get(start + 21, 1)[0] & 0xF0, 0, 0, 0, 0))
+        pieces: list[Piece] = [(start, start + 21), unknown, (start + 26, stop)]
+        layout.streams.append(Stream(pieces, False, num_frames=num_frames or None))
         if not found:
             return layout
         start = stop
@@ -306,7 +316,7 @@ def _flac_claim(data: FileBytes, start: int) -> tuple[int, int]:
     return info >> 44, info & (1 << 36) - 1
 
 
-def _flac_frames(data: FileBytes, start: int) -> int:
+def _behind_flac_metadata(data: FileBytes, start: int) -> int:
     """Where the sound begins, behind the metadata, which may hold anything (a picture, another file)."""
     at = start + 4
     while at + 4 <= data.size:

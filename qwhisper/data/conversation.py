@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwhisper.data.audio_marks import place_audios
-from qwhisper.data.clips import AudioClip, own_roots, quoted
+from qwhisper.data.clips import AudioClip, is_list, own_roots, quoted, raise_or_warn
 from qwhisper.data.faults import grouped
 from qwhisper.data.files import file_fault
 from qwhisper.data.keys import unknown_keys
@@ -148,10 +148,12 @@ def parse_conversation(
 def parse_own(record: dict, source: str, *, answered: bool = True) -> Conversation:
     """One record that a person's own call gives: relative paths start in the current folder, and any file may be read.
 
-    Raises DataError.
+    Raises DataError, and warns of keys that are not used.
     """
     folder, everywhere = own_roots()
-    return parse_conversation(record, source, folder, everywhere, answered=answered)
+    conversation = parse_conversation(record, source, folder, everywhere, answered=answered)
+    raise_or_warn([], conversation.unused)
+    return conversation
 
 
 def as_messages(messages: Sequence[Message | dict]) -> Sequence[Message]:
@@ -223,11 +225,11 @@ def _parse(
     faults, others = unknown_keys(record, KNOWN, "the dialogue")
     unused = [f"`{key}`" for key in others]
     raw = record.get("messages")
-    if not isinstance(raw, list | tuple):
+    if not is_list(raw):
         return None, faults or [
             "no `messages` list: the canonical form is {'messages': [{'role': …, 'content': …}, …]}"
         ]
-    if not raw:
+    if len(raw) == 0:
         return None, [*faults, "the dialogue is empty: `messages` has no entry"]
     roots = [root] if data_root is None else [root, Path(data_root)]
     if parse_learned(record, "the dialogue", faults) is False:

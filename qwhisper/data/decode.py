@@ -35,6 +35,11 @@ FFMPEG_SECONDS = 900  # of processor time, for the longest file
 STALLED_SECONDS = 60  # without a byte
 FFMPEG_MEMORY = 4 * 2**30
 LOG_BYTES = 2**16
+ERROR = re.compile(r"(?!\[(?:mjpeg|png|h264|hevc|av1|vp[89]|swscaler) )(?:\[[^]]* @ [^]]*\] )?\[(?:error|fatal)\]")
+
+
+class UnreadableError(BadClipError):
+    """FFmpeg can't read it."""
 
 
 class Decoder(Protocol):
@@ -71,12 +76,23 @@ class SndfileDecoder:
         self.rate, self.channels = self._file.samplerate, self._file.channels
         self.num_frames = self._claimed_frames(stream)
         self.seeks = stream.seeks and super(_InOrder, self._file).seekable() and self._file.frames < UNKNOWN_FRAMES
+        self._position = 0
+        self._file.read(stream.skip)
 
     def read(self, num_frames: int) -> np.ndarray:
-        return self._file.read(num_frames, dtype="float32", always_2d=True)
+        left = 0 if self.num_frames is None else self.num_frames - self._position
+        try:
+            block = self._file.read(min(num_frames, left) if left > 0 else num_frames, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError:
+            if self.num_frames is None or left > 0:
+                raise
+            return np.empty((0, self.channels), dtype=np.float32)  # what follows the sound is none
+        self._position += len(block)
+        return block
 
     def seek(self, frame: int) -> int:
-        return self._file.seek(min(frame, self._file.frames))
+        self._position = self._file.seek(min(frame, self._file.frames))
+        return self._position
 
     def close(self) -> None:
         self._file.close()
@@ -116,7 +132,7 @@ def find_ffmpeg() -> str | None:
 class FfmpegDecoder:
     """The first audio track of a file through `ffmpeg`, as an AU stream: 24 bytes of header, then float32.
 
-    Raises BadClipError where it reports an error, stops early or takes too long.
+    Raises UnreadableError where it reports an error, stops early or takes too long.
     """
 
     num_frames: int | None = None
@@ -213,11 +229,11 @@ class FfmpegDecoder:
         self._fill(len(self._pending) + 1)  # the rest of the log
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STALLED_SECONDS)
-        if self._process.returncode != 0 or b"[error]" in self._log or b"[fatal]" in self._log:
+        if self._process.returncode != 0 or self._errors():
             raise self._fault(f"it ended with {self._process.returncode}")
         seconds, claimed = self._decoded / self.rate, self._claimed_seconds()
         if claimed is not None and claimed - seconds > 0.5:
-            raise BadClipError(
+            raise UnreadableError(
                 f"{self._path}: cut short, the sound ends at {seconds:.3f} s and should go on to {claimed:.3f} s; "
                 "copy it again, or set `end`"
             )
@@ -231,12 +247,16 @@ class FfmpegDecoder:
         hours, minutes, seconds = duration.groups()
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
-    def _fault(self, what: str) -> BadClipError:
-        lines = [
-            line for line in self._log.decode(errors="replace").splitlines() if re.search(r"\[(error|fatal)\]", line)
-        ]
-        reason = re.sub(r"^(\[[^\]]*\] )+", "", lines[0]) if lines else what
-        return BadClipError(
+    def _errors(self) -> list[str]:
+        """What it reports as errors, of the sound alone: a picture may be broken."""
+        lines = self._log.decode(errors="replace").splitlines()
+        return [re.sub(r"^(\[[^]]*\] )+|/proc/self/fd/\d+: ", "", line) for line in lines if ERROR.match(line)]
+
+    def _fault(self, what: str) -> "UnreadableError":
+        reason = next(iter(self._errors()), what)
+        if reason.startswith("Format not on whitelist"):
+            reason = "a playlist, or another format that names further files"
+        return UnreadableError(
             f"{self._path}: unreadable audio (FFmpeg: {reason}); convert it to WAV or FLAC, or leave it out"
         )
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from qwhisper.data.audio import clip_windows
-from qwhisper.data.clips import AudioClip, load_clip
+from qwhisper.data.clips import AudioClip
+from qwhisper.data.dialogue_audio import DialogueAudio
 from qwhisper.data.messages import Message
 from qwhisper.data.template import Piece, render_pieces
 from qwhisper.data.text_tokens import added_token_ids, encode_text
@@ -31,7 +31,8 @@ class Sample:
     input_ids, labels: int64 [tokens], labels unshifted with -100 where nothing is learned. windows: float32 [samples]
     each, in the order of their placeholders. answer_spans: (start, end) of every supervised answer with the token that
     ends its turn; the tokens before start are the generation prompt at that turn. events: what was cut or left out.
-    teacher: the same dialogue in words, with the same tokens supervised in the same order, or None.
+    notes: how its audio was read, where a user should know. teacher: the same dialogue in words, with the same tokens
+    supervised in the same order, or None.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Sample:
     windows: list[np.ndarray] = field(default_factory=list)
     answer_spans: list[tuple[int, int]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     teacher: "Sample | None" = None
 
     @property
@@ -62,14 +64,23 @@ class Part:
     ids: list[int]
     windows: list[np.ndarray] = field(default_factory=list)
     window_tokens: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class PartEncoder:
-    """Tokenises pieces; the scaffold's few texts are remembered."""
+    """Tokenises pieces; the scaffold's few texts are remembered. max_length: as the collator's."""
 
-    def __init__(self, tokenizer, frames: FrameArithmetic, audio_token_id: int, chat_template: str):
+    def __init__(
+        self,
+        tokenizer,
+        frames: FrameArithmetic,
+        audio_token_id: int,
+        chat_template: str,
+        max_length: int | None = None,
+    ):
         self.tokenizer = tokenizer
         self.frames = frames
+        self.max_length = max_length
         self.audio_token_id = audio_token_id
         self.chat_template = chat_template
         self.added_ids = added_token_ids(tokenizer)
@@ -79,26 +90,28 @@ class PartEncoder:
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[str] = ()
     ) -> list[Part]:
         """All parts of a dialogue, audio decoded. Raises BadClipError, and DataError where the template refuses it."""
-        return [self._part(piece) for piece in self.pieces(messages, add_generation_prompt, tools)]
+        pieces = self.pieces(messages, add_generation_prompt, tools)
+        clips = [piece.clip for piece in pieces if piece.clip is not None]
+        audio = DialogueAudio(clips, self.frames, self.max_length)
+        return [self._part(piece, audio) for piece in pieces]
 
     def pieces(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[str] = ()
     ) -> list[Piece]:
         return render_pieces(messages, self.tokenizer, self.chat_template, add_generation_prompt, tools)
 
-    def _part(self, piece: Piece) -> Part:
+    def _part(self, piece: Piece, audio: DialogueAudio) -> Part:
         if piece.clip is not None:
-            return self._audio_part(piece, piece.clip)
+            return self._audio_part(piece, piece.clip, audio)
         if piece.kind == "text":
             return Part(piece, encode_text(self.tokenizer, piece.text))
         if piece.text not in self._scaffold_ids:
             self._scaffold_ids[piece.text] = self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
         return Part(piece, self._scaffold_ids[piece.text])
 
-    def _audio_part(self, piece: Piece, clip: AudioClip) -> Part:
-        windows = clip_windows(load_clip(clip), self.frames)
-        tokens = [self.frames.window_tokens(len(window)) for window in windows]
-        return Part(piece, [self.audio_token_id] * sum(tokens), windows, tokens)
+    def _audio_part(self, piece: Piece, clip: AudioClip, audio: DialogueAudio) -> Part:
+        heard = audio.hear(clip)
+        return Part(piece, [self.audio_token_id] * heard.num_tokens, heard.windows, heard.window_tokens, heard.notes)
 
 
 @dataclass(eq=False)
@@ -109,17 +122,19 @@ class Row:
     answers: dict[int, tuple[int, int]]  # message index -> (start, end with the end-of-turn token)
     texts: list[tuple[int, int, int]]  # (message index, start, end) of the text pieces
     windows: list[tuple[int, np.ndarray]]  # (first placeholder, window)
+    notes: list[str]
 
 
 def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: set[int]) -> Row:
     """Put parts end to end; an assistant's answer, tool calls included, ends with the first added token of the scaffold
     after it.
     """
-    row = Row([], {}, [], [])
+    row = Row([], {}, [], [], [])
     open_answer = None
     for part in parts:
         index, start = part.piece.message_index, len(row.input_ids)
         row.input_ids += part.ids
+        row.notes += [note for note in part.notes if note not in row.notes]
         end = len(row.input_ids)
         if index is not None and messages[index].role == "assistant":
             open_answer = index
@@ -192,4 +207,4 @@ def _cut_at(row: Row, end: int) -> Row:
     """The first `end` tokens; an answer that they cut is shortened, one that lies behind is gone."""
     answers = {index: (start, min(stop, end)) for index, (start, stop) in row.answers.items() if start < end}
     texts = [text for text in row.texts if text[2] <= end]
-    return Row(row.input_ids[:end], answers, texts, [window for window in row.windows if window[0] < end])
+    return Row(row.input_ids[:end], answers, texts, [window for window in row.windows if window[0] < end], row.notes)

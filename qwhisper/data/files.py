@@ -76,8 +76,8 @@ def _open_without_links(path: str | Path) -> int:
         if error.errno not in (errno.ELOOP, errno.ENOTDIR):
             raise
         raise BadClipError(
-            f"{path}: a link was put into this path after it was checked (it leads to {os.path.realpath(path)} now), "
-            "and what it leads to is not read; load the data again"
+            f"{path}: a link is in this path, which had none when it was checked (it leads to {os.path.realpath(path)} "
+            "now): what it leads to is not read; load the data again"
         ) from None
     finally:
         os.close(folder)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwhisper.data.clips import SOURCES
+from qwhisper.data.clips import KNOWN_KEYS, SOURCES
 from qwhisper.data.conversation import KNOWN
 from qwhisper.data.files import file_fault
+from qwhisper.data.keys import unknown_keys
 from qwhisper.errors import UsageError
 
 POOLS = Path(__file__).parent / "instructions"
@@ -40,7 +41,7 @@ def read_instructions(path: str | Path) -> list[str]:
 
 def as_question(record: dict[str, Any], instructions: Sequence[str], seed: int) -> dict[str, Any]:
     """A bare line, {"audio": path, "transcript": text} and perhaps id, kind and what an audio part may have, in the
-    canonical form: one user's message of the audio and an instruction. The keys of a record stay the record's. What is
+    canonical form: one user's message of the audio and an instruction. Other keys stay the record's. What is
     no bare line comes back as it is.
 
     The instruction is drawn by the line's content and the seed alone: wherever the line stands, it has the same.
@@ -48,8 +49,15 @@ def as_question(record: dict[str, Any], instructions: Sequence[str], seed: int) 
     if "messages" in record or not any(name in record for name in SOURCES):
         return record
     drawn = random.Random(f"{seed} {json.dumps(record, sort_keys=True)}").choice(instructions)
-    of_the_record = {name: value for name, value in record.items() if name in KNOWN}
-    clip = {name: value for name, value in record.items() if name not in (*KNOWN, "kind")}
+    clip = {name: value for name, value in record.items() if _is_about_the_clip(name)}
     content: list[dict[str, Any]] = [{"type": "audio", **clip}]
     content += [{"type": "text", "text": drawn}] if drawn else []
-    return {**of_the_record, "messages": [{"role": "user", "content": content, "kind": record.get("kind")}]}
+    others = {name: value for name, value in record.items() if name not in clip and name != "kind"}
+    return {**others, "messages": [{"role": "user", "content": content, "kind": record.get("kind")}]}
+
+
+def _is_about_the_clip(name: str) -> bool:
+    """Whether a key belongs into the audio part: one that is known there, or that is refused there as misspelled."""
+    if name in (*KNOWN, "kind"):
+        return False
+    return name in KNOWN_KEYS or bool(unknown_keys({name: True}, KNOWN_KEYS, "")[0])

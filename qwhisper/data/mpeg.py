@@ -21,6 +21,7 @@ _BIT_RATES = {
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _RATES = (44_100, 48_000, 32_000)
+DECODER_DELAY = 529  # samples
 _ID3_END = 128  # bytes of an ID3v1 tag, which stands at the end of a file
 _BEGINNING = re.compile(rb"\xff[\xe0-\xff]|ID3|TAG|APETAGEX")
 
@@ -46,26 +47,40 @@ class MpegStream:
     num_frames: int = 0
     missing: int = 0  # bytes that its last frame lacks
 
-    def with_count(self) -> tuple[list[Piece], int | None]:
-        """Its bytes for a decoder, with the number of frames in front; how many frames more a header claims."""
-        if self.frame.kind[1] != 3:
-            return list(self.pieces), None
-        at, claimed = self.frame.info_at, -1
-        if self.info is not None and self.info[at + 7] & 1:
-            claimed = int.from_bytes(self.info[at + 8 : at + 12], "big")
-        if self.info is not None and claimed >= self.num_frames:
-            return [self.info, *self.pieces], claimed - self.num_frames
-        count = self.num_frames.to_bytes(4, "big")
-        if self.info is not None and claimed >= 0:
-            return [self.info[: at + 8] + count + self.info[at + 12 :], *self.pieces], None
-        return [self._made_header(count), *self.pieces], None
+    @property
+    def claimed_frames(self) -> int | None:
+        """The encoder's own count, or None."""
+        if self.info is None or not self.info[self.frame.info_at + 7] & 1:
+            return None
+        return int.from_bytes(self._count_of(self.info), "big")
 
-    def _made_header(self, count: bytes) -> bytes:
-        # Without CRC and padding, at a bit rate whose frame has room for the header.
+    def with_count(self) -> tuple[list[Piece], int]:
+        """Its bytes for a decoder, with a header that has the number of frames; samples that come before the first."""
+        if self.frame.kind[1] != 3:
+            return list(self.pieces), 0
+        claimed = self.claimed_frames
+        if self.info is None or claimed is None:
+            # mpg123 leaves out the decoder's delay where there is a header; a silent frame is left out in its place.
+            header = self._made_frame()
+            counted = self._counted(
+                header[: self.frame.info_at] + b"Info\0\0\0\1" + header[self.frame.info_at + 8 :], 1
+            )
+            return [counted + header, *self.pieces], self.frame.samples - DECODER_DELAY
+        return [self.info if claimed >= self.num_frames else self._counted(self.info, 0), *self.pieces], 0
+
+    def _count_of(self, info: bytes) -> bytes:
+        return info[self.frame.info_at + 8 : self.frame.info_at + 12]
+
+    def _counted(self, info: bytes, more: int) -> bytes:
+        at = self.frame.info_at + 8
+        return info[:at] + (self.num_frames + more).to_bytes(4, "big") + info[at + 4 :]
+
+    def _made_frame(self) -> bytes:
+        """A silent frame of this kind, without CRC and padding, at a bit rate that gives room for a header in it."""
         header = bytes((self.header[0], self.header[1] | 1, 0x80 | self.header[2] & 0x0C, self.header[3]))
         frame = read_frame(header)
         assert frame is not None
-        return (header.ljust(frame.info_at, b"\0") + b"Info\0\0\0\1" + count).ljust(frame.length, b"\0")
+        return header.ljust(frame.length, b"\0")
 
 
 @dataclass

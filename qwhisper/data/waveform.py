@@ -103,8 +103,8 @@ def sound_of_array(samples: Any, rate: Any, name: str) -> Sound:
     array = _frames_and_channels(_as_numpy(samples))
     if array.shape[1] > MAX_CHANNELS:
         raise ValueError(f"has {array.shape[1]} channels (at most {MAX_CHANNELS})")
-    subtype = SUBTYPES.get(str(array.dtype), "FLOAT")
-    if str(array.dtype) == "uint8":
+    subtype = SUBTYPES.get(array.dtype.name, "FLOAT")
+    if array.dtype.name == "uint8":
         array = (array.astype(np.int16) - 128) << 8
     elif subtype == "FLOAT":
         with np.errstate(over="ignore"):  # what float32 can't hold is infinite, and refused as that
@@ -120,12 +120,16 @@ def sound_of_array(samples: Any, rate: Any, name: str) -> Sound:
 def whole_rate(rate: Any) -> int:
     """A sampling rate as an int. Raises ValueError for what is none."""
     low, high = SAMPLE_RATES
-    if hasattr(rate, "item") and np.ndim(rate) == 0:  # a scalar of numpy or torch
-        rate = rate.item()
+    rate = plain_scalar(rate)
     is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
     if not is_number or not low <= rate <= high or rate != int(rate):
         raise ValueError(f"has the sampling rate {str(rate)[:40]!s}; it must be a whole number of Hz, {low} to {high}")
     return int(rate)
+
+
+def plain_scalar(value: Any) -> Any:
+    """A scalar of numpy or torch as Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def is_array(value: object) -> bool:
@@ -155,21 +159,23 @@ def _is_number(value: object) -> bool:
 
 
 def _as_numpy(samples: Any) -> np.ndarray:
-    if hasattr(samples, "detach"):  # a tensor of torch, which may need a gradient, lie on a GPU or be bfloat16
-        samples = samples.detach().cpu()
-        samples = samples.float() if samples.is_floating_point() else samples
     try:
+        if hasattr(samples, "detach"):  # a tensor of torch, which may need a gradient, lie on a GPU or be bfloat16
+            samples = samples.detach().cpu()
+            samples = samples.float() if samples.is_floating_point() else samples
         array = np.asarray(samples)
-    except ValueError:  # lists of different lengths
-        raise ValueError("is no array: its lists have different lengths") from None
+    except ValueError:
+        raise ValueError("is no array of numbers: its lists have different lengths or types") from None
     except Exception as error:  # of the library that the array comes from
         raise ValueError(f"is no array ({type(error).__name__}: {error})") from error
     if array.size == 0:
         return np.zeros(0, dtype=np.float32)
-    if array.dtype.kind != "f" and str(array.dtype) not in SUBTYPES:
+    if array.dtype.kind != "f" and array.dtype.name not in SUBTYPES:
         known = "floats of full scale 1, int16, int32 or uint8"
         raise ValueError(f"has samples of type {array.dtype}, whose full scale is not known; give {known}")
-    return array
+    if array.dtype.name == "uint8" and array.ravel()[:4].tobytes() in SIGNATURES:
+        raise ValueError("is an array of the bytes of a file, not of samples; give `bytes`")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # soundfile takes every order for the machine's
 
 
 def _frames_and_channels(array: np.ndarray) -> np.ndarray:

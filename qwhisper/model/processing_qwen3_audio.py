@@ -1,6 +1,5 @@
 """The processor: text with audio placeholders and clips in, token ids and log-mel features out."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,10 +9,10 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
 from qwhisper.data.audio import clip_windows
-from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, read_own_audio
+from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, raise_or_warn, read_own_audio
 from qwhisper.data.template import AUDIO_TOKEN, listening_template
 from qwhisper.data.waveform import is_one_clip, whole_rate
-from qwhisper.errors import DataError, UsageError
+from qwhisper.errors import UsageError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.mel import packed_log_mel
@@ -174,10 +173,7 @@ def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[lis
     read_dialogues = [
         [read(message, place(d, m)) for m, message in enumerate(dialogue, 1)] for d, dialogue in enumerate(dialogues, 1)
     ]
-    if faults:
-        raise DataError("\n".join(faults))
-    if unused:
-        warnings.warn(f"not used: {', '.join(sorted(set(unused)))}", stacklevel=4)
+    raise_or_warn(faults, unused)
     return read_dialogues, clips
 
 

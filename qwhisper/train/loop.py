@@ -184,8 +184,8 @@ def quarantine(run: Run, fetched: StepSamples) -> None:
         run.state.bad_samples += 1
         run.log.quarantine(**dataclasses.asdict(rejection), step=run.state.step)
     for sample in fetched.samples if run.state.epoch == 0 else []:
-        if sample.events:  # a long dialogue cut at a turn, and the like
-            run.log.event("sample_changed", step=run.state.step, samples=[sample.id], what=sample.events)
+        if said := [*sample.events, *sample.notes]:  # a long dialogue cut at a turn, and the like
+            run.log.event("sample_changed", step=run.state.step, samples=[sample.id], what=said)
     passes = 1 + run.state.epoch
     if fetched.rejections and run.state.bad_samples > run.args.max_bad_fraction * run.num_dialogues * passes:
         raise DataError(

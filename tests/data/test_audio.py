@@ -10,7 +10,9 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwhisper.data import audio
 from qwhisper.data.audio import LOUDEST_PEAK, clip_windows, load_audio
+from qwhisper.data.clips import AudioClip, load_clip
 from qwhisper.errors import BadClipError
 from qwhisper.frames import FrameArithmetic
 
@@ -39,6 +41,68 @@ def test_channels_are_averaged(tmp_path):
     left, right = tone(0.1, 16_000), tone(0.1, 16_000, 1000.0)
     soundfile.write(path, np.stack([left, right], axis=1), 16_000, subtype="FLOAT")
     np.testing.assert_allclose(load_audio(path), (left + right) / 2, atol=1e-6)
+
+
+def stereo(tmp_path, left: np.ndarray, right: np.ndarray, rate: int = 16_000):
+    path = tmp_path / "stereo.wav"
+    soundfile.write(path, np.stack([left, right], axis=1), rate, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "heard"),
+    [
+        (1.0, -0.999, 0),  # silence in the mean
+        (-0.97, 1.0, 1),  # 30 dB below either in the mean
+        (0.5, -0.99, 1),
+        (0.03, -0.031, 1),  # all of it 30 dB lower
+    ],
+)
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_channels_that_cancel_become_the_louder_one_and_it_is_said(tmp_path, left, right, heard, rate):
+    speech, notes = tone(35.0, rate), []  # at 44.1 kHz more than one block
+    noise = np.random.default_rng(0).normal(scale=1e-3, size=len(speech))  # common to both: all that their mean has
+    path = stereo(tmp_path, left * speech + noise, right * speech + noise, rate)
+    waveform = load_audio(path, notes=notes)
+    np.testing.assert_array_equal(waveform, load_audio(path, channel=heard))
+    assert notes == [f"its channels cancel each other in their mean: channel {heard} alone is read"]
+    assert abs(np.abs(waveform).max() - 0.5 * abs((left, right)[heard])) < 0.01
+
+
+@pytest.mark.parametrize(
+    "right",
+    [tone(1.0, 16_000), np.zeros(16_000), tone(1.0, 16_000, 1000.0), -0.0316 * tone(1.0, 16_000)],
+    ids=["the same", "nothing", "another speaker", "opposite and 30 dB lower"],
+)
+def test_channels_that_do_not_cancel_are_averaged(tmp_path, right):
+    left, notes = tone(1.0, 16_000), []
+    waveform = load_audio(stereo(tmp_path, left, right), notes=notes)
+    np.testing.assert_allclose(waveform, (left + right) / 2, atol=1e-6)
+    assert notes == []
+
+
+def test_constant_offset_hides_no_cancelling(tmp_path):
+    speech, notes = 0.05 * tone(1.0, 16_000), []
+    waveform = load_audio(stereo(tmp_path, 0.3 + speech, 0.3 - speech), notes=notes)
+    assert len(notes) == 1
+    np.testing.assert_allclose(waveform, 0.3 + speech, atol=1e-6)
+
+
+def test_one_of_several_channels_can_be_chosen(tmp_path):
+    left, right = tone(0.5, 16_000), tone(0.5, 16_000, 1000.0)
+    path = stereo(tmp_path, left, right)
+    np.testing.assert_allclose(load_audio(path, channel=1), right, atol=1e-7)
+    np.testing.assert_allclose(load_clip(AudioClip(str(path), 0.1, 0.2, channel=0)), left[1_600:3_200], atol=1e-7)
+    with pytest.raises(BadClipError, match="channel 2 is asked for, and it has 2, numbered from 0"):
+        load_audio(path, channel=2)
+
+
+def test_bytes_of_a_file_are_read_as_the_file_is(tmp_path):
+    path = tmp_path / "tone.flac"
+    soundfile.write(path, tone(0.5, 44_100), 44_100)
+    np.testing.assert_array_equal(load_audio(path.read_bytes(), 0.1, 0.4), load_audio(path, 0.1, 0.4))
+    with pytest.raises(BadClipError, match="audio of 5 bytes: unreadable"):
+        load_audio(b"hello")
 
 
 @pytest.mark.parametrize(("suffix", "tolerance"), [(".flac", 1e-4), (".ogg", 0.1), (".mp3", 0.1), (".aiff", 1e-4)])
@@ -99,8 +163,9 @@ def test_file_that_was_cut_is_a_bad_clip_and_its_beginning_can_be_used(tmp_path,
     np.testing.assert_array_equal(load_audio(path, end=0.2), start)
 
 
-def test_any_damage_is_a_bad_clip_or_finite_sound(tmp_path):
+def test_any_damage_is_a_bad_clip_or_finite_sound(tmp_path, monkeypatch):
     """Bytes of header and body changed at random, and the ends cut off: no other error, no endless loop, no memory."""
+    monkeypatch.setattr(audio, "find_ffmpeg", lambda: None)
     generator = np.random.default_rng(0)
     whole = []
     for suffix, options in [*CUT_FORMATS, (".flac", {}), (".ogg", {}), (".wav", {"subtype": "FLOAT"}), (".caf", {})]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from qwhisper.data.audio import load_audio
 from qwhisper.data.check import check_dataset
@@ -71,6 +72,7 @@ def test_a_stretch_of_every_form_is_the_same_stretch(folder):
         ({"start": None, "offset": 0.5, "duration": None}, 0.5, None),
         ({"audio_end": 1}, None, 1),
         ({"start": 0}, 0, None),
+        ({"start": np.array(0.25), "end": torch.tensor(0.5)}, 0.25, 0.5),
     ],
 )
 def test_a_stretch_is_taken_in_seconds_by_either_pair_of_keys(folder, keys, start, end):
@@ -259,3 +261,28 @@ def test_a_collator_takes_dicts_with_files_anywhere_and_sets_aside_sound_that_ca
     assert identity == "bad" and "message 1, part 1, `audio`: " in reason and "NaN or Inf" in reason
     with pytest.raises(DataError, match=r"good: message 1, part 1: audio file 'a\.wav' does not exist"):
         collator.encode(record(audio(), "Which?", id="good"))
+
+
+def test_arrays_of_objects_are_lists_as_pandas_gives_them(folder):
+    parts = np.array([audio(end=0.5), {"type": "text", "text": "Which?"}], dtype=object)
+    messages = np.array([{"role": "user", "content": parts}, {"role": "assistant", "content": "One."}], dtype=object)
+    conversation = parse_own({"messages": messages}, "here")
+    assert conversation == parse_own({"messages": [messages[0] | {"content": list(parts)}, messages[1]]}, "here")
+    assert parse_own(record("<audio>?", audios=np.array(["a.wav"], dtype=object)), "here").clips == (
+        AudioClip(str(folder / "a.wav")),
+    )
+
+
+def test_a_persons_own_call_is_warned_of_keys_that_are_not_used(folder):
+    with pytest.warns(UserWarning, match="not used: `speaker` in a part"):
+        parse_own(record(audio(speaker="f1"), "Which?"), "here")
+    with pytest.warns(UserWarning, match="not used: `speaker` in a part"):
+        read_own_audio(audio(speaker="f1"), "clip 1")
+
+
+def test_a_decoder_of_torchcodec_is_an_array_with_its_own_rate(folder):
+    """datasets gives one for each entry of an Audio column."""
+    decoders = pytest.importorskip("torchcodec.decoders", exc_type=ImportError)
+    clip, faults, _ = read(audio(audio=decoders.AudioDecoder("a.wav"), start=0.25))
+    assert faults == []
+    np.testing.assert_array_equal(load_clip(clip), load_audio("a.wav", 0.25))

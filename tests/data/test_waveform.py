@@ -21,7 +21,9 @@ def heard(samples, rate=16_000) -> np.ndarray:
         (np.array([-(2**15), -100, 100, 2**15 - 1], np.int16), 2**15),
         (np.array([-(2**31), -(2**20), 2**20, 2**31 - 128], np.int32), 2**31),
         (np.array([0.5, -2.0, 1e-3, 0.0], np.float32), 1),
+        (np.array([-100, 100, 2**15 - 1], ">i2"), 2**15),
         (np.array([0.5, -2.0, 1e-3, 0.0], np.float64), 1),
+        (np.array([0.5, -2.0, 1e-3, 0.0], ">f4"), 1),
         (np.array([0.5, -2.0, 0.25, 0.0], np.float16), 1),
         (torch.tensor([0.5, -2.0, 0.25, 0.0], dtype=torch.bfloat16), 1),
         ([0.5, -2, 0.25, 0], 1),
@@ -73,6 +75,10 @@ def test_the_smaller_of_two_dimensions_is_the_channels():
         (np.zeros((50, 50)), r"has the shape \[50, 50\]"),
         (np.zeros((99, 100)), "has 99 channels"),
         ([[0.1, 0.2], [0.3]], "lists have different lengths"),
+        ((chirp(0.1), "8000"), "lists have different lengths or types"),
+        (torch.zeros(9, device="meta"), "is no array .NotImplementedError"),
+        (torch.zeros(9).to_sparse(), "is no array .TypeError"),
+        (np.frombuffer(b"RIFF" + bytes(900), np.uint8), "is an array of the bytes of a file"),
     ],
 )
 def test_an_array_that_is_no_sound_is_refused(samples, reason):

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from qwhisper.data.conversation import AudioClip, Conversation, Message
 from qwhisper.data.tools import ToolCall
+from qwhisper.data.waveform import sound_of_bytes
 from qwhisper.evaluate.listening import Turn, swap_audio, turns_of
 from qwhisper.evaluate.metrics import normalise
 
@@ -122,3 +123,24 @@ def test_answer_without_a_question_is_no_turn():
     greeting = Message("assistant", ("Hello.",))
     messages = (greeting, Message("user", ("Hi",)), greeting, greeting)
     assert [turn.index for turn in turns_of([Conversation("a", messages, "f")])] == [2, 3]
+
+
+def test_another_channel_or_other_bytes_are_another_clip_and_equal_bytes_are_not():
+    left, right = (AudioClip("/stereo.wav", channel=channel) for channel in (0, 1))
+    one, again, two = (
+        AudioClip("", sound=sound_of_bytes(data, name)) for data, name in ((b"one", "a"), (b"one", "b"), (b"two", "c"))
+    )
+    assert partners(left, right) == [1, 0]
+    assert partners(left, left) == [None, None]
+    assert partners(one, two) == [1, 0]
+    assert partners(one, again) == [None, None]
+
+
+def partners(*clips: AudioClip) -> list[int | None]:
+    """Whose clip each of two dialogues with different answers is given."""
+    dialogues = [
+        Conversation(str(n), (Message("user", (clip, "Who?")), Message("assistant", (f"{n}.",))), f"f:{n}")
+        for n, clip in enumerate(clips)
+    ]
+    swapped = swap_audio(turns_of(dialogues))
+    return [None if turn is None else int(turn.partner.conversation.id) for turn in swapped]

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -12,13 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from qwhisper.arguments import DataAnswerArguments
 from qwhisper.cli import main as cli
+from qwhisper.data.audio import load_audio
 from qwhisper.data.check import check_dataset
+from qwhisper.data.clips import load_clip
 from qwhisper.data.conversation import read_conversations
 from qwhisper.data.instructions import instruction_pool
-from qwhisper.errors import MemoryLimitError, QwhisperError, UsageError
+from qwhisper.errors import DataError, MemoryLimitError, QwhisperError, UsageError
 from qwhisper.infer import answer as module
 from qwhisper.infer.answer import main
 from qwhisper.infer.generate import Answer
+from tests.audio_parts import parts_of, write_chirp
 from tests.small import tone, write_small_bases
 
 NEW_TOKENS = 6
@@ -331,3 +335,38 @@ def test_command_line_answers_and_the_file_passes_the_check_and_teaches(folder, 
     assert cli(["train", "--train_file", str(out), *run, *short]) == 0
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["divergence"] > 0 for line in metrics] == [True, True]
+
+
+def test_every_form_of_audio_is_answered_and_written_so_that_it_is_read_again(folder, text_model):
+    write_chirp(folder / "a.wav")
+    forms = parts_of(folder / "a.wav")
+    stretch = {"offset": 0.25, "duration": 0.25, "channel": 0, "transcript": "low"}
+    encoded, listed = forms["OpenAI: input_audio"], forms["datasets: list"]
+    lines = [
+        {"messages": [{"role": "user", "content": [part | stretch, "Pitch?"]}]}
+        for part in (audio(None), encoded, listed)
+    ]
+    bare = [{"audio": "a.wav"} | stretch, encoded | stretch, {"audio": listed["audio"]} | stretch]
+    write(folder / "in.jsonl", [*lines, *bare])
+    assert main(told(folder, text_model)) == 0
+    clips = [conversation.clips[0] for conversation in read_conversations(folder / "out.jsonl")]
+    assert [(clip.start, clip.end, clip.channel, clip.transcript) for clip in clips] == [(0.25, 0.5, 0, "low")] * 6
+    expected = load_audio(folder / "a.wav", 0.25, 0.5)
+    assert all(np.array_equal(load_clip(clip), expected) for clip in clips)
+    written = [json.loads(line)["messages"][0]["content"][0]["audio"] for line in (folder / "out.jsonl").open()]
+    assert [path[:5] for path in written] == ["a.wav", "data:", "data:"] * 2
+
+
+def test_a_line_that_would_be_too_long_to_be_read_again_is_named(folder, text_model, monkeypatch):
+    line = {"audio": [0.5, 0.0] * 400, "transcript": "low"}
+    write(folder / "in.jsonl", [line])
+    monkeypatch.setattr(module, "MAX_LINE_BYTES", 4000)
+    with pytest.raises(DataError, match=r"in\.jsonl:1: its line in .*out\.jsonl would have more than 4000 bytes"):
+        main(told(folder, text_model))
+    assert not (folder / "out.jsonl").exists()
+
+
+def test_a_bare_lines_misspelled_key_is_named(folder, text_model, capsys):
+    write(folder / "in.jsonl", [{"audio": "a.wav", "transcript": "low", "strat": 1}, question("low")])
+    assert main(told(folder, text_model)) == 0
+    assert "in.jsonl:1: message 1, part 1: unknown key `strat`; did you mean `start`?" in capsys.readouterr().out

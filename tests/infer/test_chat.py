@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from qwhisper.arguments import ChatArguments
 from qwhisper.errors import BadClipError, DataError
@@ -86,6 +87,9 @@ def test_line_is_split_into_files_and_text(line, names, text):
         ("/audio nope", "nope: no such file"),
         ("/audio notes.txt", "notes.txt: unreadable"),
         ("silent.wav", "silent"),
+        ("~nosuchuser/a.wav what?", "~nosuchuser/a.wav: no such file"),
+        ("https://host/a.wav what?", "https://host/a.wav: .* nothing is downloaded"),
+        ("file:///nope.wav what?", "'file:///nope.wav' does not exist"),
         ("/help", "/help: no such command"),
         ("/" + "x" * 5000, "no such command"),
     ],
@@ -132,6 +136,42 @@ def test_history_is_what_was_said(small_model, capsys, monkeypatch):
     chat.reset()
     chat.ask([clip], "Pitch?")
     assert (prompts[2].input_ids == before.input_ids).all()
+
+
+def test_clips_of_every_form_are_asked_about(small_model, clips, monkeypatch):
+    model, collator = small_model
+    prompts = []
+    monkeypatch.setattr(
+        chat_module, "generate_tokens", lambda m, c, p, n, **k: prompts.extend(p) or torch.zeros(1, 999)
+    )
+    monkeypatch.setattr(chat_module, "decode_answer", lambda *_: "Low.")
+    chat = Chat(model, collator)
+    samples, rate = soundfile.read("a.wav", dtype="float32")
+    (by_url,), _ = split_line(f"{(clips / 'a.wav').as_uri()} Pitch?")
+    stretch = {"offset": 0.1, "duration": 0.1}
+    forms = ["a.wav", clips / "a.wav", by_url, (samples, rate), (clips / "a.wav").read_bytes()]
+    for form in [*forms, {"audio": "a.wav", **stretch}, {"array": samples, **stretch}]:
+        chat.reset()
+        chat.ask([form], "Pitch?")
+    whole, part = [sample.windows[0] for sample in prompts[:5]], [sample.windows[0] for sample in prompts[5:]]
+    assert all(np.array_equal(window, whole[0]) for window in whole)
+    assert np.array_equal(part[0], part[1]) and len(whole[0]) - len(part[0]) == 0.2 * 16_000
+    assert all((sample.input_ids == prompts[0].input_ids).all() for sample in prompts[:5])
+
+
+@pytest.mark.parametrize(
+    ("clip", "reason"),
+    [
+        ({"audio": "a.wav", "strat": 1}, "clip 1: unknown key `strat`; did you mean `start`?"),
+        ([1, 2, 3], "clip 1: `audio` has samples of type int64"),
+        (np.full(800, np.nan), "clip 1, `audio`: .*NaN or Inf"),
+    ],
+)
+def test_clip_that_cannot_be_used_is_named_and_nothing_was_said(small_model, clip, reason):
+    chat = Chat(*small_model)
+    with pytest.raises(DataError, match=reason):
+        chat.ask([clip], "Pitch?")
+    assert chat.messages == []
 
 
 def test_turn_that_cannot_be_heard_leaves_no_trace(small_model):

@@ -204,10 +204,10 @@ def features_of(inputs) -> torch.Tensor:
     return inputs["input_features"].transpose(1, 2)[mask]
 
 
-STRETCHES = ({}, {"start": 0.3, "end": 0.55}, {"offset": 0.3, "duration": 0.25, "channel": 0})
+STRETCHES = ({}, {"start": 0.3, "end": 0.55, "channel": 0})
 
 
-@pytest.mark.parametrize("stretch", STRETCHES, ids=["whole", "start and end", "offset and duration"])
+@pytest.mark.parametrize("stretch", STRETCHES, ids=["whole", "stretch"])
 def test_every_form_of_audio_is_the_prompt_and_the_features_of_training(processor, tmp_path, stretch):
     path, collator = write_chirp(tmp_path / "a.wav"), collator_of(processor)
     expected = collator.encode_prompt(dialogue({"type": "audio", "audio": str(path), **stretch}))
@@ -300,7 +300,9 @@ def test_a_chats_own_messages_stay_as_they_were_and_metadata_is_named(processor,
     with pytest.warns(UserWarning, match="not used: `speaker` in a part"):
         inputs = prompt_of(processor, messages)
     assert messages == before
-    assert inputs["input_ids"][0].tolist() == collator_of(processor).encode_prompt(before).input_ids.tolist()
+    with pytest.warns(UserWarning, match="not used: `speaker` in a part"):
+        expected = collator_of(processor).encode_prompt(before)
+    assert inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
 
 
 def test_a_prompt_of_the_real_tokenizer_is_the_one_of_training(shared, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from qwhisper.data import audio, encode
+from qwhisper.data import audio, dialogue_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.errors import BadClipError
 from qwhisper.train.dataset import EncodedDialogues
@@ -138,6 +138,12 @@ def few_errors_named(monkeypatch) -> None:
     monkeypatch.setattr(audio, "_faults_named", named)
 
 
+def decoder_errors_let_through(monkeypatch) -> None:
+    """What libsndfile says of a file is nobody's fault in particular."""
+    monkeypatch.setattr(audio, "find_ffmpeg", lambda: None)
+    monkeypatch.setattr(audio, "_libsndfile_fault", lambda error, *_: error)
+
+
 def no_rejections(monkeypatch) -> None:
     """A dialogue that can't be encoded raises in the loader."""
     encoded = lambda self, index: self.collator.encode_rows(self.conversations[index])  # noqa: E731
@@ -146,12 +152,12 @@ def no_rejections(monkeypatch) -> None:
 
 def silence_stands_in(monkeypatch) -> None:
     """What many a data loader does with a clip that it can't read."""
-    load_clip = encode.load_clip
+    load_clip = dialogue_audio.load_clip
 
-    def load(clip):
+    def load(clip, **options):
         try:
-            return load_clip(clip)
+            return load_clip(clip, **options)
         except BadClipError:
             return np.zeros(4_800, dtype=np.float32)
 
-    monkeypatch.setattr(encode, "load_clip", load)
+    monkeypatch.setattr(dialogue_audio, "load_clip", load)

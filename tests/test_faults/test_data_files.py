@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from transformers import TrainerCallback
 
-from qwhisper.data import audio, clips
+from qwhisper.data import clips, files
 from qwhisper.data.audio import load_audio
 from qwhisper.data.sampler import epoch_order
 from qwhisper.errors import BadClipError
@@ -83,8 +83,8 @@ def hangs(call) -> str:
 @fault(
     "a FIFO that takes a clip's place during the run",
     of="data",
-    guarantee="named and never opened: nobody waits for its writer",
-    without=unchecked(audio, "file_fault"),
+    guarantee="named and never read: nobody waits for its writer",
+    without=unchecked(files, "_kind_fault"),
 )
 def test_fifo_that_comes_later(tmp_path):
     os.mkfifo(tmp_path / "d3.wav")
@@ -136,6 +136,21 @@ def test_gone_between_epochs(run):
     assert run.trained_tokens == broken.ANSWER_TOKENS * (2 * broken.COUNT - 1)
 
 
+def links_followed(monkeypatch) -> None:
+    monkeypatch.setattr(files, "_open_without_links", lambda path: os.open(path, files.READ))
+
+
+@fault("a link that takes a clip's place during the run", of="data", guarantee=NAMED, without=links_followed)
+def test_link_that_comes_later(run, tmp_path):
+    write_tone(tmp_path / "private.wav")
+
+    def swap():
+        (run.data / "d3.wav").unlink()
+        (run.data / "d3.wav").symlink_to(tmp_path / "private.wav")
+
+    run.named(run.train(callbacks=[At(swap)]), "a link is in this path", str(tmp_path / "private.wav"), checked=False)
+
+
 # Decoders.
 
 
@@ -148,7 +163,7 @@ def decoder_raises(monkeypatch, error: Exception) -> None:
     read = soundfile.SoundFile.read
 
     def planted(self, *args, **kwargs):
-        if Path(self.name).name == "d3.wav":
+        if Path(os.readlink(f"/proc/self/fd/{self.name}")).name == "d3.wav":
             raise error
         return read(self, *args, **kwargs)
 
@@ -164,7 +179,7 @@ def test_odd_decoder_error(run, monkeypatch):
 @fault("a decoder that runs out of memory", of="data", guarantee=NAMED, without=broken.few_errors_named)
 def test_decoder_out_of_memory(run, monkeypatch):
     decoder_raises(monkeypatch, MemoryError("a table of 2^60"))
-    run.named(run.train(), "unreadable audio (MemoryError: a table of 2^60)")
+    run.named(run.train(), "out of memory while it was read (MemoryError: a table of 2^60)")
 
 
 @fault("a disk that can't read a clip", of="data", guarantee=NAMED, without=broken.few_errors_named)
