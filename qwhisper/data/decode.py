@@ -5,6 +5,7 @@ already, with no other protocol than that file and pipes, and only by demuxers t
 can't make it read another one.
 """
 
+import io
 import os
 import re
 import selectors
@@ -19,7 +20,7 @@ import numpy as np
 import soundfile
 
 from qwhisper.data.containers import Stream, is_unknown
-from qwhisper.data.files import Pieces
+from qwhisper.data.files import BLOCK, Pieces
 from qwhisper.errors import BadClipError
 
 # libsndfile takes a file that was cut for a short one: the bytes that its header claims stand in the log alone.
@@ -71,16 +72,19 @@ class SndfileDecoder:
 
     def __init__(self, descriptor: int, stream: Stream):
         os.lseek(descriptor, 0, os.SEEK_SET)
-        source = descriptor if stream.pieces is None else Pieces(descriptor, stream.pieces)
+        source = descriptor if stream.pieces is None else io.BufferedReader(Pieces(descriptor, stream.pieces), BLOCK)
         self._file = _InOrder(source, closefd=False)
         self.rate, self.channels = self._file.samplerate, self._file.channels
         self.num_frames = self._claimed_frames(stream)
         self.seeks = stream.seeks and super(_InOrder, self._file).seekable() and self._file.frames < UNKNOWN_FRAMES
         self._position = 0
-        self._file.read(stream.skip)
+        if stream.skip:
+            self._file.read(stream.skip)
 
     def read(self, num_frames: int) -> np.ndarray:
         left = 0 if self.num_frames is None else self.num_frames - self._position
+        if self._position >= self._file.frames:
+            return np.empty((0, self.channels), dtype=np.float32)  # libsndfile would fill a block with zeros first
         try:
             block = self._file.read(min(num_frames, left) if left > 0 else num_frames, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError:

@@ -83,7 +83,7 @@ def test_channels_that_do_not_cancel_are_averaged(tmp_path, right):
 
 def test_constant_offset_hides_no_cancelling(tmp_path):
     speech, notes = 0.05 * tone(1.0, 16_000), []
-    waveform = load_audio(stereo(tmp_path, 0.3 + speech, 0.3 - speech), notes=notes)
+    waveform = load_audio(stereo(tmp_path, 0.3 + speech, 0.3 - 0.99 * speech), notes=notes)
     assert len(notes) == 1
     np.testing.assert_allclose(waveform, 0.3 + speech, atol=1e-6)
 
