@@ -25,6 +25,7 @@ from qwhisper.model.bases import (
 )
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
+from qwhisper.model.kinds import naming_missing_part, refuse_empty_tokenizer, refuse_unpackable
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
@@ -77,11 +78,9 @@ def build_from_bases(
     audio_path = resolve_model(audio_model, hub, "--audio_model")
     text_path = resolve_model(text_model, hub, "--text_model")
     audio_config = AutoConfig.from_pretrained(audio_path)
-    if audio_config.model_type != "whisper":
-        raise UsageError(
-            f"--audio_model {audio_model} is a {audio_config.model_type} model; it takes any Whisper checkpoint"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(text_path)
+    with naming_missing_part("--text_model", text_model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(text_path)
+    refuse_empty_tokenizer(tokenizer, text_model)
     config = Qwen3AudioConfig(
         audio_config=audio_config,
         text_config=AutoConfig.from_pretrained(text_path),
@@ -90,8 +89,9 @@ def build_from_bases(
         audio_token_id=add_audio_token(tokenizer),
         **config_values,
     )
+    with naming_missing_part("--audio_model", audio_model, "preprocessor_config.json"):
+        extractor = AutoFeatureExtractor.from_pretrained(audio_path)
     model = _load_and_join(config, audio_path, text_path, options)
-    extractor = AutoFeatureExtractor.from_pretrained(audio_path)
     template, _ = listening_template(tokenizer)
     processor = Qwen3AudioProcessor.for_model(extractor, tokenizer, model.config, template)
     return model, processor
@@ -104,6 +104,7 @@ def _load_and_join(
     with naming_memory_limit(f"{audio_path} and {text_path} were", cures):
         encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
         language_model = load_language_model(text_path, options)
+        refuse_unpackable(text_path, language_model)
     config.audio_config, config.text_config = encoder.config, language_model.config
     model = assemble(config, encoder, language_model, projector_fp32=options.projector_fp32)
     model.base_record = base_record(plain_weights(model.state_dict()))
