@@ -94,7 +94,7 @@ def _other_than_causal_lm(config: PreTrainedConfig) -> str | None:
     """What a model is instead; None for a causal LM, and for one with more senses whose text part is a model itself."""
     model_type, architectures = config.model_type, getattr(config, "architectures", None) or []
     if getattr(config, "is_encoder_decoder", False) or model_type in ENCODER_DECODERS:
-        return "an encoder and a decoder"
+        return "which is made of an encoder and a decoder"
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if causal is None:
         return "which transformers knows as no causal language model"
@@ -126,7 +126,7 @@ def naming_missing_part(flag: str, name: str, part: str) -> Iterator[None]:
 
 
 def refuse_empty_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """transformers makes an empty one of a folder without tokenizer files, which reads every text as no token at all."""
+    """transformers makes an empty one of a folder without tokenizer files; it reads any text as no token at all."""
     if not tokenizer("a", add_special_tokens=False).input_ids:
         raise UsageError(
             f"--text_model {name}: no tokenizer can be read there; copy its files (tokenizer.json, "

@@ -1,12 +1,13 @@
 """From bases to one model, and from a folder of trained weights back to it."""
 
 import os
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -15,6 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from qwhisper.data.template import listening_template
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.bases import (
+    WEIGHT_FILES,
     LoadOptions,
     find_file,
     fingerprint,
@@ -30,7 +32,7 @@ from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
 from qwhisper.model.saving import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
-from qwhisper.model.weights import base_record, is_adapters, plain_name, plain_weights
+from qwhisper.model.weights import ENCODER, PROJECTOR, base_record, is_adapters, part, plain_name, plain_weights
 
 DEFAULT_OPTIONS = LoadOptions()
 
@@ -138,8 +140,13 @@ def load_trained(
     """The bases that the folder names, then its projector and adapter. LoRA and projector come back trainable.
 
     audio_model, text_model: where the bases lie now, if they have moved; their fingerprints must agree. Raises
-    UsageError, CheckpointError for another base, before anything is loaded.
+    UsageError, CheckpointError for another base, before anything is loaded. A folder that holds a whole model is loaded
+    as it is; of it, too, only LoRA and projector come back trainable.
     """
+    if is_whole_folder(name):
+        if audio_model or text_model:
+            warnings.warn(f"{name} holds a whole model: no other bases are loaded into it", stacklevel=2)
+        return _load_whole(name, options)
     config = read_trained_config(name)
     audio_path = _same_base(name, "audio", config, audio_model)
     text_path = _same_base(name, "text", config, text_model)
@@ -150,21 +157,41 @@ def load_trained(
     return model
 
 
+def is_whole_folder(name: str | os.PathLike) -> bool:
+    """Whether a folder or hub repository holds a model of ours with its bases' weights."""
+    ours = Qwen3AudioConfig.get_config_dict(name)[0].get("model_type") == Qwen3AudioConfig.model_type
+    return ours and find_file(name, PROJECTOR_FILE) is None and any(find_file(name, file) for file in WEIGHT_FILES)
+
+
+def _load_whole(name: str | os.PathLike, options: LoadOptions) -> Qwen3AudioForConditionalGeneration:
+    if options.load_in_4bit:
+        raise UsageError(f"{name} holds a whole model, which is not loaded in 4 bits: leave load_in_4bit out")
+    with naming_memory_limit(f"{name} was", "--whisper_cpu"):
+        model = Qwen3AudioForConditionalGeneration.from_pretrained(
+            name, dtype=options.compute_dtype, device_map=options.device_map or {"": options.device}
+        )
+    model.model.audio_tower.to(options.encoder_device)
+    projector = model.model.multi_modal_projector
+    projector.to(torch.float32 if options.projector_fp32 else options.compute_dtype)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapters(key) or key.startswith(PROJECTOR))
+    return model.eval()
+
+
 def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditionalGeneration:
     """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on.
 
     config: only the folder's own, as the Auto classes pass it. Any other keyword is refused, none is ignored.
     """
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    # The Auto classes add keywords of their own, such as _from_auto, and adapter_kwargs with what a user gave.
+    kwargs |= kwargs.pop("adapter_kwargs", None) or {}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
     _refuse_other_config(name, kwargs.pop("config", None))
     if kwargs.pop("trust_remote_code", False):
         raise UsageError(
             f"{name}: trust_remote_code=True has no effect: no code of a checkpoint is ever run; leave it out"
         )
     moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}
-    # The Auto classes add these: their own path, and what a user gave, such as a token, which is named below.
-    adapter_kwargs = kwargs.pop("adapter_kwargs", {}).items()
-    kwargs |= {key: value for key, value in adapter_kwargs if value is not None and not key.startswith("_")}
     unknown = kwargs.keys() - {field.name for field in fields(LoadOptions)}
     if unknown:
         known = ", ".join([field.name for field in fields(LoadOptions)] + ["audio_model", "text_model"])
@@ -207,6 +234,9 @@ def _same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, mov
 def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:
     """Puts a folder's projector, adapter and encoder into a model of the same bases, adding LoRA if it is there."""
     adapter, projector, encoder = (find_file(name, file) for file in (ADAPTER_FILE, PROJECTOR_FILE, ENCODER_FILE))
+    if is_whole_folder(name):
+        _fill(model.model.audio_tower, _encoder_of_whole(name))
+        return
     if projector is None:
         raise CheckpointError(f"{name} has no {PROJECTOR_FILE}: it was not written by qwhisper, or not wholly")
     try:
@@ -217,6 +247,14 @@ def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | 
             _fill(model.model.audio_tower, load_file(encoder))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{name}: its weights do not fit this model ({error})") from error
+
+
+def _encoder_of_whole(name: str | os.PathLike) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(name).glob("model*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(ENCODER)}  # noqa: SIM118
+    return part(tensors, ENCODER)
 
 
 def load_adapter_of_whole(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:

@@ -119,6 +119,8 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
             mask = input_features_mask.bool()
             frames, lengths = self.encode_mel(input_features.transpose(1, 2)[mask], mask.sum(-1).tolist())
         elif audio_features is not None:
+            if self.training and self.encoder_is_trained and not audio_features.requires_grad:
+                raise ValueError("an encoder that is trained learns nothing from cached audio_features: pass its input")
             frames, lengths = audio_features, audio_lengths.tolist()
         else:
             raise ValueError(f"no audio: pass one of {', '.join(AUDIO_INPUTS)}")

@@ -15,7 +15,7 @@ from transformers import AutoModelForMultimodalLM, GenerationConfig
 from qwhisper.errors import UsageError
 from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.model.bases import LoadOptions
-from qwhisper.model.loading import build_from_bases, load_trained
+from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
 from qwhisper.model.lora import add_lora
 from qwhisper.model.weights import differing, plain_weights
 from tests.model.parts import gradients, small_model
@@ -113,6 +113,25 @@ def test_a_language_model_that_was_trained_is_saved_whole_without_its_base(joine
     }
     twice = reloaded(again, tmp_path / "twice", WHOLE)
     assert torch.equal(logits(AutoModelForMultimodalLM.from_pretrained(tmp_path / "twice")), logits(twice))
+
+
+@pytest.mark.filterwarnings("ignore:.*holds a whole model")
+def test_a_run_goes_on_from_a_whole_model_with_what_it_trains(model, bases, tmp_path):
+    add_lora(model)
+    model.model.audio_tower.requires_grad_(True).double()
+    step(model.double())
+    write_embedding(model)
+    model.save_pretrained(tmp_path)
+    again = load_trained(tmp_path, LoadOptions(dtype="fp32"), text_model=bases[1], audio_model=bases[0])
+    trained = {name for name, p in again.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad and "audio_tower" not in name}
+    torch.testing.assert_close(logits(again), logits(model.float()))
+    again.model.audio_tower.double()
+    load_trained_weights(again, tmp_path)
+    rounded = again.model.audio_tower.conv1.weight.float().double()
+    assert not torch.equal(again.model.audio_tower.conv1.weight, rounded)
+    with pytest.raises(UsageError, match="whole model, which is not loaded in 4 bits"):
+        load_trained(tmp_path, LoadOptions(load_in_4bit=True))
 
 
 def write_embedding(model):
