@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, Genera
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from qwhisper.data.template import listening_template
-from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.errors import CheckpointError, UsageError, first_line
 from qwhisper.model.bases import (
     WEIGHT_FILES,
     LoadOptions,
@@ -153,7 +153,10 @@ def load_trained(
     model = _load_and_join(config, audio_path, text_path, options)
     load_trained_weights(model, name)
     if find_file(name, GENERATION_CONFIG_NAME) is not None:
-        model.generation_config = GenerationConfig.from_pretrained(name)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(name)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{name}: {GENERATION_CONFIG_NAME} can't be read ({first_line(error)})") from error
     return model
 
 
@@ -294,7 +297,7 @@ def _load_adapter(
         for key, parameter in model.named_parameters():
             if is_adapters(key):
                 parameter.data = parameter.data.to(dtype)
-    own = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, model.state_dict(), adapter_name=ADAPTER, save_embedding_layers=False)
     expected = {key for key in own if is_adapters(key)}
     if expected != tensors.keys():
         odd = sorted(expected ^ tensors.keys())

@@ -131,18 +131,18 @@ def find_adapter(model: "Qwen3AudioForConditionalGeneration", state: Mapping[str
     own = [key for key in state if is_adapters(key)]
     if not own:
         return None
-    configs = getattr(model, "peft_config", None) or {}
-    if len(configs) != 1:
-        raise UsageError(
-            f"a folder holds one adapter, and this model has {', '.join(configs) or 'one without peft_config'}: "
-            "delete_adapter those that are not to be saved, or merge them"
-        )
     merged = {bool(module.merged) for module in model.modules() if isinstance(module, LoraLayer)}
     if merged == {True}:
         warnings.warn("the adapter is merged: it is saved inside the weights alone", stacklevel=2)
         return None
     if True in merged:
         raise UsageError("the adapter is merged in some layers only: merge it in all of them, or unmerge it")
+    configs = getattr(model, "peft_config", None) or {}
+    if len(configs) != 1:
+        raise UsageError(
+            f"a folder holds one adapter, and this model has {', '.join(configs) or 'one without peft_config'}: "
+            "delete_adapter those that are not to be saved, or merge them"
+        )
     ((name, config),) = configs.items()
     found = get_peft_model_state_dict(model, dict(state), adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor for key, tensor in found.items() if is_adapters(key)}

@@ -231,7 +231,7 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
         check_usable(folder)
         return folder
     if not checkpoints(folder):
-        if (folder / "projector.safetensors").is_file():  # saved by `save_pretrained`, without a run around it
+        if _holds_model(folder):  # saved by `save_pretrained`, without a run around it
             return folder
         if folder.name.startswith(PREFIX):
             raise CheckpointError(f"{path}: {MANIFEST} is missing, so nothing in it can be relied on")
@@ -244,6 +244,16 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
         check_usable(folder / best)
         return folder / best
     return newest
+
+
+def _holds_model(folder: Path) -> bool:
+    """Trained weights, or a whole model of ours."""
+    if (folder / "projector.safetensors").is_file():
+        return True
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_audio"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:
