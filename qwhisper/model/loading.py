@@ -190,10 +190,7 @@ def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditional
     kwargs |= kwargs.pop("adapter_kwargs", None) or {}
     kwargs = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
     _refuse_other_config(name, kwargs.pop("config", None))
-    if kwargs.pop("trust_remote_code", False):
-        raise UsageError(
-            f"{name}: trust_remote_code=True has no effect: no code of a checkpoint is ever run; leave it out"
-        )
+    _refuse_code(name, kwargs.pop("trust_remote_code", False))
     moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}
     unknown = kwargs.keys() - {field.name for field in fields(LoadOptions)}
     if unknown:
@@ -202,6 +199,21 @@ def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditional
             f"{name} holds trained weights alone; loading it takes {known}, not {', '.join(sorted(unknown))}"
         )
     return load_trained(name, LoadOptions(**kwargs), **moved)
+
+
+def refuse_for_whole(name: str | os.PathLike, keywords: dict) -> None:
+    """Of the keywords for a folder of trained weights those that transformers would not act on, or not name well."""
+    _refuse_code(name, keywords.get("trust_remote_code", False))
+    bases = {"audio_model", "text_model", "load_in_4bit", "whisper_cpu", "projector_fp32"}
+    if given := sorted(bases & keywords.keys()):
+        raise UsageError(f"{name} is no folder of trained weights alone: {', '.join(given)} has no effect on it")
+
+
+def _refuse_code(name: str | os.PathLike, trusted: bool) -> None:
+    if trusted:
+        raise UsageError(
+            f"{name}: trust_remote_code=True has no effect: no code of a checkpoint is ever run; leave it out"
+        )
 
 
 def _refuse_other_config(name: str | os.PathLike, given: Qwen3AudioConfig | str | os.PathLike | None) -> None:

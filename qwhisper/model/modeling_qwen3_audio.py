@@ -233,10 +233,11 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         a warning.
         """
         from qwhisper.model.bases import refuse_missing
-        from qwhisper.model.loading import is_trained_folder, load_adapter_of_whole, load_for_user
+        from qwhisper.model.loading import is_trained_folder, load_adapter_of_whole, load_for_user, refuse_for_whole
 
         if is_trained_folder(pretrained_model_name_or_path):
             return load_for_user(pretrained_model_name_or_path, **kwargs)
+        refuse_for_whole(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         refuse_missing("the model", pretrained_model_name_or_path, info)

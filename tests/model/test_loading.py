@@ -109,6 +109,13 @@ def test_what_is_not_honoured_is_refused_by_name(saved, auto):
         auto.from_pretrained(folder, adapter_kwargs={"cache_dir": "cache"})
 
 
+@pytest.mark.parametrize("keyword", ["trust_remote_code", "text_model", "load_in_4bit", "whisper_cpu"])
+def test_a_whole_model_takes_no_keyword_that_has_no_effect_on_it(tmp_path, keyword):
+    small_model().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=rf"{keyword}.* has no effect"):
+        Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path, **{keyword: True})
+
+
 def test_a_folder_of_a_config_is_compared_as_well(saved, tmp_path):
     _, folder = saved
     other = Qwen3AudioConfig.from_pretrained(folder)

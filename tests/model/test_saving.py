@@ -380,6 +380,16 @@ def test_push_to_hub_uploads_what_was_written(model, tmp_path, monkeypatch, chan
     assert hub.calls[-2][1] == "mine" and len(hub.files) == 5
 
 
+def test_without_a_network_the_weights_are_at_least_in_the_folder(model, tmp_path, monkeypatch):
+    def offline(*args, **keywords):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "create_repo", offline)
+    with pytest.raises(ConnectionError):
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="heard")
+    assert kind(tmp_path) == TRAINED
+
+
 def test_a_4_bit_model_whose_base_changed_is_refused(tmp_path):
     pytest.importorskip("bitsandbytes")
     audio, text = write_small_bases(tmp_path / "wide", hidden_size=64)
