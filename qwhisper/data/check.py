@@ -188,10 +188,14 @@ def _typed_tokens(conversations: Sequence[Conversation], tokenizer) -> list[str]
 def _load_tokenizer(name: str, hub: str):
     from transformers import AutoTokenizer
 
+    from qwhisper.model.kinds import refuse_empty_tokenizer
+
     try:
-        return AutoTokenizer.from_pretrained(_find_model(name, hub, "--text_model"))
+        tokenizer = AutoTokenizer.from_pretrained(_find_model(name, hub, "--text_model"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--text_model {name}: no tokenizer there ({error}); give a folder or a hub id") from error
+    refuse_empty_tokenizer(tokenizer, name)
+    return tokenizer
 
 
 def _load_frames(name: str | None, hub: str) -> FrameArithmetic:
@@ -210,8 +214,10 @@ def _load_frames(name: str | None, hub: str) -> FrameArithmetic:
 
 
 def _find_model(name: str, hub: str, flag: str) -> str:
-    if hub == "huggingface":
-        return name
+    from qwhisper.model.kinds import refuse_model
     from qwhisper.model.loading import resolve_model
 
-    return resolve_model(name, hub, flag)
+    if hub != "huggingface":
+        return resolve_model(name, hub, flag)
+    refuse_model(name, flag)  # a folder with a tokenizer alone will do here
+    return name

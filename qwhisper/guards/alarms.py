@@ -199,8 +199,8 @@ class Alarms:
             return {} if names is None else {("base_changed", ""): None}
         message = (
             f"{len(names)} frozen weights are no longer what they were at the start, found at step {facts.step}; the "
-            f"first is {names[0]}. What is saved won't fit the base that it is loaded with: look for what writes into "
-            "the base models, and go on from a checkpoint of before"
+            f"first is {names[0]}. Checkpoints from here on hold the whole model, bases included: look for what writes "
+            "into the base models, and go on from a checkpoint of before"
         )
         return {("base_changed", ""): message}
 

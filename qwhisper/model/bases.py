@@ -20,6 +20,7 @@ from qwhisper.errors import MemoryLimitError, UsageError, first_line
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
+from qwhisper.model.kinds import refuse_other_format, refuse_other_kind
 from qwhisper.model.loss import head_logits
 
 WEIGHT_FILES = (
@@ -102,14 +103,15 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
     """A folder's absolute path or a hub id that transformers can load; with `hub` "modelscope" the folder it was
     downloaded to.
     """
+    refuse_other_format(name, flag)
     if hub == "modelscope" and not Path(name).is_dir():
         try:
             from modelscope import snapshot_download
         except ImportError:
             raise UsageError("--hub modelscope needs its package: pip install modelscope") from None
-        return snapshot_download(name)
+        name = snapshot_download(name)
     try:
-        AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         found = (
@@ -118,6 +120,7 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
         raise UsageError(
             f"{flag} {name}: {found}. Give a folder with config.json and weights, or a hub id. ({error})"
         ) from None
+    refuse_other_kind(config, name, flag)
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 

@@ -1,20 +1,22 @@
 """From bases to one model, and from a folder of trained weights back to it."""
 
 import os
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from qwhisper.data.template import listening_template
-from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.errors import CheckpointError, UsageError, first_line
 from qwhisper.model.bases import (
+    WEIGHT_FILES,
     LoadOptions,
     find_file,
     fingerprint,
@@ -26,11 +28,12 @@ from qwhisper.model.bases import (
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
+from qwhisper.model.kinds import naming_missing_part, refuse_empty_tokenizer, refuse_unpackable
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
 from qwhisper.model.saving import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
-from qwhisper.model.weights import base_record, is_adapters, plain_name, plain_weights
+from qwhisper.model.weights import ENCODER, PROJECTOR, base_record, is_adapters, part, plain_name, plain_weights
 
 DEFAULT_OPTIONS = LoadOptions()
 
@@ -78,11 +81,9 @@ def build_from_bases(
     audio_path = resolve_model(audio_model, hub, "--audio_model")
     text_path = resolve_model(text_model, hub, "--text_model")
     audio_config = AutoConfig.from_pretrained(audio_path)
-    if audio_config.model_type != "whisper":
-        raise UsageError(
-            f"--audio_model {audio_model} is a {audio_config.model_type} model; it takes any Whisper checkpoint"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(text_path)
+    with naming_missing_part("--text_model", text_model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(text_path)
+    refuse_empty_tokenizer(tokenizer, text_model)
     config = Qwen3AudioConfig(
         audio_config=audio_config,
         text_config=AutoConfig.from_pretrained(text_path),
@@ -91,8 +92,9 @@ def build_from_bases(
         audio_token_id=add_audio_token(tokenizer),
         **config_values,
     )
+    with naming_missing_part("--audio_model", audio_model, "preprocessor_config.json"):
+        extractor = AutoFeatureExtractor.from_pretrained(audio_path)
     model = _load_and_join(config, audio_path, text_path, options)
-    extractor = AutoFeatureExtractor.from_pretrained(audio_path)
     template, _ = listening_template(tokenizer)
     processor = Qwen3AudioProcessor.for_model(extractor, tokenizer, model.config, template)
     return model, processor
@@ -105,6 +107,7 @@ def _load_and_join(
     with naming_memory_limit(f"{audio_path} and {text_path} were", cures):
         encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
         language_model = load_language_model(text_path, options)
+        refuse_unpackable(text_path, language_model)
     config.audio_config, config.text_config = encoder.config, language_model.config
     model = assemble(config, encoder, language_model, projector_fp32=options.projector_fp32)
     model.base_record = base_record(plain_weights(model.state_dict()))
@@ -138,8 +141,13 @@ def load_trained(
     """The bases that the folder names, then its projector and adapter. LoRA and projector come back trainable.
 
     audio_model, text_model: where the bases lie now, if `find_base` does not find them; their fingerprints must agree.
-    Raises UsageError, CheckpointError for another base, before anything is loaded.
+    Raises UsageError, CheckpointError for another base, before anything is loaded. A folder that holds a whole model is
+    loaded as it is; of it, too, only LoRA and projector come back trainable.
     """
+    if is_whole_folder(name):
+        if audio_model or text_model:
+            warnings.warn(f"{name} holds a whole model: no other bases are loaded into it", stacklevel=2)
+        return _load_whole(name, options)
     config = read_trained_config(name)
     audio_path = _same_base(name, "audio", config, audio_model)
     text_path = _same_base(name, "text", config, text_model)
@@ -148,8 +156,32 @@ def load_trained(
     model = _load_and_join(config, audio_path, text_path, options)
     load_trained_weights(model, name)
     if find_file(name, GENERATION_CONFIG_NAME) is not None:
-        model.generation_config = GenerationConfig.from_pretrained(name)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(name)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{name}: {GENERATION_CONFIG_NAME} can't be read ({first_line(error)})") from error
     return model
+
+
+def is_whole_folder(name: str | os.PathLike) -> bool:
+    """Whether a folder or hub repository holds a model of ours with its bases' weights."""
+    ours = Qwen3AudioConfig.get_config_dict(name)[0].get("model_type") == Qwen3AudioConfig.model_type
+    return ours and find_file(name, PROJECTOR_FILE) is None and any(find_file(name, file) for file in WEIGHT_FILES)
+
+
+def _load_whole(name: str | os.PathLike, options: LoadOptions) -> Qwen3AudioForConditionalGeneration:
+    if options.load_in_4bit:
+        raise UsageError(f"{name} holds a whole model, which is not loaded in 4 bits: leave load_in_4bit out")
+    with naming_memory_limit(f"{name} was", "--whisper_cpu"):
+        model = Qwen3AudioForConditionalGeneration.from_pretrained(
+            name, dtype=options.compute_dtype, device_map=options.device_map or {"": options.device}
+        )
+    model.model.audio_tower.to(options.encoder_device)
+    projector = model.model.multi_modal_projector
+    projector.to(torch.float32 if options.projector_fp32 else options.compute_dtype)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapters(key) or key.startswith(PROJECTOR))
+    return model.eval()
 
 
 def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditionalGeneration:
@@ -157,16 +189,12 @@ def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditional
 
     config: only the folder's own, as the Auto classes pass it. Any other keyword is refused, none is ignored.
     """
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    # The Auto classes add keywords of their own, such as _from_auto, and adapter_kwargs with what a user gave.
+    kwargs |= kwargs.pop("adapter_kwargs", None) or {}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
     _refuse_other_config(name, kwargs.pop("config", None))
-    if kwargs.pop("trust_remote_code", False):
-        raise UsageError(
-            f"{name}: trust_remote_code=True has no effect: no code of a checkpoint is ever run; leave it out"
-        )
+    _refuse_code(name, kwargs.pop("trust_remote_code", False))
     moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}
-    # The Auto classes add these: their own path, and what a user gave, such as a token, which is named below.
-    adapter_kwargs = kwargs.pop("adapter_kwargs", {}).items()
-    kwargs |= {key: value for key, value in adapter_kwargs if value is not None and not key.startswith("_")}
     unknown = kwargs.keys() - {field.name for field in fields(LoadOptions)}
     if unknown:
         known = ", ".join([field.name for field in fields(LoadOptions)] + ["audio_model", "text_model"])
@@ -174,6 +202,21 @@ def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditional
             f"{name} holds trained weights alone; loading it takes {known}, not {', '.join(sorted(unknown))}"
         )
     return load_trained(name, LoadOptions(**kwargs), **moved)
+
+
+def refuse_for_whole(name: str | os.PathLike, keywords: dict) -> None:
+    """Of the keywords for a folder of trained weights those that transformers would not act on, or not name well."""
+    _refuse_code(name, keywords.get("trust_remote_code", False))
+    bases = {"audio_model", "text_model", "load_in_4bit", "whisper_cpu", "projector_fp32"}
+    if given := sorted(bases & keywords.keys()):
+        raise UsageError(f"{name} is no folder of trained weights alone: {', '.join(given)} has no effect on it")
+
+
+def _refuse_code(name: str | os.PathLike, trusted: bool) -> None:
+    if trusted:
+        raise UsageError(
+            f"{name}: trust_remote_code=True has no effect: no code of a checkpoint is ever run; leave it out"
+        )
 
 
 def _refuse_other_config(name: str | os.PathLike, given: Qwen3AudioConfig | str | os.PathLike | None) -> None:
@@ -207,6 +250,9 @@ def _same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, mov
 def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:
     """Puts a folder's projector, adapter and encoder into a model of the same bases, adding LoRA if it is there."""
     adapter, projector, encoder = (find_file(name, file) for file in (ADAPTER_FILE, PROJECTOR_FILE, ENCODER_FILE))
+    if is_whole_folder(name):
+        _fill(model.model.audio_tower, _encoder_of_whole(name))
+        return
     if projector is None:
         raise CheckpointError(f"{name} has no {PROJECTOR_FILE}: it was not written by qwhisper, or not wholly")
     try:
@@ -217,6 +263,14 @@ def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | 
             _fill(model.model.audio_tower, load_file(encoder))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{name}: its weights do not fit this model ({error})") from error
+
+
+def _encoder_of_whole(name: str | os.PathLike) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(name).glob("model*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(ENCODER)}  # noqa: SIM118
+    return part(tensors, ENCODER)
 
 
 def load_adapter_of_whole(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:
@@ -259,7 +313,7 @@ def _load_adapter(
         for key, parameter in model.named_parameters():
             if is_adapters(key):
                 parameter.data = parameter.data.to(dtype)
-    own = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, model.state_dict(), adapter_name=ADAPTER, save_embedding_layers=False)
     expected = {key for key in own if is_adapters(key)}
     if expected != tensors.keys():
         odd = sorted(expected ^ tensors.keys())

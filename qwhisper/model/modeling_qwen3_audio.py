@@ -120,6 +120,8 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
             mask = input_features_mask.bool()
             frames, lengths = self.encode_mel(input_features.transpose(1, 2)[mask], mask.sum(-1).tolist())
         elif audio_features is not None:
+            if self.training and self.encoder_is_trained and not audio_features.requires_grad:
+                raise ValueError("an encoder that is trained learns nothing from cached audio_features: pass its input")
             frames, lengths = audio_features, audio_lengths.tolist()
         else:
             raise ValueError(f"no audio: pass one of {', '.join(AUDIO_INPUTS)}")
@@ -233,7 +235,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         error, not a warning.
         """
         from qwhisper.model.bases import refuse_missing
-        from qwhisper.model.loading import is_trained_folder, load_adapter_of_whole, load_for_user
+        from qwhisper.model.loading import is_trained_folder, load_adapter_of_whole, load_for_user, refuse_for_whole
         from qwhisper.run_folder import is_run_folder, read_checkpoint
 
         name = pretrained_model_name_or_path
@@ -241,6 +243,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
             return read_checkpoint(name, lambda folder: load_for_user(folder, **kwargs))
         if is_trained_folder(name):  # on the hub
             return load_for_user(name, **kwargs)
+        refuse_for_whole(name, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         refuse_missing("the model", pretrained_model_name_or_path, info)

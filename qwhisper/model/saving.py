@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,18 +85,20 @@ def save_pretrained(
     folder = Path(save_directory)
     _refuse_folder(model.config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _upload(model, folder, token, kwargs) if push_to_hub else nullcontext():
-        state = _state_with(model, state_dict)
-        weights, adapter = plain_weights(state), find_adapter(model, state)
-        record = None if model.config.text_base is None else model.base_record
-        changed = differing(record, weights) if record is not None else []
-        if record is None or any(not name.startswith(ENCODER) or name not in record for name in changed):
-            options = {"variant": variant, "save_original_format": save_original_format}
-            _save_whole(model, folder, weights, adapter, changed, max_shard_size=max_shard_size, **options)
-        else:
-            if variant is not None:
-                raise UsageError(f"variant={variant!r}: trained weights are saved under fixed names; leave it out")
-            _save_trained(model, folder, weights, adapter, bool(changed), max_shard_size)
+    before = model._get_files_timestamps(folder)
+    state = _state_with(model, state_dict)
+    weights, adapter = plain_weights(state), find_adapter(model, state)
+    record = None if model.config.text_base is None else model.base_record
+    changed = differing(record, weights) if record is not None else []
+    if record is None or any(not name.startswith(ENCODER) or name not in record for name in changed):
+        options = {"variant": variant, "save_original_format": save_original_format}
+        _save_whole(model, folder, weights, adapter, changed, max_shard_size=max_shard_size, **options)
+    else:
+        if variant is not None:
+            raise UsageError(f"variant={variant!r}: trained weights are saved under fixed names; leave it out")
+        _save_trained(model, folder, weights, adapter, bool(changed), max_shard_size)
+    if push_to_hub:  # last, so that without a network the weights are at least here
+        _upload(model, folder, before, token, kwargs)
 
 
 def _has_default(name: str, value: Any) -> bool:
@@ -131,18 +133,18 @@ def find_adapter(model: "Qwen3AudioForConditionalGeneration", state: Mapping[str
     own = [key for key in state if is_adapters(key)]
     if not own:
         return None
-    configs = getattr(model, "peft_config", None) or {}
-    if len(configs) != 1:
-        raise UsageError(
-            f"a folder holds one adapter, and this model has {', '.join(configs) or 'one without peft_config'}: "
-            "delete_adapter those that are not to be saved, or merge them"
-        )
     merged = {bool(module.merged) for module in model.modules() if isinstance(module, LoraLayer)}
     if merged == {True}:
         warnings.warn("the adapter is merged: it is saved inside the weights alone", stacklevel=2)
         return None
     if True in merged:
         raise UsageError("the adapter is merged in some layers only: merge it in all of them, or unmerge it")
+    configs = getattr(model, "peft_config", None) or {}
+    if len(configs) != 1:
+        raise UsageError(
+            f"a folder holds one adapter, and this model has {', '.join(configs) or 'one without peft_config'}: "
+            "delete_adapter those that are not to be saved, or merge them"
+        )
     ((name, config),) = configs.items()
     found = get_peft_model_state_dict(model, dict(state), adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor for key, tensor in found.items() if is_adapters(key)}
@@ -271,11 +273,10 @@ def _delete_others(folder: Path, kept: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _upload(model: PreTrainedModel, folder: Path, token: str | bool | None, keywords: dict[str, Any]) -> Iterator[None]:
-    """Creates the repository first, so that a wrong token fails at once; uploads what is written in the meantime."""
+def _upload(
+    model: PreTrainedModel, folder: Path, before: dict[str, float], token: str | bool | None, keywords: dict[str, Any]
+) -> None:
+    """Uploads what was written since `before`, times by file name, to a repository that is created if need be."""
     repository, private = keywords.pop("repo_id", folder.name), keywords.pop("private", None)
     repository = HfApi().create_repo(repository, private=private, token=token, exist_ok=True).repo_id
-    before = model._get_files_timestamps(folder)
-    yield
     model._upload_modified_files(folder, repository, before, token=token, **keywords)

@@ -270,7 +270,7 @@ def _resolve(folder: Path) -> Path:
     if (folder / MANIFEST).is_file():
         check_usable(folder)
         return folder
-    if (folder / "projector.safetensors").is_file():  # saved by `save_pretrained`, without a run around it
+    if _holds_model(folder):  # saved by `save_pretrained`, without a run around it
         return folder
     if not checkpoints(folder):
         if folder.name.startswith(PREFIX):
@@ -292,6 +292,16 @@ def _instead(missing: Path) -> str:
     if others:
         return f"the newest checkpoint of {missing.parent} is {others[-1].name}"
     return f"give a run folder or one of its {PREFIX}N folders"
+
+
+def _holds_model(folder: Path) -> bool:
+    """Trained weights, or a whole model of ours."""
+    if (folder / "projector.safetensors").is_file():
+        return True
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_audio"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:

@@ -40,12 +40,12 @@ def test_each_word_counts_by_its_place_modulo_2_to_the_64():
     words = torch.tensor([2**62, 2**62, 2**62, 5], dtype=torch.int64)
     expected = (2**62 * (1 + 3 + 5) + 5 * 7 + 2**63) % 2**64 - 2**63
     assert of(words.view(torch.float32)) == of(words.view(torch.bfloat16).view(4, 4)) == expected
-    assert of(torch.tensor([1, 0, 2], dtype=torch.uint8)) == 3 * (1 + 2 * 2**16)
+    assert of(torch.tensor([1, 0, 2], dtype=torch.uint8)) == 1 + 2 * 2**16
 
 
-@pytest.mark.parametrize("columns", [3, 8, 1000])
+@pytest.mark.parametrize("columns", [3, 8, 1000, 2048])
 def test_rows_that_change_places_show(columns):
-    tensor = torch.randn(500, columns)
+    tensor = torch.randn(500, columns)  # from less than one row of the checksum to eight
     swapped = tensor.clone()
     swapped[[3, 400]] = tensor[[400, 3]]
     assert of(swapped) != of(tensor)

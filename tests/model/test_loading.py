@@ -95,6 +95,36 @@ def test_an_unknown_keyword_is_refused_with_those_that_are_known(saved):
         Qwen3AudioForConditionalGeneration.from_pretrained(saved[1], quantization_config={"load_in_4bit": True})
 
 
+@pytest.mark.parametrize("auto", [Qwen3AudioForConditionalGeneration, AutoModelForMultimodalLM])
+def test_what_is_not_honoured_is_refused_by_name(saved, auto):
+    model, folder = saved
+    own = AutoConfig.from_pretrained(folder)
+    assert torch.equal(logits(auto.from_pretrained(folder, config=own, trust_remote_code=False)), logits(model))
+    own.projector_scale = 3.0
+    with pytest.raises(UsageError, match=r"the given config differs in projector_scale, but trained weights"):
+        auto.from_pretrained(folder, config=own)
+    with pytest.raises(UsageError, match=r"trust_remote_code=True has no effect: no code of a checkpoint"):
+        auto.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(UsageError, match=r"not cache_dir"):
+        auto.from_pretrained(folder, adapter_kwargs={"cache_dir": "cache"})
+
+
+@pytest.mark.parametrize("keyword", ["trust_remote_code", "text_model", "load_in_4bit", "whisper_cpu"])
+def test_a_whole_model_takes_no_keyword_that_has_no_effect_on_it(tmp_path, keyword):
+    small_model().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=rf"{keyword}.* has no effect"):
+        Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path, **{keyword: True})
+
+
+def test_a_folder_of_a_config_is_compared_as_well(saved, tmp_path):
+    _, folder = saved
+    other = Qwen3AudioConfig.from_pretrained(folder)
+    other.audio_tail_silence = 2.0
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"differs in audio_tail_silence"):
+        Qwen3AudioForConditionalGeneration.from_pretrained(folder, config=str(tmp_path / "other"))
+
+
 def test_another_base_is_refused_before_anything_is_loaded(saved, bases, tmp_path, monkeypatch):
     _, folder = saved
     other = tmp_path / "other"

@@ -1,14 +1,25 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from qwhisper.data.audio import clip_windows
 from qwhisper.data.collator import pack_samples, pad_samples
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.lora import add_lora
 from qwhisper.model.mel import packed_log_mel
-from tests.model.parts import VOCABULARY, gradients, large_weights, make_sample, noise, small_model, text_config
+from tests.model.parts import (
+    VOCABULARY,
+    gradients,
+    large_weights,
+    make_sample,
+    noise,
+    small_model,
+    text_config,
+    whisper_config,
+)
 
 CLIPS = [800, 7_000, 16_001]
 
@@ -110,6 +121,73 @@ def test_an_encoder_that_is_trained_is_in_train_mode_and_gets_gradients():
     assert model.model.audio_tower.training
     model(**audio_batch(model)).loss.backward()
     assert model.model.audio_tower.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("part", ["layers.1.fc1", "layers.1", "layer_norm", "conv2", ""])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_part_of_the_encoder_gets_the_gradients_that_it_has_in_the_whole(part, checkpointing):
+    model = small_model()
+    encoder = model.model.audio_tower
+    batch = audio_batch(model)
+    encoder.requires_grad_(True)
+    model.train()(**batch).loss.backward()
+    wanted = {n: p.grad.clone() for n, p in encoder.get_submodule(part).named_parameters()}
+    model.zero_grad(set_to_none=True)
+    encoder.requires_grad_(False).get_submodule(part).requires_grad_(True)
+    assert model.model.encoder_is_trained
+    assert model.train().model.audio_tower.training
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model(**batch).loss.backward()
+    found = {n: p.grad for n, p in encoder.get_submodule(part).named_parameters()}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+        assert gradient.abs().sum() > 0
+    assert sum(p.grad is not None for p in encoder.parameters()) == len(wanted)
+
+
+def test_the_gradients_of_a_full_window_are_those_of_transformers_own_encoder():
+    model = small_model()
+    mel = torch.randn(3000, 80)
+    plain = WhisperEncoder(whisper_config())
+    plain.load_state_dict(model.model.audio_tower.state_dict())
+    for encoder in (model.model.audio_tower, plain):
+        encoder.requires_grad_(False)
+        encoder.layers[-1].requires_grad_(True)
+    model.train().model.audio_tower(mel, [3000]).square().sum().backward()
+    plain.train()(mel.T[None]).last_hidden_state.square().sum().backward()
+    wanted = dict(plain.layers[-1].named_parameters())
+    for name, parameter in model.model.audio_tower.layers[-1].named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-3, msg=name)
+
+
+def test_lora_on_the_encoder_alone_gets_gradients():
+    model = small_model()
+    peft = get_peft_model(model, LoraConfig(target_modules=r".*audio_tower.*q_proj", init_lora_weights=False))
+    peft.train()(**audio_batch(model)).loss.backward()
+    found = gradients(model)
+    assert len(found) == 4 and all("lora_" in name and grad.abs().sum() > 0 for name, grad in found.items())
+    assert model.model.audio_tower.training
+
+
+def test_cached_features_are_refused_where_the_encoder_should_learn_from_them():
+    model = small_model().train()
+    batch = audio_batch(model)
+    frames, lengths = model.model.encode_audio(batch.pop("audio_waveforms"), batch.pop("audio_lengths").tolist())
+    cached = {"audio_features": frames, "audio_lengths": torch.tensor(lengths)}
+    assert model(**batch, **cached).loss > 0
+    model.model.audio_tower.layers[-1].requires_grad_(True)
+    with pytest.raises(ValueError, match="learns nothing from cached audio_features"):
+        model(**batch, **cached)
+    assert model.eval()(**batch, **cached).loss > 0
+
+
+@pytest.mark.parametrize("part", ["model.language_model.embed_tokens", "model.language_model.norm", "lm_head"])
+def test_any_part_of_the_language_model_that_is_unfrozen_gets_gradients(part):
+    model = small_model()
+    model.get_submodule(part).requires_grad_(True)
+    model.train()(**audio_batch(model)).loss.backward()
+    assert model.get_submodule(part).weight.grad.abs().sum() > 0
 
 
 def test_checkpointing_gives_the_same_gradients_and_leaves_the_frozen_encoder_alone(monkeypatch):

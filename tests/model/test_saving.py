@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForMultimodalLM, GenerationConfig
 
-from qwhisper.errors import UsageError
+from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.infer.generate import load_for_inference
 from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.model.bases import LoadOptions
-from qwhisper.model.loading import build_from_bases, load_trained
+from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
 from qwhisper.model.lora import add_lora
 from qwhisper.model.weights import differing, plain_weights
 from tests.model.parts import gradients, small_model
@@ -93,7 +94,7 @@ def test_lora_that_is_merged_in_some_layers_only_is_refused(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "with_lora"),
-    [("layers.1.mlp", False), ("norm", False), ("", False), ("norm", True), ("embed_tokens", True), ("", True)],
+    [("layers.1.mlp", False), ("", False), ("embed_tokens", True)],
 )
 def test_a_language_model_that_was_trained_is_saved_whole_without_its_base(joined, bases, tmp_path, part, with_lora):
     shutil.copytree(bases[1], tmp_path / "text")
@@ -111,8 +112,27 @@ def test_a_language_model_that_was_trained_is_saved_whole_without_its_base(joine
     assert {n for n, _ in again.named_parameters() if "lora_" in n} == {
         n for n, _ in model.named_parameters() if "lora_" in n
     }
-    twice = reloaded(again, tmp_path / "twice", WHOLE)
-    assert torch.equal(logits(AutoModelForMultimodalLM.from_pretrained(tmp_path / "twice")), logits(twice))
+    again.save_pretrained(tmp_path / "twice")
+    assert torch.equal(logits(AutoModelForMultimodalLM.from_pretrained(tmp_path / "twice")), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*holds a whole model")
+def test_a_run_goes_on_from_a_whole_model_with_what_it_trains(model, bases, tmp_path):
+    add_lora(model)
+    model.model.audio_tower.requires_grad_(True).double()
+    step(model.double())
+    write_embedding(model)
+    model.save_pretrained(tmp_path)
+    again = load_trained(tmp_path, LoadOptions(dtype="fp32"), text_model=bases[1], audio_model=bases[0])
+    trained = {name for name, p in again.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad and "audio_tower" not in name}
+    torch.testing.assert_close(logits(again), logits(model.float()))
+    again.model.audio_tower.double()
+    load_trained_weights(again, tmp_path)
+    rounded = again.model.audio_tower.conv1.weight.float().double()
+    assert not torch.equal(again.model.audio_tower.conv1.weight, rounded)
+    with pytest.raises(UsageError, match="whole model, which is not loaded in 4 bits"):
+        load_trained(tmp_path, LoadOptions(load_in_4bit=True))
 
 
 def write_embedding(model):
@@ -129,17 +149,13 @@ def replace_head(model):
     model.lm_head = nn.Linear(32, model.lm_head.out_features, bias=False)
 
 
-def resize_embeddings(model):
-    model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + 8)
-
-
 def append_zero_rows(model):
     weight = model.get_input_embeddings().weight
     model.resize_token_embeddings(len(weight) + 8)
     model.get_input_embeddings().weight.data[-8:] = 0
 
 
-@pytest.mark.parametrize("change", [write_embedding, swap_rows, replace_head, resize_embeddings, append_zero_rows])
+@pytest.mark.parametrize("change", [swap_rows, replace_head, append_zero_rows])
 def test_any_other_change_of_content_is_saved(model, tmp_path, change):
     change(model)
     again = reloaded(model, tmp_path, WHOLE)
@@ -155,9 +171,7 @@ def test_a_buffer_of_a_base_that_changed_is_seen(model, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(
-    "where", ["", "model", "model.audio_tower", "model.multi_modal_projector", "model.language_model"]
-)
+@pytest.mark.parametrize("where", ["", "model.audio_tower", "model.multi_modal_projector"])
 def test_a_module_that_loading_would_not_build_is_refused_by_name(model, tmp_path, where):
     model.get_submodule(where).register_module("extra", nn.Linear(2, 2))
     with pytest.raises(UsageError, match=r"2 weights have no place .*extra.weight"):
@@ -179,13 +193,10 @@ def test_an_encoder_that_was_written_to_while_frozen_is_saved(model, tmp_path):
     assert (tmp_path / "encoder.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "values", [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}, {"lora_dropout": 0.5}]
-)
-@pytest.mark.parametrize("where", ["encoder and language model", "projector as well"])
-def test_a_users_lora_learns_and_is_saved_wherever_it_is(model, tmp_path, where, values):
-    names = ["q_proj", "v_proj", *(["linear_1"] if where == "projector as well" else [])]
-    lora(model, target_modules=names, **values)
+@pytest.mark.parametrize("values", [{}, {"use_dora": True}, {"lora_bias": True, "use_rslora": True}])
+def test_a_users_lora_learns_and_is_saved_wherever_it_is(model, tmp_path, values):
+    """In the encoder, the projector and the language model."""
+    lora(model, target_modules=["q_proj", "v_proj", "linear_1"], **values)
     model.model.multi_modal_projector.requires_grad_(True)
     assert any("audio_tower" in name for name, p in model.named_parameters() if p.requires_grad)
     step(model)
@@ -202,7 +213,6 @@ def test_a_users_lora_learns_and_is_saved_wherever_it_is(model, tmp_path, where,
     ("values", "expected"),
     [
         ({"modules_to_save": ["lm_head"]}, WHOLE),
-        ({"modules_to_save": ["norm"]}, WHOLE),
         ({"modules_to_save": ["multi_modal_projector"]}, TRAINED),
         ({"modules_to_save": ["layer_norm"]}, TRAINED),  # the encoder's
         ({"bias": "all"}, TRAINED),  # only the encoder has any
@@ -235,7 +245,7 @@ def test_an_adapter_of_another_kind_is_refused_by_its_weights(model, tmp_path):
         model.save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_cast_is_no_change(model, tmp_path, dtype):
     add_lora(model.to(dtype))
     model.save_pretrained(tmp_path)
@@ -363,6 +373,16 @@ def test_push_to_hub_uploads_what_was_written(model, tmp_path, monkeypatch, chan
     assert hub.calls[-2][1] == "mine" and len(hub.files) == 5
 
 
+def test_without_a_network_the_weights_are_at_least_in_the_folder(model, tmp_path, monkeypatch):
+    def offline(*args, **keywords):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "create_repo", offline)
+    with pytest.raises(ConnectionError):
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="heard")
+    assert kind(tmp_path) == TRAINED
+
+
 def test_a_4_bit_model_whose_base_changed_is_refused(tmp_path):
     pytest.importorskip("bitsandbytes")
     audio, text = write_small_bases(tmp_path / "wide", hidden_size=64)
@@ -376,8 +396,20 @@ def test_a_4_bit_model_whose_base_changed_is_refused(tmp_path):
         model.save_pretrained(tmp_path / "two")
 
 
+def test_a_whole_model_answers_as_any_checkpoint(joined, tmp_path):
+    model, processor = joined
+    write_embedding(model)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, _, _ = load_for_inference(tmp_path, "cpu", "fp32")
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_generation_settings_come_back(model, tmp_path):
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path).max_new_tokens == 7
     assert Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path).generation_config.max_new_tokens == 7
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"generation_config.json can't be read"):
+        Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path)

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import read_conversations
+from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.train.assemble import build
 from qwhisper.train.callbacks import LoRAStabilizeCallback, LossDebugCallback, NaNMonitorCallback, ProjectorFreezeHook
 from qwhisper.train.hf_trainer import guard_trainer
@@ -72,6 +73,21 @@ def test_plain_trainer_trains_model_and_collator(plain_trainer):
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 12 and all(math.isfinite(x) and x > 0 for x in losses) and sum(losses[-3:]) < sum(losses[:3])
+
+
+@pytest.mark.parametrize("state_dict", [False, True])
+def test_plain_trainer_saves_what_it_trained(plain_trainer, tmp_path, state_dict):
+    trainer = plain_trainer(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.model.model.audio_tower.layers[-1].requires_grad_(True)
+    trainer.model.model.language_model.norm.requires_grad_(True)
+    start = start_of(trainer)
+    trainer.train()
+    trainer._save(str(tmp_path / "end"), trainer.model.state_dict() if state_dict else None)
+    for folder in (tmp_path / "end", tmp_path / "hf" / "checkpoint-2"):
+        again = Qwen3AudioForConditionalGeneration.from_pretrained(folder).state_dict()
+        trained = trainer.model.state_dict()
+        assert all(torch.equal(again[name], trained[name]) for name in start)
+        assert {name for name in start if torch.equal(again[name], start[name])} == set()
 
 
 def test_projector_freeze_hook_in_a_plain_trainer(plain_trainer):

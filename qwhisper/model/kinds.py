@@ -1,0 +1,166 @@
+"""Models of the wrong kind as --audio_model or --text_model: recognised by their files and configuration, before any
+weight is loaded.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
+
+from qwhisper.errors import UsageError, first_line
+from qwhisper.memory import is_out_of_memory
+from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
+
+TAKES = {
+    "--audio_model": "any Whisper checkpoint in Hugging Face format, such as openai/whisper-large-v3-turbo",
+    "--text_model": "a causal language model in Hugging Face format, such as Qwen/Qwen3-0.6B",
+}
+# What a folder or file is, by a pattern that names it; the first that is found counts.
+OTHER_FORMATS = (
+    ("model_index.json", "a diffusers pipeline"),
+    ("adapter_config.json", "an adapter without its model (merge it into its model first)"),
+    ("projector.safetensors", "a folder of qwhisper's trained weights (--init_from takes it)"),
+    ("checkpoint-*/projector.safetensors", "a qwhisper run (--init_from takes it)"),
+    ("modules.json", "a sentence-transformer"),
+    ("*.gguf", "a GGUF model of llama.cpp"),
+    ("ggml*.bin", "a GGML model of whisper.cpp"),
+    ("vocabulary.*", "a CTranslate2 model, such as faster-whisper's"),
+    ("*.nemo", "a NeMo model"),
+    ("weights.npz", "an MLX model"),
+    ("*.onnx", "an ONNX model"),
+    ("onnx/*.onnx", "an ONNX model"),
+    ("*.pt", "a PyTorch file, such as openai-whisper's"),
+    ("*.pth", "a PyTorch file, such as openai-whisper's"),
+)
+ENCODER_DECODERS = {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
+HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "RewardModel")
+
+
+def refuse_other_format(name: str, flag: str) -> None:
+    """Raises UsageError for a local file, or for a folder of another format than Hugging Face's."""
+    path = Path(name)
+    if path.is_file():
+        what = next((what for pattern, what in OTHER_FORMATS if path.match(pattern)), "a file")
+        raise _wrong_kind(flag, name, f"{what}, not a folder")
+    weights = [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern)]
+    if not path.is_dir() or (_has_model_type(path) and weights):
+        # Beside a whole model of Hugging Face's, the same in other formats does no harm.
+        return
+    if found := next((what for pattern, what in OTHER_FORMATS if any(path.glob(pattern))), None):
+        raise _wrong_kind(flag, name, found)
+
+
+def _has_model_type(folder: Path) -> bool:
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def refuse_model(name: str, flag: str) -> None:
+    """Both checks, for a command that needs only a part of the model; a folder without config.json is let through."""
+    refuse_other_format(name, flag)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):
+        return
+    refuse_other_kind(config, name, flag)
+
+
+def refuse_other_kind(config: PreTrainedConfig, name: str, flag: str) -> None:
+    """Raises UsageError unless the configuration is a Whisper's (--audio_model), a causal LM's (--text_model)."""
+    if config.model_type == "qwen3_audio":
+        raise _wrong_kind(flag, name, "a qwhisper model (--init_from takes its trained weights)")
+    if flag == "--audio_model":
+        if config.model_type != "whisper":
+            raise _wrong_kind(flag, name, f"a {config.model_type} model")
+        return
+    if (Path(name) / "modules.json").is_file():
+        raise _wrong_kind(flag, name, f"a sentence-transformer ({config.model_type}), which makes embeddings")
+    if other := _other_than_causal_lm(config):
+        raise _wrong_kind(flag, name, f"a {config.model_type} model, {other}")
+
+
+def _other_than_causal_lm(config: PreTrainedConfig) -> str | None:
+    """What a model is instead; None for a causal LM, and for one with more senses whose text part is a model itself."""
+    model_type, architectures = config.model_type, getattr(config, "architectures", None) or []
+    if getattr(config, "is_encoder_decoder", False) or model_type in ENCODER_DECODERS:
+        return "which is made of an encoder and a decoder"
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if causal is None:
+        return "which transformers knows as no causal language model"
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        return "which reads in both directions"
+    if causal.endswith("ForConditionalGeneration"):
+        return "whose text part transformers does not load alone"
+    if head := next((head for head in HEADS for name in architectures if name.endswith(head)), None):
+        return f"with a head for {head}"
+    if architectures and all(name.endswith("Model") for name in architectures) and not config.tie_word_embeddings:
+        return "saved without its language-model head"
+    return None
+
+
+def _wrong_kind(flag: str, name: str, what: str) -> UsageError:
+    return UsageError(f"{flag} {name} is {what}; it takes {TAKES[flag]}")
+
+
+@contextmanager
+def naming_missing_part(flag: str, name: str, part: str) -> Iterator[None]:
+    """While a part of a base is read that is small and often left out: UsageError where it can't be."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{flag} {name}: no {part} can be read there; copy it from the model that this one was made from "
+            f"({first_line(error)})"
+        ) from error
+
+
+def refuse_empty_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """transformers makes an empty one of a folder without tokenizer files; it reads any text as no token at all."""
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise UsageError(
+            f"--text_model {name}: no tokenizer can be read there; copy its files (tokenizer.json, "
+            "tokenizer_config.json) from the model that this one was made from"
+        )
+
+
+@torch.no_grad()
+def refuse_unpackable(name: str, language_model: PreTrainedModel) -> None:
+    """A model that carries a state from token to token would mix the samples of a packed row."""
+    if language_model.config._attn_implementation != PACKED_ATTENTION:
+        return
+    embeddings = language_model.get_input_embeddings()
+    hidden_states = embeddings(torch.arange(8, device=embeddings.weight.device)[None])
+    borders = torch.tensor([0, 5, 8], dtype=torch.int32, device=hidden_states.device)
+    packed = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 5, "max_length_k": 5}
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=hidden_states.device)
+    body = language_model.base_model
+    try:
+        row = body(
+            inputs_embeds=hidden_states,
+            attention_mask=packed_row_mask(hidden_states),
+            position_ids=positions,
+            use_cache=False,
+            **packed,
+        ).last_hidden_state[:, 5:]
+        alone = body(inputs_embeds=hidden_states[:, 5:], use_cache=False).last_hidden_state
+        mixed = (row - alone).abs().max() > 0.05 * alone.abs().max()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        mixed = True
+    if mixed:
+        raise UsageError(
+            f"--text_model {name}: a {language_model.config.model_type} model does not keep the samples of one row "
+            "apart, which training needs; use one with attention in every layer"
+        )
