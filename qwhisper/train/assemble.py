@@ -196,7 +196,8 @@ def probe_of(
         samples_per_step=args.samples_per_step,
     )
     asks_from = first_questions_step(samples_per_step=args.samples_per_step)
-    if (shortest := shortest_probed(samples_per_step=args.samples_per_step)) > total_steps:
+    shortest = min(first_step, shortest_probed(samples_per_step=args.samples_per_step))
+    if shortest > total_steps:
         if held_out:
             print(
                 f"note: no listening probe: it takes {shortest} steps to pay for one, and this run has "

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from qwhisper.errors import CheckpointError, QwhisperError, UsageError
+from qwhisper.errors import CheckpointError, DiskError, QwhisperError, UsageError
 from qwhisper.guards import ladder
 from qwhisper.train.checkpoint import checkpoints
 from qwhisper.train.executor import Executor
@@ -221,7 +221,7 @@ def test_a_full_disk_refuses_a_new_run_and_leaves_a_resumed_ones_config(argument
     assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=4)) == 0
     assert (Path(args.output_dir) / "config.yaml").read_text() == config
     assert "is left as it was" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="make room"):
+    with pytest.raises(DiskError, match="make room"):
         main(dataclasses.replace(args, output_dir=f"{args.output_dir}-new"))
 
 
@@ -229,7 +229,7 @@ def test_all_checkpoints_damaged_is_an_error_of_its_own(arguments):
     args = arguments(max_steps=1)
     main(args)
     (Path(args.output_dir) / "checkpoint-1/optimizer.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint is whole") as caught:
+    with pytest.raises(CheckpointError, DiskError, match="no checkpoint is whole") as caught:
         main(dataclasses.replace(args, resume_from_checkpoint="latest"))
     assert caught.value.exit_code == 6
 
