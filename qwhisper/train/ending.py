@@ -136,7 +136,7 @@ def in_numbers(run: Run) -> str:
         numbers.append(f"loss {first:.3g} → {last:.3g}")
     if learning.gain is not None and learning.noise is not None:
         at = "" if learning.probed == run.state.step else f" at step {learning.probed}"
-        numbers.append(f"listening gain {learning.gain:.2f} ± {learning.noise:.2f} nats a token{at}")
+        numbers.append(f"listening gain {learning.gain:.3f} ± {learning.noise:.3f} nats a token{at}")
     return "; ".join(numbers) or "too few steps to compare losses"
 
 

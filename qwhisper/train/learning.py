@@ -15,9 +15,9 @@ from qwhisper.guards.alarms import MEMORISED_LOSS, NOISES
 
 WINDOW = 50  # steps at either end whose losses are kept
 SHORTEST = 50  # steps of training after which a loss that has not fallen says something
-FEWEST = 14  # steps for any direction: two windows of 7 that do not overlap are 3.1 standard errors apart
+FEWEST = 22  # steps for any direction: two windows of 11 that do not overlap are 4 standard errors apart
 DEAD_STEPS = 3  # steps in a row that must all be worse than guessing
-CERTAIN = 3.0  # standard errors of the rank test: one sound run in 700 lies above
+CERTAIN = 4.0  # standard errors of the rank test: one run in 30,000 that stands still lies above
 SHARE = 0.01  # of the loss, on the same samples: a fall of less is not called learning
 NONE = 0.001  # and of less than this no fall: 60 steps at a rate that teaches nothing yet bring 0.004
 RISE = 1.1  # times the first loss
