@@ -55,7 +55,7 @@ def settled(
                 notes.append(
                     f"--{name} is {values[name]}: its default of {default}, at most {percent} % of {total_steps} steps"
                 )
-    return dataclasses.replace(args, **values), notes
+    return (dataclasses.replace(args, **values) if values else args), notes
 
 
 def warmup_steps(args: TrainArguments, total_steps: int) -> int:
