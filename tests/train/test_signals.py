@@ -117,7 +117,8 @@ def make_arguments(arguments, tmp_path):
         return arguments(
             train_file=str(train_file), output_dir=str(tmp_path / name), seed=SEED, max_steps=4,
             per_device_train_batch_size=SAMPLES // 2, gradient_accumulation_steps=2, max_tokens_per_pack="130",
-            lora_dropout=0.2, projector_dropout=0.2, max_bad_fraction=0.5, freeze_projector_steps=0, **values,
+            lora_dropout=0.2, projector_dropout=0.2, max_bad_fraction=0.5, freeze_projector_steps=0,
+            activation_clamp="0.5", **values,
         )  # fmt: skip
 
     return make
