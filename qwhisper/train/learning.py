@@ -21,7 +21,8 @@ CERTAIN = 4.0  # standard errors of the rank test: one run in 30,000 that stands
 SHARE = 0.01  # of the loss, on the same samples: a fall of less is not called learning
 NONE = 0.001  # and of less than this no fall: 60 steps at a rate that teaches nothing yet bring 0.004
 RISE = 1.1  # times the first loss
-DEAD = 1.5  # times the loss of a guess, or the first loss where that is higher
+DEAD = 1.5  # times the loss of a guess, or the very first loss where that is higher
+FAR = 2.0, 1.0  # times the very first loss, and nats above it: no order of sound samples takes all last steps there
 
 Direction = Literal["fell", "flat", "rose"]
 
@@ -115,7 +116,9 @@ class Learning:
         ranks, (first, last) = rank_test(*self.windows), self.windows
         passes = self.passes
         rose = ranks >= CERTAIN and statistics.median(last) > max(MEMORISED_LOSS, RISE * statistics.median(first))
-        if rose or (passes is not None and passes > RISE):
+        # A run that died at once has its whole beginning against it, but for the first step's loss.
+        far = min(last) > max(FAR[0] * first[0], FAR[1] + first[0])
+        if rose or far or (passes is not None and passes > RISE):
             return "rose"
         if ranks <= -CERTAIN or (passes is not None and passes < 1 - SHARE):
             return "fell"
@@ -126,7 +129,7 @@ class Learning:
         first, last = self.windows
         if len(last) < DEAD_STEPS:
             return False
-        bound = DEAD * max(guess, statistics.median(first))
+        bound = DEAD * max(guess, first[0])
         return not any(loss <= bound for loss in last[-DEAD_STEPS:])
 
     def learned(self) -> bool:

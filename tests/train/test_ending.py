@@ -1,6 +1,7 @@
 """What a run says of its learning at its end, and the course of it in events.jsonl."""
 
 import dataclasses
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ from qwhisper.train import executor
 from qwhisper.train.checkpoint import checkpoints
 from qwhisper.train.run import main
 from qwhisper.train.state import TrainState
-from tests.small import write_dialogues
+from tests.small import teach_to_read, write_dialogues, write_small_bases
 from tests.test_faults.lives import At
 from tests.train.helpers import read_lines
 
@@ -59,8 +60,15 @@ def test_a_crash_and_memory_that_runs_out_leave_an_end_as_well(arguments, monkey
     assert (course(args)[-1]["exit_code"], course(args)[-1]["reason"]) == (1, "RuntimeError: a bug")
 
 
-def test_a_rate_that_kills_the_model_ends_with_exit_code_7_and_a_checkpoint(arguments):
-    args = arguments(learning_rate=0.9, early_lr_steps=0, freeze_projector_steps=0, max_steps=24, save_steps=24)
+def test_a_rate_that_kills_the_model_ends_with_exit_code_7_and_a_checkpoint(arguments, tmp_path):
+    audio, text = write_small_bases(tmp_path)
+    teach_to_read(text, ["low", "high"])
+    lines = [{"messages": [{"role": "user", "content": f"{word}Pitch?"}, {"role": "assistant", "content": word}]}
+             for word in ("low", "high")] * 12  # fmt: skip
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = {"audio_model": str(audio), "text_model": str(text), "train_file": str(data), "learning_rate": 0.9}
+    args = arguments(**values, early_lr_steps=0, freeze_projector_steps=0, max_steps=24, save_steps=24)
     with pytest.raises(NothingLearnedError, match=r"nothing was learned in 24 steps.* lower --learning_rate") as caught:
         main(args)
     assert caught.value.exit_code == 7 == course(args)[-1]["exit_code"]
@@ -86,7 +94,7 @@ def test_a_run_that_learned_says_by_how_much_and_what_may_be_loosened(arguments,
     assert main(args) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     learning = TrainState.load(Path(args.output_dir) / "checkpoint-60").learning
-    assert learning.first_held_out > 5 > learning.last_held_out and learning.probed == 60
+    assert learning.first_held_out > 1.05 * learning.last_held_out and learning.probed == 60
     assert f"Held-out loss {learning.first_held_out:.3g} → {learning.last_held_out:.3g}; loss " in said
     assert f"listening gain {learning.gain:.3f} ± {learning.noise:.3f} nats a token" in said
     assert "No guard had to act: a larger --per_device_train_batch_size, fewer --early_lr_steps" in said

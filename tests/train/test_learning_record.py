@@ -61,6 +61,14 @@ def test_a_loss_that_rises_is_nothing_learned_unless_the_model_hears():
     assert why(after(losses, **HEARS)) is None
 
 
+def test_a_run_that_died_at_once_is_not_said_to_learn_because_it_gets_less_bad():
+    losses = [1.0, *[9.0] * 29, *[7.0] * 30]
+    record = after(losses, steps_per_pass=15)
+    assert (
+        record.passes < 1 and record.direction() == "rose" and not record.learned() and why(record) == "the loss rose"
+    )
+
+
 def test_a_run_of_same_losses_is_nothing_learned_where_it_is_long_and_not_begun_from_another():
     flat = [2.0, 3.0, 1.0, 2.5] * 25
     assert why(after(flat, steps_per_pass=4)) == "the loss did not fall"
