@@ -109,7 +109,8 @@ def refuse_to_have_learned_nothing(run: Run) -> None:
         rewinds = state.guards.rewinds
         rewound = f", after {rewinds} rewind{'s' * (rewinds != 1)}" if rewinds else ""
         raise NothingLearnedError(
-            f"nothing was learned in {state.step} steps{rewound}: {why} ({in_numbers(run)}). {cure(run)}. "
+            f"nothing was learned in {state.step} steps{rewound}: {why} ({in_numbers(run) or 'too few to compare'}). "
+            f"{cure(run)}. "
             f"{saved_in(run)} is written, but is not worth going on from"
         )
 
@@ -137,7 +138,7 @@ def in_numbers(run: Run) -> str:
     if learning.gain is not None and learning.noise is not None:
         at = "" if learning.probed == run.state.step else f" at step {learning.probed}"
         numbers.append(f"listening gain {learning.gain:.3f} ± {learning.noise:.3f} nats a token{at}")
-    return "; ".join(numbers) or "too few steps to compare losses"
+    return "; ".join(numbers)
 
 
 def in_words(run: Run) -> str:
@@ -167,7 +168,8 @@ def closing_line(run: Run) -> str:
     done = f"{how} steps, {state.supervised_tokens} supervised tokens; {saved_in(run)}"
     if not state.step:
         return done
-    done += f". {in_numbers(run).capitalize()}: {in_words(run)}"
+    said = ": ".join(filter(None, (in_numbers(run), in_words(run))))
+    done += f". {said[0].upper()}{said[1:]}"
     if log.kinds or log.quarantined:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in log.kinds.most_common())
         told = (
