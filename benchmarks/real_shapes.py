@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, WhisperCo
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from qwhisper.demo.dialogues import write_jsonl
+from qwhisper.report.events import acts, read_jsonl
 
 SIZES = {  # hidden, layers, intermediate, heads, key heads, tied embeddings
     "0.6b": (1024, 28, 3072, 16, 8, True),
@@ -135,7 +136,7 @@ def main() -> None:
         "loss_first": round(float(steps[0]["loss"]), 4),
         "loss_last": round(float(steps[-1]["loss"]), 4),
         "max_grad_norm_seen": round(max(float(step["grad_norm"]) for step in steps), 2),
-        "skipped_or_retried": sum(1 for _ in (run / "events.jsonl").open()) if (run / "events.jsonl").exists() else 0,
+        "skipped_or_retried": len(acts(read_jsonl(run / "events.jsonl"))),
     }
     append_result("real_shapes", result)
 

@@ -6,6 +6,7 @@ A field listed as positional in `cli.VERBS` is given without a flag: `qwhisper v
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qwhisper.bounds import LIMITS, Bounds, check_bounds
 from qwhisper.errors import UsageError
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -17,11 +18,16 @@ AUDIO_MODEL_HELP = (
 TEXT_MODEL_HELP = "Where the language model that it was trained on lies now, in the same way."
 DEVICE_HELP = "cpu, cuda, cuda:1 and so on (default: the first GPU if there is one)."
 DTYPE_HELP = "Number format of the two base models (auto: bf16 on a GPU, fp32 on a CPU)."
+MOST_SAMPLES = 2**20  # at once, or in one optimizer step
+MOST_NEW_TOKENS = 2**20  # no language model has positions for more
 
 
-def flag(default: Any, help: str, **argparse_options: Any) -> Any:
-    """A dataclass field with what HfArgumentParser hands on to argparse."""
-    metadata = {"help": help, **argparse_options}
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A dataclass field. options: the limits of a number, by the names of `Bounds`, and what HfArgumentParser hands on
+    to argparse.
+    """
+    limits = {name: options.pop(name) for name in LIMITS if name in options}
+    metadata = {"help": help, **options} | ({"bounds": Bounds(**limits)} if limits else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -32,17 +38,13 @@ def required(help: str) -> Any:
     return field(metadata={"help": help})
 
 
-def _at_least_one(arguments: object, *names: str) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} {value}: must be 1 or more")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoArguments:
     output_dir: str = flag("demo-output", "Folder for speech, models, run and results.")
-    seed: int = flag(0, "Decides voices, dialogues and weights.")
+    seed: int = flag(0, "Decides voices, dialogues and weights.", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +60,13 @@ class DataCheckArguments:
     audio_model: str | None = flag(
         None, "Hub id or folder: its configuration decides how long audio is cut into windows."
     )
-    max_length: int | None = flag(None, "Tokens a dialogue may have: reports what would be cut. Needs --text_model.")
+    max_length: int | None = flag(
+        None, "Tokens a dialogue may have: reports what would be cut. Needs --text_model.", at_least=1
+    )
     hub: Literal["huggingface", "modelscope"] = flag("huggingface", "Where hub ids are fetched from.")
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "max_length")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +91,15 @@ class DataAnswerArguments:
         None, 'File with instructions of your own, one a line, in place of the shipped ones; a line "" is an empty one.'
     )
     language: Literal["both", "en", "zh"] = flag("both", "Which of the shipped instructions are drawn from.")
-    seed: int = flag(0, "Decides, with a line's content, which instruction the line is given.")
-    batch_size: int = flag(8, "Prompts answered at once; out of memory halves it by itself.")
+    seed: int = flag(0, "Decides, with a line's content, which instruction the line is given.", at_least=0)
+    batch_size: int = flag(
+        8, "Prompts answered at once; out of memory halves it by itself.", at_least=1, at_most=MOST_SAMPLES
+    )
     max_new_tokens: int = flag(
-        256, "Tokens an answer may have. One that is longer is left out, since it would end in mid-sentence."
+        256,
+        "Tokens an answer may have. One that is longer is left out, since it would end in mid-sentence.",
+        at_least=1,
+        at_most=MOST_NEW_TOKENS,
     )
     load_in_4bit: bool = flag(False, "Load the language model's linear layers in 4 bits (NF4, bitsandbytes).")
     hub: Literal["huggingface", "modelscope"] = flag("huggingface", "Where hub ids are fetched from.")
@@ -98,7 +107,7 @@ class DataAnswerArguments:
     dtype: Dtype = flag("auto", "Number format of the language model (auto: bf16 on a GPU, fp32 on a CPU).")
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "batch_size", "max_new_tokens")
+        check_bounds(self)
         if self.instructions is not None and self.language != "both":
             raise UsageError("--language chooses among the shipped instructions, which --instructions replaces")
 
@@ -120,7 +129,7 @@ class EvalArguments:
         None,
         "Folder that absolute audio paths must lie in (default: the file's own folder). Nothing outside it is read.",
     )
-    max_samples: int | None = flag(None, "Use only the first N dialogues.")
+    max_samples: int | None = flag(None, "Use only the first N dialogues.", at_least=1)
     swap_audio: bool = flag(
         True,
         "Answer everything once more with another sample's audio whose right answer differs: what the model still "
@@ -136,8 +145,10 @@ class EvalArguments:
         "JSONL of text dialogues on which to measure how far the language model has moved from its base (default: "
         "what the base answers to the instructions that qwhisper ships).",
     )
-    batch_size: int = flag(8, "Dialogues answered at once; the result does not depend on it.")
-    max_new_tokens: int = flag(128, "Tokens an answer may have.")
+    batch_size: int = flag(
+        8, "Dialogues answered at once; the result does not depend on it.", at_least=1, at_most=MOST_SAMPLES
+    )
+    max_new_tokens: int = flag(128, "Tokens an answer may have.", at_least=1, at_most=MOST_NEW_TOKENS)
     output_json: str | None = flag(None, "File for all numbers and answers as JSON (default: none is written).")
     output_md: str | None = flag(None, "File for the result as a Markdown table (default: none; it is printed anyway).")
     audio_model: str | None = flag(None, AUDIO_MODEL_HELP)
@@ -146,7 +157,7 @@ class EvalArguments:
     dtype: Dtype = flag("auto", DTYPE_HELP)
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "max_samples", "batch_size", "max_new_tokens")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +168,11 @@ class ChatArguments:
         None, "Text of the first turn. With --audio or --text one answer is given and the command ends."
     )
     system: str | None = flag(None, "System prompt.")
-    max_new_tokens: int = flag(256, "Tokens an answer may have.")
+    max_new_tokens: int = flag(256, "Tokens an answer may have.", at_least=1, at_most=MOST_NEW_TOKENS)
     audio_model: str | None = flag(None, AUDIO_MODEL_HELP)
     text_model: str | None = flag(None, TEXT_MODEL_HELP)
     device: str | None = flag(None, DEVICE_HELP)
     dtype: Dtype = flag("auto", DTYPE_HELP)
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "max_new_tokens")
+        check_bounds(self)

@@ -47,3 +47,15 @@ class CheckpointError(QwhisperError):
     """A checkpoint is damaged, incomplete or belongs to something else."""
 
     exit_code = 6
+
+
+class NothingLearnedError(QwhisperError):
+    """A training ran to its end, and its numbers say that it learned nothing."""
+
+    exit_code = 7
+
+
+class DiskError(QwhisperError):
+    """The disk does not take what must be written."""
+
+    exit_code = 8

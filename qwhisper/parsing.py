@@ -99,7 +99,8 @@ def _copy(f: dataclasses.Field) -> dataclasses.Field:
     given = {
         name: getattr(f, name) for name in ("default", "default_factory") if getattr(f, name) is not dataclasses.MISSING
     }
-    metadata = dict(f.metadata) | {"help": f.metadata["help"].replace("%", "%%")}  # argparse formats help texts
+    metadata = {name: value for name, value in f.metadata.items() if name != "bounds"}  # the rest goes to argparse
+    metadata["help"] = metadata["help"].replace("%", "%%")  # which formats help texts
     return dataclasses.field(metadata=metadata, kw_only=True, **given)
 
 

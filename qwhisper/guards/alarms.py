@@ -168,8 +168,9 @@ class Alarms:
             count = self.without_gradient[group] = self.without_gradient.get(group, 0) + 1 if norm == 0 else 0
             message = (
                 f"the gradient of {group} has been exactly 0 for {count} steps, up to step {facts.step}: the loss does "
-                "not depend on it. Look for a detach, a no_grad or a frozen part between the two in changed code or a "
-                "callback; in fp16 it may have been rounded away: --dtype bf16"
+                "not depend on it. If the loss is far above its first values, the learning rate has killed the model: "
+                "begin again with a lower one. In fp16 it may have been rounded away: --dtype bf16. Else look for a "
+                "detach, a no_grad or a frozen part between the two in changed code or a callback"
             )
             if count == 0 or count >= STEPS_WITHOUT_GRADIENT:
                 found["gradient_zero", group] = message if count else None

@@ -5,6 +5,7 @@ and the held-out loss shows the model as it will be used.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ class ActivationClamp:
         count = int(self._count)
         self._count.zero_()
         return {self.name: count}
+
+    def count_as_now(self) -> Callable[[], None]:
+        """Return a function that puts the count back to what it is now, without a wait: for a step that is given up."""
+        before = self._count.clone()
+
+        def put_back() -> None:
+            self._count.copy_(before)
+
+        return put_back
 
     def _before(self, module: nn.Module, args: tuple) -> tuple | None:
         if not (self.on and module.training):

@@ -36,7 +36,8 @@ class GuardState:
             "averages": {name: NormAverage(**average) for name, average in values["averages"].items()},
             "rate": DynamicRate(**values["rate"]),
             "loss_scale": LossScale(**values["loss_scale"]),
-            "clamp": ClampSwitch(**values["clamp"]),
+            # Checkpoints of before `told` was kept: what was clamped by then is not named again.
+            "clamp": ClampSwitch(**{"told": values["clamp"]["clamped"]} | values["clamp"]),
         }
         return cls(**values | nested)
 

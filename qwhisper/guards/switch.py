@@ -20,17 +20,19 @@ CLEAN = 200  # four windows: going off takes longer than coming on, so that it d
 class ClampSwitch(RecentPeaks):
     """On after SPIKES spikes within WINDOW steps, off after CLEAN steps without any.
 
-    clamped: activations that were clamped since it last went on; whoever counts them adds them.
+    clamped: activations that were clamped since it last went on; whoever counts them adds them. told: those of them
+    that an event has named.
     """
 
     on: bool = False
     clamped: int = 0
+    told: int = 0
 
     def observe(self, spiked: bool) -> Literal["on", "off"] | None:
         """One step; what the clamp has to be from now on, or None where it stays as it is."""
         self.note(spiked, WINDOW)
         if not self.on and len(self.peaks) >= SPIKES:
-            self.on, self.clamped = True, 0
+            self.on, self.clamped, self.told = True, 0, 0
             return "on"
         if self.on and self.calm >= CLEAN:
             self.on = False

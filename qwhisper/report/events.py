@@ -1,27 +1,30 @@
 """The run folder's logs.
 
-metrics.jsonl has every step, events.jsonl every act of a guard, quarantine.jsonl every bad sample.
+metrics.jsonl has every step, events.jsonl the run's course and every act of a guard, quarantine.jsonl every bad sample.
 """
 
 import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+COURSE = ("begin", "resumed", "end")  # kinds of event that every run has; no guard acted
 
 
 class RunLog:
     """Appends one JSON object a line; a line is complete on disk as soon as it is written.
 
     A log that can't be written is said once and given up for the moment: no run ends for want of its log.
-    kinds: how many events there were of each. quarantined: the reason by the source of each bad dialogue, however often
-    it came up. Both of the whole run, as far as the files of the part before a resume can be read.
+    kinds: how many events there were of each but COURSE. quarantined: the reason by the source of each bad dialogue,
+    however often it came up. Both of the whole run, as far as the files of the part before a resume can be read.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.kinds = Counter(str(act.get("kind")) for act in _readable(folder / "events.jsonl"))
+        self.kinds = Counter(str(act.get("kind")) for act in acts(_readable(folder / "events.jsonl")))
         bad = _readable(folder / "quarantine.jsonl")
         self.quarantined = {str(record.get("source")): str(record.get("reason")) for record in bad}
         self._torn: dict[str, bool] = {}  # by file: whether it may end in half a line
@@ -49,12 +52,23 @@ class RunLog:
         self._append("metrics.jsonl", values)
 
     def event(self, kind: str, *, step: int, **values: Any) -> None:
-        self.kinds[kind] += 1
+        if kind not in COURSE:
+            self.kinds[kind] += 1
         self._append("events.jsonl", {"time": round(time.time(), 3), "kind": kind, "step": step} | values)
+
+    def run_id(self) -> str | None:
+        """The name that the run was given when it began; None where events.jsonl can't say."""
+        ids = [event["run_id"] for event in _readable(self.folder / "events.jsonl") if "run_id" in event]
+        return str(ids[-1]) if ids else None
 
     def quarantine(self, *, id: str, source: str, reason: str, step: int) -> None:
         self.quarantined[source] = reason
         self._append("quarantine.jsonl", {"id": id, "source": source, "reason": reason, "step": step})
+
+
+def acts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events without those that every run has."""
+    return [event for event in events if event.get("kind") not in COURSE]
 
 
 def ends_in_half_a_line(path: Path) -> bool:

@@ -4,11 +4,11 @@ The flags themselves, with defaults and reasons, are in `flags.py`; HF's names t
 """
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
 
+from qwhisper.bounds import LARGEST, check_bounds
 from qwhisper.errors import UsageError
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
 from qwhisper.guards.switch import BOUND
@@ -21,44 +21,10 @@ DEFAULT_AUDIO_MODELS = {  # by hub: the same weights
 DEFAULT_TEXT_MODEL = "Qwen/Qwen3-8B"
 DEFAULT_FREEZE_PROJECTOR_STEPS = 20
 
-AT_LEAST_ONE = (
-    "max_samples",
-    "max_length",
-    "lora_r",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_bad_steps",
-    "save_steps",
-    "save_total_limit",
-    "eval_steps",
-    "per_device_eval_batch_size",
-    "logging_steps",
-)
-ABOVE_ZERO = (
-    "projector_scale",
-    "projector_learning_rate",
-    "learning_rate",
-    "lora_alpha",
-    "lora_init_scale",
-    "early_lr_factor",
-    "num_train_epochs",
-    "adam_epsilon",
-)
-NOT_NEGATIVE = (
-    "max_rewinds",
-    "audio_lead_silence",
-    "audio_tail_silence",
-    "freeze_projector_steps",
-    "early_lr_steps",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "lora_grad_clip",
-    "dataloader_num_workers",
-    "seed",
-)
-BELOW_ONE = ("lora_dropout", "projector_dropout", "adam_beta1", "adam_beta2")  # and not negative
-LARGEST = 2**63 - 1  # of torch's whole numbers; Adam's step overflows in fp32 at a learning rate not far above
+DEFAULT_EARLY_LR_STEPS = 100
+LEAST_CLAMP, MOST_CLAMP = 0.1, 1e4  # what a layer reads comes out of a norm: most of it is around 1
+LEAST_LORA_SCALE, MOST_LORA_SCALE = 1e-3, 1e3
+MOST_DECAY = 0.1  # of a weight in one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +39,11 @@ class TrainArguments(
 ):
     """One training run. Raises UsageError for a value or a combination that can't be meant.
 
-    Fields whose default depends on others are filled in on construction. With `init_from` some stay None, which means
-    "as in that checkpoint": audio_model, text_model, projector_scale, audio_lead_silence, audio_tail_silence. Without
-    it only the two silences may be None: the model configuration's own default.
+    Fields whose default depends on others are filled in on construction. early_lr_steps and freeze_projector_steps
+    depend on the length of the run: without a value they are None until `schedule.settled` fills them in. With
+    `init_from` some more stay None, which means "as in that checkpoint": audio_model, text_model, projector_scale,
+    audio_lead_silence, audio_tail_silence. Without it only the two silences may be None: the model configuration's own
+    default.
     """
 
     def __post_init__(self) -> None:
@@ -84,6 +52,7 @@ class TrainArguments(
         self._check_silence()
         self._check_combinations()
         self._fill_in()
+        self._check_optimizer()
 
     @property
     def pack_limit(self) -> int | None:
@@ -104,7 +73,7 @@ class TrainArguments(
 
     def notices(self) -> list[str]:
         """One sentence for every flag that was changed and has no effect in this combination."""
-        return [f"--{name} has no effect: {reason}" for name, reason in self._without_effect()] + self._surprises()
+        return [f"--{name} has no effect: {reason}" for name, reason in self._without_effect()]
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
@@ -121,20 +90,7 @@ class TrainArguments(
         self._set("activation_clamp", "off" if clamp == "false" else clamp)  # YAML reads a bare off as false
 
     def _check_numbers(self) -> None:
-        numbers = (*AT_LEAST_ONE, *ABOVE_ZERO, *NOT_NEGATIVE, "max_steps")
-        for names, allowed, wanted in (
-            (AT_LEAST_ONE, lambda value: value >= 1, "must be 1 or more"),
-            (ABOVE_ZERO, lambda value: value > 0, "must be above 0"),
-            (NOT_NEGATIVE, lambda value: value >= 0, "must be 0 or more"),
-            (BELOW_ONE, lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
-            (("max_bad_fraction", "distill_weight"), lambda value: 0 <= value <= 1, "is a share: from 0 to 1"),
-            (("max_steps",), lambda value: value == -1 or value >= 1, "must be 1 or more, or -1 for no limit"),
-            (numbers, lambda value: value <= LARGEST, f"must be {LARGEST} or less"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not (-math.inf < value < math.inf and allowed(value)):
-                    raise UsageError(f"--{name} {value}: {wanted}")
+        check_bounds(self)
         if self.max_tokens_per_pack != "auto" and not (
             self.max_tokens_per_pack.isascii()
             and self.max_tokens_per_pack.isdigit()
@@ -146,8 +102,11 @@ class TrainArguments(
                 f"{LARGEST}"
             )
 
-        if self.activation_clamp not in ("auto", "off") and not _is_positive(self.activation_clamp):
-            raise UsageError(f"--activation_clamp {self.activation_clamp}: must be auto, off or a number above 0")
+        if self.activation_clamp not in ("auto", "off") and not _is_clamp(self.activation_clamp):
+            raise UsageError(
+                f"--activation_clamp {self.activation_clamp}: must be auto, off or a number from {LEAST_CLAMP:g} to "
+                f"{MOST_CLAMP:g}"
+            )
 
     def _check_silence(self) -> None:
         """Whether a window of Whisper's has room for speech beside it."""
@@ -159,11 +118,6 @@ class TrainArguments(
             raise UsageError(f"--audio_lead_silence and --audio_tail_silence: {error}") from None
 
     def _check_combinations(self) -> None:
-        if self.early_lr_factor > 1:
-            raise UsageError(
-                f"--early_lr_factor {self.early_lr_factor}: above 1 it would raise the learning rate where runs are "
-                "most fragile"
-            )
         if self.whisper_cpu and not self.freeze_whisper:
             raise UsageError(
                 "--whisper_cpu with --no_freeze_whisper: an encoder that is trained must be where the training is; "
@@ -192,9 +146,29 @@ class TrainArguments(
                 "go on with that run use --resume_from_checkpoint"
             )
 
+    def _check_optimizer(self) -> None:
+        """Values that are sound one by one, and with which no weight learns together."""
+        rate = max(self.learning_rate, self.projector_learning_rate)
+        if rate * self.weight_decay > MOST_DECAY:
+            raise UsageError(
+                f"--weight_decay {self.weight_decay} at a learning rate of {rate}: every step would take "
+                f"{rate * self.weight_decay:.0%} of each weight; lower one of them"
+            )
+        if self.adam_beta1**4 >= self.adam_beta2 and self.adam_beta1 > 0:  # Kingma and Ba, 2015, theorem 4.1
+            raise UsageError(
+                f"--adam_beta1 {self.adam_beta1} with --adam_beta2 {self.adam_beta2}: Adam converges only where "
+                "beta1 ** 4 is below beta2; raise --adam_beta2"
+            )
+        scale = self.lora_alpha / self.lora_r
+        if self.use_lora and not LEAST_LORA_SCALE <= scale <= MOST_LORA_SCALE:
+            raise UsageError(
+                f"--lora_alpha {self.lora_alpha} with --lora_r {self.lora_r}: the adapters' output would be multiplied "
+                f"by {scale:.3g}; {LEAST_LORA_SCALE:g} to {MOST_LORA_SCALE:g} is what can be trained"
+            )
+
     def _fill_in(self) -> None:
         defaults: dict[str, Any] = {
-            "freeze_projector_steps": DEFAULT_FREEZE_PROJECTOR_STEPS if self.use_lora else 0,
+            "freeze_projector_steps": None if self.use_lora else 0,
             "projector_learning_rate": self.learning_rate,
             "eval_steps": self.save_steps,
             "run_name": os.path.basename(os.path.abspath(self.output_dir)),
@@ -228,10 +202,10 @@ class TrainArguments(
                 found.append(("eval_steps", "there is no --eval_file"))
         if self.max_steps > 0:
             found += [(name, f"--max_steps {self.max_steps} decides") for name in self._changed("num_train_epochs")]
-        if self.early_lr_steps == 0:
+        if self.early_lr_steps == 0 and self.early_lr_factor != 1:
             found += [(name, "--early_lr_steps is 0") for name in self._changed("early_lr_factor")]
-        if self.early_lr_factor == 1:
-            found += [(name, "--early_lr_factor is 1") for name in self._changed("early_lr_steps")]
+        if self.early_lr_factor == 1 and self.early_lr_steps:
+            found.append(("early_lr_steps", "--early_lr_factor is 1"))
         if self.resume_from_checkpoint and self.init_from:
             found.append(("init_from", "the checkpoint that is resumed holds these weights already"))
         if self.hub != "huggingface" and all(
@@ -240,17 +214,9 @@ class TrainArguments(
             found.append(("hub", "both models are folders on this machine"))
         return found
 
-    def _surprises(self) -> list[str]:
-        if self.freeze_projector_steps and 0 < self.max_steps <= self.freeze_projector_steps:
-            return [
-                f"--freeze_projector_steps {self.freeze_projector_steps} is not below --max_steps {self.max_steps}: "
-                "the projector does not learn in this run"
-            ]
-        return []
 
-
-def _is_positive(text: str) -> bool:
+def _is_clamp(text: str) -> bool:
     try:
-        return 0 < float(text) < math.inf
+        return LEAST_CLAMP <= float(text) <= MOST_CLAMP
     except ValueError:
         return False

@@ -1,7 +1,6 @@
 """From arguments to everything that a run holds: model, optimizer, samples, guards."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,11 +30,11 @@ from qwhisper.train.executor import Executor
 from qwhisper.train.groups import make_optimizer, parameter_groups
 from qwhisper.train.hooks import Hooks, hf_arguments
 from qwhisper.train.places import BASES, absolute
-from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe
+from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe, shortest_probed
 from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
 from qwhisper.train.retention import choose_questions
 from qwhisper.train.saving import save_checkpoint
-from qwhisper.train.schedule import guarded_factor
+from qwhisper.train.schedule import all_steps, guarded_factor
 from qwhisper.train.state import TrainState
 from qwhisper.train.workers import how_it_dies
 
@@ -161,8 +160,7 @@ def assemble_run(
         raise DataError(f"--eval_file {args.eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
     groups = parameter_groups(model)
     optimizer = make_optimizer(groups, args)
-    steps_per_epoch = -(-len(conversations) // args.samples_per_step)
-    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    total_steps = all_steps(args, len(conversations))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: guarded_factor(step, args, total_steps, state.guards)
     )
@@ -175,7 +173,7 @@ def assemble_run(
     hooks = Hooks(
         callbacks,
         hf_arguments(args, total_steps),
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=-(-len(conversations) // args.samples_per_step),
         model=model,
         processing_class=processor,
         optimizer=optimizer,
@@ -211,8 +209,9 @@ def probe_of(
     state: TrainState,
     total_steps: int,
 ) -> ListeningProbe | None:
-    """The listening probe; None for a run that ends before its first one, which need not decode its audio, and where
-    decoding it kills the process that tries. Without questions where the run ends before it has paid for them.
+    """The listening probe; None for a run that is too short even for one at its end, which need not decode its audio,
+    and where decoding it kills the process that tries. Without questions where the run ends before it has paid for
+    them.
     """
     first_step = first_probe_step(
         total_steps=total_steps,
@@ -220,10 +219,11 @@ def probe_of(
         samples_per_step=args.samples_per_step,
     )
     asks_from = first_questions_step(samples_per_step=args.samples_per_step)
-    if first_step > total_steps:
+    shortest = min(first_step, shortest_probed(samples_per_step=args.samples_per_step))
+    if shortest > total_steps:
         if held_out:
             print(
-                f"note: no listening probe: it takes {first_step} steps to pay for one, and this run has "
+                f"note: no listening probe: it takes {shortest} steps to pay for one, and this run has "
                 f"{total_steps}; `qwhisper eval` tells whether it hears"
             )
         return None

@@ -20,6 +20,7 @@ from qwhisper.guards.measure import step_statistics
 from qwhisper.model.lora import lora_parameters
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.schedule import careful_steps
 
 
 def unwrapped(model: torch.nn.Module) -> Qwen3AudioForConditionalGeneration:
@@ -47,33 +48,38 @@ class ConfiguringCallback(TrainerCallback):
 class ProjectorFreezeHook(ConfiguringCallback):
     """Keeps the projector's weights through the first `steps` optimizer steps by dropping their gradients.
 
-    `requires_grad` stays as it is: neither graphs nor hooks nor buckets change in mid-run.
+    `requires_grad` stays as it is: neither graphs nor hooks nor buckets change in mid-run. steps: without a value as
+    `--freeze_projector_steps`: 20, at most 2 % of the run.
     """
 
-    def __init__(self, steps: int = 20):
+    def __init__(self, steps: int | None = None):
         self.steps = steps
-        self.values = {"freeze_projector_steps": steps}
+        self.values = {} if steps is None else {"freeze_projector_steps": steps}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not self.in_our_loop and state.global_step < self.steps:
+        if self.in_our_loop:
+            return
+        steps = self.steps if self.steps is not None else careful_steps("freeze_projector_steps", state.max_steps)
+        if state.global_step < steps:
             projector = unwrapped(model).model.multi_modal_projector
             drop_gradients({"projector": list(projector.parameters())})
 
 
 class LoRAStabilizeCallback(ConfiguringCallback):
-    """LoRA's early learning-rate factor, its own clip, and no optimizer step on gradients that are not finite."""
+    """LoRA's early learning-rate factor, its own clip, and no optimizer step on gradients that are not finite.
 
-    def __init__(self, early_lr_factor: float = 0.2, early_lr_steps: int = 100, lora_grad_clip: float = 5.0):
+    early_lr_steps: without a value as `--early_lr_steps`: 100, at most 10 % of the run.
+    """
+
+    def __init__(self, early_lr_factor: float = 0.2, early_lr_steps: int | None = None, lora_grad_clip: float = 5.0):
         self.early_lr_factor = early_lr_factor
         self.early_lr_steps = early_lr_steps
         self.lora_grad_clip = lora_grad_clip
         self.skipped_steps = 0
         self._full_rates: list[float] | None = None
-        self.values = {
-            "early_lr_factor": early_lr_factor,
-            "early_lr_steps": early_lr_steps,
-            "lora_grad_clip": lora_grad_clip,
-        }
+        self.values = {"early_lr_factor": early_lr_factor, "lora_grad_clip": lora_grad_clip}
+        if early_lr_steps is not None:
+            self.values["early_lr_steps"] = early_lr_steps
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.in_our_loop:
@@ -88,7 +94,8 @@ class LoRAStabilizeCallback(ConfiguringCallback):
             self.skipped_steps += 1
         else:
             scale_gradients(decision, groups)
-        if state.global_step < self.early_lr_steps:
+        steps = self.early_lr_steps
+        if state.global_step < (careful_steps("early_lr_steps", state.max_steps) if steps is None else steps):
             self._full_rates = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] *= self.early_lr_factor

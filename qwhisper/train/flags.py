@@ -1,6 +1,7 @@
 """The flags of `qwhisper train`, section by section, each with its default and the reason for it. No checks, no logic.
 
-The defaults are the stable recipe. `TrainArguments` in `arguments.py` joins the sections, refuses wrong combinations.
+The defaults are the stable recipe; the limits of a number (`Bounds`) keep out what no run can have. `TrainArguments`
+in `arguments.py` joins the sections, refuses wrong combinations.
 A default of None means "decided by other flags"; the help text says how, and `TrainArguments` fills it in. Where
 it always does, the type is the one that it has then.
 """
@@ -8,7 +9,15 @@ it always does, the type is the one that it has then.
 from dataclasses import dataclass
 from typing import Literal
 
-from qwhisper.arguments import flag, required
+from qwhisper.arguments import MOST_SAMPLES, flag, required
+
+MOST_STEPS = 10**9  # a year has 3 * 10**7 seconds
+LEAST_RATE = 1e-9  # AdamW moves a weight by about the rate; fp32 rounds less than that away beside a weight of 0.01
+RATE = "AdamW moves every weight by about the rate: nothing would move, or all of it at once"
+# A bound on the norm of 10**7 gradients leaves each about 3e-4 of it; AdamW's epsilon is 1e-8.
+SMALL_CLIP = "gradients that are clipped to less vanish beside AdamW's epsilon, and nothing moves"
+MOST_DROPOUT = 0.9
+NOTHING_PASSES = "next to nothing would pass"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +33,12 @@ class DataFlags:
         "Folder that absolute audio paths must lie in (default: the JSONL file's own folder). Nothing outside it is "
         "read.",
     )
-    max_samples: int | None = flag(None, "Use only the first N dialogues: the dry run before a long one.")
+    max_samples: int | None = flag(None, "Use only the first N dialogues: the dry run before a long one.", at_least=1)
     max_length: int | None = flag(
         None,
         "Tokens a dialogue may have (default: the length that the language model was made for). A longer one is cut "
         "between turns, never inside an audio, and the cut is reported.",
+        at_least=1,
     )
     train_on: Literal["assistant", "last", "all"] = flag(
         "assistant",
@@ -39,16 +49,21 @@ class DataFlags:
         None,
         "Seconds of silence put before every clip (default: 0.25; with --init_from, what it was trained with). Whisper "
         "never saw speech begin at its very first frame.",
+        at_least=0,
     )
     audio_tail_silence: float | None = flag(
         None,
         "Seconds of silence put after every clip (default: 1.0; with --init_from, what it was trained with). Whisper "
         "never saw speech end at the last frame: without it short clips are heard worse.",
+        at_least=0,
     )
     max_bad_fraction: float = flag(
         0.01,
         "Share of clips that may be unreadable, silent or not finite. Such clips are quarantined and named; above this "
         "share the run ends with exit code 3, because the data set is broken rather than one file.",
+        at_least=0,
+        at_most=1,
+        why="it is a share",
     )
 
 
@@ -112,21 +127,32 @@ class ProjectorFlags:
         None,
         "Factor on the projector's output (default: 1.0; with --init_from, the one it was trained with). Below 1, "
         "such as 0.7, when NaNs come back in 4-bit runs.",
+        at_least=1e-3,
+        at_most=1e3,
+        why="the language model would read nothing but zeros, or infinities",
     )
     projector_dropout: float = flag(
         0.0,
         "Dropout of what the projector reads. Up to 0.5 where a few speakers must stand for all: it then hears new "
         "voices better. At 0 every way of packing the same samples gives the same result.",
+        at_least=0,
+        at_most=MOST_DROPOUT,
+        why=NOTHING_PASSES,
     )
     freeze_projector_steps: int = flag(
         None,
-        "Optimizer steps in which the projector does not move (default: 20; with --no_use_lora 0, since nothing else "
-        "learns). It was the first to turn NaN in early steps: LoRA settles before it starts.",
+        "Optimizer steps in which the projector does not move (default: 20, at most 2 % of the run; with --no_use_lora "
+        "0, since nothing else learns). It was the first to turn NaN in early steps: LoRA settles before it starts.",
+        at_least=0,
+        at_most=MOST_STEPS,
     )
     projector_learning_rate: float = flag(
         None,
         "The projector's own learning rate (default: --learning_rate). It starts from nothing and bears 1e-3, which "
         "is what aligning it alone wants; small language models stay deaf at 3e-5.",
+        at_least=LEAST_RATE,
+        at_most=1,
+        why=RATE,
     )
 
 
@@ -141,11 +167,19 @@ class LoraFlags:
         True,
         "Keep A and B in fp32. In half precision their small early updates are lost or overflow.",
     )
-    lora_r: int = flag(16, "Rank of the adapters: more can learn more, and costs memory.")
-    lora_alpha: int = flag(32, "The adapters' output is multiplied by lora_alpha / lora_r.")
+    lora_r: int = flag(
+        16,
+        "Rank of the adapters: more can learn more, and costs memory.",
+        at_least=1,
+        at_most=8192,
+    )
+    lora_alpha: int = flag(32, "The adapters' output is multiplied by lora_alpha / lora_r.", at_least=1)
     lora_dropout: float = flag(
         0.0,
         "Dropout before the adapters. At 0 every way of packing the same samples gives the same result.",
+        at_least=0,
+        at_most=MOST_DROPOUT,
+        why=NOTHING_PASSES,
     )
     lora_target_modules: list[str] | None = flag(
         None,
@@ -155,11 +189,17 @@ class LoraFlags:
     lora_init_scale: float = flag(
         0.1,
         "Factor on A at the start (B is zero): the first updates stay small.",
+        at_least=1e-4,
+        at_most=100,
+        why="the gradients of B grow with A: nothing would move, or all of it at once",
     )
     lora_grad_clip: float = flag(
         5.0,
         "Bound on the norm of LoRA's gradients alone, before the global one; 0 turns it off. A peak in one layer then "
         "can't shrink everybody else's step.",
+        at_least=1e-4,
+        besides=0,
+        why=SMALL_CLIP,
     )
 
 
@@ -167,36 +207,94 @@ class LoraFlags:
 class OptimizationFlags:
     _argument_group_name = "optimization"
 
-    learning_rate: float = flag(3e-5, "Peak learning rate: careful on purpose. Raise it after a clean run.")
+    learning_rate: float = flag(
+        3e-5,
+        "Peak learning rate: careful on purpose. Raise it after a clean run.",
+        at_least=LEAST_RATE,
+        at_most=1,
+        why=RATE,
+    )
     per_device_train_batch_size: int = flag(
-        1, "Samples a device and micro-batch. How they are laid into packs is up to --max_tokens_per_pack."
+        1,
+        "Samples a device and micro-batch. How they are laid into packs is up to --max_tokens_per_pack.",
+        at_least=1,
+        at_most=MOST_SAMPLES,
     )
     gradient_accumulation_steps: int = flag(
-        4, "Micro-batches an optimizer step: with the batch size this sets the samples per step, and nothing else."
+        4,
+        "Micro-batches an optimizer step: with the batch size this sets the samples per step, and nothing else.",
+        at_least=1,
+        at_most=MOST_SAMPLES,
     )
-    num_train_epochs: float = flag(3.0, "Passes over the data.")
-    max_steps: int = flag(-1, "Optimizer steps; above 0 it takes the place of --num_train_epochs.")
-    max_grad_norm: float = flag(1.0, "Bound on the norm of all gradients together; 0 turns it off.")
+    num_train_epochs: float = flag(3.0, "Passes over the data.", above=0, at_most=1e5)
+    max_steps: int = flag(
+        -1,
+        "Optimizer steps; above 0 it takes the place of --num_train_epochs.",
+        at_least=1,
+        at_most=MOST_STEPS,
+        besides=-1,
+    )
+    max_grad_norm: float = flag(
+        1.0, "Bound on the norm of all gradients together; 0 turns it off.", at_least=1e-4, besides=0, why=SMALL_CLIP
+    )
     early_lr_factor: float = flag(
         0.2,
         "Factor on the learning rate in the first --early_lr_steps: the steps in which runs used to die.",
+        at_least=1e-3,
+        at_most=1,
+        why="nothing would move in these steps; above 1 they would be the fastest, where runs are most fragile",
     )
-    early_lr_steps: int = flag(100, "Optimizer steps with --early_lr_factor; counted over a resume.")
+    early_lr_steps: int = flag(
+        None,
+        "Optimizer steps with --early_lr_factor (default: 100, at most 10 % of the run); counted over a resume.",
+        at_least=0,
+        at_most=MOST_STEPS,
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = flag(
         "cosine", "How the learning rate falls after the warm-up: to zero along a cosine, along a line, or not at all."
     )
     warmup_steps: float = flag(
         0.0,
         "Steps in which the learning rate climbs from 0; below 1, a share of all steps. The early factor comes on top.",
+        at_least=0,
+        at_most=MOST_STEPS,
     )
-    weight_decay: float = flag(0.0, "AdamW's weight decay. Small adapters and a projector from nothing don't want any.")
-    adam_beta1: float = flag(0.9, "AdamW's memory of gradients.")
-    adam_beta2: float = flag(0.999, "AdamW's memory of squared gradients.")
-    adam_epsilon: float = flag(1e-8, "AdamW's guard against division by zero.")
+    weight_decay: float = flag(
+        0.0,
+        "AdamW's weight decay. Small adapters and a projector from nothing don't want any.",
+        at_least=0,
+        at_most=10,
+        why="it would hold every weight below a tenth",
+    )
+    adam_beta1: float = flag(
+        0.9,
+        "AdamW's memory of gradients.",
+        at_least=0,
+        at_most=0.9999,
+        why="it would remember longer than runs last, and in fp32 it becomes 1",
+    )
+    adam_beta2: float = flag(
+        0.999,
+        "AdamW's memory of squared gradients.",
+        at_least=0,
+        at_most=0.99999,
+        why="it would remember longer than runs last, and in fp32 it becomes 1",
+    )
+    adam_epsilon: float = flag(
+        1e-8,
+        "AdamW's guard against division by zero.",
+        at_least=1e-16,
+        at_most=1e-2,
+        why="in fp32 squared gradients round to 0, and a smaller one leaves the step without a bound; beside a larger "
+        "one all gradients vanish, and nothing moves",
+    )
     distill_weight: float = flag(
         0.0,
         "From 0 to 1: the part of the loss in which the text model, reading the transcripts, is the teacher of what is "
         "said to the audio (1: no cross-entropy at all). Keeps what it could do before it could hear.",
+        at_least=0,
+        at_most=1,
+        why="it is a share",
     )
     manual_loss: bool = flag(
         False,
@@ -217,8 +315,12 @@ class OptimizationFlags:
         5,
         "Bad steps in a row (skipped, or with a gradient far above its running average) after which the run goes back "
         "to a snapshot at half the learning rate: one is the data's fault, five in a row are the weights'.",
+        at_least=1,
+        at_most=MOST_STEPS,
     )
-    max_rewinds: int = flag(3, "Rewinds after which a run that is bad again stops with exit code 5.")
+    max_rewinds: int = flag(
+        3, "Rewinds after which a run that is bad again stops with exit code 5.", at_least=0, at_most=MOST_STEPS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,8 +339,11 @@ class ExecutionFlags:
         0,
         "Processes that read audio ahead; 0 reads in the training process. A clip whose decoding kills the process or "
         "never ends is found and quarantined with 1 or more; with 0 it is the run that dies or hangs.",
+        at_least=0,
+        at_most=1024,
+        why="it is a number of processes",
     )
-    seed: int = flag(42, "Decides initial weights and the order of samples.")
+    seed: int = flag(42, "Decides initial weights and the order of samples.", at_least=0)
     deterministic: bool = flag(
         False, "Only deterministic kernels on the GPU: a resumed run is then equal to the last bit. Slower."
     )
@@ -258,13 +363,17 @@ class RunFlags:
         nargs="?",
         const="latest",
     )
-    save_steps: int = flag(200, "Optimizer steps between checkpoints: what a crash may cost at most.")
+    save_steps: int = flag(200, "Optimizer steps between checkpoints: what a crash may cost at most.", at_least=1)
     save_total_limit: int = flag(
-        3, "Checkpoints kept. The last one verified finite and the best one are never deleted."
+        3, "Checkpoints kept. The last one verified finite and the best one are never deleted.", at_least=1
     )
-    eval_steps: int = flag(None, "Optimizer steps between evaluations (default: --save_steps).")
-    per_device_eval_batch_size: int = flag(8, "Samples an evaluation batch; the result does not depend on it.")
-    logging_steps: int = flag(10, "Optimizer steps between two lines of the log; metrics.jsonl has every step.")
+    eval_steps: int = flag(None, "Optimizer steps between evaluations (default: --save_steps).", at_least=1)
+    per_device_eval_batch_size: int = flag(
+        8, "Samples an evaluation batch; the result does not depend on it.", at_least=1
+    )
+    logging_steps: int = flag(
+        10, "Optimizer steps between two lines of the log; metrics.jsonl has every step.", at_least=1
+    )
     report_to: list[str] = flag(
         [], "Trackers, such as tensorboard, wandb, trackio (default: none); each must be installed."
     )

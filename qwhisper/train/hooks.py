@@ -1,15 +1,19 @@
 """Fires `transformers.TrainerCallback` events from our loop, so that trackers and users' callbacks work unchanged."""
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from qwhisper.errors import UsageError
 from qwhisper.train.arguments import TrainArguments
+
+TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio goes on with the run of the same name by itself
 
 
 def hf_arguments(args: TrainArguments, total_steps: int) -> TrainingArguments:
@@ -26,6 +30,38 @@ def hf_arguments(args: TrainArguments, total_steps: int) -> TrainingArguments:
         eval_strategy="steps" if args.eval_file else "no",
         use_cpu=not torch.cuda.is_available(),
     )
+
+
+class OneBoard(TensorBoardCallback):
+    """All of a run in one TensorBoard run, <output_dir>/tensorboard: HF's begins another, named by the time, with each
+    resume.
+
+    What was logged of steps that are taken again, since a checkpoint was of before them, is no longer shown. The
+    environment variable TENSORBOARD_LOGGING_DIR names another folder.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        folder = self.logging_dir or os.path.join(args.output_dir, "tensorboard")
+        self.tb_writer = self._SummaryWriter(folder, purge_step=state.global_step + 1 if state.global_step else None)
+        if not state.global_step:
+            super().on_train_begin(args, state, control, **kwargs)
+
+
+@contextmanager
+def tracked_as(run_id: str) -> Iterator[None]:
+    """While it lasts, trackers that know a run by its id go on with the one of that id, or begin it.
+
+    They read it from their environment variables, of which those that are set stay as they are.
+    """
+    values = {f"{tracker}_RUN_ID": run_id for tracker in TRACKERS_WITH_ID}
+    values |= {f"{tracker}_RESUME": "allow" for tracker in TRACKERS_WITH_ID}
+    values = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            os.environ.pop(name, None)
 
 
 class Tracker:
@@ -64,7 +100,8 @@ def tracker_callbacks(report_to: list[str]) -> list[Tracker]:
     Raises UsageError naming one that is unknown or not installed.
     """
     try:
-        return [Tracker(callback()) for callback in get_reporting_integration_callbacks(report_to)]
+        found = get_reporting_integration_callbacks(report_to)
+        return [Tracker((OneBoard if callback is TensorBoardCallback else callback)()) for callback in found]
     except (ImportError, RuntimeError, ValueError) as error:
         raise UsageError(
             f"--report_to {' '.join(report_to)}: {error}; install the tracker's package or leave it out"

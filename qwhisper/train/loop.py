@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, NumericalError, first_line
+from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import Decision, decide
+from qwhisper.guards.fingerprint import group_checksums
 from qwhisper.memory import is_out_of_memory
 from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.context import Run, StepReport
@@ -57,9 +58,11 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
     drop_gradients(run.groups)
     run.scheduler.step()
 
+    passes_before = run.state.epoch
     run.state.step += 1
     run.state.epoch, run.state.offset = fetched.epoch, fetched.offset
     run.state.supervised_tokens += tokens
+    run.state.learning.observe(statistics.loss, 0 if skipped else tokens, pass_ended=run.state.epoch > passes_before)
     if fetched.samples:
         guards.feed(statistics, decision)
         answer_spikes(run, statistics.loss, decision, [sample.id for sample in samples])
@@ -81,17 +84,17 @@ def train_step(run: Run, fetched: StepSamples) -> StepReport:
 def train(run: Run, steps: Iterator[StepSamples]) -> int:
     """Runs to the end, or to a signal, and leaves a checkpoint.
 
-    Returns the exit code: 0, or 128 + the number of a signal that left something to do. Raises CheckpointError where
-    the last one can't be written.
+    Returns the exit code: 0, or 128 + the number of a signal that left something to do. Raises DiskError where the last
+    one can't be written.
     """
     with StopSignals() as signals:
         saved = take_steps(run, steps, signals)
     run.fire("on_train_end")
     if not saved:
         newest, _ = newest_valid(run.log.folder)
-        raise CheckpointError(
+        raise DiskError(
             f"step {run.state.step} could not be saved (events.jsonl says why); the last whole checkpoint is {newest}. "
-            "Make room on the disk or mend it, then resume"
+            "Make room on the disk or repair it, then resume"
         )
     finished = run.state.step >= run.total_steps and not evaluation_is_due(run)
     return 128 + signals.received if signals.received and not finished else 0
@@ -107,6 +110,8 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
     if not (run.snapshots.sound() if run.snapshots.kept else take_snapshot(run)):
         raise NumericalError("a weight or moment is not finite before the first step: start from another checkpoint")
     run.fire("on_train_begin")
+    if not state.step:
+        begin_to_learn(run, signals)
     window: list[StepReport] = []
     last_saved: int | None = state.step
     try:
@@ -141,6 +146,9 @@ def take_steps(run: Run, steps: Iterator[StepSamples], signals: StopSignals) -> 
                 evaluate(run, signals)
             if (due or is_best(run)) and not at_end(run) and save(run):
                 last_saved = state.step
+        if window:  # before the save, which holds what has been logged
+            log_window(run, window, max(learning_rates.values()))
+            window = []
         return last_saved == state.step or save(run, stopped=not at_end(run))
     finally:
         if window:
@@ -152,10 +160,13 @@ def as_before_step(run: Run) -> Callable[[], None]:
     """Called, it puts back what a step changes while it has packs to run; all else is changed only after the last."""
     loss_scale, pack_size = dataclasses.replace(run.state.guards.loss_scale), run.executor.max_tokens_per_pack
     put_generators_back = generators_as_now(run.executor.device)
+    put_count_back = run.clamp.count_as_now() if run.clamp else None
 
     def put_back() -> None:
         drop_gradients(run.groups)
         put_generators_back()
+        if put_count_back:
+            put_count_back()
         run.state.guards.loss_scale, run.executor.max_tokens_per_pack = loss_scale, pack_size
 
     return put_back
@@ -215,23 +226,41 @@ def answer_spikes(run: Run, loss: float, decision: Decision, ids: list[str]) -> 
         run.lines.say(f"step {step}: activation clamp {turned}{after} (±{run.clamp.bound:g} before {run.clamp.name})")
 
 
+def begin_to_learn(run: Run, signals: StopSignals) -> None:
+    """What the end of the run is compared with: the weights, and the held-out loss where there is a file for it."""
+    run.state.learning.weights = group_checksums(run.groups)
+    if run.eval_samples and (loss := held_out_loss(run, signals)) is not None:
+        run.state.learning.evaluated(loss, before_first_step=True)
+        report_held_out(run, loss, "")
+
+
 def evaluate(run: Run, signals: StopSignals) -> None:
     """Held-out loss over all supervised tokens; remembers the best step, whose checkpoint is kept."""
+    state, loss = run.state, held_out_loss(run, signals)
+    if loss is None:
+        return
+    state.evaluated = state.step
+    state.learning.evaluated(loss, before_first_step=False)
+    best = improves(loss, state.best_loss)
+    if best:
+        state.best_loss, state.best_checkpoint = loss, f"checkpoint-{state.step}"
+    report_held_out(run, loss, " (best so far)" if best else "")
+
+
+def held_out_loss(run: Run, signals: StopSignals) -> float | None:
+    """None where a signal came meanwhile, or where memory does not suffice, which counts as an evaluation."""
     try:
-        loss = signals.unless_stopped(lambda: run.executor.evaluate(run.eval_samples))
+        return signals.unless_stopped(lambda: run.executor.evaluate(run.eval_samples))
     except MemoryLimitError as error:
         run.state.evaluated = run.state.step
         run.log.event("not_evaluated", step=run.state.step, error=str(error))
         run.lines.say(f"step {run.state.step}: held-out loss not measured, training goes on: {error}")
-        return
-    if loss is None:
-        return
-    run.state.evaluated = run.state.step
-    best = improves(loss, run.state.best_loss)
-    if best:
-        run.state.best_loss, run.state.best_checkpoint = loss, f"checkpoint-{run.state.step}"
+        return None
+
+
+def report_held_out(run: Run, loss: float, remark: str) -> None:
     run.log.metric(step=run.state.step, **readable({"eval_loss": loss}))
-    run.lines.say(f"step {run.state.step}: held-out loss {loss:.4f}{' (best so far)' if best else ''}")
+    run.lines.say(f"step {run.state.step}: held-out loss {loss:.4f}{remark}")
     run.fire("on_evaluate", metrics={"eval_loss": loss})
     run.fire("on_log", logs={"eval_loss": loss})
 

@@ -19,6 +19,7 @@ from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audi
 from qwhisper.evaluate.retention import own_answers
 from qwhisper.memory import is_out_of_memory
 from qwhisper.train.executor import Executor
+from qwhisper.train.learning import SHORTEST
 from qwhisper.train.retention import MAX_QUESTIONS, Questions, Score, answered_by_text_model, scores_by_ear
 
 TIME_SHARE = 0.005  # of the training time, at most
@@ -27,6 +28,7 @@ MIN_PAIRS = 8  # with fewer the noise is itself too uncertain to be judged by
 MAX_DIALOGUES = 256  # that pairs are looked for in
 TEXT_ROWS = 16  # answers, some 500 tokens: read for a hundredth of what the pairs cost, after they are once written
 WARMUP_STEPS = 600  # twice what a 1.5B language model needed to hear spoken digits at the stable recipe's rate
+LAST_SHARE = 0.1  # of the training time, for the one probe at the end of a run that pays for no other
 MIN_WARMUP_STEPS = 300  # for short runs; batches of 16 at a projector rate of 1e-3 took 50 to 100
 
 
@@ -182,6 +184,11 @@ def first_probe_step(*, total_steps: int, freeze_projector_steps: int, samples_p
     """
     warmup = min(WARMUP_STEPS, max(MIN_WARMUP_STEPS, total_steps // 2))
     return freeze_projector_steps + max(warmup, _steps_that_pay_for(2 * MAX_PAIRS, samples_per_step))
+
+
+def shortest_probed(*, samples_per_step: int) -> int:
+    """Steps of the shortest run that is probed once, at its end, so that it can say whether it hears."""
+    return max(SHORTEST, math.ceil(_steps_that_pay_for(2 * MAX_PAIRS, samples_per_step) * TIME_SHARE / LAST_SHARE))
 
 
 def first_questions_step(*, samples_per_step: int) -> int:

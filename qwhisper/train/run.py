@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from qwhisper.data import leakage
 from qwhisper.data.conversation import Conversation, in_words, read_conversations, unused_notes
-from qwhisper.errors import CheckpointError, DataError, MemoryLimitError, NumericalError, UsageError, first_line
+from qwhisper.errors import CheckpointError, DiskError, MemoryLimitError, UsageError, first_line
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.kernels import check_kernels
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
@@ -31,14 +31,18 @@ from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.callbacks import ConfiguringCallback
 from qwhisper.train.context import Run
 from qwhisper.train.dataset import EncodedDialogues, step_samples
+from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learned_nothing
 from qwhisper.train.hooks import tracker_callbacks
+from qwhisper.train.learning import Learning
 from qwhisper.train.loop import train
 from qwhisper.train.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
-from qwhisper.train.resume import changed_arguments, output_dir_of, refuse_missing_data
+from qwhisper.train.resume import changed_arguments, output_dir_of, refuse_missing_data, saved_arguments
 from qwhisper.train.run_lock import run_lock
 from qwhisper.train.saving import restore
-from qwhisper.train.schedule import warmup_steps
+from qwhisper.train.schedule import all_steps, settled, warmup_steps
 from qwhisper.train.state import TrainState, trained_kinds
+
+DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "train_on", "distill_weight"}
 
 
 def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int:
@@ -95,6 +99,10 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
             "without `transcript`: they are learned from their answers alone"
         )
 
+    saved = saved_arguments(resumed) if resumed else None
+    args, notes = settled(args, all_steps(args, len(conversations)), saved)
+    for note in notes:
+        print(f"note: {note}")
     set_up_torch(args)
     train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
@@ -111,8 +119,12 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
         restore(run, resumed)
         put_later_aside(folder, resumed)
     write_config(args, folder, resumed)
-    try_kernels(run)
-    return go(run, processor, conversations)
+
+    def work() -> int:
+        try_kernels(run)
+        return go(run, processor, conversations)
+
+    return in_events(run, resumed, work)
 
 
 def go(run: Run, processor: Qwen3AudioProcessor, conversations: list[Conversation]) -> int:
@@ -134,21 +146,6 @@ def go(run: Run, processor: Qwen3AudioProcessor, conversations: list[Conversatio
         refuse_to_have_learned_nothing(run)
         print(closing_line(run))
     return code
-
-
-def refuse_to_have_learned_nothing(run: Run) -> None:
-    """Raises DataError or NumericalError where steps were taken, and no sample in any of them was trained on."""
-    state, log = run.state, run.log
-    if (state.supervised_tokens and state.skipped_steps < state.step) or not state.step:
-        return
-    told = f"nothing was learned: no sample was trained on in {state.step} steps"
-    if state.bad_samples and log.quarantined:
-        last = next(reversed(log.quarantined.values()))
-        raise DataError(
-            f"{told}; {len(log.quarantined)} dialogues could not be used, the last: {last}. "
-            f"All are in {log.folder / 'quarantine.jsonl'}: mend or replace them, and start again in another folder"
-        )
-    raise NumericalError(f"{told}; {log.folder / 'events.jsonl'} says of each step why")
 
 
 def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
@@ -240,6 +237,8 @@ def put_later_aside(folder: Path, resumed: Path) -> None:
 def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_file_sha256: str) -> None:
     """Says what is different this time; a changed pack size wins over the one that the run had settled on."""
     changed = changed_arguments(args, resumed)
+    if state.train_file_sha256 != train_file_sha256 or changed.keys() & DECIDE_THE_LOSS:
+        state.learning = Learning()  # losses of before can't be compared with those to come
     if "max_tokens_per_pack" in changed:
         state.max_tokens_per_pack = None
     if changed:
@@ -279,7 +278,7 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
         checkpoints.write_whole(folder / CONFIG_FILE, text)
     except OSError as error:
         if resumed is None or not (folder / CONFIG_FILE).exists():
-            raise UsageError(
+            raise DiskError(
                 f"{folder / CONFIG_FILE}: can't be written ({error}): make room, or give another folder"
             ) from None
         print(f"note: {folder / CONFIG_FILE} is left as it was: {error}")
@@ -291,10 +290,19 @@ def describe(run: Run) -> None:
     print(
         f"training {trained}; {run.total_steps} steps of {run.args.samples_per_step} samples on {run.executor.device}"
     )
-    low = {"warmup_steps": warmup_steps(run.args, run.total_steps), "early_lr_steps": run.args.early_lr_steps}
-    for name, steps in low.items():
-        if steps >= run.total_steps:
-            print(f"note: all {run.total_steps} steps are within --{name} {steps}, at a part of the learning rate")
+    args, total = run.args, run.total_steps
+    if args.early_lr_steps >= total and args.early_lr_factor < 1:
+        print(
+            f"note: all {total} steps run at {args.early_lr_factor:g} × the learning rate (--early_lr_steps "
+            f"{args.early_lr_steps}): use a longer run or fewer early steps"
+        )
+    if (steps := warmup_steps(args, total)) >= total:
+        print(f"note: all {total} steps are within --warmup_steps {steps}: the learning rate is reached in the last")
+    if args.freeze_projector_steps >= total:
+        print(
+            f"note: the projector does not learn in this run: all {total} steps are within --freeze_projector_steps "
+            f"{args.freeze_projector_steps}"
+        )
 
 
 def try_kernels(run: Run) -> None:
@@ -303,27 +311,3 @@ def try_kernels(run: Run) -> None:
     for wrong in check_kernels(run.executor.model, longest):
         run.log.event("kernel_replaced", step=run.state.step, **dataclasses.asdict(wrong))
         run.lines.say(str(wrong))
-
-
-def closing_line(run: Run) -> str:
-    """What was done, and after a clean run what may be loosened."""
-    state, log = run.state, run.log
-    stopped = f"stopped by a callback after {state.step} of {run.total_steps}"
-    steps = f"done: {state.step}" if state.step >= run.total_steps else stopped
-    folder = log.folder / (state.best_checkpoint or f"checkpoint-{state.step}")
-    saved = folder if folder.exists() else "nothing was saved"
-    done = f"{steps} steps, {state.supervised_tokens} supervised tokens; {saved}"
-    if log.kinds or log.quarantined:
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in log.kinds.most_common())
-        told = (
-            f"Events: {kinds or 'none'}; {state.skipped_steps} steps skipped, {len(log.quarantined)} dialogues "
-            "quarantined"
-        )
-        return f"{done}. {told}. See events.jsonl and quarantine.jsonl in {log.folder}"
-    if not state.step:
-        return done
-    early = "fewer --early_lr_steps " if run.args.early_lr_steps else ""
-    return (
-        f"{done}. No guard had to act: a larger --per_device_train_batch_size, {early}or a higher --learning_rate may "
-        "now be tried" + (", and --manual_loss left out" if run.args.manual_loss else "")
-    )

@@ -12,6 +12,7 @@ from qwhisper.train.context import Run
 from qwhisper.train.groups import parameter_names
 from qwhisper.train.resume import save_arguments
 from qwhisper.train.state import load_generators, load_optimizer, read_tensors, save_generators, save_optimizer
+from qwhisper.train.step_log import collect_clamped
 
 SNAPSHOT_FILE = "snapshots.safetensors"
 
@@ -23,6 +24,7 @@ def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
     """
     model, state = run.executor.model, run.state
     state.max_tokens_per_pack = run.executor.max_tokens_per_pack
+    collect_clamped(run)
     finite = run.snapshots.sound()
 
     def fill(folder: Path) -> None:

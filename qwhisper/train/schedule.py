@@ -1,9 +1,61 @@
 """The learning rate as a function of the step alone, so that a resumed run goes on where it was."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
+from qwhisper.errors import UsageError
 from qwhisper.guards.ladder import GuardState
-from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.arguments import DEFAULT_EARLY_LR_STEPS, DEFAULT_FREEZE_PROJECTOR_STEPS, TrainArguments
+
+# Steps that are there to protect a long run: (without a value, at most this percentage of all steps).
+CAREFUL_STEPS = {
+    "early_lr_steps": (DEFAULT_EARLY_LR_STEPS, 10),
+    "freeze_projector_steps": (DEFAULT_FREEZE_PROJECTOR_STEPS, 2),
+}
+LONGEST_WARMUP = 10  # times the run: the learning rate then ends at a tenth
+
+
+def all_steps(args: TrainArguments, num_dialogues: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps_per_epoch = -(-num_dialogues // args.samples_per_step)
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
+def careful_steps(name: str, total_steps: int) -> int:
+    """The default of early_lr_steps or freeze_projector_steps in a run of that length."""
+    default, percent = CAREFUL_STEPS[name]
+    return min(default, total_steps * percent // 100)
+
+
+def settled(
+    args: TrainArguments, total_steps: int, saved: Mapping[str, Any] | None = None
+) -> tuple[TrainArguments, list[str]]:
+    """The arguments with early_lr_steps and freeze_projector_steps as numbers, and notes about those that were capped.
+
+    A value that was given is kept. Without one, a resumed run has that of the run which it goes on with (`saved`, its
+    arguments), so that its schedule stays the same with any number of epochs; a new one has the default, or a share of
+    its steps where that is less. Raises UsageError for a warm-up that the run can't come to the end of by far.
+    """
+    if args.warmup_steps > LONGEST_WARMUP * total_steps:
+        raise UsageError(
+            f"--warmup_steps {args.warmup_steps:g}: this run has {total_steps} steps, and its learning rate would end "
+            f"at {total_steps / args.warmup_steps:.2g} of --learning_rate; a number below 1 is a share of all steps"
+        )
+    values: dict[str, Any] = {}
+    notes = []
+    for name, (default, percent) in CAREFUL_STEPS.items():
+        if getattr(args, name) is not None:
+            continue
+        values[name] = (saved or {}).get(name)
+        if values[name] is None:
+            values[name] = careful_steps(name, total_steps)
+            if values[name] < default:
+                notes.append(
+                    f"--{name} is {values[name]}: its default of {default}, at most {percent} % of {total_steps} steps"
+                )
+    return (dataclasses.replace(args, **values) if values else args), notes
 
 
 def warmup_steps(args: TrainArguments, total_steps: int) -> int:

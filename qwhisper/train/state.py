@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qwhisper.errors import CheckpointError
 from qwhisper.guards.alarms import Alarms
 from qwhisper.guards.ladder import GuardState
+from qwhisper.train.learning import Learning
 from qwhisper.train.probe import ProbeState
 
 STATE_FILE = "state.json"
@@ -45,6 +46,7 @@ class TrainState:
     guards: GuardState = field(default_factory=GuardState)
     alarms: Alarms = field(default_factory=Alarms)
     probe: ProbeState = field(default_factory=ProbeState)
+    learning: Learning = field(default_factory=Learning)
 
     def save(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
@@ -61,6 +63,7 @@ class TrainState:
                     "guards": GuardState.from_dict(values["guards"]),
                     "alarms": Alarms(**values["alarms"]),
                     "probe": ProbeState(**values["probe"]),
+                    "learning": Learning(**values.get("learning", {})),  # none in checkpoints of before it was kept
                 }
             )
         except (OSError, ValueError, KeyError, TypeError) as error:

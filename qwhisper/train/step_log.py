@@ -59,7 +59,8 @@ def memory(run: Run) -> dict[str, float]:
 def log_window(run: Run, window: list[StepReport], learning_rate: float) -> None:
     """One line for the last steps: loss weighted by tokens, skipped steps left out of the averages.
 
-    gradient_peaks, for the trackers: steps in which a group was brought down to its adaptive bound.
+    The trackers get each group's norm as well, and gradient_peaks: steps in which a group was brought down to its
+    adaptive bound.
     """
     taken = [report for report in window if not report.skipped]
     tokens = sum(report.tokens for report in taken)
@@ -75,12 +76,26 @@ def log_window(run: Run, window: list[StepReport], learning_rate: float) -> None
         run.log.event("encoder_overflow", step=run.state.step, values=overflow)
     averages = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "supervised_tokens": tokens}
     peaks = {"gradient_peaks": sum(bool(report.peaks) for report in window)}
-    run.fire("on_log", logs=averages | peaks | grad_norm_average(run))
+    by_group = {f"grad_norm_{name}": mean_norm(taken, name) for name in run.groups} if taken else {}
+    divergences = [report.divergence for report in taken if report.divergence is not None]
+    divergence = {"divergence": sum(divergences) / len(divergences)} if divergences else {}
+    run.fire("on_log", logs=averages | by_group | divergence | peaks | grad_norm_average(run))
+
+
+def mean_norm(reports: list[StepReport], group: str) -> float:
+    return sum(report.group_norms.get(group, 0.0) for report in reports) / len(reports)
+
+
+def collect_clamped(run: Run) -> None:
+    """Takes the clamp's count over from the device; waits for it."""
+    if run.clamp and run.clamp.on:
+        run.state.guards.clamp.clamped += sum(run.clamp.take_counts().values())
 
 
 def log_clamped(run: Run, clamp: ActivationClamp) -> None:
-    """How many activations were clamped since the last call, by module; an event only where there were any."""
-    values = clamp.take_counts()
-    run.state.guards.clamp.clamped += sum(values.values())
-    if any(values.values()):
-        run.log.event("activations_clamped", step=run.state.step, values=values)
+    """How many activations were clamped since the last event of them; an event only where there were any."""
+    collect_clamped(run)
+    switch = run.state.guards.clamp
+    if new := switch.clamped - switch.told:
+        switch.told = switch.clamped
+        run.log.event("activations_clamped", step=run.state.step, values={clamp.name: new})

@@ -14,13 +14,21 @@ from qwhisper.train.step_log import readable
 def watch(
     run: Run, report: StepReport, learning_rates: dict[str, float], signals: StopSignals, *, save_is_due: bool
 ) -> None:
-    """After a step: probes the model where that is due, and raises the alarms that its numbers call for."""
+    """After a step: probes the model where that is due, and raises the alarms that its numbers call for.
+
+    The last step is probed whether that is paid for or not, so that the run can say what it has learned.
+    """
     state, probe, found = run.state, run.probe, None
-    if probe and probe.due(state.step, report.seconds):
-        found = signals.unless_stopped(lambda: probe.measure(ask=state.step >= probe.asks_from))
+    due = probe is not None and probe.due(state.step, report.seconds)
+    if probe and (due or state.step == run.total_steps):
+        found = signals.unless_stopped(lambda: probe.measure(ask=due and state.step >= probe.asks_from))
     if found is not None:
+        state.learning.gain, state.learning.noise, state.learning.probed = found.gain, found.noise, state.step
         run.log.metric(step=state.step, **readable(as_facts(found)))
+        run.fire("on_log", logs=as_facts(found))
         run.lines.say(f"step {state.step}: {as_line(found)}")
+    if probe and state.step < probe.first_step:
+        found = None  # a run may be as short as it likes: to hear nothing yet is no fault
     facts = StepFacts(
         step=state.step,
         loss=report.loss,

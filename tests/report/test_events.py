@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwhisper.report.events import RunLog
+from qwhisper.report.events import RunLog, acts, read_jsonl
 
 
 def test_a_resumed_run_knows_the_events_and_the_bad_dialogues_of_before(tmp_path):
@@ -27,3 +27,12 @@ def test_a_log_of_before_that_can_not_be_read_is_none(tmp_path, spoil):
     assert not log.kinds
     log.event("skipped", step=1)
     assert log.kinds == {"skipped": 1}
+
+
+def test_the_course_of_a_run_is_no_act_of_a_guard(tmp_path):
+    log = RunLog(tmp_path)
+    for kind in ("begin", "skipped", "end", "resumed"):
+        log.event(kind, step=0, run_id="a")
+    assert log.kinds == RunLog(tmp_path).kinds == {"skipped": 1}
+    assert [event["kind"] for event in acts(read_jsonl(tmp_path / "events.jsonl"))] == ["skipped"]
+    assert RunLog(tmp_path).run_id() == "a" and RunLog(tmp_path / "none").run_id() is None

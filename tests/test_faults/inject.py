@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from qwhisper.errors import QwhisperError
-from qwhisper.report.events import read_jsonl
+from qwhisper.report.events import acts, read_jsonl
 from qwhisper.train import loop
 from qwhisper.train.executor import Executor
 from qwhisper.train.run import main
@@ -23,7 +23,7 @@ Effect = Callable[[Executor, torch.Tensor], torch.Tensor | None]
 
 @dataclass
 class Outcome:
-    """How a run ended: its exit code (None: it crashed), its events, its last checkpoint's tensors."""
+    """How a run ended: its exit code (None: it crashed), the acts of its guards, its last checkpoint's tensors."""
 
     code: int | None
     message: str
@@ -70,7 +70,7 @@ def outcome_of(args, callbacks=()) -> Outcome:
     except Exception as error:  # a crash is an outcome, and no guarantee allows it
         code, message = None, repr(error)
     folder = Path(args.output_dir)
-    events = read_jsonl(folder / "events.jsonl")
+    events = acts(read_jsonl(folder / "events.jsonl"))
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     return Outcome(code, message, events, checkpoint_tensors(found[-1]) if found else {})
 

@@ -242,8 +242,8 @@ def test_the_evaluation_that_a_signal_cut(arguments, monkeypatch, train_file):
     honest, told = Executor.evaluate, []
 
     def evaluate(self, samples):
-        if not told:
-            told.append(1)
+        told.append(1)
+        if len(told) == 2:  # the first is before the first step
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(self, samples)
 
@@ -251,4 +251,4 @@ def test_the_evaluation_that_a_signal_cut(arguments, monkeypatch, train_file):
     outcome_of(args)
     assert outcome_of(dataclasses.replace(args, resume_from_checkpoint="latest")).code == 0
     losses = [line for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "eval_loss" in line]
-    assert [line["step"] for line in losses] == [4]
+    assert [line["step"] for line in losses] == [0, 4]

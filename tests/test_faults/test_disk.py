@@ -12,14 +12,14 @@ from unittest.mock import Mock
 
 import pytest
 
-from qwhisper.errors import CheckpointError
+from qwhisper.errors import DiskError
 from qwhisper.train import checkpoint, loop, state
 from qwhisper.train.checkpoint import check_manifest, checkpoints, resolve_checkpoint
 from qwhisper.train.executor import Executor
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.kill_shim import Operations, fail, operations_of
 from tests.test_faults.matrix import fault
-from tests.train.helpers import make_run, step
+from tests.train.helpers import make_run, read_lines, step
 
 pytestmark = pytest.mark.trains_in_forks
 
@@ -177,12 +177,14 @@ def test_full_disk_anywhere_in_a_save(arguments):
 @fault(
     "the last save of a run fails",
     of="disk",
-    guarantee="exit code 6 names the last whole checkpoint: the run does not end in success",
+    guarantee="exit code 8 names the last whole checkpoint: the run does not end in success",
     without=disk_errors_are_let_through,
 )
 def test_last_save_fails(arguments, monkeypatch):
     outcome = run_with_failing_save(arguments, monkeypatch, fail(errno.ENOSPC), at_step=6)
-    assert outcome.code == CheckpointError.exit_code and "checkpoint-4" in outcome.message
+    assert outcome.code == DiskError.exit_code == 8 and "checkpoint-4" in outcome.message
+    end = read_lines(Path(arguments().output_dir) / "events.jsonl")[-1]
+    assert (end["kind"], end["exit_code"], end["step"]) == ("end", 8, 6)
 
 
 @fault(
@@ -192,7 +194,7 @@ def test_last_save_fails(arguments, monkeypatch):
     without=lambda monkeypatch: monkeypatch.setattr(loop, "newest_valid", lambda folder: (None, [])),
 )
 def test_best_save_fails(arguments, monkeypatch, train_file):
-    losses = iter([3.0, 2.0, 3.5])
+    losses = iter([4.0, 3.0, 2.0, 3.5])  # the first is of before the first step
     monkeypatch.setattr(Executor, "evaluate", lambda self, samples: next(losses))
     args = arguments(**SAVES, save_total_limit=1, eval_file=str(train_file))
     outcome = run_with_failing_save(

@@ -191,7 +191,8 @@ def test_killed_in_an_evaluation(arguments, tmp_path, train_file, monkeypatch):
     args = arguments(**SHORT, eval_file=str(train_file), eval_steps=3)
 
     def killing() -> None:
-        monkeypatch.setattr(Executor, "evaluate", lambda self, samples: kill())
+        honest, steps = Executor.evaluate, iter([0, 3])
+        monkeypatch.setattr(Executor, "evaluate", lambda *given: kill() if next(steps) else honest(*given))
         main(args)
 
     run_killed_then_resumed(args, tmp_path, killing)

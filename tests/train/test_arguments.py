@@ -7,12 +7,14 @@ import re
 import pytest
 from transformers import TrainingArguments
 
+from qwhisper.cli import VERBS, load
 from qwhisper.errors import UsageError
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.parsing import flag_names, sections_of
 from qwhisper.train import arguments as module
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.hf_names import NOT_TAKEN, REMOVED
+from qwhisper.train.schedule import CAREFUL_STEPS, settled
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainArguments)}
 HF_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -35,10 +37,8 @@ def test_the_stable_recipe_is_the_default():
         "lora_target_modules": None,
         "projector_fp32": True,
         "projector_scale": 1.0,
-        "freeze_projector_steps": 20,
         "projector_learning_rate": 3e-5,
         "early_lr_factor": 0.2,
-        "early_lr_steps": 100,
         "learning_rate": 3e-5,
         "max_grad_norm": 1.0,
         "gradient_accumulation_steps": 4,
@@ -57,6 +57,8 @@ def test_the_stable_recipe_is_the_default():
     }
     arguments = make()
     assert {name: getattr(arguments, name) for name in recipe} == recipe
+    long_run, _ = settled(arguments, 1000)
+    assert (long_run.early_lr_steps, long_run.freeze_projector_steps) == (100, 20)
     assert arguments.samples_per_step == 4
     assert arguments.run_name == "first"
     assert arguments.notices() == []
@@ -105,21 +107,65 @@ def test_pack_limit_refuses(given):
         make(max_tokens_per_pack=given)
 
 
-def wrong_numbers():
-    yield from ((name, bad) for name in module.AT_LEAST_ONE for bad in (0, -1))
-    yield from ((name, bad) for name in module.ABOVE_ZERO for bad in (0.0, -1.0, math.nan, math.inf))
-    yield from ((name, bad) for name in module.NOT_NEGATIVE for bad in (-1, math.nan))
-    yield from ((name, bad) for name in module.BELOW_ONE for bad in (-0.1, 1.0, math.nan))
-    yield from ((share, bad) for share in ("max_bad_fraction", "distill_weight") for bad in (-0.1, 1.1, math.nan))
-    yield from (("max_steps", bad) for bad in (0, -2))
-    yield from ((name, bad) for name in module.AT_LEAST_ONE for bad in (2**63, 10**400))
-    yield from (("seed", 2**64), ("learning_rate", 1e300), ("projector_learning_rate", 1e300), ("max_steps", 2**63))
+BOUNDS = {name: f.metadata["bounds"] for name, f in FIELDS.items() if "bounds" in f.metadata}
 
 
-@pytest.mark.parametrize(("name", "bad"), [*wrong_numbers()])
-def test_impossible_numbers_are_refused_by_name(name, bad):
-    with pytest.raises(UsageError, match=f"^--{name} {re.escape(str(bad))}: "):
-        make(**{name: bad})
+def outside(bounds):
+    """Values just beyond each limit of a flag, and what is no number of a run whatever the limits."""
+    yield from (math.nan, math.inf, -math.inf, -1e9, 2**63, 10**400)
+    yield from (bounds.above, bounds.below)
+    if math.isfinite(bounds.at_least):
+        yield bounds.at_least - (1 if isinstance(bounds.at_least, int) else bounds.at_least / 1e6)
+    yield bounds.at_most + 1 if isinstance(bounds.at_most, int) else bounds.at_most * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_number_outside_its_bounds_is_refused_by_name_and_one_at_them_is_taken(name):
+    bounds = BOUNDS[name]
+    for bad in outside(bounds):
+        with pytest.raises(UsageError, match=f"^--{name} {re.escape(str(bad))}: must be "):
+            make(**{name: bad})
+    for good in (bounds.at_least, bounds.at_most, bounds.besides):
+        assert good is None or not math.isfinite(good) or bounds.fault(good) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"learning_rate": 1e10}, "learning_rate"),
+        ({"learning_rate": 1e-30}, "learning_rate"),
+        ({"projector_learning_rate": 50.0}, "projector_learning_rate"),
+        ({"adam_epsilon": 1e-50}, "adam_epsilon"),
+        ({"adam_epsilon": 1.0}, "adam_epsilon"),
+        ({"adam_beta1": 0.9999999999}, "adam_beta1"),
+        ({"adam_beta2": 0.9999999999}, "adam_beta2"),
+        ({"adam_beta2": 0.5}, "adam_beta1"),
+        ({"max_grad_norm": 1e-30}, "max_grad_norm"),
+        ({"lora_grad_clip": 1e-30}, "lora_grad_clip"),
+        ({"early_lr_factor": 1e-30}, "early_lr_factor"),
+        ({"lora_init_scale": 1e-30}, "lora_init_scale"),
+        ({"projector_scale": 1e-30}, "projector_scale"),
+        ({"projector_scale": 1e30}, "projector_scale"),
+        ({"lora_alpha": 10**9}, "lora_alpha"),
+        ({"lora_r": 10**9}, "lora_r"),
+        ({"lora_dropout": 0.999}, "lora_dropout"),
+        ({"weight_decay": 1e4}, "weight_decay"),
+        ({"weight_decay": 5.0, "learning_rate": 0.1}, "weight_decay"),
+        ({"num_train_epochs": 1e9}, "num_train_epochs"),
+        ({"warmup_steps": 1e12}, "warmup_steps"),
+        ({"activation_clamp": "1e-30"}, "activation_clamp"),
+        ({"dataloader_num_workers": 10**6}, "dataloader_num_workers"),
+        ({"distill_weight": 1.5}, "distill_weight"),
+    ],
+)
+def test_values_with_which_nothing_could_learn_are_refused(values, name):
+    with pytest.raises(UsageError, match=f"^--{name} "):
+        make(**values)
+
+
+def test_what_turns_a_bound_off_is_taken():
+    arguments = make(max_grad_norm=0.0, lora_grad_clip=0, max_steps=-1, adam_beta1=0.0)
+    assert (arguments.max_grad_norm, arguments.lora_grad_clip, arguments.max_steps) == (0, 0, -1)
 
 
 @pytest.mark.parametrize(("lead", "tail"), [(40.0, None), (None, 30.0), (29.5, None), (20.0, 12.0)])
@@ -128,17 +174,17 @@ def test_silence_that_leaves_no_room_for_speech_is_refused(lead, tail):
         make(audio_lead_silence=lead, audio_tail_silence=tail)
 
 
-def test_every_number_is_checked():
-    checked = {*module.AT_LEAST_ONE, *module.ABOVE_ZERO, *module.NOT_NEGATIVE, *module.BELOW_ONE}
-    numbers = {name for name, f in FIELDS.items() if f.type in (int, float, int | None, float | None)}
-    assert numbers - checked == {"max_steps", "max_bad_fraction", "distill_weight"}
-    assert checked <= numbers
+def test_every_number_of_every_verb_has_bounds():
+    for verb in VERBS.values():
+        fields = dataclasses.fields(load(verb.arguments))
+        numbers = {f.name for f in fields if f.type in (int, float, int | None, float | None)}
+        assert numbers == {f.name for f in fields if "bounds" in f.metadata}, verb
 
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"early_lr_factor": 2.0}, "--early_lr_factor 2.0: above 1"),
+        ({"early_lr_factor": 2.0}, "--early_lr_factor 2.0: must be 1 or less: .* above 1 they would be the fastest"),
         ({"whisper_cpu": True, "freeze_whisper": False}, "--whisper_cpu with --no_freeze_whisper"),
         ({"dtype": "fp16", "lora_fp32": False}, "--dtype fp16 with --no_lora_fp32"),
         ({"use_lora": False, "freeze_projector_steps": 5}, "nothing would learn"),
@@ -178,10 +224,6 @@ def test_sound_combinations_pass_without_a_notice(values):
             {"init_from": "a", "resume_from_checkpoint": "latest"},
             "--init_from has no effect: the checkpoint that is resumed holds these weights already",
         ),
-        (
-            {"max_steps": 10},
-            "--freeze_projector_steps 20 is not below --max_steps 10: the projector does not learn in this run",
-        ),
     ],
 )
 def test_flags_without_effect_say_so(values, notice):
@@ -206,7 +248,8 @@ def test_help_names_the_defaults_that_other_modules_hold():
     assert f"(default: {Qwen3AudioConfig.audio_tail_silence};" in FIELDS["audio_tail_silence"].metadata["help"]
     assert module.DEFAULT_AUDIO_MODELS["huggingface"] in FIELDS["audio_model"].metadata["help"]
     assert module.DEFAULT_TEXT_MODEL in FIELDS["text_model"].metadata["help"]
-    assert f"default: {module.DEFAULT_FREEZE_PROJECTOR_STEPS};" in FIELDS["freeze_projector_steps"].metadata["help"]
+    for name, (default, percent) in CAREFUL_STEPS.items():
+        assert f"(default: {default}, at most {percent} % of the run" in FIELDS[name].metadata["help"]
 
 
 def test_every_name_of_hf_is_taken_or_refused_by_name():

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.conversation import read_conversations
+from qwhisper.errors import NothingLearnedError
 from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.train.assemble import build
 from qwhisper.train.callbacks import LoRAStabilizeCallback, LossDebugCallback, NaNMonitorCallback, ProjectorFreezeHook
@@ -183,7 +184,8 @@ def test_nan_monitor_names_the_first_bad_tensor_and_stops(arguments):
 
     args = arguments(max_steps=5)
     monitor = NaNMonitorCallback()
-    main(args, [Poison(), monitor])
+    with pytest.raises(NothingLearnedError, match="after 1 rewind: every trained weight is as it was at the beginning"):
+        main(args, [Poison(), monitor])
     snapshot = json.loads((Path(args.output_dir) / "nan_snapshot.json").read_text())
     assert monitor.first_bad == "model.multi_modal_projector.linear_1.weight" and snapshot["step"] == 2
     assert snapshot["tensors"][0]["nan"] == 1

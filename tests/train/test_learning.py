@@ -22,7 +22,7 @@ def test_the_loss_falls_at_the_stable_recipes_rate(run_training):
         early_lr_steps=0,
         lr_scheduler_type="constant",
     )
-    losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl")]
+    losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "loss" in line]
     # 12 steps see every dialogue four times, so both sums are over the same samples.
     assert sum(losses[-12:]) < sum(losses[:12])
 
@@ -56,7 +56,7 @@ def test_a_base_in_4_bits_trains_evaluates_and_resumes(arguments):
     assert main(args) == 0
     more = arguments(load_in_4bit=True, max_steps=4, save_steps=1, resume_from_checkpoint="latest")
     assert main(more) == 0
-    losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl")]
+    losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "loss" in line]
     assert len(losses) == 4
     assert all(0 < loss < 20 for loss in losses)
     model, _, collator = load_for_inference(args.output_dir, "cpu")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from qwhisper.errors import CheckpointError, QwhisperError, UsageError
+from qwhisper.errors import CheckpointError, DiskError, QwhisperError, UsageError
 from qwhisper.guards import ladder
 from qwhisper.train.checkpoint import checkpoints
 from qwhisper.train.executor import Executor
@@ -49,6 +49,8 @@ def test_resume_is_bit_exact(arguments, tmp_path, stop, workers):
         "save_steps": 100,
         "dataloader_num_workers": workers,
         "early_lr_steps": 4,
+        "activation_clamp": "0.5",
+        "logging_steps": 4,  # so that a stop comes between two counts of what was clamped
     }
     whole = arguments(output_dir=str(tmp_path / "whole"), **values)
     assert main(whole) == 0
@@ -58,6 +60,9 @@ def test_resume_is_bit_exact(arguments, tmp_path, stop, workers):
     assert main(dataclasses.replace(parts, resume_from_checkpoint="latest")) == 0
     (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 6), outcome(tmp_path / "parts", 6)
     assert same_bits(tensors, other_tensors) == [] and state == other_state
+    clamped = [sum(sum(event["values"].values()) for event in read_lines(tmp_path / name / "events.jsonl")
+                   if event["kind"] == "activations_clamped") for name in ("whole", "parts")]  # fmt: skip
+    assert clamped == [state["guards"]["clamp"]["clamped"]] * 2 and clamped[0] > 0
     rates = [
         [
             (line["step"], line["learning_rate_lora"], line["loss"])
@@ -97,6 +102,7 @@ def test_a_resumed_run_rewinds_to_what_the_uninterrupted_one_does(arguments, tmp
 def test_a_run_that_was_stopped_anywhere_rewinds_as_often_and_as_far(arguments, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(ladder, "SNAPSHOT_STEPS", 2)
     values = {"max_steps": 9, "save_steps": 100, "max_bad_steps": 2, "freeze_projector_steps": 0, "early_lr_steps": 0}
+    values |= {"activation_clamp": "0.5", "logging_steps": 4}
     bad = BadSteps({4, 5, 6, 7}, monkeypatch)
     whole = arguments(output_dir=str(tmp_path / "whole"), **values)
     assert main(whole, [bad]) == 0
@@ -116,8 +122,11 @@ def test_an_evaluation_that_a_signal_ended_is_made_up_with_its_snapshot(argument
     bad = BadSteps({4, 5}, monkeypatch)
     assert main(arguments(output_dir=str(tmp_path / "whole"), **values), [bad]) == 0
     parts = arguments(output_dir=str(tmp_path / "parts"), **values)
+    honest, steps = Executor.evaluate, iter([0, 4])
     with monkeypatch.context() as patch:
-        patch.setattr(Executor, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(
+            Executor, "evaluate", lambda *given: os.kill(os.getpid(), signal.SIGTERM) if next(steps) else honest(*given)
+        )
         assert main(parts, [bad]) == 128 + signal.SIGTERM
     assert main(dataclasses.replace(parts, resume_from_checkpoint="latest"), [bad]) == 0
     (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 7), outcome(tmp_path / "parts", 7)
@@ -221,7 +230,7 @@ def test_a_full_disk_refuses_a_new_run_and_leaves_a_resumed_ones_config(argument
     assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=4)) == 0
     assert (Path(args.output_dir) / "config.yaml").read_text() == config
     assert "is left as it was" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="make room"):
+    with pytest.raises(DiskError, match="make room"):
         main(dataclasses.replace(args, output_dir=f"{args.output_dir}-new"))
 
 

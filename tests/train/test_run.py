@@ -35,20 +35,21 @@ def only_spoken(data: str) -> str:
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"warmup_steps": 6}, "note: all 6 steps are within --warmup_steps 6,"),
-        ({"early_lr_steps": 100}, "note: all 6 steps are within --early_lr_steps 100,"),
+        ({"warmup_steps": 6}, "note: all 6 steps are within --warmup_steps 6:"),
+        ({"early_lr_steps": 100}, "note: all 6 steps run at 0.2 × the learning rate (--early_lr_steps 100)"),
+        ({"freeze_projector_steps": 6}, "note: the projector does not learn in this run: all 6 steps"),
         ({"warmup_steps": 0.5}, None),
     ],
 )
 def test_a_run_that_never_comes_to_its_learning_rate_says_so(arguments, capsys, values, named):
     main(arguments(**values))
-    notes = [line for line in capsys.readouterr().out.splitlines() if "at a part of the learning rate" in line]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "all 6" in line]
     assert [line.startswith(named) for line in notes] == [True] * (named is not None)
 
 
 def test_a_run_that_is_too_short_for_a_probe_says_so(arguments, train_file, capsys):
     main(arguments(eval_file=str(train_file)))
-    assert "no listening probe: it takes 802 steps to pay for one, and this run has 6" in capsys.readouterr().out
+    assert "no listening probe: it takes 50 steps to pay for one, and this run has 6" in capsys.readouterr().out
 
 
 def test_a_key_that_is_not_used_is_said_before_the_run(arguments, train_file, capsys):
@@ -85,7 +86,7 @@ def test_too_many_are_not_told_as_dialogues_that_there_are_not(arguments, tmp_pa
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda events: events.mkdir(),
+    lambda events: (events.unlink(), events.mkdir()),
     lambda events: events.write_text("null\n5\n{}\n"),
 ])  # fmt: skip
 def test_a_finished_run_says_so_whatever_became_of_its_events(arguments, capsys, spoil):

@@ -1,8 +1,17 @@
+"""The schedule, and the careful steps at its beginning."""
+
+import dataclasses
 import math
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import yaml
 
-from qwhisper.train.schedule import learning_rate_factor
+from qwhisper.errors import UsageError
+from qwhisper.train.resume import saved_arguments
+from qwhisper.train.run import main
+from qwhisper.train.schedule import learning_rate_factor, settled
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.2), (99, 0.2), (100, 1.0), (500, 1.0)])
@@ -21,3 +30,52 @@ def test_schedules_end_at_zero_and_warm_up_linearly(arguments):
     assert learning_rate_factor(55, cosine, 100) == pytest.approx(0.5)
     assert learning_rate_factor(40, cosine, 100) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
     assert learning_rate_factor(100, cosine, 100) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "early", "frozen"), [(2, 0, 0), (90, 9, 1), (999, 99, 19), (1000, 100, 20), (10**6, 100, 20)]
+)
+def test_careful_steps_that_were_not_given_are_a_share_of_a_short_run(arguments, steps, early, frozen):
+    args, notes = settled(arguments(early_lr_steps=None, freeze_projector_steps=None), steps)
+    assert (args.early_lr_steps, args.freeze_projector_steps) == (early, frozen)
+    capped = [f"--early_lr_steps is {early}: its default of 100, at most 10 % of {steps} steps"] * (early < 100)
+    capped += [f"--freeze_projector_steps is {frozen}: its default of 20, at most 2 % of {steps} steps"] * (frozen < 20)
+    assert notes == capped
+
+
+def test_careful_steps_that_were_given_are_kept_in_a_run_of_any_length(arguments):
+    given = arguments(early_lr_steps=100, freeze_projector_steps=20)
+    assert settled(given, 6) == (given, [])
+
+
+def test_without_lora_the_projector_learns_from_the_first_step(arguments):
+    args, _ = settled(arguments(use_lora=False, freeze_projector_steps=None), 10_000)
+    assert args.freeze_projector_steps == 0
+
+
+@pytest.mark.parametrize("saved", [{"early_lr_steps": 100, "freeze_projector_steps": 20}, {"early_lr_steps": 3}])
+def test_a_resumed_run_has_the_careful_steps_that_it_began_with(arguments, saved):
+    args, _ = settled(arguments(early_lr_steps=None, freeze_projector_steps=None), 300, saved)
+    assert (args.early_lr_steps, args.freeze_projector_steps) == (
+        saved["early_lr_steps"],
+        saved.get("freeze_projector_steps", 6),
+    )
+
+
+def test_a_run_of_more_epochs_resumed_keeps_its_schedule_and_its_config_says_it(arguments, capsys):
+    args = arguments(early_lr_steps=None, freeze_projector_steps=None, max_steps=20, save_steps=20)
+    assert main(args) == 0
+    assert "note: --early_lr_steps is 2:" in capsys.readouterr().out
+    assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=30)) == 0
+    said = capsys.readouterr().out
+    assert "--max_steps 30 (was 20)" in said and "early_lr_steps" not in said.split("done:")[0]
+    config = yaml.safe_load((Path(args.output_dir) / "config.yaml").read_text())
+    assert (config["early_lr_steps"], config["freeze_projector_steps"]) == (2, 0)
+    saved = saved_arguments(Path(args.output_dir) / "checkpoint-30")
+    assert (saved["early_lr_steps"], saved["freeze_projector_steps"]) == (2, 0)
+
+
+@pytest.mark.parametrize(("warmup", "refused"), [(1e9, True), (901, True), (900, False), (0.5, False)])
+def test_a_warm_up_that_the_run_is_far_too_short_for_is_refused(arguments, warmup, refused):
+    with pytest.raises(UsageError, match="--warmup_steps") if refused else nullcontext():
+        settled(arguments(warmup_steps=warmup), 90)

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from qwhisper.data.sampler import GlobalBatches
-from qwhisper.report.events import read_jsonl
+from qwhisper.report.events import acts, read_jsonl
 from qwhisper.train import signals
 from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.executor import Executor
@@ -117,7 +117,8 @@ def make_arguments(arguments, tmp_path):
         return arguments(
             train_file=str(train_file), output_dir=str(tmp_path / name), seed=SEED, max_steps=4,
             per_device_train_batch_size=SAMPLES // 2, gradient_accumulation_steps=2, max_tokens_per_pack="130",
-            lora_dropout=0.2, projector_dropout=0.2, max_bad_fraction=0.5, freeze_projector_steps=0, **values,
+            lora_dropout=0.2, projector_dropout=0.2, max_bad_fraction=0.5, freeze_projector_steps=0,
+            activation_clamp="0.5", **values,
         )  # fmt: skip
 
     return make
@@ -131,7 +132,7 @@ def saved(folder: Path):
 
 def written(folder: Path):
     """Quarantined dialogues, events without their time, and the loss of every step."""
-    events = [event | {"time": None} for event in read_jsonl(folder / "events.jsonl")]
+    events = [event | {"time": None} for event in acts(read_jsonl(folder / "events.jsonl"))]
     losses = [(line["step"], line["loss"]) for line in read_jsonl(folder / "metrics.jsonl")]
     return read_jsonl(folder / "quarantine.jsonl"), events, losses
 
@@ -202,7 +203,7 @@ def test_processes_that_read_data_leave_a_connection_that_drops_to_the_trainer(a
 
     args = arguments(max_steps=9, dataloader_num_workers=2)
     assert main(args, [At(3, hang_up)]) == 0
-    assert read_jsonl(Path(args.output_dir) / "events.jsonl") == []
+    assert acts(read_jsonl(Path(args.output_dir) / "events.jsonl")) == []
 
 
 def test_a_run_under_nohup_outlives_its_terminal():

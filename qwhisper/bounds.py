@@ -1,0 +1,55 @@
+"""Bounds of a numeric flag, declared on the flag: a value that no run can have is refused before anything is loaded."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from qwhisper.errors import UsageError
+
+LARGEST = 2**63 - 1  # torch's integers hold no more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """at_least, above, at_most, below: the limits, the second and the fourth excluded.
+
+    besides: one value outside of them that is allowed, such as the 0 that turns a bound off. why: what a value outside
+    would do, as the end of a sentence.
+    """
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = LARGEST
+    below: float = math.inf
+    besides: float | None = None
+    why: str = ""
+
+    def fault(self, value: float) -> str | None:
+        """What is wrong with `value`, or None."""
+        if value == self.besides:
+            return None
+        if not -math.inf < value < math.inf:  # no call of a function, which an integer of 400 digits would overflow
+            found = "must be a finite number"
+        elif value < self.at_least:
+            found = f"must be {self.at_least:.15g} or more"
+        elif value <= self.above:
+            found = f"must be above {self.above:.15g}"
+        elif value > self.at_most:
+            found = f"must be {self.at_most if isinstance(self.at_most, int) else format(self.at_most, '.15g')} or less"
+        elif value >= self.below:
+            found = f"must be below {self.below:.15g}"
+        else:
+            return None
+        found += f", or {self.besides:g}" if self.besides is not None else ""
+        return f"{found}: {self.why}" if self.why else found
+
+
+LIMITS = [field.name for field in dataclasses.fields(Bounds)]  # what a flag's declaration may have
+
+
+def check_bounds(arguments: object) -> None:
+    """Raises UsageError for the first field of a dataclass whose value lies outside its `bounds`; None passes."""
+    for field in dataclasses.fields(arguments):  # type: ignore[arg-type]
+        bounds, value = field.metadata.get("bounds"), getattr(arguments, field.name)
+        if bounds is not None and value is not None and (fault := bounds.fault(value)):
+            raise UsageError(f"--{field.name} {value}: {fault}")

@@ -1,0 +1,186 @@
+"""How a run ends: its last line, its exit code, and the course of it in events.jsonl."""
+
+import math
+import platform
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+from qwhisper import __version__
+from qwhisper.errors import (
+    DataError,
+    MemoryLimitError,
+    NothingLearnedError,
+    NumericalError,
+    QwhisperError,
+    first_line,
+)
+from qwhisper.guards.fingerprint import group_checksums
+from qwhisper.memory import is_out_of_memory
+from qwhisper.train.context import Run
+from qwhisper.train.hooks import tracked_as
+
+RUN_ID_LENGTH = 21  # SwanLab takes ids of no other length
+INTERRUPTED = 130  # by a second Ctrl-C, which no handler waits for
+
+
+def in_events(run: Run, resumed: Path | None, work: Callable[[], int]) -> int:
+    """Does the run's `work` and returns its exit code; writes into events.jsonl that it began or was resumed, and how
+    it ended, whatever that is. A kill leaves no end.
+    """
+    state, log = run.state, run.log
+    run_id = (log.run_id() if resumed else None) or uuid.uuid4().hex[:RUN_ID_LENGTH]
+    known = {
+        "run_id": run_id,
+        "qwhisper": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device_name(run.executor.device),
+        "total_steps": run.total_steps,
+        "samples_per_step": run.args.samples_per_step,
+        "dialogues": run.num_dialogues,
+        "held_out_samples": len(run.eval_samples),
+        "audio_model": run.args.audio_model,
+        "text_model": run.args.text_model,
+    }
+    if resumed:
+        log.event("resumed", step=state.step, checkpoint=str(resumed), **known)
+    else:
+        log.event("begin", step=state.step, **known)
+
+    def end(code: int, reason: str) -> None:
+        counts = {"skipped_steps": state.skipped_steps, "supervised_tokens": state.supervised_tokens}
+        told = counts | {"rewinds": state.guards.rewinds, "quarantined": len(log.quarantined)}
+        log.event("end", step=state.step, exit_code=code, reason=reason, total_steps=run.total_steps, **told)
+
+    try:
+        with tracked_as(run_id):
+            code = work()
+    except BaseException as error:
+        end(exit_code_of(error), f"{type(error).__name__}: {first_line(error)}")
+        raise
+    end(code, f"stopped by signal {code - 128}" if code else how_far(run))
+    return code
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The one that the command line ends with."""
+    if isinstance(error, QwhisperError):
+        return error.exit_code
+    if is_out_of_memory(error):
+        return MemoryLimitError.exit_code
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def how_far(run: Run) -> str:
+    done = run.state.step >= run.total_steps
+    return "done" if done else f"stopped by a callback after {run.state.step} of {run.total_steps} steps"
+
+
+def refuse_to_have_learned_nothing(run: Run) -> None:
+    """Raises DataError or NumericalError where steps were taken, and no sample in any of them was trained on;
+    NothingLearnedError where the numbers of the run say that it has learned nothing.
+    """
+    state, log = run.state, run.log
+    if not state.step:
+        return
+    if not state.supervised_tokens or state.skipped_steps >= state.step:
+        told = f"nothing was learned: no sample was trained on in {state.step} steps"
+        if state.bad_samples and log.quarantined:
+            last = next(reversed(log.quarantined.values()))
+            raise DataError(
+                f"{told}; {len(log.quarantined)} dialogues could not be used, the last: {last}. "
+                f"All are in {log.folder / 'quarantine.jsonl'}: repair or replace them, and start again in another "
+                "folder"
+            )
+        raise NumericalError(f"{told}; {log.folder / 'events.jsonl'} says of each step why")
+    guess = math.log(run.executor.model.config.get_text_config().vocab_size)
+    weights = group_checksums(run.groups)
+    why = state.learning.nothing(weights, guess=guess, began_trained=run.args.init_from is not None)
+    if why is not None:
+        rewinds = state.guards.rewinds
+        rewound = f", after {rewinds} rewind{'s' * (rewinds != 1)}" if rewinds else ""
+        raise NothingLearnedError(
+            f"nothing was learned in {state.step} steps{rewound}: {why} ({in_numbers(run) or 'too few to compare'}). "
+            f"{cure(run)}. "
+            f"{saved_in(run)} is written, but is not worth going on from"
+        )
+
+
+def cure(run: Run) -> str:
+    """What to change in a run that has learned nothing."""
+    learning = run.state.learning
+    guess = math.log(run.executor.model.config.get_text_config().vocab_size)
+    if learning.direction() == "rose" or learning.is_dead(guess) or learning.held_out_broke or run.state.guards.rewinds:
+        return "Begin again with a lower --learning_rate and --projector_learning_rate, in another folder"
+    return (
+        "Check that audio and answers belong together; then begin again with more steps, a higher --learning_rate or "
+        "--projector_learning_rate 1e-3, in another folder"
+    )
+
+
+def in_numbers(run: Run) -> str:
+    """What the run's numbers say of its learning."""
+    learning, numbers = run.state.learning, []
+    if learning.first_held_out is not None and learning.last_held_out is not None:
+        numbers.append(f"held-out loss {learning.first_held_out:.3g} → {learning.last_held_out:.3g}")
+    first, last = learning.ends()
+    if first is not None and last is not None:
+        numbers.append(f"loss {first:.3g} → {last:.3g}")
+    if learning.gain is not None and learning.noise is not None:
+        at = "" if learning.probed == run.state.step else f" at step {learning.probed}"
+        numbers.append(f"listening gain {learning.gain:.3f} ± {learning.noise:.3f} nats a token{at}")
+    return "; ".join(numbers)
+
+
+def in_words(run: Run) -> str:
+    """What the numbers mean, of a run that is not known to have learned nothing."""
+    learning = run.state.learning
+    if learning.direction() == "rose":
+        return "the loss rose: try a lower --learning_rate"
+    if not learning.learned() and learning.direction() == "flat":
+        return (
+            "the loss did not fall by more than its noise: use more steps, a higher --learning_rate or "
+            "--projector_learning_rate 1e-3"
+        )
+    if learning.hears is None:
+        return "the loss fell" if learning.learned() else "too few steps to tell whether it learns"
+    return "it hears" if learning.hears else "it does not hear yet: use more steps, or --projector_learning_rate 1e-3"
+
+
+def saved_in(run: Run) -> str:
+    folder = run.log.folder / (run.state.best_checkpoint or f"checkpoint-{run.state.step}")
+    return str(folder) if folder.exists() else "nothing was saved"
+
+
+def closing_line(run: Run) -> str:
+    """What was done, what was learned, and after a clean run that learned what may be loosened."""
+    state, log, args = run.state, run.log, run.args
+    how = f"done: {state.step}" if state.step >= run.total_steps else how_far(run).removesuffix(" steps")
+    done = f"{how} steps, {state.supervised_tokens} supervised tokens; {saved_in(run)}"
+    if not state.step:
+        return done
+    said = ": ".join(filter(None, (in_numbers(run), in_words(run))))
+    done += f". {said[0].upper()}{said[1:]}"
+    if log.kinds or log.quarantined:
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in log.kinds.most_common())
+        told = (
+            f"Events: {kinds or 'none'}; {state.skipped_steps} steps skipped, {len(log.quarantined)} dialogues "
+            "quarantined"
+        )
+        return f"{done}. {told}. See events.jsonl and quarantine.jsonl in {log.folder}"
+    done += ". No guard had to act"
+    if not state.learning.learned():
+        return done
+    early = "fewer --early_lr_steps " if args.early_lr_steps else ""
+    return f"{done}: a larger --per_device_train_batch_size, {early}or a higher --learning_rate may now be tried" + (
+        ", and --manual_loss left out" if args.manual_loss else ""
+    )
