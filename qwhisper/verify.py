@@ -21,9 +21,12 @@ from qwhisper.data.conversation import AudioClip, Conversation, Message, read_co
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_resolved, training_arguments
+from qwhisper.model.pretrained import UntrustedCodeError
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints, resolve_checkpoint
 from qwhisper.train.executor import Executor
+from qwhisper.train.resumable import check_resumable, saved_parameters
+from qwhisper.train.state import STATE_FILE, TrainState
 
 if TYPE_CHECKING:
     from qwhisper.arguments import VerifyArguments
@@ -75,8 +78,8 @@ def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | to
     tensors = _check_saved_numbers(folder)
     try:
         model, processor, _ = load_resolved(folder, device, dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: it can't be loaded ({type(error).__name__}: {error})") from error
+    except UntrustedCodeError:
+        raise
     except UsageError as error:  # one of its bases
         raise CheckpointError(f"{folder}: its base can't be loaded ({error})") from error
     collator = collator_of(processor, max_length=training_arguments(folder).get("max_length"))
@@ -84,6 +87,8 @@ def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | to
         sample, prompt, dialogue = _first_dialogue(folder, collator, Path(scratch))
     answer = _answer(folder, model, collator, prompt)
     loss, moved, trainable = _step(folder, model, collator, sample)
+    if (folder / STATE_FILE).exists():
+        check_resumable(folder, saved_parameters(model, folder), TrainState.load(folder))
     return Proof(folder, files[folder], tensors, dialogue, loss, moved, trainable, answer)
 
 

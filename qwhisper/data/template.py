@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import jinja2
-
 from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.data.try_template import cost_fault
 from qwhisper.errors import DataError, UsageError
 
 AUDIO_TOKEN = "<|audio_pad|>"
@@ -76,6 +75,7 @@ def listening_template(tokenizer) -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         return _checked(tokenizer, PREAMBLE + PLAIN), "a plain User/Assistant template, since the tokenizer has none"
     own = tokenizer.get_chat_template()
+    refuse_costly(own)
     own = own if own.startswith(PREAMBLE) else PREAMBLE + own
     if template_fault(tokenizer, own) is None:
         return own, "the tokenizer's own chat template"
@@ -84,6 +84,12 @@ def listening_template(tokenizer) -> tuple[str, str]:
         return patched, "the tokenizer's own chat template, with its think block in every assistant turn"
     table = PREAMBLE + _table_template(tokenizer, own)
     return _checked(tokenizer, table), "a table of turns probed from the tokenizer's own chat template"
+
+
+def refuse_costly(chat_template: str) -> None:
+    """Raises UsageError for a template that takes too long, too much memory or writes too much."""
+    if (fault := cost_fault(chat_template)) is not None:
+        raise UsageError(f"the chat template can't be used: {fault}")
 
 
 def template_fault(tokenizer, chat_template: str) -> str | None:
@@ -249,7 +255,9 @@ def _render(
             add_generation_prompt=add_generation_prompt,
             enable_thinking=thinking,
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program, and fails as programs do
+        if isinstance(error, MemoryError):
+            raise
         roles = ", ".join(role for role, _ in pattern)
         raise DataError(f"the chat template refuses a dialogue of {roles}: {error}") from error
 

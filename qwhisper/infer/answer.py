@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import Conversation, Message, in_words, scan_conversations, to_record
@@ -29,6 +29,7 @@ from qwhisper.file_lock import hold
 from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.generate import Answer, iterate_answers
 from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit, resolve_model
+from qwhisper.model.pretrained import load_tokenizer
 from qwhisper.report.events import ends_in_half_a_line, read_jsonl
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import write_whole
@@ -83,7 +84,7 @@ def main(arguments: "DataAnswerArguments") -> int:
 
 def text_collator(path: str) -> ConversationCollator:
     """Makes a text model's prompts as they will be in training."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     return ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
 
 

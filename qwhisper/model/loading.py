@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from qwhisper.data.template import listening_template
 from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.model.adapter_config import read_adapter_config
 from qwhisper.model.bases import (
     LoadOptions,
     find_file,
@@ -25,7 +25,9 @@ from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.lora import ADAPTER, inject, lora_parameters
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
+from qwhisper.model.trained_folder import read_config, read_weights
 
 DEFAULT_OPTIONS = LoadOptions()
 PROJECTOR_FILE = "projector.safetensors"
@@ -75,22 +77,22 @@ def build_from_bases(
     """
     audio_path = resolve_model(audio_model, hub, "--audio_model")
     text_path = resolve_model(text_model, hub, "--text_model")
-    audio_config = AutoConfig.from_pretrained(audio_path)
+    audio_config = load_config(audio_path)
     if audio_config.model_type != "whisper":
         raise UsageError(
             f"--audio_model {audio_model} is a {audio_config.model_type} model; it takes any Whisper checkpoint"
         )
-    tokenizer = AutoTokenizer.from_pretrained(text_path)
+    tokenizer = load_tokenizer(text_path)
     config = Qwen3AudioConfig(
         audio_config=audio_config,
-        text_config=AutoConfig.from_pretrained(text_path),
+        text_config=load_config(text_path),
         audio_base={"name": audio_path, "fingerprint": fingerprint(audio_path)},
         text_base={"name": text_path, "fingerprint": fingerprint(text_path)},
         audio_token_id=add_audio_token(tokenizer),
         **config_values,
     )
     model = _load_and_join(config, audio_path, text_path, options)
-    extractor = AutoFeatureExtractor.from_pretrained(audio_path)
+    extractor = load_feature_extractor(audio_path)
     template, _ = listening_template(tokenizer)
     processor = Qwen3AudioProcessor.for_model(extractor, tokenizer, model.config, template)
     return model, processor
@@ -143,15 +145,6 @@ def is_trained_folder(name: str | os.PathLike) -> bool:
         return False
 
 
-def read_trained_config(name: str | os.PathLike) -> Qwen3AudioConfig:
-    config = Qwen3AudioConfig.from_pretrained(name)
-    if config.text_base is None or config.audio_base is None:
-        raise CheckpointError(
-            f"{name}/config.json names no bases (audio_base, text_base): it was not written by qwhisper"
-        )
-    return config
-
-
 def load_trained(
     name: str | os.PathLike,
     options: LoadOptions = DEFAULT_OPTIONS,
@@ -164,7 +157,7 @@ def load_trained(
     audio_model, text_model: where the bases lie now, if they have moved; their fingerprints must agree. Raises
     UsageError, CheckpointError for another base, before anything is loaded.
     """
-    config = read_trained_config(name)
+    config = read_config(name)
     audio_path = _same_base(name, "audio", config, audio_model)
     text_path = _same_base(name, "text", config, text_model)
     model = _load_and_join(config, audio_path, text_path, options)
@@ -211,17 +204,27 @@ def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | 
     try:
         if adapter is not None:
             _load_adapter(model, adapter)
-        model.model.multi_modal_projector.load_state_dict(load_file(projector))
+        model.model.multi_modal_projector.load_state_dict(read_weights(projector))
         if encoder is not None:
-            model.model.audio_tower.load_state_dict(load_file(encoder))
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+            model.model.audio_tower.load_state_dict(read_weights(encoder))
+    except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{name}: its weights do not fit this model ({error})") from error
 
 
+def _refuse_other_ranks(config: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Before matrices of the ranks that the configuration gives are made: a large one would fill the memory."""
+    said = {config.r, *(config.rank_pattern or {}).values()}
+    saved = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name and tensor.ndim == 2}
+    if not saved or max(said) > max(saved) or not saved <= said:
+        raise ValueError(f"the adapter's configuration has the ranks {sorted(said)}, its weights {sorted(saved)}")
+
+
 def _load_adapter(model: Qwen3AudioForConditionalGeneration, file: Path) -> None:
-    tensors = load_file(file)
+    tensors = read_weights(file)
+    peft_config = read_adapter_config(file.parent)
+    _refuse_other_ranks(peft_config, tensors)
     if not getattr(model, "peft_config", None):
-        inject(model, LoraConfig.from_pretrained(str(file.parent)))
+        inject(model, peft_config)
         dtype = next(iter(tensors.values())).dtype
         for _, parameter in lora_parameters(model):
             parameter.data = parameter.data.to(dtype)

@@ -8,7 +8,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
 from qwhisper.data.audio import clip_windows, load_audio
-from qwhisper.data.template import AUDIO_TOKEN, listening_template
+from qwhisper.data.template import AUDIO_TOKEN, listening_template, refuse_costly
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.mel import packed_log_mel
@@ -52,7 +52,14 @@ class Qwen3AudioProcessor(ProcessorMixin):
         self.audio_tail_silence = audio_tail_silence
         if chat_template is None:
             chat_template, _ = listening_template(tokenizer)
+        else:
+            refuse_costly(chat_template)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; code that lies in the folder is never run, nor asked about on stdin."""
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs | {"trust_remote_code": False})
 
     @classmethod
     def for_model(

@@ -19,6 +19,7 @@ from qwhisper.model.loading import build_from_bases, load_trained, load_trained_
 from qwhisper.model.lora import add_lora
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.model.trained_folder import load_processor
 from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
 from qwhisper.train import checkpoint as checkpoints
@@ -54,7 +55,7 @@ def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForCond
         given = {"audio_model": args.audio_model, "text_model": args.text_model}
         moved = {flag: resolve_model(name, args.hub, f"--{flag}") for flag, name in given.items() if name is not None}
         model = load_trained(start_from, load_options(args), **moved)
-        processor = Qwen3AudioProcessor.from_pretrained(start_from)
+        processor = load_processor(start_from)
         if args.projector_scale is not None:
             model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
         for name in ("audio_lead_silence", "audio_tail_silence"):

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.typed_json import checked
+from qwhisper.untrusted import read_json_object
 
 ARGUMENTS_FILE = "arguments.json"
 # Made when the run began and read from the checkpoint since: another value would have no effect.
@@ -32,13 +34,16 @@ def save_arguments(args: TrainArguments, folder: Path) -> None:
 
 def saved_arguments(checkpoint: Path) -> dict[str, Any]:
     """What the run that wrote a checkpoint was told. Raises CheckpointError where that can't be read."""
+    file = checkpoint / ARGUMENTS_FILE
+    saved, hints = read_json_object(file), get_type_hints(TrainArguments)
+    for name in ("output_dir", "load_in_4bit", *MADE_AT_THE_START):
+        if name not in saved:
+            raise CheckpointError(f"{file}: {name} is missing")
     try:
-        saved = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-        if not isinstance(saved, dict):
-            raise ValueError("not as it was written")
-        return saved
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint}: no readable {ARGUMENTS_FILE} ({error})") from error
+        # Flags that came or went with another version are passed over.
+        return saved | {name: checked(hints[name], value, name) for name, value in saved.items() if name in hints}
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def output_dir_of(checkpoint: Path) -> Path:
