@@ -5,9 +5,8 @@ be those that were saved with it.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 
 from qwhisper.errors import CheckpointError
 from qwhisper.guards.snapshot import KEPT, TRIED, WEIGHT
-from qwhisper.model.adapter_config import read_adapter_config
 from qwhisper.model.loading import ADAPTER_FILE, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.model.lora import ADAPTER
 from qwhisper.train.checkpoint import file_sha256
-from qwhisper.train.resume import saved_arguments
+from qwhisper.train.resume import check_arguments
 from qwhisper.train.state import GENERATOR_FILE, OPTIMIZER_FILE, TrainState, read_tensors
 
 SNAPSHOT_FILE = "snapshots.safetensors"
@@ -33,6 +31,9 @@ def check_resumable(folder: Path, parameters: Mapping[str, Tensor], state: Train
     parameters: those that are trained, by name, in the order of their groups; their shapes and dtypes are looked at,
     so they may be on the meta device.
     """
+    for name, parameter in parameters.items():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
+            raise CheckpointError(f"{folder}: {name} is not finite; go on from an older checkpoint")
     moments = read_tensors(folder / OPTIMIZER_FILE)
     _check_entries(folder / OPTIMIZER_FILE, _by_parameter(folder / OPTIMIZER_FILE, moments), parameters, state)
     if not moments and state.supervised_tokens and state.steps_taken and not state.guards.rewinds:
@@ -43,7 +44,7 @@ def check_resumable(folder: Path, parameters: Mapping[str, Tensor], state: Train
     _check_generators(folder / GENERATOR_FILE)
     if (folder / SNAPSHOT_FILE).exists():
         _check_snapshots(folder / SNAPSHOT_FILE, parameters, state)
-    _check_arguments(folder)
+    check_arguments(folder)
     for name, sha256 in state.saved_with.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
             raise CheckpointError(
@@ -157,27 +158,3 @@ def _check_snapshots(file: Path, parameters: Mapping[str, Tensor], state: TrainS
             if entries:
                 moments[names[index]] = entries
         _check_entries(file, moments, parameters, state)
-
-
-def _check_arguments(folder: Path) -> None:
-    """What was told to a run that began from bases agrees with the adapter; one with --init_from has that one's."""
-    told = saved_arguments(folder)
-    if told.get("init_from"):
-        return
-    has_adapter = (folder / ADAPTER_FILE).is_file()
-    if told["use_lora"] != has_adapter:
-        raise CheckpointError(
-            f"{folder}: arguments.json has use_lora {told['use_lora']}, and {_an(has_adapter)} adapter is there"
-        )
-    if has_adapter:
-        config = read_adapter_config(folder)
-        pairs: Iterable[tuple[str, Any]] = (
-            ("lora_r", config.r), ("lora_alpha", config.lora_alpha), ("lora_dropout", config.lora_dropout)
-        )  # fmt: skip
-        for name, value in pairs:
-            if told[name] != value:
-                raise CheckpointError(f"{folder}: arguments.json has {name} {told[name]}, adapter_config.json {value}")
-
-
-def _an(there: bool) -> str:
-    return "an" if there else "no"

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.model.adapter_config import read_adapter_config
+from qwhisper.model.loading import ADAPTER_FILE
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.typed_json import checked
 from qwhisper.untrusted import read_json_object
@@ -46,6 +48,23 @@ def saved_arguments(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: {error}") from error
 
 
+def check_arguments(checkpoint: Path) -> None:
+    """Raises CheckpointError where what the run was told is not what its model and adapter are.
+
+    A run with --init_from has the adapter of that checkpoint, whatever the flags say.
+    """
+    told, config = saved_arguments(checkpoint), read_json_object(checkpoint / "config.json")
+    are = {name: config.get(name) for name in ("audio_lead_silence", "audio_tail_silence") if told[name] is not None}
+    if not told.get("init_from"):
+        are["use_lora"] = (checkpoint / ADAPTER_FILE).is_file()
+        if are["use_lora"]:
+            adapter = read_adapter_config(checkpoint)
+            are |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+    for name, value in are.items():
+        if told[name] != value:
+            raise CheckpointError(f"{checkpoint}: {ARGUMENTS_FILE} has {name} {told[name]}, but it is {value} there")
+
+
 def output_dir_of(checkpoint: Path) -> Path:
     """Of the run that saved it, as it was called then."""
     return Path(saved_arguments(checkpoint).get("output_dir", ""))
@@ -56,6 +75,7 @@ def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple
 
     Raises UsageError for one that can't be changed on the way, CheckpointError where the old ones can't be read.
     """
+    check_arguments(checkpoint)
     then = saved_arguments(checkpoint)
     now = json.loads(json.dumps(dataclasses.asdict(args)))
     names = (then.keys() & now.keys()) - set(PLACES)
