@@ -26,7 +26,7 @@ from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints, resolve_checkpoint
 from qwhisper.train.executor import Executor
 from qwhisper.train.resumable import check_resumable, saved_parameters
-from qwhisper.train.state import STATE_FILE, TrainState
+from qwhisper.train.state import TrainState
 
 if TYPE_CHECKING:
     from qwhisper.arguments import VerifyArguments
@@ -87,7 +87,7 @@ def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | to
         sample, prompt, dialogue = _first_dialogue(folder, collator, Path(scratch))
     answer = _answer(folder, model, collator, prompt)
     loss, moved, trainable = _step(folder, model, collator, sample)
-    if (folder / STATE_FILE).exists():
+    if files[folder] is not None:
         check_resumable(folder, saved_parameters(model, folder), TrainState.load(folder))
     return Proof(folder, files[folder], tensors, dialogue, loss, moved, trainable, answer)
 

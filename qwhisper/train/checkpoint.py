@@ -235,13 +235,16 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise UsageError(f"{path}: no such folder; give a run folder or one of its {PREFIX}N folders")
-    if (folder / MANIFEST).is_file():
+    if os.path.lexists(folder / MANIFEST):
         check_usable(folder)
         return folder
     if not checkpoints(folder):
-        if (folder / "projector.safetensors").is_file():  # saved by `save_pretrained`, without a run around it
+        by_a_run = os.path.lexists(folder / "state.json")
+        if (
+            folder / "projector.safetensors"
+        ).is_file() and not by_a_run:  # saved by `save_pretrained`, without a run around it
             return folder
-        if folder.name.startswith(PREFIX):
+        if by_a_run or folder.name.startswith(PREFIX):
             raise CheckpointError(f"{path}: {MANIFEST} is missing, so nothing in it can be relied on")
         raise UsageError(f"{path}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
     newest, passed_over = newest_valid(folder)
