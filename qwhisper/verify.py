@@ -87,8 +87,8 @@ def verify(checkpoint: str | Path, *, device: str | None = None, dtype: str | to
         sample, prompt, dialogue = _first_dialogue(folder, collator, Path(scratch))
     answer = _answer(folder, model, collator, prompt)
     loss, moved, trainable = _step(folder, model, collator, sample)
-    if files[folder] is not None:
-        check_resumable(folder, saved_parameters(model, folder), TrainState.load(folder))
+    for each in (each for each, count in files.items() if count is not None):  # a resume takes the newest
+        check_resumable(each, saved_parameters(model, each), TrainState.load(each))
     return Proof(folder, files[folder], tensors, dialogue, loss, moved, trainable, answer)
 
 

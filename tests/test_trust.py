@@ -31,6 +31,7 @@ from tests.trained import finished_run  # noqa: F401
 
 SECONDS = 60  # no attack may take longer, on a busy machine; most take none
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+DOUBLING = "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x * 2 %}{% endfor %}"
 PACKAGE = Path(qwhisper.__file__).parent
 
 
@@ -284,7 +285,7 @@ def test_adapter_with_plain_targets_is_read(checkpoint, value):
     [
         (ENDLESS, "more than"),
         ("{{ 'a' * 10**10 }}", "MemoryError|ended the process"),
-        ("{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x * 2 %}{% endfor %}", "Memory|more than"),
+        (DOUBLING, "Memory|more than"),
         ("{{ 'a' * 5000000 }}", "makes 5000000 characters"),
         ("{% if messages | length > 15 %}" + ENDLESS + "{% endif %}", "more than"),
         ("{% if messages[0].content | length > 4000 %}" + ENDLESS + "{% endif %}", "more than"),

@@ -16,7 +16,7 @@ from qwhisper.errors import CheckpointError
 from qwhisper.guards.snapshot import KEPT, TRIED, WEIGHT
 from qwhisper.model.loading import ADAPTER_FILE, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.model.lora import ADAPTER
-from qwhisper.train.checkpoint import file_sha256
+from qwhisper.train.checkpoint import read_manifest
 from qwhisper.train.resume import check_arguments
 from qwhisper.train.state import GENERATOR_FILE, OPTIMIZER_FILE, TrainState, read_tensors
 
@@ -45,8 +45,9 @@ def check_resumable(folder: Path, parameters: Mapping[str, Tensor], state: Train
     if (folder / SNAPSHOT_FILE).exists():
         _check_snapshots(folder / SNAPSHOT_FILE, parameters, state)
     check_arguments(folder)
+    there = read_manifest(folder)["files"]  # which was found to be right, or nothing of this would be read
     for name, sha256 in state.saved_with.items():
-        if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
+        if there.get(name, {}).get("sha256") != sha256:
             raise CheckpointError(
                 f"{folder}: {name} is not the one that was saved with its state.json (of another run or step, or "
                 "changed since); go on from another checkpoint"
