@@ -239,12 +239,12 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
         check_usable(folder)
         return folder
     if not checkpoints(folder):
-        by_a_run = os.path.lexists(folder / "state.json")
+        by_a_run = folder.name.startswith(PREFIX) and os.path.lexists(folder / "state.json")
         if (
             folder / "projector.safetensors"
         ).is_file() and not by_a_run:  # saved by `save_pretrained`, without a run around it
             return folder
-        if by_a_run or folder.name.startswith(PREFIX):
+        if folder.name.startswith(PREFIX):
             raise CheckpointError(f"{path}: {MANIFEST} is missing, so nothing in it can be relied on")
         raise UsageError(f"{path}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
     newest, passed_over = newest_valid(folder)
