@@ -22,10 +22,13 @@ from qwhisper.data.conversation import AudioClip, Conversation, Message, read_co
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_resolved, training_arguments
+from qwhisper.model.pretrained import UntrustedCodeError
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.run_folder import read_checkpoint
 from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints
 from qwhisper.train.executor import Executor
+from qwhisper.train.resumable import check_resumable, saved_parameters
+from qwhisper.train.state import TrainState
 
 if TYPE_CHECKING:
     from qwhisper.arguments import VerifyArguments
@@ -101,8 +104,8 @@ def _prove(
     tensors = _check_saved_numbers(folder)
     try:
         model, processor, _ = load_resolved(folder, device, dtype, **bases)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: it can't be loaded ({type(error).__name__}: {error})") from error
+    except UntrustedCodeError:
+        raise
     except UsageError as error:  # one of its bases
         if any(bases.values()):
             raise
@@ -112,6 +115,8 @@ def _prove(
         sample, prompt, dialogue = _first_dialogue(folder, collator, Path(scratch))
     answer = _answer(folder, model, collator, prompt)
     loss, moved, trainable = _step(folder, model, collator, sample)
+    for each in (each for each, count in files.items() if count is not None):  # a resume takes the newest
+        check_resumable(each, saved_parameters(model, each), TrainState.load(each))
     return Proof(folder, files[folder], tensors, dialogue, loss, moved, trainable, answer)
 
 

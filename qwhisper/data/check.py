@@ -186,30 +186,24 @@ def _typed_tokens(conversations: Sequence[Conversation], tokenizer) -> list[str]
 
 
 def _load_tokenizer(name: str, hub: str):
-    from transformers import AutoTokenizer
-
     from qwhisper.model.kinds import refuse_empty_tokenizer
+    from qwhisper.model.pretrained import load_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(_find_model(name, hub, "--text_model"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--text_model {name}: no tokenizer there ({error}); give a folder or a hub id") from error
+    tokenizer = load_tokenizer(_find_model(name, hub, "--text_model"), "--text_model")
     refuse_empty_tokenizer(tokenizer, name)
     return tokenizer
 
 
 def _load_frames(name: str | None, hub: str) -> FrameArithmetic:
     """The lengths that a new model would have on this encoder, or on Whisper in its default form."""
-    from transformers import AutoConfig, WhisperConfig
+    from transformers import WhisperConfig
 
     from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+    from qwhisper.model.pretrained import load_config
 
     if name is None:
         return Qwen3AudioConfig(audio_config=WhisperConfig()).frames
-    try:
-        config = AutoConfig.from_pretrained(_find_model(name, hub, "--audio_model"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--audio_model {name}: no model there ({error}); give a folder or a hub id") from error
+    config = load_config(_find_model(name, hub, "--audio_model"), "--audio_model")
     return Qwen3AudioConfig(audio_config=config).frames
 
 

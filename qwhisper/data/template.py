@@ -1,8 +1,8 @@
 """Chat templates that can listen, and the pieces that a dialogue is rendered into.
 
 The template that is trained on is the one that is served: rendered up to any assistant turn, with its generation
-prompt, it gives a prefix of the whole dialogue. Qwen3's own does not: its empty think block
-stands in the last turn alone.
+prompt, it gives a prefix of the whole dialogue. Qwen3's own does not: its empty think block stands in the last turn
+alone.
 """
 
 import json
@@ -12,44 +12,21 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-import jinja2
-
 from qwhisper.data.clips import AudioClip
 from qwhisper.data.messages import Message
+from qwhisper.data.template_texts import (
+    AUDIO_TOKEN,
+    PLAIN,
+    PREAMBLE,
+    QWEN3_EVERY_TURN,
+    QWEN3_HISTORY,
+    QWEN3_LAST_TURN,
+)
 from qwhisper.data.text_tokens import added_token_ids, typed_tokens
 from qwhisper.data.tools import ToolCall
+from qwhisper.data.try_template import cost_fault
 from qwhisper.errors import DataError, UsageError
 
-AUDIO_TOKEN = "<|audio_pad|>"
-
-# Flattens lists of content parts to text, which most templates of text models crash on, and strips it.
-PREAMBLE = (
-    "{%- set flat = namespace(messages=[], text='') -%}"
-    "{%- for message in messages -%}"
-    "{%- set flat.text = message.content if message.content is string else '' -%}"
-    "{%- for part in ([] if message.content is string or not message.content else message.content) -%}"
-    f"{{%- set flat.text = flat.text ~ ('{AUDIO_TOKEN}' if part.type == 'audio' else part.text) -%}}"
-    "{%- endfor -%}"
-    "{%- set flat.messages = flat.messages + [dict(message, content=flat.text | trim)] -%}"
-    "{%- endfor -%}"
-    "{%- set messages = flat.messages -%}"
-)
-# Qwen3's two conditions: which turns have a think block. Patched: all have, and the history's reasoning is dropped.
-QWEN3_HISTORY = "{%- if loop.index0 > ns.last_query_index %}"
-QWEN3_EVERY_TURN = (
-    "{%- if loop.index0 <= ns.last_query_index %}{%- set reasoning_content = '' %}{%- endif %}{%- if true %}"
-)
-QWEN3_LAST_TURN = "{%- if loop.last or (not loop.last and reasoning_content) %}"
-# For a model that never saw a chat; line breaks around the contents, because contents are tokenised apart.
-PLAIN = (
-    "{{- bos_token -}}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}{{- message.content + '\\n\\n' -}}"
-    "{%- elif message.role == 'user' -%}{{- 'User:\\n' + message.content + '\\n' -}}"
-    "{%- else -%}{{- 'Assistant:\\n' + message.content + eos_token + '\\n' -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
-)
 # Role patterns (first letters) that a template is tried on.
 PROBES = ("ua", "uaua", "uauaua", "suaua")
 ROLE_OF = {"s": "system", "u": "user", "a": "assistant"}
@@ -93,6 +70,7 @@ def listening_template(tokenizer) -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         return _checked(tokenizer, PREAMBLE + PLAIN), "a plain User/Assistant template, since the tokenizer has none"
     own = tokenizer.get_chat_template()
+    refuse_costly(own)
     own = own if own.startswith(PREAMBLE) else PREAMBLE + own
     if template_fault(tokenizer, own) is None:
         return own, "the tokenizer's own chat template"
@@ -101,6 +79,12 @@ def listening_template(tokenizer) -> tuple[str, str]:
         return patched, "the tokenizer's own chat template, with its think block in every assistant turn"
     table = PREAMBLE + _table_template(tokenizer, own)
     return _checked(tokenizer, table), "a table of turns probed from the tokenizer's own chat template"
+
+
+def refuse_costly(chat_template: str) -> None:
+    """Raises UsageError for a template that takes too long, too much memory or writes too much."""
+    if (fault := cost_fault(chat_template)) is not None:
+        raise UsageError(f"the chat template can't be used: {fault}")
 
 
 def template_fault(tokenizer, chat_template: str) -> str | None:
@@ -336,7 +320,9 @@ def _render(
             add_generation_prompt=add_generation_prompt,
             enable_thinking=thinking,
         )
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program, and fails as programs do
+        if isinstance(error, MemoryError):
+            raise
         roles = ", ".join(slot.role for slot in pattern)
         raise DataError(f"the chat template refuses a dialogue of {roles}: {error}") from error
 

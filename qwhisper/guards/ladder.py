@@ -1,7 +1,7 @@
 """What the guards remember from step to step, and what follows a run of bad steps. Plain Python, saved with the run."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from qwhisper.guards.averages import NormAverage
 from qwhisper.guards.decide import Decision, StepStatistics
@@ -28,18 +28,6 @@ class GuardState:
     rate: DynamicRate = field(default_factory=DynamicRate)
     loss_scale: LossScale = field(default_factory=LossScale)
     clamp: ClampSwitch = field(default_factory=ClampSwitch)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "GuardState":
-        """What `dataclasses.asdict` made, from JSON."""
-        nested = {
-            "averages": {name: NormAverage(**average) for name, average in values["averages"].items()},
-            "rate": DynamicRate(**values["rate"]),
-            "loss_scale": LossScale(**values["loss_scale"]),
-            # Checkpoints of before `told` was kept: what was clamped by then is not named again.
-            "clamp": ClampSwitch(**{"told": values["clamp"]["clamped"]} | values["clamp"]),
-        }
-        return cls(**values | nested)
 
     def feed(self, statistics: StepStatistics, decision: Decision) -> None:
         """After a step: averages see the norms of steps that were taken, and of groups that had gradients."""

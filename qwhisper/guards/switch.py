@@ -4,10 +4,11 @@ It answers spikes (averages.py says what one is) and steps that had to be skippe
 peaks mean nothing to it: hard samples make them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from qwhisper.guards.peaks import RecentPeaks
+from qwhisper.typed_json import ADDED_LATER
 
 # The field report's. In a 4-bit copy of Qwen2.5-1.5B what the first q_proj reads of a word stays below it but for 2
 # values in 100,000, up to 18.
@@ -26,7 +27,7 @@ class ClampSwitch(RecentPeaks):
 
     on: bool = False
     clamped: int = 0
-    told: int = 0
+    told: int = field(default=0, metadata=ADDED_LATER)
 
     def observe(self, spiked: bool) -> Literal["on", "off"] | None:
         """One step; what the clamp has to be from now on, or None where it stays as it is."""

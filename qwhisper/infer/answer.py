@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.conversation import Conversation, in_words, scan_conversations, to_record, unused_notes
@@ -34,6 +34,7 @@ from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.generate import Answer, iterate_answers
 from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit, resolve_model
 from qwhisper.model.kinds import refuse_empty_tokenizer
+from qwhisper.model.pretrained import load_tokenizer
 from qwhisper.report.events import ends_in_half_a_line, read_jsonl
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.checkpoint import write_whole
@@ -90,7 +91,7 @@ def main(arguments: "DataAnswerArguments") -> int:
 
 def text_collator(path: str) -> ConversationCollator:
     """Makes a text model's prompts as they will be in training."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     refuse_empty_tokenizer(tokenizer, path)
     return ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
 

@@ -18,6 +18,7 @@ from qwhisper.memory import is_out_of_memory
 from qwhisper.model.loading import LoadOptions, load_trained
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.model.trained_folder import load_processor
 from qwhisper.run_folder import read_checkpoint
 from qwhisper.train.resume import ARGUMENTS_FILE, arguments_where_they_lie
 from qwhisper.versions import check_versions
@@ -74,7 +75,7 @@ def load_resolved(
         projector_fp32=trained_as.get("projector_fp32", True),
     )
     model = load_trained(folder, options, audio_model=audio_model, text_model=text_model)
-    processor = Qwen3AudioProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     return model.eval(), processor, collator_of(processor)
 
 

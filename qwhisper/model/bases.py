@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -22,6 +22,7 @@ from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.kinds import refuse_other_format, refuse_other_kind
 from qwhisper.model.loss import head_logits
+from qwhisper.model.pretrained import UntrustedCodeError, load_causal_lm, load_config, load_whisper_encoder
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -111,8 +112,10 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
             raise UsageError("--hub modelscope needs its package: pip install modelscope") from None
         name = snapshot_download(name)
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        config = load_config(name)
+    except UntrustedCodeError:
+        raise
+    except UsageError as error:
         where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         found = (
             "a folder without a usable config.json" if Path(name).is_dir() else f"no folder here or model at {where}"
@@ -145,6 +148,8 @@ def fingerprint(name: str) -> str:
     """SHA-256 over a base's configuration and the beginning, end and size of each of its weight files: quick."""
     digest = hashlib.sha256(Path(cached_file(name, "config.json")).read_bytes())
     for file in _weight_files(name):
+        if not file.is_file():  # a device could be read for ever
+            raise UsageError(f"{file} is no regular file")
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as handle:
@@ -168,12 +173,11 @@ def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> True
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # the decoder's unused weights would be listed one by one
     try:
-        encoder, info = TrueLengthWhisperEncoder.from_pretrained(
+        encoder, info = load_whisper_encoder(
             name,
             key_mapping=ENCODER_KEYS,
             dtype=dtype,
             attn_implementation=PACKED_ATTENTION,
-            output_loading_info=True,
         )
     finally:
         hf_logging.set_verbosity(verbosity)
@@ -196,13 +200,12 @@ def naming_memory_limit(names: str, cures: str) -> Iterator[None]:
 
 def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
     """Any causal LM, frozen, with attention over packed rows; quantised while it loads if that is wanted."""
-    language_model, info = AutoModelForCausalLM.from_pretrained(
+    language_model, info = load_causal_lm(
         name,
         dtype=options.compute_dtype,
         device_map=options.device_map or {"": options.device},
         quantization_config=four_bit_config(options.compute_dtype) if options.load_in_4bit else None,
-        attn_implementation=attention_for(AutoConfig.from_pretrained(name)),
-        output_loading_info=True,
+        attn_implementation=attention_for(load_config(name)),
     )
     refuse_missing("--text_model", name, info)
     for module in language_model.modules():

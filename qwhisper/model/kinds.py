@@ -3,12 +3,10 @@ weight is loaded.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -16,9 +14,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from qwhisper.errors import UsageError, first_line
+from qwhisper.errors import UsageError
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
+from qwhisper.model.pretrained import UntrustedCodeError, load_config
 
 TAKES = {
     "--audio_model": "any Whisper checkpoint in Hugging Face format, such as openai/whisper-large-v3-turbo",
@@ -70,8 +69,10 @@ def refuse_model(name: str, flag: str) -> None:
     """Both checks, for a command that needs only a part of the model; a folder without config.json is let through."""
     refuse_other_format(name, flag)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError):
+        config = load_config(name, flag)
+    except UntrustedCodeError:
+        raise
+    except UsageError:
         return
     refuse_other_kind(config, name, flag)
 
@@ -111,18 +112,6 @@ def _other_than_causal_lm(config: PreTrainedConfig) -> str | None:
 
 def _wrong_kind(flag: str, name: str, what: str) -> UsageError:
     return UsageError(f"{flag} {name} is {what}; it takes {TAKES[flag]}")
-
-
-@contextmanager
-def naming_missing_part(flag: str, name: str, part: str) -> Iterator[None]:
-    """While a part of a base is read that is small and often left out: UsageError where it can't be."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{flag} {name}: no {part} can be read there; copy it from the model that this one was made from "
-            f"({first_line(error)})"
-        ) from error
 
 
 def refuse_empty_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from qwhisper.data.template import listening_template
 from qwhisper.errors import CheckpointError, UsageError, first_line
+from qwhisper.model.adapter_config import read_adapter_config
 from qwhisper.model.bases import (
     WEIGHT_FILES,
     LoadOptions,
@@ -28,11 +28,13 @@ from qwhisper.model.bases import (
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
-from qwhisper.model.kinds import naming_missing_part, refuse_empty_tokenizer, refuse_unpackable
+from qwhisper.model.kinds import refuse_empty_tokenizer, refuse_unpackable
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
 from qwhisper.model.saving import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
+from qwhisper.model.trained_folder import check_files, read_config, read_weights
 from qwhisper.model.weights import ENCODER, PROJECTOR, base_record, is_adapters, part, plain_name, plain_weights
 
 DEFAULT_OPTIONS = LoadOptions()
@@ -80,20 +82,18 @@ def build_from_bases(
     """
     audio_path = resolve_model(audio_model, hub, "--audio_model")
     text_path = resolve_model(text_model, hub, "--text_model")
-    audio_config = AutoConfig.from_pretrained(audio_path)
-    with naming_missing_part("--text_model", text_model, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(text_path)
+    audio_config = load_config(audio_path)
+    tokenizer = load_tokenizer(text_path, "--text_model")
     refuse_empty_tokenizer(tokenizer, text_model)
     config = Qwen3AudioConfig(
         audio_config=audio_config,
-        text_config=AutoConfig.from_pretrained(text_path),
+        text_config=load_config(text_path),
         audio_base={"name": audio_path, "fingerprint": fingerprint(audio_path)},
         text_base={"name": text_path, "fingerprint": fingerprint(text_path)},
         audio_token_id=add_audio_token(tokenizer),
         **config_values,
     )
-    with naming_missing_part("--audio_model", audio_model, "preprocessor_config.json"):
-        extractor = AutoFeatureExtractor.from_pretrained(audio_path)
+    extractor = load_feature_extractor(audio_path, "--audio_model")
     model = _load_and_join(config, audio_path, text_path, options)
     template, _ = listening_template(tokenizer)
     processor = Qwen3AudioProcessor.for_model(extractor, tokenizer, model.config, template)
@@ -122,15 +122,6 @@ def is_trained_folder(name: str | os.PathLike) -> bool:
         return False
 
 
-def read_trained_config(name: str | os.PathLike) -> Qwen3AudioConfig:
-    config = Qwen3AudioConfig.from_pretrained(name)
-    if config.text_base is None or config.audio_base is None:
-        raise CheckpointError(
-            f"{name}/config.json names no bases (audio_base, text_base): it was not written by qwhisper"
-        )
-    return config
-
-
 def load_trained(
     name: str | os.PathLike,
     options: LoadOptions = DEFAULT_OPTIONS,
@@ -148,7 +139,7 @@ def load_trained(
         if audio_model or text_model:
             warnings.warn(f"{name} holds a whole model: no other bases are loaded into it", stacklevel=2)
         return _load_whole(name, options)
-    config = read_trained_config(name)
+    config = read_config(name)
     audio_path = _same_base(name, "audio", config, audio_model)
     text_path = _same_base(name, "text", config, text_model)
     assert config.audio_base is not None and config.text_base is not None
@@ -165,6 +156,7 @@ def load_trained(
 
 def is_whole_folder(name: str | os.PathLike) -> bool:
     """Whether a folder or hub repository holds a model of ours with its bases' weights."""
+    check_files(name)
     ours = Qwen3AudioConfig.get_config_dict(name)[0].get("model_type") == Qwen3AudioConfig.model_type
     return ours and find_file(name, PROJECTOR_FILE) is None and any(find_file(name, file) for file in WEIGHT_FILES)
 
@@ -258,9 +250,9 @@ def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | 
     try:
         if adapter is not None:
             _load_adapter(model, name, adapter)
-        _fill(model.model.multi_modal_projector, load_file(projector))
+        _fill(model.model.multi_modal_projector, read_weights(projector))
         if encoder is not None:
-            _fill(model.model.audio_tower, load_file(encoder))
+            _fill(model.model.audio_tower, read_weights(encoder))
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{name}: its weights do not fit this model ({error})") from error
 
@@ -294,18 +286,27 @@ def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     module.load_state_dict({places[name]: tensor for name, tensor in tensors.items()}, strict=False)
 
 
+def _refuse_other_ranks(config: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Before matrices of the ranks that the configuration gives are made: a large one would fill the memory."""
+    said = {config.r, *(config.rank_pattern or {}).values()}
+    saved = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name and tensor.ndim == 2}
+    if not saved or max(said) > max(saved) or not saved <= said:
+        raise ValueError(f"the adapter's configuration has the ranks {sorted(said)}, its weights {sorted(saved)}")
+
+
 def _load_adapter(
     model: Qwen3AudioForConditionalGeneration,
     name: str | os.PathLike,
     file: Path,
     config_file: str = ADAPTER_CONFIG,
 ) -> None:
-    tensors = load_file(file)
+    tensors = read_weights(file)
     if not getattr(model, "peft_config", None):
         found = find_file(name, config_file)
         if found is None:
             raise ValueError(f"{config_file} is missing")
-        config = LoraConfig.from_pretrained(str(found.parent))
+        config = read_adapter_config(found.parent)
+        _refuse_other_ranks(config, tensors)
         if model.config.text_base is not None:  # where it is now; PEFT warns of a folder that is gone
             config.base_model_name_or_path = model.config.text_base["name"]
         inject(model, config)

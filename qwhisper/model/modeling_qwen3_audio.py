@@ -53,7 +53,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
             config.text_config._attn_implementation = attention_for(config.text_config)
         self.audio_tower = TrueLengthWhisperEncoder(config.audio_config)
         self.multi_modal_projector = AudioProjection(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -210,7 +210,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         super().__init__(config)
         self.model = Qwen3AudioModel(config)
         with torch.device("meta"):
-            head = AutoModelForCausalLM.from_config(config.text_config).get_output_embeddings()
+            head = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False).get_output_embeddings()
         self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)

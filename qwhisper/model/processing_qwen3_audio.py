@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizer
 
 from qwhisper.data.audio import clip_windows
 from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, raise_or_warn, read_own_audio
-from qwhisper.data.template import AUDIO_TOKEN, listening_template
+from qwhisper.data.template import AUDIO_TOKEN, listening_template, refuse_costly
 from qwhisper.data.waveform import is_one_clip, whole_rate
 from qwhisper.errors import UsageError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
@@ -65,6 +65,8 @@ class Qwen3AudioProcessor(ProcessorMixin):
         self.audio_tail_silence = audio_tail_silence
         if chat_template is None:
             chat_template, _ = listening_template(tokenizer)
+        else:
+            refuse_costly(chat_template)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -84,9 +86,13 @@ class Qwen3AudioProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; of a run's folder it is the best checkpoint's, see the model's `from_pretrained`."""
+        """As in transformers; of a run's folder it is the best checkpoint's, see the model's `from_pretrained`.
+
+        Code that lies in the folder is never run, nor asked about on stdin.
+        """
         from qwhisper.run_folder import is_run_folder, read_checkpoint
 
+        kwargs["trust_remote_code"] = False
         load = super().from_pretrained
         if is_run_folder(pretrained_model_name_or_path):
             return read_checkpoint(pretrained_model_name_or_path, lambda folder: load(folder, *args, **kwargs))

@@ -20,6 +20,7 @@ from qwhisper.model.loading import build_from_bases, load_trained, load_trained_
 from qwhisper.model.lora import add_lora
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.model.trained_folder import load_processor
 from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
 from qwhisper.run_folder import read_checkpoint
@@ -62,7 +63,7 @@ def _build(
         )
     else:
         model = load_trained(start_from, load_options(args), **moved_bases(args, start_from))
-        processor = Qwen3AudioProcessor.from_pretrained(start_from)
+        processor = load_processor(start_from)
         if args.projector_scale is not None:
             model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
         for name in ("audio_lead_silence", "audio_tail_silence"):

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from qwhisper.errors import CheckpointError, QwhisperError, UsageError
+from qwhisper.untrusted import LOADED_SUFFIXES, files_of, read_json, read_json_object
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 WRITING, DELETING, OLD = ".writing", ".deleting", ".old"
 ASIDE = "aside-"
 ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes meanwhile
-# Kinds of files that a model, tokenizer or optimizer is loaded from: one that was added since must not be.
-LOADED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".bin", ".pt", ".pth", ".pkl")
 # How the tokenizer's and safetensors' libraries, which are not Python, report what Python calls an OSError.
+SHA256 = re.compile("[0-9a-f]{64}")
 FOREIGN_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -96,8 +96,8 @@ def _write_manifest(folder: Path, step: int, finite: bool) -> None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file of a checkpoint but the manifest, by its path in it."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file of a checkpoint but the manifest, by its path in it. Raises CheckpointError as `files_of` does."""
+    files = files_of(folder)
     files.pop(MANIFEST, None)
     return files
 
@@ -130,12 +130,15 @@ def _clear_leftovers(run_folder: Path) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError where there is none that can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        complete = all({"sha256", "bytes"} <= entry.keys() for entry in manifest["files"].values())
-        if not complete or not isinstance(manifest["finite"], bool) or not isinstance(manifest["step"], int):
+        manifest = read_json(folder / MANIFEST)
+        entries = manifest["files"].values()
+        complete = all(SHA256.fullmatch(entry["sha256"]) and type(entry["bytes"]) is int for entry in entries)
+        if not complete or type(manifest["finite"]) is not bool or type(manifest["step"]) is not int:
             raise ValueError("not as it was written")
+        if manifest["step"] < 0:
+            raise ValueError(f"step {manifest['step']}")
         return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST} ({error})") from None
 
 
@@ -196,6 +199,11 @@ def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
     resumed_step = read_manifest(resumed)["step"]
     later = [(step, folder) for step, folder in sorted(_by_step(run_folder).items()) if step > resumed_step]
     return [folder.rename(_free(run_folder, f"{ASIDE}{PREFIX}{step}")) for step, folder in later]
+
+
+def is_checkpoint_name(name: Any) -> bool:
+    """Whether it names a folder beside the one that mentions it."""
+    return isinstance(name, str) and re.fullmatch(rf"{PREFIX}[0-9]+", name) is not None
 
 
 def _step_in_name(folder: Path) -> int | None:
@@ -267,10 +275,11 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
 def _resolve(folder: Path) -> Path:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; {_instead(folder)}")
-    if (folder / MANIFEST).is_file():
+    if os.path.lexists(folder / MANIFEST):
         check_usable(folder)
         return folder
-    if _holds_model(folder):  # saved by `save_pretrained`, without a run around it
+    by_a_run = folder.name.startswith(PREFIX) and os.path.lexists(folder / "state.json")
+    if _holds_model(folder) and not by_a_run:  # saved by `save_pretrained`, without a run around it
         return folder
     if not checkpoints(folder):
         if folder.name.startswith(PREFIX):
@@ -279,7 +288,9 @@ def _resolve(folder: Path) -> Path:
     newest, passed_over = newest_valid(folder)
     if newest is None:
         raise CheckpointError(f"{folder}: no checkpoint can be used: {'; '.join(passed_over)}")
-    best = json.loads((newest / "state.json").read_text(encoding="utf-8")).get("best_checkpoint")
+    best = read_json_object(newest / "state.json").get("best_checkpoint")
+    if best is not None and not is_checkpoint_name(best):
+        raise CheckpointError(f"{newest}: its best checkpoint is {best!r:.80}, which is no checkpoint of this run")
     if best and best != newest.name and (folder / best).is_dir():
         check_usable(folder / best)
         return folder / best
@@ -299,8 +310,8 @@ def _holds_model(folder: Path) -> bool:
     if (folder / "projector.safetensors").is_file():
         return True
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_audio"
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(folder / "config.json").get("model_type") == "qwen3_audio"
+    except CheckpointError:
         return False
 
 

@@ -4,11 +4,15 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from qwhisper.errors import CheckpointError, DataError, UsageError
+from qwhisper.model.adapter_config import read_adapter_config
+from qwhisper.model.saving import ADAPTER_FILE
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.places import absolute, found_again
+from qwhisper.typed_json import checked
+from qwhisper.untrusted import read_json_object
 
 ARGUMENTS_FILE = "arguments.json"
 # Made when the run began and read from the checkpoint since: another value would have no effect.
@@ -36,13 +40,33 @@ def save_arguments(args: TrainArguments, folder: Path) -> None:
 
 def saved_arguments(checkpoint: Path) -> dict[str, Any]:
     """What the run that wrote a checkpoint was told. Raises CheckpointError where that can't be read."""
+    file = checkpoint / ARGUMENTS_FILE
+    saved, hints = read_json_object(file), get_type_hints(TrainArguments)
+    for name in ("output_dir", "load_in_4bit", *MADE_AT_THE_START):
+        if name not in saved:
+            raise CheckpointError(f"{file}: {name} is missing")
     try:
-        saved = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-        if not isinstance(saved, dict):
-            raise ValueError("not as it was written")
-        return saved
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint}: no readable {ARGUMENTS_FILE} ({error})") from error
+        # Flags that came or went with another version are passed over.
+        return saved | {name: checked(hints[name], value, name) for name, value in saved.items() if name in hints}
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def check_arguments(checkpoint: Path) -> None:
+    """Raises CheckpointError where what the run was told is not what its model and adapter are.
+
+    A run with --init_from has the adapter of that checkpoint, whatever the flags say.
+    """
+    told, config = saved_arguments(checkpoint), read_json_object(checkpoint / "config.json")
+    are = {name: config.get(name) for name in ("audio_lead_silence", "audio_tail_silence") if told[name] is not None}
+    if not told.get("init_from"):
+        are["use_lora"] = (checkpoint / ADAPTER_FILE).is_file()
+        if are["use_lora"]:
+            adapter = read_adapter_config(checkpoint)
+            are |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
+    for name, value in are.items():
+        if told[name] != value:
+            raise CheckpointError(f"{checkpoint}: {ARGUMENTS_FILE} has {name} {told[name]}, but it is {value} there")
 
 
 def arguments_where_they_lie(checkpoint: Path) -> dict[str, Any]:
@@ -68,6 +92,7 @@ def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple
 
     Raises UsageError for one that can't be changed on the way, CheckpointError where the old ones can't be read.
     """
+    check_arguments(checkpoint)
     then = absolute(saved_arguments(checkpoint))
     now = absolute(json.loads(json.dumps(dataclasses.asdict(args))))
     names = (then.keys() & now.keys()) - set(PLACES)

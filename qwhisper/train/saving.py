@@ -5,16 +5,14 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from qwhisper.errors import CheckpointError
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.context import Run
 from qwhisper.train.groups import parameter_names
+from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable
 from qwhisper.train.resume import save_arguments
 from qwhisper.train.state import load_generators, load_optimizer, read_tensors, save_generators, save_optimizer
 from qwhisper.train.step_log import collect_clamped
-
-SNAPSHOT_FILE = "snapshots.safetensors"
 
 
 def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
@@ -32,10 +30,11 @@ def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
         processor.save_pretrained(folder)
         save_optimizer(run.optimizer, parameter_names(model), folder)
         save_generators(folder)
-        state.save(folder)
         save_arguments(run.args, folder)
         if run.snapshots.kept and run.snapshots.kept[-1].step != state.step:
             save_file(run.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
+        state.saved_with = {path.name: checkpoints.file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+        state.save(folder)
 
     folder = checkpoints.write_checkpoint(run.log.folder, state.step, fill, finite=finite)
     if finite:
@@ -48,11 +47,13 @@ def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
 
 
 def restore(run: Run, folder: Path) -> None:
-    """Optimizer, schedule, generators and snapshots as they were; the weights are loaded already."""
-    try:
-        load_optimizer(run.optimizer, parameter_names(run.executor.model), folder)
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: its optimizer state does not fit this run ({error})") from error
+    """Optimizer, schedule, generators and snapshots as they were; the weights are loaded already.
+
+    Raises CheckpointError where one of them is not what this run can go on with.
+    """
+    names = parameter_names(run.executor.model)
+    check_resumable(folder, {names[parameter]: parameter for parameter in run.snapshots.parameters}, run.state)
+    load_optimizer(run.optimizer, names, folder)
     load_generators(folder)
     if (folder / SNAPSHOT_FILE).exists():
         run.snapshots.load(read_tensors(folder / SNAPSHOT_FILE))

@@ -15,8 +15,12 @@ from safetensors.torch import load_file, save_file
 from qwhisper.errors import CheckpointError
 from qwhisper.guards.alarms import Alarms
 from qwhisper.guards.ladder import GuardState
+from qwhisper.guards.loss_scale import LARGEST, SMALLEST
+from qwhisper.train.checkpoint import MANIFEST, is_checkpoint_name, read_manifest
 from qwhisper.train.learning import Learning
 from qwhisper.train.probe import ProbeState
+from qwhisper.typed_json import ADDED_LATER, from_json
+from qwhisper.untrusted import read_json
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -28,7 +32,8 @@ class TrainState:
     """Where a run stands.
 
     step: optimizer steps done, skipped ones included; epoch and offset: the sampler's position. evaluated: the step of
-    the last evaluation. kinds: of question, in the data that was trained on.
+    the last evaluation. kinds: of question, in the data that was trained on. saved_with: SHA-256 of the tensor files
+    of the same save, by name; empty in checkpoints that are older than this field.
     """
 
     step: int = 0
@@ -46,30 +51,56 @@ class TrainState:
     guards: GuardState = field(default_factory=GuardState)
     alarms: Alarms = field(default_factory=Alarms)
     probe: ProbeState = field(default_factory=ProbeState)
-    learning: Learning = field(default_factory=Learning)
+    learning: Learning = field(default_factory=Learning, metadata=ADDED_LATER)
+    saved_with: dict[str, str] = field(default_factory=dict, metadata=ADDED_LATER)
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps in which the optimizer stepped."""
+        return self.step - self.skipped_steps
 
     def save(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
-        """Raises CheckpointError where the file is not what this version of qwhisper writes."""
+        """Raises CheckpointError where the file is not what this version of qwhisper writes, or of another step than
+        the manifest says.
+        """
         path = folder / STATE_FILE
+        values = read_json(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                **values
-                | {
-                    "guards": GuardState.from_dict(values["guards"]),
-                    "alarms": Alarms(**values["alarms"]),
-                    "probe": ProbeState(**values["probe"]),
-                    "learning": Learning(**values.get("learning", {})),  # none in checkpoints of before it was kept
-                }
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: not as this version of qwhisper writes it ({type(error).__name__}: {error})"
-            ) from error
+            state = from_json(cls, values)
+            state._check()
+            if "told" not in values["guards"]["clamp"]:  # in older checkpoints: what was clamped is not named again
+                state.guards.clamp.told = state.guards.clamp.clamped
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not as this version of qwhisper writes it ({error})") from error
+        if (folder / MANIFEST).exists() and (written := read_manifest(folder)["step"]) != state.step:
+            raise CheckpointError(f"{path}: is of step {state.step}, its {MANIFEST} of step {written}")
+        return state
+
+    def _check(self) -> None:
+        """Raises ValueError for numbers that no run reaches."""
+        counters = {
+            name: value for name, value in vars(self).items() if isinstance(value, int) and not isinstance(value, bool)
+        }
+        guards = {name: value for name, value in vars(self.guards).items() if isinstance(value, int)}
+        for name, value in (counters | guards).items():
+            if value < 0:
+                raise ValueError(f"{name} is {value}")
+        for name in ("skipped_steps", "evaluated"):
+            if counters[name] > self.step:
+                raise ValueError(f"{name} is {counters[name]} of {self.step} steps")
+        if self.max_tokens_per_pack == 0:
+            raise ValueError("max_tokens_per_pack is 0")
+        for name, factor in (("lr_factor", self.guards.lr_factor), ("rate.factor", self.guards.rate.factor)):
+            if not 0 < factor <= 1:
+                raise ValueError(f"guards.{name} is {factor}")
+        if not SMALLEST <= self.guards.loss_scale.scale <= LARGEST:
+            raise ValueError(f"guards.loss_scale.scale is {self.guards.loss_scale.scale}")
+        if self.best_checkpoint is not None and not is_checkpoint_name(self.best_checkpoint):
+            raise ValueError(f"best_checkpoint is {self.best_checkpoint!r:.80}, no checkpoint's name")
 
 
 def trained_kinds(folder: Path) -> list[str]:
@@ -100,10 +131,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, s
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
-    """Puts saved moments back, each on its parameter's device.
-
-    Raises KeyError for a parameter that is not trained here, CheckpointError where the file is missing or damaged.
-    """
+    """Puts saved moments back, each on its parameter's device; `check_resumable` has found that they fit."""
     by_name = {name: parameter for parameter, name in names.items()}
     for entry, value in read_tensors(folder / OPTIMIZER_FILE).items():
         name, key = entry.rsplit("|", 1)

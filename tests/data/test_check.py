@@ -113,7 +113,7 @@ def test_what_is_not_there_is_named(write, tmp_path):
     path = str(write(record("a.wav")))
     with pytest.raises(DataError, match="does not exist"):
         main(DataCheckArguments(file=str(tmp_path / "none.jsonl")))
-    with pytest.raises(UsageError, match="no tokenizer there"):
+    with pytest.raises(UsageError, match="no tokenizer can be read there"):
         main(DataCheckArguments(file=path, text_model=str(tmp_path)))
     with pytest.raises(UsageError, match="--max_length counts tokens"):
         main(DataCheckArguments(file=path, max_length=10))

@@ -6,6 +6,7 @@ import pytest
 
 from qwhisper.guards.decide import Decision, StepStatistics
 from qwhisper.guards.ladder import ALL, SNAPSHOT_STEPS, GuardState
+from qwhisper.typed_json import from_json
 
 FINE = StepStatistics(1.0, {"lora": 1.0, "projector": 0.0}, {"lora": 3.0})
 GOOD = Decision(skip=None, grad_norm=1.0)
@@ -65,4 +66,4 @@ def test_it_survives_json():
     state = after(*[GOOD] * 30, SKIPPED)
     state.rate.observe(1.0, True)
     state.loss_scale.shrink()
-    assert GuardState.from_dict(json.loads(json.dumps(dataclasses.asdict(state)))) == state
+    assert from_json(GuardState, json.loads(json.dumps(dataclasses.asdict(state)))) == state

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.model import loading
+from qwhisper.model import loading, trained_folder
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
-from qwhisper.train import checkpoint, state
+from qwhisper.train import checkpoint, saving, state
 from qwhisper.train import run as train_run
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.checkpoint import MANIFEST, check_manifest, newest_valid, resolve_checkpoint
@@ -203,6 +203,7 @@ def test_added_file(folder):
 def missing_is_empty(monkeypatch) -> None:
     """As in trainers that go on without an optimizer file, moments and step count at zero."""
     monkeypatch.setattr(state, "read_tensors", lambda path: load_file(path) if path.exists() else {})
+    monkeypatch.setattr(saving, "check_resumable", lambda folder, parameters, state: None)
 
 
 @fault(
@@ -246,7 +247,7 @@ def unpickling(monkeypatch) -> None:
         except Exception:
             return pickle.loads(Path(path).read_bytes())
 
-    for module in (state, loading):
+    for module in (state, trained_folder):
         monkeypatch.setattr(module, "load_file", load)
 
 

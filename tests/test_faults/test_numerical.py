@@ -1,5 +1,6 @@
 """Numbers that go wrong: in a loss, a gradient, a weight, the optimizer, for one sample, a step, or for good."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from qwhisper.guards.loss_scale import LossScale
 from qwhisper.model import loading
 from qwhisper.model.bases import load_encoder
 from qwhisper.model.half_precision import OverflowClamp
-from qwhisper.train import loop
+from qwhisper.train import loop, state
 from qwhisper.train.checkpoint import resolve_checkpoint
 from qwhisper.train.executor import Executor
 from tests.test_faults.inject import gradient_element, gradients_times, loss_times, outcome_of, plant
@@ -347,13 +348,18 @@ def test_overflow_in_the_encoder(arguments, monkeypatch):
     assert overflows and all(values["layers.0.fc1"] > 0 for values in overflows)
 
 
+def guards_forget(monkeypatch) -> None:
+    honest = state.from_json
+    monkeypatch.setattr(
+        state, "from_json", lambda cls, values: dataclasses.replace(honest(cls, values), guards=ladder.GuardState())
+    )
+
+
 @fault(
     "a resume after bad steps",
     of="numerical",
     guarantee="averages, rewinds and the halved learning rate are what they were",
-    without=lambda monkeypatch: monkeypatch.setattr(
-        ladder.GuardState, "from_dict", classmethod(lambda cls, values: cls())
-    ),
+    without=guards_forget,
 )
 def test_the_guards_memory_survives_a_resume(arguments, tmp_path):
     run, samples = make_run(arguments(**ONE_EPOCH))

@@ -241,3 +241,11 @@ def test_a_damaged_checkpoint_is_not_resolved(tmp_path):
     (tmp_path / "checkpoint-2/manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
         resolve_checkpoint(tmp_path / "checkpoint-2")
+
+
+def test_checkpoint_without_its_manifest_is_not_taken_for_a_saved_model(tmp_path):
+    folder = write_checkpoint(tmp_path, 10, fill)
+    (folder / "projector.safetensors").touch()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        resolve_checkpoint(folder)

@@ -1,0 +1,110 @@
+"""Every call of a transformers loader: never with code that the folder brings, and never with a question on stdin.
+
+transformers asks "[y/N]" where `trust_remote_code` is None; here it is always False. An `auto_map` is then ignored
+where a class of transformers or ours serves, and refused otherwise. A test holds all other modules to these functions.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from qwhisper.errors import QwhisperError, UsageError, first_line
+from qwhisper.memory import is_out_of_memory
+from qwhisper.model.encoder import TrueLengthWhisperEncoder
+from qwhisper.untrusted import files_of, read_json_object
+
+NO_CODE = {"trust_remote_code": False}
+ADAPTER_CONFIG = "adapter_config.json"
+# Parsing a configuration makes lists of a layer's or label's entry each, so a number there can fill the memory.
+MOST = (("layer", 1000), ("num_", 1_000_000))
+
+
+class UntrustedCodeError(UsageError):
+    """A base model can only be loaded with code of its own, which is never run."""
+
+
+def load_config(name: str | os.PathLike, flag: str = "") -> PreTrainedConfig:
+    """A base's configuration. Raises UsageError, as all functions here do where a base can't be loaded.
+
+    flag: the one that named the base, for the message.
+    """
+    with _loading(name, "model", flag):
+        return AutoConfig.from_pretrained(name, **NO_CODE)
+
+
+def load_tokenizer(name: str | os.PathLike, flag: str = "") -> PreTrainedTokenizerBase:
+    with _loading(name, "tokenizer", flag):
+        return AutoTokenizer.from_pretrained(name, **NO_CODE)
+
+
+def load_feature_extractor(name: str | os.PathLike, flag: str = ""):
+    with _loading(name, "feature extractor (preprocessor_config.json)", flag):
+        return AutoFeatureExtractor.from_pretrained(name, **NO_CODE)
+
+
+def load_causal_lm(name: str, **kwargs) -> tuple[Any, dict]:
+    """(model, loading info), with the keywords of `from_pretrained`."""
+    with _loading(name, "language model"):
+        return AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs, **NO_CODE)
+
+
+def load_whisper_encoder(name: str, **kwargs) -> tuple[TrueLengthWhisperEncoder, dict]:
+    """The same for the encoder of a Whisper checkpoint."""
+    with _loading(name, "Whisper encoder"):
+        return TrueLengthWhisperEncoder.from_pretrained(name, output_loading_info=True, **kwargs, **NO_CODE)
+
+
+@contextmanager
+def _loading(name: str | os.PathLike, what: str, flag: str = "") -> Iterator[None]:
+    """What a library raises for a folder that it can't use, as a UsageError; running out of memory stays what it is."""
+    try:
+        if Path(name).is_dir():
+            check_base(Path(name))
+        yield
+    except QwhisperError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        where = f"{flag} {name}".lstrip()
+        if "trust_remote_code" in str(error):
+            raise UntrustedCodeError(
+                f"{where}: its {what} needs Python code that lies in the model's folder, and such code is never run. "
+                "Take a model whose architecture transformers knows, or export this one to such an architecture"
+            ) from None
+        raise UsageError(
+            f"{where}: no {what} can be read there ({type(error).__name__}: {first_line(error)}); give a folder or hub "
+            "id that has one, or copy it from the model that this one was made from"
+        ) from error
+
+
+def check_base(folder: Path) -> None:
+    """Raises UsageError for a base's folder with pipes for files, with sizes that no model has, or with an adapter."""
+    files = files_of(folder, UsageError, deep=False)
+    if ADAPTER_CONFIG in files:
+        raise UsageError(
+            f"{folder} has an adapter ({ADAPTER_CONFIG}), which would be loaded with the model: merge it into the "
+            "model first"
+        )
+    if "config.json" in files:
+        check_config_numbers(read_json_object(files["config.json"], UsageError), folder / "config.json", UsageError)
+
+
+def check_config_numbers(value: Any, file: Path, fault: type[QwhisperError], key: str = "") -> None:
+    """Raises `fault` for a number of layers or labels that would fill the memory while it is parsed."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            check_config_numbers(inner, file, fault, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            check_config_numbers(inner, file, fault, key)
+    elif isinstance(value, int):
+        for part, most in MOST:
+            if part in key and abs(value) > most:
+                raise fault(f"{file}: {key} is {value:.4g}, and no model has more than {most}")

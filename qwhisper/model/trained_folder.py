@@ -1,0 +1,152 @@
+"""What a folder of trained weights says about itself, checked before a model is made of it.
+
+Each file is JSON that anybody may have written: types, ranges and what must agree between two files are looked at here,
+and whatever a library raises for the rest becomes a CheckpointError.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from qwhisper.data.template import template_fault
+from qwhisper.errors import CheckpointError, first_line
+from qwhisper.frames import FrameArithmetic
+from qwhisper.memory import is_out_of_memory
+from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+from qwhisper.model.pretrained import check_config_numbers
+from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.untrusted import files_of, read_json_object
+
+CONFIG, PROCESSOR_CONFIG = "config.json", "processor_config.json"
+MAX_STACK = 64  # encoder frames in a token: 1.28 s
+# What a feature extractor makes its filters of, and the most of each that is plausible.
+EXTRACTOR = {
+    "feature_size": 1024,
+    "n_fft": 1 << 16,
+    "hop_length": 1 << 16,
+    "chunk_length": 3600,
+    "sampling_rate": 1 << 20,
+}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def reading(folder: str | os.PathLike, what: str) -> Iterator[None]:
+    """What a library raises for a file that it can't use, as a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
+        if "trust_remote_code" in str(error):
+            what += ": it needs Python code that lies in the folder, and such code is never run"
+        raise CheckpointError(f"{folder}: {what} ({type(error).__name__}: {first_line(error)})") from error
+
+
+def check_files(name: str | os.PathLike) -> None:
+    """Raises CheckpointError for a folder with pipes for files, or with sizes and numbers that no model has."""
+    folder = Path(name)
+    if folder.is_dir():
+        files = files_of(folder)
+        if CONFIG in files:
+            check_config_numbers(read_json_object(files[CONFIG]), files[CONFIG], CheckpointError)
+
+
+def read_config(name: str | os.PathLike) -> Qwen3AudioConfig:
+    """`config.json` of a folder or hub repository of trained weights. Raises CheckpointError for anything odd in it."""
+    check_files(name)
+    with reading(name, f"its {CONFIG} can't be used"):
+        config = Qwen3AudioConfig.from_pretrained(name, trust_remote_code=False)
+        _check_config(config, f"{name}/{CONFIG}")
+    return config
+
+
+def _check_config(config: Qwen3AudioConfig, file: str) -> None:
+    bases = (config.audio_base, config.text_base)
+    if any(base is None for base in bases):
+        raise CheckpointError(f"{file} names no bases (audio_base, text_base): it was not written by qwhisper")
+    for base in bases:
+        if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("name", "fingerprint")):
+            raise CheckpointError(f"{file}: a base is {base!r:.80}, not a name and a fingerprint")
+    scales = (config.projector_scale, config.projector_init_scale, config.projector_dropout)
+    if not (all(map(math.isfinite, scales)) and 0 <= config.projector_dropout < 1):
+        raise CheckpointError(f"{file}: projector scale, initial scale and dropout are {scales}")
+    if not 1 <= config.projector_stack <= MAX_STACK:
+        raise CheckpointError(f"{file}: projector_stack is {config.projector_stack}, not from 1 to {MAX_STACK}")
+    if config.projector_hidden_act not in ACT2FN:
+        raise CheckpointError(f"{file}: no activation is called {config.projector_hidden_act!r:.40}")
+    _ = config.frames  # raises ValueError for lengths that fit no encoder
+
+
+def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
+    """The processor of a folder of trained weights, which must have the lengths of its model.
+
+    Raises CheckpointError, also for a chat template that can't be rendered, or not in a reasonable time.
+    """
+    folder = Path(folder)
+    files = files_of(folder)
+    for needed in (CONFIG, PROCESSOR_CONFIG):
+        if needed not in files:
+            raise CheckpointError(f"{folder}: {needed} is missing")
+    config, own = (read_json_object(files[name]) for name in (CONFIG, PROCESSOR_CONFIG))
+    _check_extractors(files, own)
+    with reading(folder, "its processor can't be loaded"):
+        processor = Qwen3AudioProcessor.from_pretrained(folder)
+        lengths = (processor.frames, processor.audio_token_id)
+        expected = (_frames_of(config), config["audio_token_id"])
+        fault = template_fault(processor.tokenizer, processor.chat_template)
+    if lengths != expected:
+        raise CheckpointError(f"{folder}: its processor counts {lengths}, its model {expected}")
+    if fault is not None:
+        raise CheckpointError(f"{folder}: its chat template can't be used ({fault})")
+    return processor
+
+
+def _frames_of(config: dict[str, Any]) -> FrameArithmetic:
+    return FrameArithmetic(
+        stack=config["projector_stack"],
+        max_encoder_frames=config["audio_config"]["max_source_positions"],
+        lead_silence_s=config["audio_lead_silence"],
+        tail_silence_s=config["audio_tail_silence"],
+    )
+
+
+def _check_extractors(files: dict[str, Path], own: dict[str, Any]) -> None:
+    if "audio_tokenizer" in own or "audio_tokenizer_config.json" in files:
+        raise CheckpointError(f"{files[PROCESSOR_CONFIG]}: names an audio tokenizer, which would be downloaded")
+    found = {PROCESSOR_CONFIG: own.get("feature_extractor")}
+    if "preprocessor_config.json" in files:
+        found["preprocessor_config.json"] = read_json_object(files["preprocessor_config.json"])
+    for file, values in found.items():
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{files[file]}: its feature extractor is {values!r:.40}")
+        for name, most in EXTRACTOR.items():
+            if name in values and not (type(values[name]) is int and 1 <= values[name] <= most):
+                raise CheckpointError(f"{files[file]}: {name} is {values[name]!r:.40}, not from 1 to {most}")
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Trained weights by name, on the CPU. Raises CheckpointError where they are not floating-point numbers."""
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: no readable safetensors file ({error})") from error
+    if not tensors:
+        raise CheckpointError(f"{file} holds no weights")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{file}: {name} is {tensor.dtype}, no kind of number that weights have")
+    return tensors

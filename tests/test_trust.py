@@ -1,0 +1,462 @@
+"""A model's folder is data: no code in it runs, nobody is asked, and nothing in it can hold a command up."""
+
+import ast
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+import qwhisper
+from qwhisper import untrusted
+from qwhisper.cli import main as cli
+from qwhisper.data import try_template
+from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.model.adapter_config import read_adapter_config
+from qwhisper.model.bases import resolve_model
+from qwhisper.model.loading import build_from_bases, load_trained
+from qwhisper.model.lora import target_regex
+from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
+from qwhisper.model.trained_folder import load_processor, read_config
+from qwhisper.train.checkpoint import MANIFEST, _write_manifest, check_manifest, resolve_checkpoint
+from tests.small import TEMPLATE, write_small_bases
+from tests.trained import finished_run  # noqa: F401
+
+SECONDS = 60  # no attack may take longer, on a busy machine; most take none
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
+DOUBLING = "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x * 2 %}{% endfor %}"
+PACKAGE = Path(qwhisper.__file__).parent
+
+
+@pytest.fixture
+def checkpoint(finished_run, tmp_path) -> Path:  # noqa: F811
+    """A checkpoint of the test's own, whose bases lie in a folder of their own beside it."""
+    shutil.copytree(finished_run.parent / "bases", tmp_path / "bases")
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    for folder in run.glob("checkpoint-*"):
+        edit(folder / "config.json", lambda config: [
+            config[f"{role}_base"].update(name=str(tmp_path / "bases" / name))
+            for role, name in (("audio", "whisper"), ("text", "qwen3"))
+        ])  # fmt: skip
+        sign(folder)
+    return run / "checkpoint-2"
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch) -> Path:
+    """A file that is there once any code of `plant_code` has run. Whoever asks on stdin is answered with yes."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 50))
+    return tmp_path / "ran"
+
+
+def plant_code(folder: Path, canary: Path) -> None:
+    code = f"""
+import pathlib
+pathlib.Path({str(canary)!r}).touch()
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, WhisperFeatureExtractor
+class T(PreTrainedTokenizerFast): pass
+class C(Qwen3Config): pass
+class M(Qwen3ForCausalLM): pass
+class F(WhisperFeatureExtractor): pass
+def generate(model, *args, **kwargs): pass
+"""
+    (folder / "custom_generate").mkdir()
+    for file in ("evil.py", "custom_generate/generate.py"):
+        (folder / file).write_text(code)
+
+
+def edit(file: Path, change) -> None:
+    values = json.loads(file.read_text()) if file.exists() else {}
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def sign(folder: Path) -> None:
+    """A manifest that fits what is there now, as an attacker writes it."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _write_manifest(folder, int(folder.name.split("-")[1]), True)
+
+
+MAPS = {
+    "AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoModelForCausalLM": "evil.M", "AutoProcessor": "evil.T",
+    "AutoTokenizer": ["evil.T", "evil.T"], "AutoFeatureExtractor": "evil.F",
+}  # fmt: skip
+ANY_FILE = (
+    "config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json", "adapter_config.json"
+)  # fmt: skip
+
+
+def with_maps(values: dict) -> None:
+    values["auto_map"] = MAPS
+    values["auto_mapping"] = {"base_model_class": "M", "parent_library": "evil"}
+    values["custom_generate"] = "evil"
+    values["trust_remote_code"] = True
+    values["text_config"] = values.get("text_config", {}) | {"auto_map": MAPS}
+
+
+def test_code_beside_a_checkpoint_is_ignored_where_our_classes_serve(checkpoint, canary):
+    plant_code(checkpoint, canary)
+    for file in ANY_FILE:
+        edit(checkpoint / file, with_maps)
+    sign(checkpoint)
+    assert cli(["verify", str(checkpoint)]) == 0
+    assert not canary.exists()
+    assert sys.stdin.read().startswith("y\n" * 50), "somebody has asked"
+
+
+def without_tokenizer_class(checkpoint: Path) -> None:
+    edit(checkpoint / "tokenizer_config.json", lambda v: v.pop("tokenizer_class") and v.update(auto_map=MAPS))
+
+
+def without_extractor_class(checkpoint: Path) -> None:
+    edit(checkpoint / "processor_config.json", lambda v: v.pop("feature_extractor"))
+    (checkpoint / "preprocessor_config.json").write_text(json.dumps({"auto_map": MAPS}))
+
+
+@pytest.mark.parametrize(("verb", "change"), [
+    ("verify", without_tokenizer_class), ("eval", without_tokenizer_class), ("chat", without_extractor_class),
+    ("train", without_extractor_class),
+])  # fmt: skip
+def test_code_that_a_checkpoint_needs_is_refused(checkpoint, canary, change, verb, capsys):
+    plant_code(checkpoint, canary)
+    change(checkpoint)
+    sign(checkpoint)
+    run, told = checkpoint.parent, json.loads((checkpoint / "arguments.json").read_text())
+    command = {
+        "verify": ["verify", str(checkpoint)],
+        "eval": ["eval", str(checkpoint), "--eval_file", told["train_file"]],
+        "chat": ["chat", str(checkpoint)],
+        "train": ["train", "--config", str(run / "config.yaml"), "--output_dir", str(run), "--resume_from_checkpoint"],
+    }[verb]  # fmt: skip
+    assert cli(command) == CheckpointError.exit_code
+    assert "never run" in capsys.readouterr().err
+    assert not canary.exists()
+    assert sys.stdin.read().startswith("y\n" * 50), "somebody has asked"
+
+
+def unknown_architecture(bases: Path) -> None:
+    for base in bases.iterdir():
+        edit(base / "config.json", lambda v: v.update(model_type="unheard_of", auto_map=MAPS))
+
+
+@pytest.mark.parametrize("load", [
+    lambda bases: load_config(bases / "qwen3"),
+    lambda bases: resolve_model(str(bases / "qwen3"), "huggingface", "--text_model"),
+    lambda bases: build_from_bases(str(bases / "whisper"), str(bases / "qwen3")),
+])  # fmt: skip
+def test_code_of_a_base_is_refused(tmp_path, canary, load):
+    write_small_bases(tmp_path / "bases")
+    unknown_architecture(tmp_path / "bases")
+    plant_code(tmp_path / "bases/qwen3", canary)
+    with pytest.raises(UsageError, match="never run") as caught:
+        load(tmp_path / "bases")
+    assert caught.value.exit_code == 2
+    assert not canary.exists()
+
+
+def test_code_of_a_base_is_ignored_where_a_known_class_serves(tmp_path, canary):
+    audio, text = write_small_bases(tmp_path / "bases")
+    for base in (audio, text):
+        plant_code(base, canary)
+        for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
+            if (base / file).exists():
+                edit(base / file, lambda v: v.update(auto_map=MAPS))
+    build_from_bases(str(audio), str(text))
+    assert not canary.exists()
+
+
+def test_base_that_a_checkpoint_names_ends_verify_with_2(checkpoint, canary, capsys):
+    base = checkpoint.parents[1] / "bases/qwen3"
+    plant_code(base, canary)
+    edit(base / "config.json", lambda v: v.update(model_type="unheard_of", auto_map=MAPS))
+    assert cli(["verify", str(checkpoint)]) == UsageError.exit_code
+    assert "never run" in capsys.readouterr().err and not canary.exists()
+
+
+class Payload:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("pack", [pickle.dumps, lambda value: _saved(value)])
+def test_pickled_weights_of_a_base_run_nothing(tmp_path, canary, pack):
+    audio, text = write_small_bases(tmp_path / "bases")
+    (text / "model.safetensors").unlink()
+    (text / "pytorch_model.bin").write_bytes(pack(Payload(canary)))
+    with pytest.raises(UsageError, match="no language model there"):
+        build_from_bases(str(audio), str(text))
+    assert not canary.exists()
+
+
+def _saved(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weight": value}, buffer)
+    return buffer.getvalue()
+
+
+def test_base_with_an_adapter_is_refused(tmp_path, canary):
+    audio, text = write_small_bases(tmp_path / "bases")
+    (text / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "megatron_core": "evil"}))
+    with pytest.raises(UsageError, match="merge it into the model first"):
+        build_from_bases(str(audio), str(text))
+
+
+def test_all_loaders_of_transformers_are_called_in_one_place():
+    """A call of `Auto….from_pretrained` elsewhere would ask on stdin again."""
+    allowed = {
+        "model/pretrained.py": None,
+        "model/trained_folder.py": {"Qwen3AudioConfig.from_pretrained", "Qwen3AudioProcessor.from_pretrained"},
+        "model/modeling_qwen3_audio.py": {
+            "super.from_pretrained", "AutoModel.from_config", "AutoModelForCausalLM.from_config"
+        },
+        "model/processing_qwen3_audio.py": {"super.from_pretrained"},
+    }  # fmt: skip
+    for file in sorted(PACKAGE.rglob("*.py")):
+        known = allowed.get(file.relative_to(PACKAGE).as_posix(), set())
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if node.func.attr not in ("from_pretrained", "from_config"):
+                continue
+            owner = node.func.value
+            name = f"{owner.func.id if isinstance(owner, ast.Call) else owner.id}.{node.func.attr}"
+            assert known is None or name in known, f"{file}:{node.lineno}: {name}"
+            if name.startswith("Auto"):
+                assert any(keyword.arg == "trust_remote_code" for keyword in node.keywords) or any(
+                    isinstance(keyword.value, ast.Name) and keyword.value.id == "NO_CODE" for keyword in node.keywords
+                ), f"{file}:{node.lineno}"
+
+
+# Adapters
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", "((([a-z_.0-9]+)+)+)+X"),
+        ("target_modules", "all-linear"),
+        ("target_modules", target_regex(["q_proj"])[:-1] + "|(x+)+y)"),
+        ("target_modules", []),
+        ("exclude_modules", "((x+)+)+"),
+        ("modules_to_save", ["((x+)+)+"]),
+        ("layers_pattern", "((x+)+)+"),
+        ("rank_pattern", {"((x+)+)+": 4}),
+        ("megatron_config", {"a": 1}),
+        ("megatron_core", "evil"),
+        ("init_lora_weights", "pissa"),
+        ("r", 16.5),
+        ("r", 60_000),
+        ("r", True),
+        ("lora_alpha", float("nan")),
+        ("peft_type", "IA3"),
+        ("layer_replication", [[0, 4], [2, 5]]),
+    ],
+)
+def test_adapter_that_qwhisper_does_not_write_is_refused(checkpoint, field, value):
+    edit(checkpoint / "adapter_config.json", lambda v: v.update({field: value}))
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError):
+        load_trained(checkpoint)
+    assert time.perf_counter() - started < SECONDS
+
+
+@pytest.mark.parametrize("value", [["q_proj", "v_proj"], target_regex(["q_proj", "down_proj"])])
+def test_adapter_with_plain_targets_is_read(checkpoint, value):
+    edit(checkpoint / "adapter_config.json", lambda v: v.update(target_modules=value, use_rslora=True, a_later_field=1))
+    read = read_adapter_config(checkpoint)
+    assert read.use_rslora and (read.target_modules == value or read.target_modules == set(value))
+
+
+# Chat templates
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (ENDLESS, "more than"),
+        ("{{ 'a' * 10**10 }}", "MemoryError|ended the process"),
+        (DOUBLING, "Memory|more than"),
+        ("{{ 'a' * 5000000 }}", "makes 5000000 characters"),
+        ("{% if messages | length > 15 %}" + ENDLESS + "{% endif %}", "more than"),
+        ("{% if messages[0].content | length > 4000 %}" + ENDLESS + "{% endif %}", "more than"),
+        ("x" * (1 << 20) + "y", "characters"),
+        ("{% generation %}" + ENDLESS + "{% endgeneration %}", "more than"),
+    ],
+)  # fmt: skip
+def test_costly_template_is_found_out_in_another_process(template, said, monkeypatch):
+    monkeypatch.setattr(try_template, "CPU_SECONDS", 1)
+    started = time.perf_counter()
+    fault = try_template.cost_fault.__wrapped__(template)
+    assert fault is not None and any(part in fault for part in said.split("|")), fault
+    assert time.perf_counter() - started < SECONDS
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE.read_text(encoding="utf-8"), "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% broken"]
+)
+def test_cheap_template_passes(template):
+    assert try_template.cost_fault(template) is None
+
+
+def test_template_is_tried_with_what_transformers_gives_it():
+    theirs, ours = _compile_jinja_template("x").environment, try_template.environment()
+    assert ours.globals.keys() >= theirs.globals.keys()
+    assert ours.filters.keys() == theirs.filters.keys()
+    assert len(ours.extensions) == len(theirs.extensions)
+    assert (ours.trim_blocks, ours.lstrip_blocks) == (theirs.trim_blocks, theirs.lstrip_blocks)
+
+
+def test_costly_template_of_a_checkpoint_or_base_is_refused(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(try_template, "CPU_SECONDS", 1)
+    (checkpoint / "chat_template.jinja").write_text(ENDLESS)
+    sign(checkpoint)
+    assert cli(["verify", str(checkpoint)]) == CheckpointError.exit_code
+    assert "chat template" in capsys.readouterr().err
+    bases = checkpoint.parents[1] / "bases"
+    (bases / "qwen3/chat_template.jinja").write_text(ENDLESS)
+    with pytest.raises(UsageError, match="chat template"):
+        build_from_bases(str(bases / "whisper"), str(bases / "qwen3"))
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% broken", "only text", "{{ range(10**9) | list }}"])
+def test_template_that_fails_is_refused(checkpoint, template):
+    (checkpoint / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match="template"):
+        load_processor(checkpoint)
+
+
+# Files
+
+
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+FILES = (
+    MANIFEST, "state.json", "arguments.json", "config.json", "projector.safetensors", "optimizer.safetensors",
+    "tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "encoder.safetensors",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("change", [pipe, endless])
+def test_pipe_or_device_in_a_checkpoint_is_refused_at_once(checkpoint, name, change):
+    change(checkpoint / name)
+    with pytest.raises(CheckpointError, match=f"{checkpoint.name}.*(no regular file|{MANIFEST})"):
+        resolve_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("change", [pipe, endless])
+def test_pipe_or_device_in_a_base_is_refused_at_once(tmp_path, name, change):
+    _, text = write_small_bases(tmp_path)
+    change(text / name)
+    with pytest.raises(UsageError, match="no regular file"):
+        load_config(text)
+
+
+def test_sparse_file_is_not_hashed(checkpoint):
+    with (checkpoint / "more.safetensors").open("wb") as file:
+        file.truncate(1 << 40)
+    entry = {"sha256": "0" * 64, "bytes": 1 << 40}
+    edit(checkpoint / MANIFEST, lambda v: v["files"].update({"more.safetensors": entry}))
+    with pytest.raises(CheckpointError, match="it is sparse"):
+        check_manifest(checkpoint)
+
+
+def test_file_of_another_size_is_not_hashed(checkpoint, monkeypatch):
+    monkeypatch.setattr("qwhisper.train.checkpoint.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    edit(checkpoint / MANIFEST, lambda v: [entry.update(bytes=entry["bytes"] + 1) for entry in v["files"].values()])
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        check_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["../../bases/qwen3/config.json", "/etc/passwd", "a/../config.json", ""])
+def test_manifest_names_no_file_outside_its_folder(checkpoint, name):
+    edit(checkpoint / MANIFEST, lambda v: v["files"].update({name: {"sha256": "0" * 64, "bytes": 1}}))
+    with pytest.raises(CheckpointError, match="is missing"):
+        check_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("best", ["../x", "checkpoint-1/../../x", "/tmp", "checkpoint-1\n", 1, ["checkpoint-1"]])
+def test_best_checkpoint_lies_in_the_run(checkpoint, best):
+    edit(checkpoint / "state.json", lambda v: v.update(best_checkpoint=best))
+    sign(checkpoint)
+    with pytest.raises(CheckpointError, match=r"best.checkpoint is"):
+        resolve_checkpoint(checkpoint.parent)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "state.json", "config.json"])
+def test_file_that_is_too_large_for_its_kind_is_refused_unread(checkpoint, name):
+    with (checkpoint / name).open("ab") as file:
+        file.truncate(300 << 20)
+    sign_as = {"sha256": "0" * 64, "bytes": 300 << 20}
+    edit(checkpoint / MANIFEST, lambda v: v["files"].update({name: sign_as}))
+    with pytest.raises(CheckpointError, match="more than the"):
+        check_manifest(checkpoint)
+
+
+def test_folder_of_countless_files_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(untrusted, "MAX_FILES", 20)
+    for number in range(20):
+        (checkpoint / f"{number}.txt").touch()
+    with pytest.raises(CheckpointError, match="more than 20 files"):
+        check_manifest(checkpoint)
+
+
+def test_deep_json_is_refused(checkpoint):
+    for name in (MANIFEST, "state.json", "config.json"):
+        (checkpoint / name).write_text("[" * 500_000)
+        with pytest.raises(CheckpointError):
+            untrusted.read_json(checkpoint / name)
+
+
+def test_numbers_that_fill_the_memory_are_refused(checkpoint, tmp_path):
+    edit(checkpoint / "config.json", lambda v: v["text_config"].update(num_hidden_layers=10**9, layer_types=None))
+    with pytest.raises(CheckpointError, match="num_hidden_layers"):
+        read_config(checkpoint)
+    _, text = write_small_bases(tmp_path / "own")
+    edit(text / "config.json", lambda v: v.update(num_labels=10**9))
+    with pytest.raises(UsageError, match="num_labels"):
+        load_tokenizer(text)
+
+
+@pytest.mark.parametrize("name", ["n_fft", "feature_size", "sampling_rate"])
+def test_feature_extractor_that_fills_the_memory_is_refused(checkpoint, name):
+    edit(checkpoint / "processor_config.json", lambda v: v["feature_extractor"].update({name: 10**10}))
+    with pytest.raises(CheckpointError, match=name):
+        load_processor(checkpoint)
+
+
+def test_audio_tokenizer_is_never_fetched(checkpoint):
+    named = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": "evil/model"}
+    edit(checkpoint / "processor_config.json", lambda v: v.update(audio_tokenizer=named))
+    with pytest.raises(CheckpointError, match="audio tokenizer"):
+        load_processor(checkpoint)
+
+
+def test_processor_with_other_lengths_than_its_model_is_refused(checkpoint):
+    edit(checkpoint / "processor_config.json", lambda v: v.update(projector_stack=2))
+    with pytest.raises(CheckpointError, match="its processor counts"):
+        load_processor(checkpoint)
+
+
+def test_feature_extractor_of_a_sound_base_is_read(tmp_path):
+    audio, _ = write_small_bases(tmp_path)
+    assert load_feature_extractor(audio).feature_size == 80
