@@ -1,6 +1,6 @@
 """A message of a dialogue, and the one place that reads it and finds its faults."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,7 +149,7 @@ def _parse_answer(message: Message, raw: dict, where: str, faults: list[str]) ->
         faults.append(f"{where}: an assistant message holds audio, but answers are text")
     thought, text = _split_thought(message.text.strip(), where, faults)
     text, more_calls = split_calls(text, where, faults)
-    reasoning = _reasoning(raw, thought, where, faults)
+    reasoning = parse_reasoning(raw, where, faults, thought)
     calls = message.tool_calls + more_calls
     if text.endswith(END_MARKS):
         faults.append(f"{where}: the answer ends with a control token, which the chat template writes; leave it out")
@@ -176,7 +176,8 @@ def _split_thought(text: str, where: str, faults: list[str]) -> tuple[str, str]:
     return thought, answer
 
 
-def _reasoning(raw: dict, thought: str, where: str, faults: list[str]) -> str | None:
+def parse_reasoning(raw: Mapping, where: str, faults: list[str], thought: str = "") -> str | None:
+    """What an assistant's message says before its answer. thought: the block of reasoning that its text begins with."""
     given = {key: raw[key] for key in REASONING_KEYS if raw.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, str):

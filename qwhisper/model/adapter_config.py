@@ -34,9 +34,9 @@ def _by_name(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(NAME.fullmatch(k) and check(v) for k, v in value.items())
 
 
-def _is_target(value: Any) -> bool:
+def is_target(value: Any) -> bool:
     """Plain names, or the pattern that `target_regex` makes of them: any other may take for ever to be matched."""
-    if isinstance(value, list):
+    if isinstance(value, list | set):
         return bool(value) and all(isinstance(name, str) and NAME.fullmatch(name) for name in value)
     start = rf"{re.escape(LANGUAGE_MODEL)}\..+\.("
     if not isinstance(value, str) or not (value.startswith(start) and value.endswith(")")):
@@ -52,7 +52,7 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
     "r": _is_rank,
     "lora_alpha": lambda value: _is_number(value) and value > 0,
     "lora_dropout": lambda value: _is_number(value) and 0 <= value < 1,
-    "target_modules": _is_target,
+    "target_modules": is_target,
     "rank_pattern": _by_name(_is_rank),
     "alpha_pattern": _by_name(_is_number),
     "init_lora_weights": lambda value: value in (True, False, "gaussian"),

@@ -10,7 +10,9 @@ from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizer
 
 from qwhisper.data.audio import clip_windows
 from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, raise_or_warn, read_own_audio
+from qwhisper.data.messages import ROLES, parse_reasoning
 from qwhisper.data.template import AUDIO_TOKEN, listening_template, refuse_costly
+from qwhisper.data.tools import parse_tool_calls
 from qwhisper.data.waveform import is_one_clip, whole_rate
 from qwhisper.errors import UsageError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
@@ -165,13 +167,18 @@ def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[lis
         if not isinstance(message, Mapping):
             faults.append(f"{where} is not an object with `role` and `content`")
             return {}
+        known: dict[str, Any] = {"role": ROLES.get(str(message.get("role")), message.get("role"))}
+        if calls := parse_tool_calls(message.get("tool_calls"), where, faults):
+            known["tool_calls"] = [call.record for call in calls]
+        if reasoning := parse_reasoning(message, where, faults):
+            known["reasoning_content"] = reasoning
         content = message.get("content")
         if content is None:  # of a message that calls a tool
-            return dict(message)
+            return {**message, **known}
         parts = parse_content(content, where, own_roots(), faults, unused, rate)
         clips.extend(part for part in parts if isinstance(part, AudioClip))
         bare = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "audio"} for part in parts]
-        return {**message, "content": content if isinstance(content, str) else bare}
+        return {**message, **known, "content": content if isinstance(content, str) else bare}
 
     def place(dialogue: int, message: int) -> str:
         return f"dialogue {dialogue}, message {message}" if is_batch else f"message {message}"

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
 from qwhisper.errors import UsageError
+from qwhisper.model.adapter_config import is_target
 from qwhisper.model.projector import AudioProjection
 from qwhisper.model.weights import ENCODER, PROJECTOR, differing, is_adapters, part, plain_weights
 
@@ -257,7 +258,9 @@ def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
     config = copy.copy(adapter.config)
-    config.modules_to_save = None  # their trained copies are among the plain weights
+    config.modules_to_save, config.bias = None, "none"  # what they train is among the plain weights
+    if not is_target(config.target_modules):  # a pattern that nobody has read: the layers that it found are named
+        config.target_modules = sorted({key.partition(".lora_")[0] for key in adapter.tensors})
     config.base_model_name_or_path = base  # left empty, every loader would ask the hub for a repository called "None"
     config.save_pretrained(folder)
 

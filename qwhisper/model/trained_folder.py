@@ -36,7 +36,7 @@ EXTRACTOR = {
     "chunk_length": 3600,
     "sampling_rate": 1 << 20,
 }
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import soundfile
 
 from qwhisper.arguments import DataCheckArguments
 from qwhisper.data.check import check_dataset, main, report_lines
+from qwhisper.data.faults import grouped
 from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 from tests.data.conftest import CHATML, byte_tokenizer
@@ -66,7 +67,7 @@ def test_keys_that_are_not_used_masked_answers_and_typed_tokens_are_said(write):
     ]
     printed = report_lines(report)
     assert "5 answers (2 of them masked)" in printed[0]
-    assert printed[printed.index("3 notes:") + 1 :][:3] == [f"  {note}" for note in report["notes"]]
+    assert printed[printed.index("3 notes:") + 1 :][:3] == [f"  {note}" for note in grouped(report["notes"])]
 
 
 def test_one_bad_clip_in_a_hundred_is_what_training_puts_up_with(write):
