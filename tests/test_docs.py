@@ -28,6 +28,7 @@ PAGES = (
     "CHANGELOG.md",
     *STABILITY,
     *LEARNING,
+    "docs/audio.md",
     "docs/silence.md",
     "docs/performance.md",
 )

@@ -4,7 +4,7 @@ Such a key is a fault if it is probably a known key misspelled, or if it carries
 followed here. Any other is metadata: it is not used, and the reader reports it once.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
@@ -33,7 +33,7 @@ UNSUPPORTED = {
 }
 
 
-def unknown_keys(raw: dict[str, Any], known: Collection[str], where: str) -> tuple[list[str], list[str]]:
+def unknown_keys(raw: Mapping[str, Any], known: Collection[str], where: str) -> tuple[list[str], list[str]]:
     """(faults, keys that are not used) of an object that may have the keys `known`; None as a value means absent.
 
     where: the beginning of each fault, as in "message 2".

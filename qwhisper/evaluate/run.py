@@ -34,7 +34,7 @@ from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGenerati
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.run_folder import read_checkpoint
 from qwhisper.train.executor import Executor
-from qwhisper.train.resume import saved_arguments
+from qwhisper.train.resume import arguments_where_they_lie
 from qwhisper.train.state import trained_file_sha256, trained_kinds
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _leakage(folder: Path, eval_file: str, conversations: Sequence[Conversation]
     if train_file_sha256 == leakage.file_digest(eval_file):
         return [f"{eval_file} is what {folder.name} was trained on: its scores say what was learned by heart."]
     try:
-        trained_on = saved_arguments(folder)
+        trained_on = arguments_where_they_lie(folder)
         train_file = str(trained_on["train_file"])
         trained, faults = scan_conversations(
             train_file, data_root=trained_on.get("data_root"), max_samples=trained_on.get("max_samples")

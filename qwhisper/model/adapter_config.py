@@ -17,6 +17,7 @@ from qwhisper.errors import CheckpointError
 from qwhisper.model.lora import LANGUAGE_MODEL, target_regex
 from qwhisper.untrusted import read_json_object
 
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK = 1 << 16
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 IGNORED = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "inference_mode")
@@ -65,7 +66,7 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
 
 def read_adapter_config(folder: Path) -> LoraConfig:
     """Raises CheckpointError for a field that is missing or has another value than qwhisper would give it."""
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_CONFIG
     values = read_json_object(file)
     defaults = LoraConfig().to_dict()
     taken = {}

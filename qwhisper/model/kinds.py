@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 
 from qwhisper.errors import UsageError
 from qwhisper.memory import is_out_of_memory
+from qwhisper.model.adapter_config import ADAPTER_CONFIG
 from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
 from qwhisper.model.pretrained import UntrustedCodeError, load_config
 
@@ -26,7 +27,7 @@ TAKES = {
 # What a folder or file is, by a pattern that names it; the first that is found counts.
 OTHER_FORMATS = (
     ("model_index.json", "a diffusers pipeline"),
-    ("adapter_config.json", "an adapter without its model (merge it into its model first)"),
+    (ADAPTER_CONFIG, "an adapter without its model (merge it into its model first)"),
     ("projector.safetensors", "a folder of qwhisper's trained weights (--init_from takes it)"),
     ("checkpoint-*/projector.safetensors", "a qwhisper run (--init_from takes it)"),
     ("modules.json", "a sentence-transformer"),

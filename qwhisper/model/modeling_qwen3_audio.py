@@ -20,6 +20,7 @@ from qwhisper.model.loss import IGNORE_INDEX, Lesson, head_logits, reference_los
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.projector import AudioProjection, ProjectorLinear
 from qwhisper.model.weights import BaseRecord, following_casts
+from qwhisper.run_folder import is_run_folder, read_checkpoint
 
 AUDIO_INPUTS = ("audio_waveforms", "input_features", "audio_features")
 
@@ -236,7 +237,6 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         """
         from qwhisper.model.bases import refuse_missing
         from qwhisper.model.loading import is_trained_folder, load_adapter_of_whole, load_for_user, refuse_for_whole
-        from qwhisper.run_folder import is_run_folder, read_checkpoint
 
         name = pretrained_model_name_or_path
         if is_run_folder(name) or (os.path.isdir(name) and is_trained_folder(name)):

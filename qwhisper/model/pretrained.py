@@ -16,11 +16,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qwhisper.errors import QwhisperError, UsageError, first_line
 from qwhisper.memory import is_out_of_memory
+from qwhisper.model.adapter_config import ADAPTER_CONFIG
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.untrusted import files_of, read_json_object
 
 NO_CODE = {"trust_remote_code": False}
-ADAPTER_CONFIG = "adapter_config.json"
 # Parsing a configuration makes lists of a layer's or label's entry each, so a number there can fill the memory.
 MOST = (("layer", 1000), ("num_", 1_000_000))
 

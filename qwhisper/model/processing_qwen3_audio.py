@@ -9,7 +9,9 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
 from qwhisper.data.audio import clip_windows
-from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, raise_or_warn, read_own_audio
+from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, quoted, raise_or_warn, read_own_audio
+from qwhisper.data.keys import unknown_keys
+from qwhisper.data.messages import KNOWN as MESSAGE_KEYS
 from qwhisper.data.messages import ROLES, parse_reasoning
 from qwhisper.data.template import AUDIO_TOKEN, listening_template, refuse_costly
 from qwhisper.data.tools import parse_tool_calls
@@ -18,6 +20,7 @@ from qwhisper.errors import UsageError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.mel import packed_log_mel
+from qwhisper.run_folder import is_run_folder, read_checkpoint
 
 # Arguments of a call, which transformers takes among those of the chat template as well.
 CALL_KEYWORDS = (
@@ -92,8 +95,6 @@ class Qwen3AudioProcessor(ProcessorMixin):
 
         Code that lies in the folder is never run, nor asked about on stdin.
         """
-        from qwhisper.run_folder import is_run_folder, read_checkpoint
-
         kwargs["trust_remote_code"] = False
         load = super().from_pretrained
         if is_run_folder(pretrained_model_name_or_path):
@@ -167,13 +168,20 @@ def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[lis
         if not isinstance(message, Mapping):
             faults.append(f"{where} is not an object with `role` and `content`")
             return {}
+        wrong_keys, others = unknown_keys(message, MESSAGE_KEYS, where)
+        faults.extend(wrong_keys)
+        unused.extend(f"`{key}` in a message" for key in others)
         known: dict[str, Any] = {"role": ROLES.get(str(message.get("role")), message.get("role"))}
+        if known["role"] not in ROLES.values() and not wrong_keys:
+            faults.append(f"{where}: unknown role {quoted.repr(known['role'])}; known are {', '.join(ROLES)}")
         if calls := parse_tool_calls(message.get("tool_calls"), where, faults):
             known["tool_calls"] = [call.record for call in calls]
         if reasoning := parse_reasoning(message, where, faults):
             known["reasoning_content"] = reasoning
         content = message.get("content")
-        if content is None:  # of a message that calls a tool
+        if content is None:
+            if not (wrong_keys or calls or known["role"] == "tool"):
+                faults.append(f"{where} has no `content`")
             return {**message, **known}
         parts = parse_content(content, where, own_roots(), faults, unused, rate)
         clips.extend(part for part in parts if isinstance(part, AudioClip))

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
 from qwhisper.errors import UsageError
-from qwhisper.model.adapter_config import is_target
+from qwhisper.model.adapter_config import ADAPTER_CONFIG, is_target
 from qwhisper.model.projector import AudioProjection
 from qwhisper.model.weights import ENCODER, PROJECTOR, differing, is_adapters, part, plain_weights
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 PROJECTOR_FILE = "projector.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FOLDER = "adapter"  # of a whole model: beside its config.json, transformers would load it in its own way
 WHOLE_FILES = ("model*.safetensors", "model*.safetensors.index.json")
 

@@ -26,8 +26,8 @@ MANIFEST = "manifest.json"
 WRITING, DELETING, OLD = ".writing", ".deleting", ".old"
 ASIDE = "aside-"
 ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes meanwhile
-# How the tokenizer's and safetensors' libraries, which are not Python, report what Python calls an OSError.
 SHA256 = re.compile("[0-9a-f]{64}")
+# How the tokenizer's and safetensors' libraries, which are not Python, report what Python calls an OSError.
 FOREIGN_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 

@@ -175,7 +175,7 @@ def test_a_file_of_dialogues_reads_nothing_outside_its_folder_in_any_form(folder
     inside.mkdir()
     for part in (audio(audio="../a.wav"), {"audio": (folder / "a.wav").as_uri()}, {"audio_url": {"url": "../a.wav"}}):
         (_, faults, _) = read(part, [inside])
-        assert "lies outside" in faults[0]
+        assert f"lies outside {inside}: move it there or give --data_root" in faults[0]
         assert read(part | {"audio": "../a.wav"} if "audio" in part else part, [inside, folder])[1] == []
 
 

@@ -240,6 +240,21 @@ def test_evaluation_data_that_was_trained_on_is_noted(finished_run, tmp_path):
     assert run_module._leakage(folder, other, read_conversations(other)) == []
 
 
+def test_training_data_that_moved_with_its_run_is_compared(finished_run, tmp_path):
+    run = tmp_path / finished_run.name
+    shutil.copytree(finished_run / "checkpoint-2", run / "checkpoint-2")
+    shutil.copytree(finished_run.parent / "data", tmp_path / "data")
+    told = json.loads((finished_run / "checkpoint-2/arguments.json").read_text())
+    was = {"output_dir": "/nowhere/run", "train_file": "/nowhere/data/train.jsonl"}
+    assert told["train_file"].endswith("data/train.jsonl")
+    (run / "checkpoint-2/arguments.json").write_text(json.dumps(told | was))
+    other = tmp_path / "other.jsonl"
+    first, *_ = (tmp_path / "data/train.jsonl").read_text().splitlines(keepends=True)
+    other.write_text(first.replace('"clip', '"data/clip'))
+    (note,) = run_module._leakage(run / "checkpoint-2", other, read_conversations(other))
+    assert note.startswith("1 of 1 held-out dialogues are in the training data as they are")
+
+
 def test_training_data_that_is_gone_is_said_not_to_be_compared(finished_run, tmp_path):
     folder = shutil.copytree(finished_run / "checkpoint-2", tmp_path / "checkpoint-2")
     told = json.loads((folder / "arguments.json").read_text()) | {"train_file": str(tmp_path / "gone.jsonl")}

@@ -305,6 +305,28 @@ def test_a_chats_own_messages_stay_as_they_were_and_metadata_is_named(processor,
     assert inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
 
 
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        ({"role": "user", "contnet": "Hi"}, r"message 2: unknown key `contnet`; did you mean `content`\?"),
+        ({"role": "user", "text": "Hi"}, "message 2.* `content`"),
+        ({"role": "human", "content": "Hi"}, "message 2: unknown role 'human'; known are system, user, "),
+        ({"role": "user", "content": "Hi", "images": ["a.png"]}, "message 2: the key `images` is not supported: "),
+        ({"role": "user", "content": "Hi", "name": "Ann"}, None),
+    ],
+)
+def test_keys_of_a_message_are_read_as_in_a_file_of_dialogues(processor, message, fault):
+    messages = [{"role": "system", "content": "Be brief."}, message]
+    readers = (lambda: prompt_of(processor, messages), lambda: collator_of(processor).encode_prompt(messages))
+    for read in readers:
+        if fault is None:
+            with pytest.warns(UserWarning, match="not used: `name` in a message"):
+                read()
+        else:
+            with pytest.raises(DataError, match=fault):
+                read()
+
+
 def test_a_prompt_of_the_real_tokenizer_is_the_one_of_training(shared, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
     processor = Qwen3AudioProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer, 4, 1500, 0.25, 1.0)
