@@ -15,6 +15,7 @@ from pathlib import Path
 from chaos import arguments, held_out_loss
 from common import append_result
 
+from qwhisper.errors import NothingLearnedError
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.run import main as train
 
@@ -24,7 +25,10 @@ HIGH, MEDIAN_OF = 3.0, 50  # medians; steps
 def run(args: argparse.Namespace, seed: int, dynamic: bool) -> dict:
     folder = args.output_dir / f"{'dynamic' if dynamic else 'plain'}-{args.learning_rate:g}-{seed}"
     told = arguments(args, args.demo_dir / "train.jsonl", folder, seed)
-    code = train(dataclasses.replace(told, dynamic_lr=dynamic, lr_scheduler_type=args.schedule))
+    try:
+        code = train(dataclasses.replace(told, dynamic_lr=dynamic, lr_scheduler_type=args.schedule))
+    except NothingLearnedError as error:  # at the rates that are compared here
+        code = error.exit_code
     steps = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
     events = read_jsonl(folder / "events.jsonl")
     factors = [event["dynamic_factor"] for event in events if event["kind"] == "learning_rate"]

@@ -23,12 +23,13 @@ import torch
 from common import append_result
 from real_shapes import SIZES, make_bases, make_data
 
+from qwhisper.checksums import checksums
 from qwhisper.data.collator import Sample
 from qwhisper.data.conversation import read_conversations
 from qwhisper.guards.alarms import WEIGHTS_EVERY
 from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import decide
-from qwhisper.guards.fingerprint import fingerprint, frozen_parameters, group_checksums
+from qwhisper.guards.fingerprint import frozen_parameters, group_checksums
 from qwhisper.guards.ladder import SNAPSHOT_STEPS
 from qwhisper.guards.measure import step_statistics
 from qwhisper.model.kernels import check_kernels
@@ -136,10 +137,10 @@ def now_and_then(run: Run, step: float) -> dict[str, dict[str, float]]:
     longest = run.args.max_length or run.executor.max_tokens_per_pack
     first_trial = seconds_of(lambda: check_kernels(run.executor.model, longest))
     kernels = {"seconds": first_trial, "seconds_again": seconds_of(lambda: check_kernels(run.executor.model, longest))}
-    base = {"seconds": median_of(lambda: fingerprint(frozen_parameters(run.executor.model))), "gigabytes": gigabytes}
-    checksums = {"seconds": median_of(lambda: group_checksums(run.groups)), "every_steps": WEIGHTS_EVERY}
+    base = {"seconds": median_of(lambda: checksums(frozen_parameters(run.executor.model))), "gigabytes": gigabytes}
+    groups = {"seconds": median_of(lambda: group_checksums(run.groups)), "every_steps": WEIGHTS_EVERY}
     snapshot = {"seconds": median_of(lambda: run.snapshots.take(0)), "every_steps": SNAPSHOT_STEPS}
-    acts = {"check_kernels": kernels, "base_fingerprint": base, "group_checksums": checksums, "snapshot": snapshot}
+    acts = {"check_kernels": kernels, "base_fingerprint": base, "group_checksums": groups, "snapshot": snapshot}
     if run.probe is not None:
         run.probe.measure()
         probe = median_of(run.probe.measure)

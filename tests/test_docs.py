@@ -192,7 +192,9 @@ def test_every_flag_that_is_named_exists():
         assert {flag for flag in named if flag.removeprefix("no_") not in flags} <= {"no_x"}, name
 
 
-def test_every_room_of_the_architecture_exists():
-    rooms = set(re.findall(r"`qwhisper/(\w+)/`", read("ARCHITECTURE.md")))
+def test_the_architecture_names_every_package_and_every_module_beside_them():
+    page = read("ARCHITECTURE.md")
     packages = {path.parent.name for path in (ROOT / "qwhisper").glob("*/__init__.py")}
-    assert packages <= rooms
+    assert packages <= set(re.findall(r"`qwhisper/(\w+)/`", page))
+    modules = {path.name for path in (ROOT / "qwhisper").glob("*.py") if not path.name.startswith("__")}
+    assert modules <= set(re.findall(r"\]\(qwhisper/(\w+\.py)\)", page))

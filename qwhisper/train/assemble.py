@@ -35,7 +35,7 @@ from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questio
 from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
 from qwhisper.train.retention import choose_questions
 from qwhisper.train.saving import save_checkpoint
-from qwhisper.train.schedule import all_steps, guarded_factor
+from qwhisper.train.schedule import all_steps, guarded_factor, settled
 from qwhisper.train.state import TrainState
 from qwhisper.train.workers import how_it_dies
 
@@ -162,6 +162,7 @@ def assemble_run(
     groups = parameter_groups(model)
     optimizer = make_optimizer(groups, args)
     total_steps = all_steps(args, len(conversations))
+    args, _ = settled(args, total_steps)  # without effect where a command has done it, with notes
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: guarded_factor(step, args, total_steps, state.guards)
     )
