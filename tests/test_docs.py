@@ -126,7 +126,7 @@ def events_and_alarms():
     """Every kind that a run may write into events.jsonl, from the code; an alarm's own in the place of "alarm"."""
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "qwhisper/train").glob("*.py"))
     alarms = re.search(r"kind: one of ([\w, ]+)\.", Alarm.__doc__)[1].split(", ")
-    return {*re.findall(r'log\.event\(\s*"(\w+)"', sources), *alarms} - {"alarm"}
+    return {*re.findall(r'\.event\(\s*"(\w+)"', sources), *alarms} - {"alarm"}
 
 
 @pytest.mark.parametrize("name", STABILITY)
