@@ -96,7 +96,7 @@ def _entries(folder: Path, fault: type[QwhisperError], deep: bool) -> Iterator[o
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
                     if (count := count + 1) > MAX_FILES:
-                        raise fault(f"{folder} has more than {MAX_FILES} files: it is no model's folder")
+                        raise fault(f"{folder} has more than {MAX_FILES} files: this is not a model's folder")
                     if not entry.is_dir(follow_symlinks=False):
                         yield entry
                     elif deep:

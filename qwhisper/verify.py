@@ -1,7 +1,7 @@
-"""`qwhisper verify`: proves that a checkpoint can be gone on with (断点恢复校验). Nothing is written.
+"""`qwhisper verify`: proves that a checkpoint can be resumed (断点恢复校验). Nothing is written.
 
-Hashes, every saved number finite, reload, one answer, one optimizer step on the model in memory: each must hold, and a
-CheckpointError names the first that does not.
+Hashes, every saved number finite, reload, one answer, one optimizer step on the model in memory, and the checks of a
+resume: each must hold, and a CheckpointError names the first that does not.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Names a mismatch of installed packages at start, with the command that mends it. Reads metadata alone."""
+"""Names a mismatch of installed packages at start, with the command that fixes it. Reads metadata alone."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -24,14 +24,14 @@ def check_versions(*, quantized: bool = False) -> None:
     """Raises UsageError for a package that is missing or too old; `quantized` asks for bitsandbytes as well."""
     for package, oldest, reason in REQUIRED:
         found = _installed(package)
-        mend = f"pip install -U '{package}>={oldest}'"
+        fix = f"pip install -U '{package}>={oldest}'"
         if found is None:
-            raise UsageError(f"{package} is not installed; mend it with: {mend}")
+            raise UsageError(f"{package} is not installed; fix it with: {fix}")
         if Version(found) < Version(oldest):
-            raise UsageError(f"{package} {found} is too old, {oldest} is needed: {reason}; mend it with: {mend}")
+            raise UsageError(f"{package} {found} is too old, {oldest} is needed: {reason}; fix it with: {fix}")
     if quantized and _installed("bitsandbytes") is None:
         raise UsageError(
-            "--load_in_4bit needs bitsandbytes, which is not installed; mend it with: pip install 'qwhisper[quant]'"
+            "--load_in_4bit needs bitsandbytes, which is not installed; fix it with: pip install 'qwhisper[quant]'"
         )
 
 

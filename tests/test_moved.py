@@ -231,7 +231,7 @@ def test_a_resume_that_finds_no_run_stops_and_makes_no_folder(moved, tmp_path, c
     assert list((tmp_path / "third").iterdir()) == []
     (tmp_path / "third/run").mkdir()
     assert cli(command) == 2
-    assert "start anew without --resume_from_checkpoint" in capsys.readouterr().err
+    assert "start a new run without --resume_from_checkpoint" in capsys.readouterr().err
     assert list((tmp_path / "third/run").iterdir()) == []
 
 
@@ -242,7 +242,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_started_anew_by_the_com
     assert cli([*command, "--resume_from_checkpoint"]) == 2
     said = capsys.readouterr().err
     assert "the run ended before its first one" in said
-    named = shlex.split(said.split("To start anew: ")[1])
+    named = shlex.split(said.split("To start it again: ")[1])
     assert named == ["qwhisper", "train", "--config", str(moved / "run/config.yaml")]
     assert cli([*named[1:], "--max_steps", "1"]) == 0
     assert (moved / "run/checkpoint-1").is_dir()

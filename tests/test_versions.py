@@ -1,4 +1,4 @@
-"""Known mismatches of versions are named at start, with the command that mends them."""
+"""Known mismatches of versions are named at start, with the command that fixes them."""
 
 from importlib.metadata import PackageNotFoundError
 
@@ -44,7 +44,7 @@ def test_this_installation_passes():
 
 
 @pytest.mark.parametrize(
-    ("package", "found", "mend"),
+    ("package", "found", "fix"),
     [
         ("accelerate", "1.2.1", "pip install -U 'accelerate>=1.3'"),
         ("transformers", "4.57.3", "pip install -U 'transformers>=5.23'"),
@@ -52,12 +52,12 @@ def test_this_installation_passes():
         ("peft", "0.20.0", "pip install -U 'peft>=0.21'"),
     ],
 )
-def test_an_old_package_is_named_with_its_version_and_the_cure(installed, package, found, mend):
+def test_an_old_package_is_named_with_its_version_and_the_cure(installed, package, found, fix):
     installed[package] = found
     with pytest.raises(UsageError) as caught:
         check_versions()
     assert f"{package} {found} is too old" in str(caught.value)
-    assert str(caught.value).endswith(mend)
+    assert str(caught.value).endswith(fix)
 
 
 def test_old_accelerate_is_named_with_the_error_that_it_would_cause(installed):
@@ -68,7 +68,7 @@ def test_old_accelerate_is_named_with_the_error_that_it_would_cause(installed):
 
 def test_a_missing_package_is_named(installed):
     del installed["peft"]
-    with pytest.raises(UsageError, match="peft is not installed; mend it with: pip install"):
+    with pytest.raises(UsageError, match="peft is not installed; fix it with: pip install"):
         check_versions()
 
 

@@ -18,7 +18,7 @@ from qwhisper.errors import BadClipError
 from qwhisper.frames import FrameArithmetic
 
 # What a file may have in the stretch that is read: a header that claims more is refused before any of it is decoded,
-# and one that lies about it as soon as there is more.
+# and one that claims too little as soon as there is more.
 MAX_SECONDS = 4 * 3600  # 0.9 GB of waveform
 MAX_CHANNELS = 64
 SAMPLE_RATES = (1_000, 768_000)
@@ -261,7 +261,7 @@ def _read_stream(decoder: Decoder, mono: Mono, wanted: _Wanted, first: int, last
 def _check_header(decoder: Decoder, wanted: _Wanted, before_s: float, first: int, last: int | None) -> None:
     rate, channels = decoder.rate, decoder.channels
     if wanted.channel is not None and wanted.channel >= channels:
-        raise wanted.fault(f"channel {wanted.channel} is asked for, and it has {channels}, numbered from 0")
+        raise wanted.fault(f"channel {wanted.channel} was requested, but it has {channels}, numbered from 0")
     stop = last if last is not None else decoder.num_frames
     num_frames = 0 if stop is None else max(0, stop - first)
     seconds, (low, high) = before_s + num_frames / rate, SAMPLE_RATES
@@ -279,7 +279,7 @@ def _check_header(decoder: Decoder, wanted: _Wanted, before_s: float, first: int
 
 
 def _check_so_far(mono: Mono, wanted: _Wanted) -> None:
-    """The limits of `_check_header`, for headers that lie or don't tell."""
+    """The limits of `_check_header`, for headers with a wrong length or none."""
     if mono.seconds > wanted.at_most_s + MISSING_SECONDS or mono.num_samples > MAX_SAMPLES:
         raise TooLongError(
             f"{wanted.name}: it goes on after {mono.seconds:.5g} s and {mono.num_samples:.2g} samples (at most "
@@ -301,9 +301,7 @@ def _check_complete(decoder: Decoder, wanted: _Wanted, position: int, ends: floa
     if missing > MISSING_SECONDS:
         raise _cut_short(wanted, ends, ends + missing)
     if lost is not None:
-        raise wanted.fault(
-            f"{lost}: not all of its sound can be read, which ends at {ends:.3f} s; copy it again, or set `end`"
-        )
+        raise wanted.fault(f"{lost}: its sound can be read only up to {ends:.3f} s; copy it again, or set `end`")
 
 
 def _check_end(wanted: _Wanted, ends: float) -> None:

@@ -101,7 +101,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 @dataclass
 class _Clips:
-    """Of each clip its seconds or why it can't be used, and what to know of how it was read; dialogues too long."""
+    """For each clip its seconds or why it can't be used, and notes on how it was read; dialogues that are too long."""
 
     seconds: dict[AudioClip, float] = field(default_factory=dict)
     bad: dict[AudioClip, str] = field(default_factory=dict)

@@ -245,7 +245,7 @@ def _flattened(given: dict[str, Any]) -> dict[str, Any]:
     inner = _keys_with_values(given[key])
     outer = {name: value for name, value in given.items() if name != key}
     if twice := [name for name in inner if name in outer]:
-        raise ValueError(f"`{twice[0]}` stands beside `{key}` and in it; give it once")
+        raise ValueError(f"`{twice[0]}` is given both beside `{key}` and inside it; give it once")
     if not any(name in inner and not isinstance(inner[name], Mapping) for name in SOURCES):
         raise ValueError(f"`{key}` is an object without audio; give a path, {{'url': …}} or {{'array': …}}")
     return outer | inner
@@ -293,7 +293,7 @@ def _parse_stretch(given: dict[str, Any]) -> tuple[float | None, float | None]:
         return None, None
     if len(pairs) > 1:
         said = ", ".join(f"`{key}`" for pair in pairs for key in pair if key in given)
-        raise ValueError(f"{said} say twice which stretch it is; give `start` and `end`, or `offset` and `duration`")
+        raise ValueError(f"{said} give the stretch twice; give `start` and `end`, or `offset` and `duration`")
     names = pairs[0]
     first, second = (None if given.get(name) is None else _seconds(given[name]) for name in names)
     start, by_length = first or 0.0, names == ("offset", "duration")
@@ -335,12 +335,14 @@ def resolve_path(location: str, where: str, roots: list[Path], faults: list[str]
     shown = quoted.repr(location)
     if scheme := URL.match(location):
         if scheme[1].lower() != "file":
-            faults.append(f"{where}: {shown} is no file here, and nothing is downloaded: download it and give its path")
+            faults.append(
+                f"{where}: {shown} is not a local file, and nothing is downloaded: download it and give its path"
+            )
             return ""
         location = unquote(location[len("file://") :])
         location = location.removeprefix("localhost") if location.startswith("localhost/") else location
     if "\0" in location:
-        faults.append(f"{where}: {shown} holds a NUL, which no path can")
+        faults.append(f"{where}: {shown} holds a NUL character, which a path can't contain")
         return ""
     if location.rstrip().endswith("|"):
         faults.append(f"{where}: {shown} is a Kaldi pipe, and commands are never run: write the audio to a file")

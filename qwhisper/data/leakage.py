@@ -15,7 +15,7 @@ from qwhisper.data.clips import AudioClip
 from qwhisper.data.conversation import Conversation
 from qwhisper.data.waveform import sound_of_bytes
 
-OVERLAP = 0.5  # of the shorter clip; less is the margin that a cutter leaves around a sentence
+OVERLAP = 0.5  # of the shorter clip; sentences that were cut out overlap less, by the margins around them
 MAX_FILES_READ = 20_000  # of the training data, to be compared by their bytes; a few minutes on a slow disk
 
 

@@ -62,6 +62,6 @@ def _record(line: bytes, encoding: str) -> dict | str | None:
     except ValueError as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and text[error.pos] == "{":
             # `cat` makes such a line of two files, the first of which does not end with a line break.
-            return f"two objects stand on one line: a line break is probably missing before character {error.pos + 1}"
+            return f"two objects on one line: a line break is probably missing before character {error.pos + 1}"
         return f"not valid JSON ({error})"
     return record if isinstance(record, dict) or not text else "not a JSON object with `messages`"

@@ -21,8 +21,8 @@ CLEAN = 200  # four windows: going off takes longer than coming on, so that it d
 class ClampSwitch(RecentPeaks):
     """On after SPIKES spikes within WINDOW steps, off after CLEAN steps without any.
 
-    clamped: activations that were clamped since it last went on; whoever counts them adds them. told: those of them
-    that an event has named.
+    clamped: activations that were clamped since it last went on; whoever counts them adds them. told: how many of
+    them events have reported.
     """
 
     on: bool = False

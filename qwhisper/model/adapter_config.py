@@ -36,7 +36,7 @@ def _by_name(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def is_target(value: Any) -> bool:
-    """Plain names, or the pattern that `target_regex` makes of them: any other may take for ever to be matched."""
+    """Plain names, or the pattern that `target_regex` makes of them: matching any other pattern may never end."""
     if isinstance(value, list | set):
         return bool(value) and all(isinstance(name, str) and NAME.fullmatch(name) for name in value)
     start = rf"{re.escape(LANGUAGE_MODEL)}\..+\.("

@@ -1,4 +1,4 @@
-"""Where a base lies now: where it lay in training, or beside the folder of trained weights. Its fingerprint tells."""
+"""Find a base by its fingerprint: at the path that it had in training, or beside the folder of trained weights."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def find_base(trained: str | os.PathLike, role: str, base: dict[str, str]) -> st
 
 
 def beside(trained: str | os.PathLike, stored: str) -> list[str]:
-    """Where a copy of the base may lie that moved together with the folder of trained weights, the nearest first."""
+    """Paths at which the base is if it moved together with the folder of trained weights, the nearest first."""
     return [str(folder / name) for folder in _folders(trained) for name in _names(stored)]
 
 

@@ -96,10 +96,10 @@ def _other_than_causal_lm(config: PreTrainedConfig) -> str | None:
     """What a model is instead; None for a causal LM, and for one with more senses whose text part is a model itself."""
     model_type, architectures = config.model_type, getattr(config, "architectures", None) or []
     if getattr(config, "is_encoder_decoder", False) or model_type in ENCODER_DECODERS:
-        return "which is made of an encoder and a decoder"
+        return "an encoder-decoder"
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if causal is None:
-        return "which transformers knows as no causal language model"
+        return "which is no causal language model of transformers"
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         return "which reads in both directions"
     if causal.endswith("ForConditionalGeneration"):

@@ -26,7 +26,7 @@ MOST = (("layer", 1000), ("num_", 1_000_000))
 
 
 class UntrustedCodeError(UsageError):
-    """A base model can only be loaded with code of its own, which is never run."""
+    """A base model needs Python code from its own folder, which is never run."""
 
 
 def load_config(name: str | os.PathLike, flag: str = "") -> PreTrainedConfig:
@@ -75,7 +75,7 @@ def _loading(name: str | os.PathLike, what: str, flag: str = "") -> Iterator[Non
         where = f"{flag} {name}".lstrip()
         if "trust_remote_code" in str(error):
             raise UntrustedCodeError(
-                f"{where}: its {what} needs Python code that lies in the model's folder, and such code is never run. "
+                f"{where}: its {what} needs Python code from the model's folder, which is never run. "
                 "Take a model whose architecture transformers knows, or export this one to such an architecture"
             ) from None
         raise UsageError(

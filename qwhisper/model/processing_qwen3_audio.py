@@ -93,7 +93,7 @@ class Qwen3AudioProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; of a run's folder it is the best checkpoint's, see the model's `from_pretrained`.
 
-        Code that lies in the folder is never run, nor asked about on stdin.
+        Never runs code from the folder, and never asks on stdin.
         """
         kwargs["trust_remote_code"] = False
         load = super().from_pretrained

@@ -207,7 +207,7 @@ def _save_whole(
     config.audio_tower_trained = False
     ((head, embeddings),) = model._tied_weights_keys.items()
     if config.tie_word_embeddings and not torch.equal(weights[head], weights[embeddings]):
-        # One of both was trained, replaced or resized alone: tied again at loading, it would be lost.
+        # Only one of the two was trained, replaced or resized: tied again on loading, it would be lost.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):
         _refuse_unloadable(weights, type(model)(copy.deepcopy(config)).state_dict())
@@ -239,7 +239,7 @@ def _refuse_unloadable(weights: Mapping[str, Tensor], expected: Mapping[str, Ten
     if odd:
         raise UsageError(
             f"{len(odd)} weights have no place in a model of this configuration, or are missing ({_some(odd)}): they "
-            "would be lost. Take out what was added to the model, or save it by yourself"
+            "would be lost. Remove what was added to the model, or save it yourself"
         )
 
 
@@ -258,7 +258,7 @@ def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
 def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
     config = copy.copy(adapter.config)
     config.modules_to_save, config.bias = None, "none"  # what they train is among the plain weights
-    if not is_target(config.target_modules):  # a pattern that nobody has read: the layers that it found are named
+    if not is_target(config.target_modules):  # any other pattern is refused on loading: name the layers that it found
         config.target_modules = sorted({key.partition(".lora_")[0] for key in adapter.tensors})
     config.base_model_name_or_path = base  # left empty, every loader would ask the hub for a repository called "None"
     config.save_pretrained(folder)

@@ -50,7 +50,7 @@ def reading(folder: str | os.PathLike, what: str) -> Iterator[None]:
         if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
         if "trust_remote_code" in str(error):
-            what += ": it needs Python code that lies in the folder, and such code is never run"
+            what += ": it needs Python code from the folder, which is never run"
         raise CheckpointError(f"{folder}: {what} ({type(error).__name__}: {first_line(error)})") from error
 
 

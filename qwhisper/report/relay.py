@@ -25,7 +25,7 @@ PATIENCE_S = 2.0  # after the end of the run, for a reader that takes nothing
 
 def cannot_be_written(name: str, error: OSError) -> str:
     return (
-        f"{name} can't be written ({error}): the run goes on without; metrics.jsonl and events.jsonl have what it tells"
+        f"{name} can't be written ({error}): the run continues without it; metrics.jsonl and events.jsonl are complete"
     )
 
 
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> None:
         outlets[int(source)] = Outlet(name, int(target), tell)
     _pass_on(outlets)
     stalled: set[Outlet] = set()
-    for _ in range(2):  # the error of the second may be told on the first
+    for _ in range(2):  # an error of the second outlet may still be written to the first
         stalled |= {outlet for outlet in outlets.values() if outlet not in stalled and not outlet.finish()}
     lost = sum(outlet.lost for outlet in outlets.values())
     dead = [outlet.name for outlet in outlets.values() if outlet.is_dead]

@@ -1,8 +1,8 @@
-"""stdout and stderr of a run, which goes on where they take nothing more.
+"""stdout and stderr that neither end nor block a run.
 
-The disk under them is full, the reader of their pipe is gone, their terminal was closed, or they were from the
-beginning; or the reader has stopped: a paused pipe or terminal, a stalled log collector. What is told there is in the
-run folder's logs anyway. The command line waits for what is imported here.
+They may fail (a full disk, a pipe without a reader, a closed terminal) or stop taking output (a paused pipe or
+terminal, a stalled log collector). The run folder's logs have the same content. Imports are few, since the command
+line loads this file before anything else.
 """
 
 import atexit
@@ -24,7 +24,7 @@ RELAY_ENDS_S = 4 * relay.PATIENCE_S
 
 
 class Unfailing:
-    """A stream whose first failing write is told once on stderr; it and all after it go nowhere.
+    """A stream that reports its first failing write on stderr, and discards that and all later output.
 
     terminal: a descriptor of the terminal that the stream is shown on, where its own leads to the relay.
     """
@@ -71,8 +71,8 @@ class Unfailing:
 def unfailing_output(*, on_lost: Callable[[int], None] | None = None) -> Iterator[None]:
     """While it lasts, no write to stdout or stderr raises OSError, whoever prints; a closed one takes it all.
 
-    With on_lost, no write waits for a reader either. What a reader does not take in time is dropped, and it is told how
-    much when it goes on; on_lost is called at the end with the number of lines, if any were lost.
+    With on_lost, no write waits for a reader either. What a reader does not take in time is dropped; when it
+    continues, it gets a line with their number. on_lost is called at the end with the number of lost lines, if any.
     """
     with ExitStack() as opened:
         # Opened for a closed one, it has that one's descriptor as well, which a library may write to.

@@ -78,7 +78,7 @@ def _build(
 
 
 def moved_bases(args: TrainArguments, start_from: Path) -> dict[str, str]:
-    """The bases that the flags name, without a folder that the run was given before and that is there no longer.
+    """The bases that the flags name, without folders that the run was given before and that no longer exist.
 
     That one comes from the run's config.yaml; `find_base` looks for where it is now.
     """

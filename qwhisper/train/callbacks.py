@@ -48,7 +48,7 @@ class ConfiguringCallback(TrainerCallback):
 class ProjectorFreezeHook(ConfiguringCallback):
     """Keeps the projector's weights through the first `steps` optimizer steps by dropping their gradients.
 
-    `requires_grad` stays as it is: neither graphs nor hooks nor buckets change in mid-run. steps: without a value as
+    `requires_grad` stays as it is: neither graphs nor hooks nor buckets change in mid-run. steps: default as for
     `--freeze_projector_steps`: 20, at most 2 % of the run.
     """
 
@@ -68,7 +68,7 @@ class ProjectorFreezeHook(ConfiguringCallback):
 class LoRAStabilizeCallback(ConfiguringCallback):
     """LoRA's early learning-rate factor, its own clip, and no optimizer step on gradients that are not finite.
 
-    early_lr_steps: without a value as `--early_lr_steps`: 100, at most 10 % of the run.
+    early_lr_steps: default as for `--early_lr_steps`: 100, at most 10 % of the run.
     """
 
     def __init__(self, early_lr_factor: float = 0.2, early_lr_steps: int | None = None, lora_grad_clip: float = 5.0):

@@ -28,8 +28,8 @@ INTERRUPTED = 130  # by a second Ctrl-C, which no handler waits for
 
 
 def in_events(run: Run, resumed: Path | None, work: Callable[[], int]) -> int:
-    """Does the run's `work` and returns its exit code; writes into events.jsonl that it began or was resumed, and how
-    it ended, whatever that is. A kill leaves no end.
+    """Do the run's `work` and return its exit code. events.jsonl gets the begin or resume, and the end, also if that is
+    an exception; only a kill leaves no end.
     """
     state, log = run.state, run.log
     run_id = (log.run_id() if resumed else None) or uuid.uuid4().hex[:RUN_ID_LENGTH]
@@ -101,7 +101,7 @@ def refuse_to_have_learned_nothing(run: Run) -> None:
                 f"All are in {log.folder / 'quarantine.jsonl'}: repair or replace them, and start again in another "
                 "folder"
             )
-        raise NumericalError(f"{told}; {log.folder / 'events.jsonl'} says of each step why")
+        raise NumericalError(f"{told}; {log.folder / 'events.jsonl'} has the reason for each step")
     guess = math.log(run.executor.model.config.get_text_config().vocab_size)
     weights = group_checksums(run.groups)
     why = state.learning.nothing(weights, guess=guess, began_trained=run.args.init_from is not None)
@@ -111,7 +111,7 @@ def refuse_to_have_learned_nothing(run: Run) -> None:
         raise NothingLearnedError(
             f"nothing was learned in {state.step} steps{rewound}: {why} ({in_numbers(run) or 'too few to compare'}). "
             f"{cure(run)}. "
-            f"{saved_in(run)} is written, but is not worth going on from"
+            f"{saved_in(run)} was written, but don't continue from it"
         )
 
 

@@ -264,21 +264,21 @@ class OptimizationFlags:
         "AdamW's weight decay. Small adapters and a projector from nothing don't want any.",
         at_least=0,
         at_most=10,
-        why="it would hold every weight below a tenth",
+        why="it would keep every weight below 0.1",
     )
     adam_beta1: float = flag(
         0.9,
         "AdamW's memory of gradients.",
         at_least=0,
         at_most=0.9999,
-        why="it would remember longer than runs last, and in fp32 it becomes 1",
+        why="its memory would be longer than any run, and in fp32 it becomes 1",
     )
     adam_beta2: float = flag(
         0.999,
         "AdamW's memory of squared gradients.",
         at_least=0,
         at_most=0.99999,
-        why="it would remember longer than runs last, and in fp32 it becomes 1",
+        why="its memory would be longer than any run, and in fp32 it becomes 1",
     )
     adam_epsilon: float = flag(
         1e-8,

@@ -172,7 +172,7 @@ class Learning:
 def rank_test(first: list[float], last: list[float]) -> float:
     """How far the last losses lie above the first, in standard errors (Mann and Whitney, 1947; ties count half).
 
-    By their ranks, since losses have outliers, of which a mean would be made.
+    Ranks, because outliers among the losses would dominate a mean.
     """
     count = len(first)
     if not count:

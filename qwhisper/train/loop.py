@@ -202,8 +202,8 @@ def quarantine(run: Run, fetched: StepSamples) -> None:
         raise DataError(
             f"{run.state.bad_samples} times a dialogue could not be used (of {run.num_dialogues}, in pass {passes} "
             f"over them), more than --max_bad_fraction {run.args.max_bad_fraction}; the last: "
-            f"{fetched.rejections[-1].reason}. All are in {run.log.folder / 'quarantine.jsonl'}: mend or remove them, "
-            "or raise the bound"
+            f"{fetched.rejections[-1].reason}. All are in {run.log.folder / 'quarantine.jsonl'}: repair or remove "
+            "them, or raise the bound"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether what lies beside a checkpoint's weights can be gone on with: checked by every resume, and by `verify`.
+"""Check that a run can be resumed from what is saved beside a checkpoint's weights: for every resume, and for `verify`.
 
 Optimizer, generators and snapshots must fit the parameters that are trained, and the files that `state.json` names must
 be those that were saved with it.
@@ -118,7 +118,7 @@ def _seen(tensor: Tensor) -> str:
 
 
 def _check_generators(file: Path) -> None:
-    """Tried on generators that nobody draws from; a GPU's cannot be tried without one."""
+    """Load the states into unused generators; a GPU's state can't be tried without a GPU."""
     states = read_tensors(file)
     if "cpu" not in states or not states.keys() <= {"cpu", "cuda"}:
         raise CheckpointError(f"{file}: holds generators of {', '.join(sorted(states)) or 'nothing'}, not cpu and cuda")

@@ -66,7 +66,9 @@ def check_arguments(checkpoint: Path) -> None:
             are |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
     for name, value in are.items():
         if told[name] != value:
-            raise CheckpointError(f"{checkpoint}: {ARGUMENTS_FILE} has {name} {told[name]}, but it is {value} there")
+            raise CheckpointError(
+                f"{checkpoint}: {ARGUMENTS_FILE} has {name} {told[name]}, but the checkpoint has {value}"
+            )
 
 
 def arguments_where_they_lie(checkpoint: Path) -> dict[str, Any]:

@@ -187,8 +187,8 @@ def nothing_to_resume(folder: Path) -> UsageError:
     if not folder.is_dir():
         return UsageError(f"{looked}, and no such folder: give the run's folder, or --config with its {CONFIG_FILE}")
     if (folder / CONFIG_FILE).exists() and written_by_a_run(folder / CONFIG_FILE):
-        return UsageError(f"{looked}: the run ended before its first one. To start anew: {start_command(folder)}")
-    return UsageError(f"{looked}: give the run's folder, or start anew without --resume_from_checkpoint")
+        return UsageError(f"{looked}: the run ended before its first one. To start it again: {start_command(folder)}")
+    return UsageError(f"{looked}: give the run's folder, or start a new run without --resume_from_checkpoint")
 
 
 def given_checkpoint(path: Path, folder: Path) -> Path:

@@ -34,9 +34,9 @@ def settled(
 ) -> tuple[TrainArguments, list[str]]:
     """The arguments with early_lr_steps and freeze_projector_steps as numbers, and notes about those that were capped.
 
-    A value that was given is kept. Without one, a resumed run has that of the run which it goes on with (`saved`, its
-    arguments), so that its schedule stays the same with any number of epochs; a new one has the default, or a share of
-    its steps where that is less. Raises UsageError for a warm-up that the run can't come to the end of by far.
+    A value that was given is kept. Without one, a resumed run has the value of its first part (`saved`, the arguments
+    in the checkpoint), so that its schedule stays the same with any number of epochs; a new one has the default, or a
+    share of its steps where that is less. Raises UsageError for a warm-up of more than LONGEST_WARMUP times the run.
     """
     if args.warmup_steps > LONGEST_WARMUP * total_steps:
         raise UsageError(

@@ -28,7 +28,7 @@ def watch(
         run.fire("on_log", logs=as_facts(found))
         run.lines.say(f"step {state.step}: {as_line(found)}")
     if probe and state.step < probe.first_step:
-        found = None  # a run may be as short as it likes: to hear nothing yet is no fault
+        found = None  # too short to hear yet: no reason for an alarm
     facts = StepFacts(
         step=state.step,
         loss=report.loss,

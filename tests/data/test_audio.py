@@ -93,7 +93,7 @@ def test_one_of_several_channels_can_be_chosen(tmp_path):
     path = stereo(tmp_path, left, right)
     np.testing.assert_allclose(load_audio(path, channel=1), right, atol=1e-7)
     np.testing.assert_allclose(load_clip(AudioClip(str(path), 0.1, 0.2, channel=0)), left[1_600:3_200], atol=1e-7)
-    with pytest.raises(BadClipError, match="channel 2 is asked for, and it has 2, numbered from 0"):
+    with pytest.raises(BadClipError, match="channel 2 was requested, but it has 2, numbered from 0"):
         load_audio(path, channel=2)
 
 

@@ -32,20 +32,20 @@ from tests.model.parts import text_config
 from tests.small import write_dialogues
 
 NOT_TEXT = [
-    (WhisperConfig(architectures=["WhisperForConditionalGeneration"]), "a whisper model, which is made of an encoder"),
+    (WhisperConfig(architectures=["WhisperForConditionalGeneration"]), "a whisper model, an encoder-decoder"),
     (
         WhisperConfig(architectures=["WhisperForCausalLM"], is_encoder_decoder=False),
-        "a whisper model, which is made of an encoder and",
+        "a whisper model, an encoder-decoder",
     ),
-    (T5Config(), "a t5 model, which is made of an encoder"),
-    (BartConfig(), "a bart model, which is made of an encoder"),
+    (T5Config(), "a t5 model, an encoder-decoder"),
+    (BartConfig(), "a bart model, an encoder-decoder"),
     (BertConfig(architectures=["BertForMaskedLM"]), "a bert model, which reads in both directions"),
-    (ViTConfig(), "a vit model, which transformers knows as no causal"),
-    (CLIPConfig(), "a clip model, which transformers knows as no causal"),
-    (LlavaConfig(), "a llava model, which transformers knows as no causal"),
+    (ViTConfig(), "a vit model, which is no causal"),
+    (CLIPConfig(), "a clip model, which is no causal"),
+    (LlavaConfig(), "a llava model, which is no causal"),
     (Gemma3Config(), "a gemma3 model, whose text part transformers does not load alone"),
-    (Wav2Vec2Config(), "a wav2vec2 model, which transformers knows as no causal"),
-    (Qwen2AudioConfig(), "a qwen2_audio model, which is made of an encoder"),
+    (Wav2Vec2Config(), "a wav2vec2 model, which is no causal"),
+    (Qwen2AudioConfig(), "a qwen2_audio model, an encoder-decoder"),
     (Qwen3Config(architectures=["Qwen3ForSequenceClassification"]), "a qwen3 model, with a head for SequenceClass"),
     (Qwen3Config(architectures=["Qwen3Model"]), "a qwen3 model, saved without its language-model head"),
 ]

@@ -188,7 +188,7 @@ def test_a_reader_that_goes_in_mid_run_is_told_of_on_the_other_stream():
     os.close(reading)
     program.go()
     said = read_all(said).decode()
-    assert said.startswith("stdout can't be written ([Errno 32] Broken pipe): the run goes on without;")
+    assert said.startswith("stdout can't be written ([Errno 32] Broken pipe): the run continues without it;")
     assert said.count("\n") == 1
     assert program.lost() == []
 
