@@ -213,12 +213,12 @@ def test_eval_goes_on_with_the_newest(rotated_in_the_middle, finished_run):  # n
 def test_a_second_stage_starts_from_the_newest(rotated_in_the_middle, finished_run, tmp_path):  # noqa: F811
     command = ["train", "--init_from", str(rotated_in_the_middle), "--output_dir", str(tmp_path / "second")]
     command += ["--train_file", str(finished_run.parent / "data/train.jsonl"), "--max_steps", "1"]
-    assert cli([*command, "--learning_rate", "1e-30"]) == 0
+    assert cli([*command, "--learning_rate", "1e-9"]) == 0
     start, end = (
         load_file(folder / "projector.safetensors")
         for folder in (rotated_in_the_middle / "checkpoint-2", tmp_path / "second/checkpoint-1")
     )
-    assert all(torch.equal(start[name], end[name]) for name in start)
+    assert all(torch.allclose(start[name], end[name], rtol=0, atol=1e-8) for name in start)
 
 
 def test_a_run_folder_gives_its_best_checkpoint_to_from_pretrained(finished_run, tmp_path):  # noqa: F811

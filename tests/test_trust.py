@@ -20,7 +20,7 @@ from qwhisper.cli import main as cli
 from qwhisper.data import try_template
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.adapter_config import read_adapter_config
-from qwhisper.model.bases import resolve_model
+from qwhisper.model.bases import fingerprint, resolve_model
 from qwhisper.model.loading import build_from_bases, load_trained
 from qwhisper.model.lora import target_regex
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
@@ -176,6 +176,8 @@ def test_base_that_a_checkpoint_names_ends_verify_with_2(checkpoint, canary, cap
     base = checkpoint.parents[1] / "bases/qwen3"
     plant_code(base, canary)
     edit(base / "config.json", lambda v: v.update(model_type="unheard_of", auto_map=MAPS))
+    edit(checkpoint / "config.json", lambda v: v["text_base"].update(fingerprint=fingerprint(str(base))))
+    sign(checkpoint)
     assert cli(["verify", str(checkpoint)]) == UsageError.exit_code
     assert "never run" in capsys.readouterr().err and not canary.exists()
 
@@ -193,7 +195,7 @@ def test_pickled_weights_of_a_base_run_nothing(tmp_path, canary, pack):
     audio, text = write_small_bases(tmp_path / "bases")
     (text / "model.safetensors").unlink()
     (text / "pytorch_model.bin").write_bytes(pack(Payload(canary)))
-    with pytest.raises(UsageError, match="no language model there"):
+    with pytest.raises(UsageError, match="the language model's weights are a pickle"):
         build_from_bases(str(audio), str(text))
     assert not canary.exists()
 
@@ -215,6 +217,11 @@ def test_all_loaders_of_transformers_are_called_in_one_place():
     """A call of `Auto….from_pretrained` elsewhere would ask on stdin again."""
     allowed = {
         "model/pretrained.py": None,
+        "model/loading.py": {
+            "GenerationConfig.from_pretrained",
+            "Qwen3AudioConfig.from_pretrained",
+            "Qwen3AudioForConditionalGeneration.from_pretrained",
+        },
         "model/trained_folder.py": {"Qwen3AudioConfig.from_pretrained", "Qwen3AudioProcessor.from_pretrained"},
         "model/modeling_qwen3_audio.py": {
             "super.from_pretrained", "AutoModel.from_config", "AutoModelForCausalLM.from_config"

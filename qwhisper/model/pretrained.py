@@ -5,6 +5,7 @@ where a class of transformers or ours serves, and refused otherwise. A test hold
 """
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,11 @@ def _loading(name: str | os.PathLike, what: str, flag: str = "") -> Iterator[Non
             raise UntrustedCodeError(
                 f"{where}: its {what} needs Python code from the model's folder, which is never run. "
                 "Take a model whose architecture transformers knows, or export this one to such an architecture"
+            ) from None
+        if isinstance(error, pickle.UnpicklingError):  # the library's message tells how to run its code
+            raise UsageError(
+                f"{where}: the {what}'s weights are a pickle with more than tensors in it, which is never loaded; take "
+                "a model in safetensors"
             ) from None
         raise UsageError(
             f"{where}: no {what} can be read there ({type(error).__name__}: {first_line(error)}); give a folder or hub "

@@ -14,6 +14,7 @@ from qwhisper.errors import CheckpointError
 from qwhisper.infer.generate import load_resolved
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.checkpoint import MANIFEST, _write_manifest
+from qwhisper.train.learning import Learning
 from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable, saved_parameters
 from qwhisper.train.run import main
 from qwhisper.train.state import GENERATOR_FILE, OPTIMIZER_FILE, STATE_FILE, TrainState
@@ -190,7 +191,10 @@ def test_state_that_is_no_state_is_refused(folder, content):
 def test_state_of_an_older_version_is_read(tmp_path):
     (tmp_path / STATE_FILE).write_text(json.dumps(OLD_STATE))
     state = TrainState.load(tmp_path)
-    assert json.loads(json.dumps(dataclasses.asdict(state))) == OLD_STATE | {"saved_with": {}}
+    clamp = OLD_STATE["guards"]["clamp"]
+    guards = OLD_STATE["guards"] | {"clamp": clamp | {"told": clamp["clamped"]}}
+    added = {"saved_with": {}, "learning": dataclasses.asdict(Learning()), "guards": guards}
+    assert json.loads(json.dumps(dataclasses.asdict(state))) == OLD_STATE | added
 
 
 def snapshots(model, folder: Path, step: int = 1) -> dict[str, torch.Tensor]:
