@@ -1,6 +1,6 @@
 """Decoders: libsndfile for what it reads, the `ffmpeg` program for the rest. Both give blocks of frames, in order.
 
-FFmpeg runs in a separate process: a file that crashes it crashes nothing here. It reads the descriptor that is open
+FFmpeg runs as a process of its own: a file that breaks it breaks nothing here. It reads the descriptor that is open
 already, with no other protocol than that file and pipes, and only by demuxers that open no further files: a playlist
 can't make it read another one.
 """
@@ -234,7 +234,7 @@ class FfmpegDecoder:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STALLED_SECONDS)
         if self._process.returncode != 0 or self._errors():
-            raise self._fault(f"exit code {self._process.returncode}")
+            raise self._fault(f"it ended with {self._process.returncode}")
         seconds, claimed = self._decoded / self.rate, self._claimed_seconds()
         if claimed is not None and claimed - seconds > 0.5:
             raise UnreadableError(
