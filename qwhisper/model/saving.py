@@ -206,7 +206,8 @@ def _save_whole(
     config.text_base = config.audio_base = None
     config.audio_tower_trained = False
     ((head, embeddings),) = model._tied_weights_keys.items()
-    if config.tie_word_embeddings and not torch.equal(weights[head], weights[embeddings]):
+    tied = weights[embeddings]
+    if config.tie_word_embeddings and not torch.equal(weights[head].to(tied.device), tied):
         # Only one of the two was trained, replaced or resized: tied again on loading, it would be lost.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):

@@ -51,8 +51,14 @@ def step(model) -> None:
     model.zero_grad()
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """What is loaded again is compared to the bit, so all of it is computed there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
-def model(joined):
+def model(on_the_cpu, joined):
     return joined[0]
 
 

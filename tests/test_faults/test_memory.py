@@ -177,7 +177,9 @@ def test_load(arguments, monkeypatch, run_out):
 
 def test_an_adapter_that_no_memory_could_hold(arguments):
     args = arguments(**VALUES)
-    object.__setattr__(args, "lora_r", 10**12)  # a flag may not be as high; with a large model less is too much
+    object.__setattr__(
+        args, "lora_r", 2**50
+    )  # beyond any address space; a flag may not be as high; with a large model less is too much
     outcome = outcome_of(args)
     assert outcome.code == 4 and "--lora_r" in outcome.message
     assert "--resume_from_checkpoint" not in outcome.message, "there is nothing to go on with"

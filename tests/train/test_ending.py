@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from qwhisper.errors import DataError, NothingLearnedError
+from qwhisper.model.bases import LoadOptions
 from qwhisper.train import executor
 from qwhisper.train.checkpoint import checkpoints
+from qwhisper.train.ending import device_name
 from qwhisper.train.run import main
 from qwhisper.train.state import TrainState
 from tests.small import teach_to_read, write_dialogues, write_small_bases
@@ -29,7 +31,12 @@ def test_a_run_without_an_act_of_a_guard_has_its_begin_its_resumes_and_its_ends(
     assert main(args, [stop]) == 128 + signal.SIGTERM
     assert main(dataclasses.replace(args, resume_from_checkpoint="latest")) == 0
     begin, stopped, resumed, end = course(args)
-    assert (begin["kind"], begin["step"], begin["total_steps"], begin["device"]) == ("begin", 0, 6, "cpu")
+    assert (begin["kind"], begin["step"], begin["total_steps"], begin["device"]) == (
+        "begin",
+        0,
+        6,
+        device_name(LoadOptions().device),
+    )
     assert begin["torch"] and begin["transformers"] and begin["qwhisper"] and begin["text_model"] == args.text_model
     assert (stopped["kind"], stopped["step"], stopped["exit_code"]) == ("end", 4, 143)
     assert (resumed["kind"], resumed["step"], resumed["run_id"]) == ("resumed", 4, begin["run_id"])
