@@ -167,6 +167,8 @@ def _libsndfile_fault(
     try:
         ends, claimed = _stops_at(descriptor, layout)
     except soundfile.LibsndfileError:
+        if lost := next((stream.lost for stream in layout.streams if stream.lost), None):
+            return BadClipError(f"{wanted.name}: {lost} (libsndfile: {reason}); copy it again")
         return BadClipError(
             f"{wanted.name}: unreadable audio (libsndfile: {reason}); FFmpeg, which may read it, is not there: install "
             "the program `ffmpeg` or `pip install imageio-ffmpeg`, or convert the file to WAV or FLAC"
