@@ -4,7 +4,6 @@ libsndfile and FFmpeg take such a file that was cut for a short one. RIFF, AIFF,
 """
 
 import struct
-from collections.abc import Iterator
 
 from qwhisper.data.files import FileBytes
 
@@ -57,17 +56,11 @@ def _caf_sound(data: FileBytes, start: int) -> tuple[int, int]:
 
 
 def _voc_sound(data: FileBytes, start: int) -> tuple[int, int]:
+    """Up to the end of the last block, by the sizes of the blocks: there is no other length."""
     at = first = start + int.from_bytes(data.get(start + 20, 2), "little")
-    for at in _voc_blocks(data, first):
-        pass
-    return first, at - first
-
-
-def _voc_blocks(data: FileBytes, at: int) -> Iterator[int]:
-    """The end of each block by its size, the last of which may be behind the end of the file."""
     while len(head := data.get(at, 4)) == 4 and head[0] != 0:
         at += 4 + int.from_bytes(head[1:], "little")
-        yield at
+    return first, at - first
 
 
 def _nist_sound(data: FileBytes, start: int) -> tuple[int, int]:

@@ -281,7 +281,7 @@ def test_other_containers_that_were_cut(container):
     content = encoded(SPEECH, container, "PCM_16")
     begins = len(content) - 2 * len(SPEECH) - (container == "VOC")  # VOC ends with a block of one byte
     cut = content[: begins + 160_000]
-    with pytest.raises(BadClipError, match="cut short, its header claims 2880.. bytes of sound, 1600.. are there"):
+    with pytest.raises(BadClipError, match=r"cut short, its header claims 2880.. bytes of sound, 1600.. are there"):
         load_audio(cut)
     if container != "CAF":  # of which libsndfile opens none that was cut
         np.testing.assert_allclose(load_audio(cut, end=4.0), SPEECH[: 4 * RATE], atol=1e-4)
