@@ -167,6 +167,8 @@ def _libsndfile_fault(
     try:
         ends, claimed = _stops_at(descriptor, layout)
     except soundfile.LibsndfileError:
+        if lost := next((stream.lost for stream in layout.streams if stream.lost), None):
+            return BadClipError(f"{wanted.name}: {lost} (libsndfile: {reason}); copy it again")
         return BadClipError(
             f"{wanted.name}: unreadable audio (libsndfile: {reason}); FFmpeg, which may read it, is not there: install "
             "the program `ffmpeg` or `pip install imageio-ffmpeg`, or convert the file to WAV or FLAC"
@@ -236,7 +238,8 @@ def _read(streams: Generator[_Opened], wanted: _Wanted, channel: int | None) -> 
     seconds = float(passed)
     if seconds == 0:
         raise wanted.fault("empty, no samples in it; leave it out")
-    if mono.num_frames == 0 and wanted.start >= seconds:
+    holds_no_sample = wanted.end is not None and wanted.end < seconds + 1 / SAMPLE_RATES[0]
+    if mono.num_frames == 0 and wanted.start >= seconds and not holds_no_sample:
         raise wanted.fault(f"nothing {wanted.stretch}, the file ends at {seconds:.3f} s")
     _check_end(wanted, seconds)
     return mono

@@ -109,7 +109,7 @@ class _Clips:
     too_long: dict[str, str] = field(default_factory=dict)  # by the dialogue's source
 
     def faults(self, conversation: Conversation) -> list[str]:
-        faults = [self.bad[clip] for clip in conversation.clips if clip in self.bad]
+        faults = [self.bad[clip] for clip in dict.fromkeys(conversation.clips) if clip in self.bad]
         return faults + ([self.too_long[conversation.source]] if conversation.source in self.too_long else [])
 
     def all_notes(self, conversations: Sequence[Conversation]) -> list[str]:

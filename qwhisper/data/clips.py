@@ -31,7 +31,7 @@ import numpy as np
 
 from qwhisper.data.audio import MAX_SECONDS, load_audio
 from qwhisper.data.files import file_fault
-from qwhisper.data.keys import unknown_keys
+from qwhisper.data.keys import IN_PART, unknown_keys
 from qwhisper.data.waveform import (
     Sound,
     is_array,
@@ -163,7 +163,7 @@ def parse_part(
             found = f"type {quoted.repr(kind)}" if isinstance(part, Mapping) else type(part).__name__
             example = "{'type': 'text', 'text': …} or {'type': 'audio', 'audio': …}"
             raise ValueError(f"neither a text nor an audio part ({found}); write {example}")
-        misspelled, rest = unknown_keys(given, KNOWN_KEYS, where)
+        misspelled, rest = unknown_keys(given, KNOWN_KEYS, where, IN_PART)
         faults += misspelled
         unused += [f"`{key}` in a part" for key in rest]
         return _parse_text(given) if kind in TEXT_TYPES else _parse_clip(given, where, roots, faults, unused, rate)

@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from qwhisper.data.claims import missing_bytes, short_of
 from qwhisper.data.files import FileBytes, Piece
 from qwhisper.data.mpeg import MpegLayout, MpegStream, mpeg_layout, skip_id3
 
@@ -67,7 +68,9 @@ def find_layout(data: FileBytes, end: float | None = None) -> Layout:
     if magic[:4] == b"fLaC":
         return _flac_layout(data, start, end)
     found = mpeg_layout(data, 0, data.size)
-    return _of_mpeg(found) if found is not None and found.streams else Layout([Stream()])
+    if found is not None and found.streams:
+        return _of_mpeg(found)
+    return Layout([Stream(lost=missing_bytes(data, start))])
 
 
 def is_unknown(claimed: int) -> bool:
@@ -153,21 +156,21 @@ def _riff_stream(data: FileBytes, start: int, layout: Layout) -> tuple[Stream | 
         if stop - start >= _MAX_RIFF:
             stop, lost = start + _MAX_RIFF, f"{there} bytes of sound are there, more than a RIFF header can claim"
     elif claimed > there:
-        stop = data.size  # and libsndfile's log has the claim
+        stop = data.size
+        if claimed - there > max(_FEW_BYTES, bytes_per_second // 10):
+            lost = short_of(claimed, there)
     else:
         stop = chunk.start + claimed
         following, lost = _behind_data(data, stop + claimed % 2, order, claimed, bytes_per_second // 10)
     if tag in _MPEG_IN_WAV and (found := mpeg_layout(data, chunk.start, stop)) is not None and found.streams:
         part = _of_mpeg(found)
-        if claimed > there and not rewritten:
-            lost = f"cut short, its header claims {claimed} bytes of sound, {there} are there"
         part.streams[-1].lost = part.streams[-1].lost or lost
         layout.streams += part.streams
         layout.notes += part.notes
         return None, following
     if rewritten:
         return Stream(_rewritten(start, chunk, stop, order), lost=lost), following
-    if lost is not None:  # libsndfile refuses what follows in some files, whose beginning can be read
+    if lost is not None and claimed <= there:  # libsndfile refuses what follows in some files
         return Stream([(start, stop)], lost=lost), following
     whole = start == 0 and following is None
     return Stream(None if whole else [(start, data.size if following is None else following)], lost=lost), following

@@ -233,9 +233,14 @@ class FfmpegDecoder:
         self._fill(len(self._pending) + 1)  # the rest of the log
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STALLED_SECONDS)
-        if self._process.returncode != 0 or self._errors():
-            raise self._fault(f"it ended with {self._process.returncode}")
         seconds, claimed = self._decoded / self.rate, self._claimed_seconds()
+        if self._process.returncode != 0 or self._errors():
+            reason = next(iter(self._errors()), f"it ended with {self._process.returncode}")
+            claim = "" if claimed is None else f", and its header claims {claimed:.3f} s"
+            raise UnreadableError(
+                f"{self._path}: unreadable audio (FFmpeg: {reason}): damaged or cut short, {seconds:.1f} s could be "
+                f"decoded{claim}; copy it again, or set `end`"
+            )
         if claimed is not None and claimed - seconds > 0.5:
             raise UnreadableError(
                 f"{self._path}: cut short, the sound ends at {seconds:.3f} s and should go on to {claimed:.3f} s; "
@@ -260,6 +265,11 @@ class FfmpegDecoder:
         reason = next(iter(self._errors()), what)
         if reason.startswith("Format not on whitelist"):
             reason = "a playlist, or another format that names further files"
+        if "moov atom not found" in reason:
+            return UnreadableError(
+                f"{self._path}: unreadable audio (FFmpeg: {reason}): its index is missing, as in a file that was cut "
+                "short or whose recorder was stopped; copy it again, or leave it out"
+            )
         return UnreadableError(
             f"{self._path}: unreadable audio (FFmpeg: {reason}); convert it to WAV or FLAC, or leave it out"
         )

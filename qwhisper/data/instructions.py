@@ -9,7 +9,7 @@ from typing import Any
 from qwhisper.data.clips import KNOWN_KEYS, SOURCES
 from qwhisper.data.conversation import KNOWN
 from qwhisper.data.files import file_fault
-from qwhisper.data.keys import unknown_keys
+from qwhisper.data.keys import IN_PART, unknown_keys
 from qwhisper.errors import UsageError
 
 POOLS = Path(__file__).parent / "instructions"
@@ -60,4 +60,4 @@ def _is_about_the_clip(name: str) -> bool:
     """Whether a key belongs into the audio part: one that is known there, or that is refused there as misspelled."""
     if name in (*KNOWN, "kind"):
         return False
-    return name in KNOWN_KEYS or bool(unknown_keys({name: True}, KNOWN_KEYS, "")[0])
+    return name in KNOWN_KEYS or bool(unknown_keys({name: True}, KNOWN_KEYS, "", IN_PART)[0])

@@ -23,7 +23,7 @@ UNSUPPORTED = {
     **dict.fromkeys(("images", "image", "videos", "video", "objects"), _NO_VISION),
     **dict.fromkeys(("conversations", "conversation", "from", "value"), _SHAREGPT),
     **dict.fromkeys(("functions", "function_call"), _CALLS),
-    **dict.fromkeys(("mask", "masked", "ignore", "training"), _MASK),
+    **dict.fromkeys(("mask", "masked", "is_masked", "ignore", "training", "trainable", "no_loss"), _MASK),
     **dict.fromkeys(("train_detail", "training_detail", "prefix", "partial", "loss_mask"), _WHOLE_ANSWER),
     **dict.fromkeys(("loss_scale", "loss_weight"), "an answer is learned or not; write `loss` true or false"),
     **dict.fromkeys(("chat_template_kwargs", "enable_thinking", "add_generation_prompt"), _OPTIONS),
@@ -31,22 +31,37 @@ UNSUPPORTED = {
     "documents": "write the documents into a message",
     "refusal": "write it as `content`",
 }
+# The same for keys that say something only where they stand: in a message, and in a part of one.
+_STRETCH = "give the stretch as `start` and `end`, in seconds; rename the key if it is metadata"
+IN_MESSAGE = UNSUPPORTED | dict.fromkeys(
+    ("audio", "audios", "audio_url", "audio_path", "input_audio"),
+    "write {'type': 'audio', 'audio': …} into the list `content`",
+)
+IN_PART = {
+    **UNSUPPORTED,
+    **dict.fromkeys(("loss", "train", "weight"), _WHOLE_ANSWER),
+    **dict.fromkeys(("begin", "stop", "onset", "begin_time", "start_time", "end_time", "stop_time"), _STRETCH),
+    **dict.fromkeys(("start_ms", "end_ms", "offset_ms", "start_sample", "end_sample", "frame_offset"), _STRETCH),
+    **dict.fromkeys(("channel_id", "channel_index"), "write `channel`, which counts from 0"),
+}
 
 
-def unknown_keys(raw: Mapping[str, Any], known: Collection[str], where: str) -> tuple[list[str], list[str]]:
+def unknown_keys(
+    raw: Mapping[str, Any], known: Collection[str], where: str, unsupported: Mapping[str, str] = UNSUPPORTED
+) -> tuple[list[str], list[str]]:
     """(faults, keys that are not used) of an object that may have the keys `known`; None as a value means absent.
 
-    where: the beginning of each fault, as in "message 2".
+    where: the beginning of each fault, as in "message 2". unsupported: what to do about each key that is refused.
     """
     faults, unused = [], []
     for key, value in raw.items():
-        if key in known or value is None or (key in UNSUPPORTED and value in ([], {}, "")):
+        if key in known or value is None or (key in unsupported and value in ([], {}, "")):
             continue
         key = key[:200] if key.isprintable() else ascii(key)[:200]
-        if nearest := _nearest(key, tuple(name for name in known if name not in raw)):
+        if key in unsupported:
+            faults.append(f"{where}: the key `{key}` is not supported: {unsupported[key]}")
+        elif nearest := _nearest(key, tuple(name for name in known if name not in raw)):
             faults.append(f"{where}: unknown key `{key}`; did you mean `{nearest}`?")
-        elif key in UNSUPPORTED:
-            faults.append(f"{where}: the key `{key}` is not supported: {UNSUPPORTED[key]}")
         else:
             unused.append(key)
     return faults, unused
@@ -55,7 +70,7 @@ def unknown_keys(raw: Mapping[str, Any], known: Collection[str], where: str) -> 
 @lru_cache(maxsize=1024)
 def _nearest(key: str, known: tuple[str, ...]) -> str | None:
     """The known key that differs from `key` in case, in `-` and `_`, or in one letter (in a long key: two)."""
-    if len(key) < 4 or len(key) > 40 or key in UNSUPPORTED:
+    if len(key) < 4 or len(key) > 40:
         return None
     return next((name for name in known if _edits(_plain(key), _plain(name)) <= (1 if len(name) < 10 else 2)), None)
 

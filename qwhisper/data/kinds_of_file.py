@@ -69,10 +69,17 @@ def _other_text(text: str, name: str) -> str | None:
     if text.startswith("<"):
         return "HTML or XML, not JSONL: perhaps the page of a download that failed; give a JSONL file of dialogues"
     for delimiter, what in ((",", "CSV"), ("\t", "tab-separated values")):
-        header = next(csv.reader([first_line.strip()], delimiter=delimiter), [])
+        header = _fields(first_line.strip(), delimiter)
         if len(header) > 1 and all(COLUMN.fullmatch(word) for word in header):
             return f"{what}, not JSONL: write an object with `messages` for each row"
     return None
+
+
+def _fields(line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:  # as where old Mac line breaks stand in it
+        return []
 
 
 def _goes_on(line: str) -> bool:
@@ -81,6 +88,6 @@ def _goes_on(line: str) -> bool:
         json.loads(line)
     except json.JSONDecodeError as error:
         return error.pos >= len(line.rstrip()) and line.rstrip().endswith((",", "[", "{", ":"))
-    except RecursionError:
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits; too deep
         pass
     return False

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwhisper.data.clips import AudioClip, parse_content, quoted
-from qwhisper.data.keys import unknown_keys
+from qwhisper.data.keys import IN_MESSAGE, unknown_keys
 from qwhisper.data.tools import ToolCall, parse_tool_calls, split_calls
 
 # Roles as they are written. OpenAI's "developer" is the system; ms-swift has roles for calls and for their responses.
@@ -99,7 +99,7 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
         faults.append(f"{where} is not an object with `role` and `content`")
         return Message("?", ())
     faults_before = len(faults)
-    wrong_keys, others = unknown_keys(raw, KNOWN, where)
+    wrong_keys, others = unknown_keys(raw, KNOWN, where, IN_MESSAGE)
     faults += wrong_keys
     unused += [f"`{key}` in a message" for key in others]
     written, content = raw.get("role"), raw.get("content")

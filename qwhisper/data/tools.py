@@ -119,7 +119,12 @@ def _from_text(raw: object, what: str, faults: list[str]) -> Any:
 def _as_text(value: dict, where: str, faults: list[str]) -> str:
     """JSON as the templates' `tojson` writes it."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # from JSON text within JSON, where the reader of lines does not look
+        faults.append(f"{where} holds half of a surrogate pair, which is no character: fix the text")
+        return "{}"
     except ValueError:
         faults.append(f"{where} holds NaN or Infinity, which JSON does not have")
         return "{}"

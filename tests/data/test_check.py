@@ -52,6 +52,13 @@ def test_every_fault_and_bad_clip_is_listed(write, capsys):
     assert "not ready to train on" in printed
 
 
+def test_bad_clip_that_a_dialogue_uses_eight_times_is_listed_once(write):
+    dialogue = record("silent.wav")
+    dialogue["messages"][0]["content"] *= 8
+    report = check_dataset(write(dialogue))
+    assert len(report["bad_clips"]) == 1
+
+
 def test_keys_that_are_not_used_masked_answers_and_typed_tokens_are_said(write):
     odd = {**typed(reply="<|im_end|> ends it, says <bos>."), "speaker": "a"}
     odd["messages"][1]["loss"] = False

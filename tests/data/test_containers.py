@@ -276,6 +276,23 @@ def test_other_containers(container):
     np.testing.assert_allclose(load_audio(encoded(SPEECH, container, "PCM_16")), SPEECH, atol=1e-4)
 
 
+@pytest.mark.parametrize("container", ["RF64", "W64", "CAF", "VOC", "NIST"])
+def test_other_containers_that_were_cut(container):
+    content = encoded(SPEECH, container, "PCM_16")
+    begins = len(content) - 2 * len(SPEECH) - (container == "VOC")  # VOC ends with a block of one byte
+    cut = content[: begins + 160_000]
+    with pytest.raises(BadClipError, match=r"cut short, its header claims 2880.. bytes of sound, 1600.. are there"):
+        load_audio(cut)
+    if container != "CAF":  # of which libsndfile opens none that was cut
+        np.testing.assert_allclose(load_audio(cut, end=4.0), SPEECH[: 4 * RATE], atol=1e-4)
+
+
+def test_w64_from_a_pipe():
+    content = encoded(SPEECH, "W64", "PCM_16")
+    piped = patched(content, content.index(b"data") + 16, "<Q", 2**63 - 1)
+    np.testing.assert_array_equal(load_audio(piped), load_audio(content))
+
+
 def test_unknown_format_says_what_brings_it():
     with pytest.raises(
         BadClipError, match=r"Format not recognised.*install the program `ffmpeg` or `pip install imageio-"

@@ -67,3 +67,16 @@ def test_a_jsonl_file_with_a_fault_is_read_line_by_line(tmp_path, start):
     path.write_text(start + LINE, encoding="utf-8")
     conversations, faults = scan_conversations(path)
     assert len(conversations) == 1 and len(faults) == bool(start.strip("\n\ufeff"))
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (LINE.strip() + "\r" + LINE, "two objects stand on one line"),
+        (LINE.strip()[:-1] + ', "id": 1' + "0" * 5000 + "}", "not valid JSON .Exceeds the limit"),
+    ],
+)
+def test_odd_lines_are_faults_of_their_line(tmp_path, content, fault):
+    (tmp_path / "data.jsonl").write_bytes(content.encode())
+    with pytest.raises(DataError, match=rf"data.jsonl:1: {fault}"):
+        read_conversations(tmp_path / "data.jsonl")

@@ -180,6 +180,14 @@ def test_control_token_in_a_tool_or_a_call_is_refused(collator, place):
         collator.encode(parse(record))
 
 
+def test_half_a_surrogate_pair_in_the_text_of_arguments_is_refused():
+    """No tokenizer takes it. The line itself is sound: the escape is one of the JSON text within it."""
+    record = json.loads(json.dumps(RECORD))
+    record["messages"][2]["tool_calls"][0]["function"]["arguments"] = json.dumps({"city": chr(0xD800)})
+    with pytest.raises(DataError, match=r"message 3, tool call 1 holds half of a surrogate pair"):
+        parse(record)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("lacking", ["tools", "calls"])
 def test_template_without_a_place_for_tools_refuses_them(name, lacking, frames):
