@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-COURSE = ("begin", "resumed", "end")  # kinds of event that every run has; no guard acted
+COURSE = ("begin", "resumed", "end", "output_lost")  # kinds of event that tell of the run; no guard acted
 
 
 class RunLog:
@@ -67,7 +67,7 @@ class RunLog:
 
 
 def acts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events without those that every run has."""
+    """Events without those of the run's course."""
     return [event for event in events if event.get("kind") not in COURSE]
 
 
