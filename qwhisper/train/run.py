@@ -101,7 +101,8 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback], o
         )
 
     saved = saved_arguments(resumed) if resumed else None
-    args, notes = settled(args, all_steps(args, len(conversations)), saved)
+    given = args
+    args, notes = settled(given, all_steps(given, len(conversations)), saved)
     for note in notes:
         print(f"note: {note}")
     set_up_torch(args)
@@ -119,7 +120,7 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback], o
     if resumed:
         restore(run, resumed)
         put_later_aside(folder, resumed)
-    write_config(args, folder, resumed)
+    write_config(given, folder, resumed)
 
     on_begin(run)
 
@@ -272,6 +273,7 @@ def set_up_torch(args: TrainArguments) -> None:
 def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> None:
     """Everything that is needed to run it again from any current folder: `qwhisper train --config` reads it.
 
+    Values that the length of the run decides are left out: a longer one from the same file has its own.
     Where the disk does not take it, a resumed run goes on with what stands there.
     """
     values = absolute(dataclasses.asdict(args))
