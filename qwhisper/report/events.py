@@ -44,7 +44,7 @@ class RunLog:
             if file not in self._lost:
                 self._lost.add(file)
                 print(
-                    f"{path} can't be written ({error}): the run goes on without; free disk space or mend the disk",
+                    f"{path} can't be written ({error}): the run goes on without; free disk space or repair the disk",
                     file=sys.stderr,
                 )
 
