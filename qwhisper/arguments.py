@@ -6,7 +6,7 @@ A field listed as positional in `cli.VERBS` is given without a flag: `qwhisper v
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qwhisper.bounds import LIMITS, Bounds, check_bounds
+from qwhisper.bounds import LIMITS, Bounds, check_values
 from qwhisper.errors import UsageError
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -44,7 +44,7 @@ class DemoArguments:
     seed: int = flag(0, "Decides voices, dialogues and weights.", at_least=0)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class DataCheckArguments:
     hub: Literal["huggingface", "modelscope"] = flag("huggingface", "Where hub ids are fetched from.")
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class DataAnswerArguments:
     dtype: Dtype = flag("auto", "Number format of the language model (auto: bf16 on a GPU, fp32 on a CPU).")
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_values(self)
         if self.instructions is not None and self.language != "both":
             raise UsageError("--language chooses among the shipped instructions, which --instructions replaces")
 
@@ -157,7 +157,7 @@ class EvalArguments:
     dtype: Dtype = flag("auto", DTYPE_HELP)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,4 +175,4 @@ class ChatArguments:
     dtype: Dtype = flag("auto", DTYPE_HELP)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        check_values(self)

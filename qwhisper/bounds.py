@@ -1,10 +1,16 @@
-"""Bounds of a numeric flag, declared on the flag: a value that no run can have is refused before anything is loaded."""
+"""Bounds of a numeric flag, declared on the flag: a value that no run can have is refused before anything is loaded.
+
+The command line gives every flag the type of its field; from Python a value may have any.
+"""
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
+from typing import get_type_hints
 
 from qwhisper.errors import UsageError
+from qwhisper.typed_json import checked
 
 LARGEST = 2**63 - 1  # torch's integers hold no more
 
@@ -47,9 +53,21 @@ class Bounds:
 LIMITS = [field.name for field in dataclasses.fields(Bounds)]  # what a flag's declaration may have
 
 
-def check_bounds(arguments: object) -> None:
-    """Raises UsageError for the first field of a dataclass whose value lies outside its `bounds`; None passes."""
+def check_values(arguments: object) -> None:
+    """Raises UsageError for the first field of a dataclass whose value lies outside its `bounds`, or is not of its
+    type; None passes where it is the default. Paths become strings.
+    """
+    hints = get_type_hints(type(arguments))
     for field in dataclasses.fields(arguments):  # type: ignore[arg-type]
         bounds, value = field.metadata.get("bounds"), getattr(arguments, field.name)
-        if bounds is not None and value is not None and (fault := bounds.fault(value)):
+        if value is None and field.default is None:
+            continue
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+            object.__setattr__(arguments, field.name, value)  # they may be frozen
+        if bounds is not None and isinstance(value, int | float) and (fault := bounds.fault(value)):
             raise UsageError(f"--{field.name} {value}: {fault}")
+        try:
+            checked(hints[field.name], value, f"--{field.name}")
+        except ValueError as error:
+            raise UsageError(str(error)) from None

@@ -56,7 +56,8 @@ def checked(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint in (int, str, bool) and type(value) is hint:
         return value
-    raise ValueError(f"{where} is {_kind(value)} where {getattr(hint, '__name__', hint)} is expected")
+    expected = f"one of {', '.join(map(str, inner))}" if origin is Literal else getattr(hint, "__name__", hint)
+    raise ValueError(f"{where} is {_kind(value)} where {expected} is expected")
 
 
 def _kind(value: Any) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-COURSE = ("begin", "resumed", "end")  # kinds of event that every run has; no guard acted
+COURSE = ("begin", "resumed", "end", "output_lost")  # kinds of event that tell of the run; no guard acted
 
 
 class RunLog:
@@ -44,7 +44,7 @@ class RunLog:
             if file not in self._lost:
                 self._lost.add(file)
                 print(
-                    f"{path} can't be written ({error}): the run goes on without; free disk space or mend the disk",
+                    f"{path} can't be written ({error}): the run goes on without; free disk space or repair the disk",
                     file=sys.stderr,
                 )
 
@@ -67,7 +67,7 @@ class RunLog:
 
 
 def acts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events without those that every run has."""
+    """Events without those of the run's course."""
     return [event for event in events if event.get("kind") not in COURSE]
 
 

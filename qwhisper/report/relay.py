@@ -3,7 +3,7 @@
 streams.py starts it as a script, so it imports the standard library alone. It is a process and not a thread of the run:
 what a library writes to the descriptor passes through it too, and the last lines before a crash are not lost.
 
-    python relay.py NAME:IN:OUT …      stdin: its end is the end of the run; stdout: a JSON report
+    python relay.py NAME:IN:OUT …      stdin: a word, or its end, is the end of the run; stdout: a JSON report
 
 NAME: for messages. IN, OUT: descriptors to read from and to write to.
 """

@@ -21,16 +21,19 @@ from qwhisper.report import relay
 from qwhisper.report.relay import cannot_be_written
 
 RELAY_ENDS_S = 4 * relay.PATIENCE_S
+RELAY_IS_GONE = "note: the process that passed the output on was killed: from now on the run waits for its readers"
 
 
 class Unfailing:
     """A stream that reports its first failing write on stderr, and discards that and all later output.
 
-    terminal: a descriptor of the terminal that the stream is shown on, where its own leads to the relay.
+    terminal: a descriptor of the terminal that the stream is shown on, where its own leads to the relay. without_relay:
+    puts its own back to where it led before; None where it leads there.
     """
 
     def __init__(self, stream: TextIO, name: str):
         self.terminal: int | None = None
+        self.without_relay: Callable[[], None] | None = None
         self._stream = stream
         self.name = name
         self._is_told = False
@@ -59,6 +62,11 @@ class Unfailing:
             self.give_up(error)
 
     def give_up(self, error: OSError) -> None:
+        if self.without_relay:  # it takes everything, so it was killed
+            self.without_relay()
+            print(RELAY_IS_GONE, file=sys.stderr)
+            self.flush()  # what it did not take is still in the buffer, where there is one
+            return
         # With what is left in its buffer: the interpreter's last flush would fail on that and end in exit code 120.
         with suppress(OSError):
             _discard(self._stream.fileno())
@@ -98,8 +106,16 @@ class Relayed:
     """
 
     process: subprocess.Popen
+    streams: Sequence[Unfailing]
     targets: dict[int, int]
     descriptors: dict[str, list[int]]
+
+    def put_back(self) -> None:
+        """The descriptors lead to where they did before."""
+        for stream in self.streams:
+            stream.terminal = stream.without_relay = None
+        for descriptor, target in self.targets.items():
+            os.dup2(target, descriptor)
 
 
 def _start(streams: Sequence[Unfailing]) -> Relayed | None:
@@ -136,7 +152,10 @@ def _start(streams: Sequence[Unfailing]) -> Relayed | None:
             os.dup2(writing, descriptor)
         os.close(reading)
         os.close(writing)
-    return Relayed(process, targets, descriptors)
+    relayed = Relayed(process, waiting, targets, descriptors)
+    for stream in waiting:
+        stream.without_relay = relayed.put_back
+    return relayed
 
 
 def _may_wait(stream: Unfailing) -> bool:
@@ -157,11 +176,12 @@ def _end(relayed: Relayed | None, on_lost: Callable[[int], None]) -> None:
     """Waits until the relay has passed everything on, or no reader takes it."""
     if relayed is None:
         return
-    for descriptor, target in relayed.targets.items():
-        os.dup2(target, descriptor)
+    relayed.put_back()
+    for target in relayed.targets.values():
         os.close(target)
     try:
-        told, _ = relayed.process.communicate(timeout=RELAY_ENDS_S)
+        # A word, since a child that was forked meanwhile may keep its stdin open.
+        told, _ = relayed.process.communicate(b"end", timeout=RELAY_ENDS_S)
         report = json.loads(told)
     except (subprocess.TimeoutExpired, ValueError):  # it hangs, or was killed
         relayed.process.kill()

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from qwhisper.bounds import LARGEST, check_bounds
+from qwhisper.bounds import LARGEST, check_values
 from qwhisper.errors import UsageError
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
 from qwhisper.guards.switch import BOUND
@@ -84,13 +84,16 @@ class TrainArguments(
             self._set("resume_from_checkpoint", "latest")
         elif resume is not None and str(resume).lower() in ("", "false", "none"):
             self._set("resume_from_checkpoint", None)
-        self._set("report_to", [name for name in self.report_to if name != "none"])
+        trackers = (
+            [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        )  # as transformers has it
+        self._set("report_to", [name for name in trackers if name != "none"])
         self._set("max_tokens_per_pack", str(self.max_tokens_per_pack))
         clamp = str(self.activation_clamp).lower()
         self._set("activation_clamp", "off" if clamp == "false" else clamp)  # YAML reads a bare off as false
 
     def _check_numbers(self) -> None:
-        check_bounds(self)
+        check_values(self)
         if self.max_tokens_per_pack != "auto" and not (
             self.max_tokens_per_pack.isascii()
             and self.max_tokens_per_pack.isdigit()
@@ -102,6 +105,8 @@ class TrainArguments(
                 f"{LARGEST}"
             )
 
+        if self.lora_target_modules == []:
+            raise UsageError("--lora_target_modules names no layer: leave it out for all of them, or use --no_use_lora")
         if self.activation_clamp not in ("auto", "off") and not _is_clamp(self.activation_clamp):
             raise UsageError(
                 f"--activation_clamp {self.activation_clamp}: must be auto, off or a number from {LEAST_CLAMP:g} to "

@@ -146,6 +146,8 @@ def in_words(run: Run) -> str:
     learning = run.state.learning
     if learning.direction() == "rose":
         return "the loss rose: try a lower --learning_rate"
+    if learning.held_out_rose:
+        return "the held-out loss rose: try fewer steps, a lower --learning_rate or more data"
     if not learning.learned() and learning.direction() == "flat":
         return (
             "the loss did not fall by more than its noise: use more steps, a higher --learning_rate or "
@@ -178,7 +180,7 @@ def closing_line(run: Run) -> str:
         )
         return f"{done}. {told}. See events.jsonl and quarantine.jsonl in {log.folder}"
     done += ". No guard had to act"
-    if not state.learning.learned():
+    if not state.learning.learned() or state.learning.held_out_rose:
         return done
     early = "fewer --early_lr_steps " if args.early_lr_steps else ""
     return f"{done}: a larger --per_device_train_batch_size, {early}or a higher --learning_rate may now be tried" + (

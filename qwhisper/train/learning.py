@@ -96,6 +96,10 @@ class Learning:
         first, last = self.first_held_out, self.last_held_out
         return last / first if first and last is not None else None
 
+    @property
+    def held_out_rose(self) -> bool:
+        return self.held_out is not None and self.held_out > 1 + SHARE
+
     def evaluated(self, loss: float, *, before_first_step: bool) -> None:
         """A held-out loss; one that is not finite is remembered as such, for JSON has no NaN."""
         finite = loss if math.isfinite(loss) else None
@@ -136,7 +140,7 @@ class Learning:
         """Whether anything shows that it did."""
         held_out = self.held_out
         fell = self.direction() == "fell" or (held_out is not None and held_out < 1 - SHARE)
-        return bool(self.hears) or (fell and self.direction() != "rose")
+        return bool(self.hears) or (fell and self.direction() != "rose" and not self.held_out_rose)
 
     def nothing(self, weights: Mapping[str, int], *, guess: float, began_trained: bool) -> str | None:
         """Why nothing was learned, or None where that can't be said for certain.

@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -93,8 +94,8 @@ def train(run: Run, steps: Iterator[StepSamples]) -> int:
     if not saved:
         newest, _ = newest_valid(run.log.folder)
         raise DiskError(
-            f"step {run.state.step} could not be saved (events.jsonl says why); the last whole checkpoint is {newest}. "
-            "Make room on the disk or repair it, then resume"
+            f"step {run.state.step} could not be saved (events.jsonl says why); {last_whole(newest)}. Make room on the "
+            f"disk or repair it, then {'resume' if newest else 'start again'}"
         )
     finished = run.state.step >= run.total_steps and not evaluation_is_due(run)
     return 128 + signals.received if signals.received and not finished else 0
@@ -270,6 +271,10 @@ def improves(loss: float, best: float | None) -> bool:
     return math.isfinite(loss) and (best is None or loss < best)
 
 
+def last_whole(newest: Path | None) -> str:
+    return f"the last whole checkpoint is {newest}" if newest else "there is no whole checkpoint"
+
+
 def save(run: Run, *, stopped: bool = False) -> bool:
     """Whether the disk took a checkpoint. Where it did not, the run goes on and the older ones are as they were.
 
@@ -289,8 +294,8 @@ def save(run: Run, *, stopped: bool = False) -> bool:
         run.state.best_loss, run.state.best_checkpoint = kept.best_loss, kept.best_checkpoint
         run.log.event("save_failed", step=step, error=first_line(error), last_whole=newest and newest.name)
         run.lines.say(
-            f"step {step}: not saved ({first_line(error)}); the last whole checkpoint is {newest}. Make room for it: "
-            "the next save tries again"
+            f"step {step}: not saved ({first_line(error)}); {last_whole(newest)}. Make room for it: the next save "
+            "tries again"
         )
         return False
     run.lines.say(f"step {step}: saved {folder}")

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from qwhisper.errors import CheckpointError, DiskError, MemoryLimitError, UsageE
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.kernels import check_kernels
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.report.events import RunLog, read_jsonl
 from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.run_folder import read_checkpoint
@@ -47,17 +46,19 @@ DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "trai
 
 def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int:
     """Runs a training and returns its exit code. callbacks: any `TrainerCallback`s; ours configure the run."""
-    with unfailing_output(on_lost=lambda lines: log_lost_output(Path(args.output_dir), lines)):
-        return configure_and_go(args, callbacks)
+    begun: list[Run] = []  # a run that was refused has no log: its folder may be another run's
+
+    def log_lost_output(lines: int) -> None:
+        for run in begun:
+            run.log.event("output_lost", step=run.state.step, lines=lines)
+
+    with unfailing_output(on_lost=log_lost_output):
+        return configure_and_go(args, callbacks, begun.append)
 
 
-def log_lost_output(folder: Path, lines: int) -> None:
-    if folder.is_dir():
-        step = max((record["step"] for record in read_jsonl(folder / "metrics.jsonl")), default=0)
-        RunLog(folder).event("output_lost", step=step, lines=lines)
-
-
-def configure_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -> int:
+def configure_and_go(
+    args: TrainArguments, callbacks: Sequence[TrainerCallback], on_begin: Callable[[Run], None]
+) -> int:
     for callback in callbacks:
         if isinstance(callback, ConfiguringCallback):
             args = callback.configure(args)
@@ -67,7 +68,7 @@ def configure_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback])
     refuse_missing_run(args)
     try:
         with run_lock(Path(args.output_dir)):
-            return prepare_and_go(args, callbacks)
+            return prepare_and_go(args, callbacks, on_begin)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -80,7 +81,7 @@ def configure_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback])
         ) from error
 
 
-def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -> int:
+def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback], on_begin: Callable[[Run], None]) -> int:
     folder = Path(args.output_dir)
     resumed = find_resume_point(args, folder)
     trackers = tracker_callbacks(args.report_to)
@@ -100,7 +101,8 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
         )
 
     saved = saved_arguments(resumed) if resumed else None
-    args, notes = settled(args, all_steps(args, len(conversations)), saved)
+    given = args
+    args, notes = settled(given, all_steps(given, len(conversations)), saved)
     for note in notes:
         print(f"note: {note}")
     set_up_torch(args)
@@ -118,7 +120,9 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback]) -
     if resumed:
         restore(run, resumed)
         put_later_aside(folder, resumed)
-    write_config(args, folder, resumed)
+    write_config(given, folder, resumed)
+
+    on_begin(run)
 
     def work() -> int:
         try_kernels(run)
@@ -269,6 +273,7 @@ def set_up_torch(args: TrainArguments) -> None:
 def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> None:
     """Everything that is needed to run it again from any current folder: `qwhisper train --config` reads it.
 
+    Values that the length of the run decides are left out: a longer one from the same file has its own.
     Where the disk does not take it, a resumed run goes on with what stands there.
     """
     values = absolute(dataclasses.asdict(args))

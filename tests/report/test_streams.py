@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qwhisper.report.streams import unfailing_output
+from qwhisper.report.streams import RELAY_IS_GONE, unfailing_output
 from tests.pipes import full_pipe, read_all
 
 ROOT = Path(__file__).parents[2]
@@ -221,3 +221,35 @@ with unfailing_output(on_lost=print):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == -signal.SIGABRT
     assert done.stdout == b"a line\nwhat a library says\n"
+
+
+def test_a_child_that_outlives_the_run_does_not_keep_the_relay():
+    reading, writing = full_pipe()
+    body = """
+    print("a line", flush=True)
+    if not os.fork():
+        os.read(go, 1)
+        os._exit(0)"""
+    program = Program(body, stdout=writing, stderr=os.open(os.devnull, os.O_WRONLY))
+    assert program.lost() == [1]
+    os.close(reading)
+
+
+def test_what_is_printed_after_a_kill_of_the_relay_comes_out_and_so_does_that_it_was():
+    body = """
+    import signal, subprocess
+    print("a line", flush=True)
+    relay = subprocess.check_output(["pgrep", "-P", str(os.getpid()), "-f", "relay.py"])
+    os.read(go, 1)
+    os.kill(int(relay), signal.SIGKILL)
+    os.waitid(os.P_PID, int(relay), os.WEXITED | os.WNOWAIT)
+    print("finds it out", flush=True)
+    print("another", flush=True)
+    os.write(2, b"by a library\\n")"""
+    (reading, stdout), (said, stderr) = os.pipe(), os.pipe()
+    program = Program(body, stdout=stdout, stderr=stderr)
+    assert os.read(reading, 100) == b"a line\n"
+    program.go()
+    assert read_all(said).decode().splitlines() == [RELAY_IS_GONE, "by a library"]
+    assert read_all(reading).decode().splitlines()[-2:] == ["another", "a library's last words"]
+    assert program.lost() == []

@@ -187,6 +187,12 @@ def test_last_save_fails(arguments, monkeypatch):
     assert (end["kind"], end["exit_code"], end["step"]) == ("end", 8, 6)
 
 
+def test_the_only_save_of_a_run_fails(arguments, monkeypatch, capsys):
+    outcome = run_with_failing_save(arguments, monkeypatch, fail(errno.ENOSPC), at_step=2, max_steps=2)
+    assert outcome.code == 8 and "there is no whole checkpoint. Make room" in outcome.message
+    assert outcome.message.endswith("then start again") and "None" not in capsys.readouterr().out
+
+
 @fault(
     "the save of the best checkpoint fails",
     of="disk",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from qwhisper.errors import UsageError
 from qwhisper.report import events, streams
 from qwhisper.report.events import RunLog, read_jsonl
 from qwhisper.report.streams import Unfailing
@@ -177,6 +178,23 @@ def test_a_pipe_whose_reader_has_stopped(arguments, tmp_path):
     assert lost > args.max_steps
     other = arguments(output_dir=str(tmp_path / "heard"))
     assert main(other) == 0 and losses(args) == losses(other)
+
+
+@pytest.mark.trains_in_forks
+def test_lost_output_is_no_act_of_a_guard_and_is_not_written_into_the_folder_of_another_run(arguments, capsys):
+    args = arguments()
+    assert with_a_reader_that_has_stopped(lambda: main(args)) == 0
+    before = (Path(args.output_dir) / "events.jsonl").read_bytes()
+    assert b"output_lost" in before
+
+    def refused():
+        with pytest.raises(UsageError, match="holds another run"):
+            main(args)
+
+    assert with_a_reader_that_has_stopped(refused) == 0
+    assert (Path(args.output_dir) / "events.jsonl").read_bytes() == before
+    assert main(arguments(max_steps=8, resume_from_checkpoint="latest")) == 0
+    assert "No guard had to act" in capsys.readouterr().out
 
 
 @pytest.mark.trains_in_forks

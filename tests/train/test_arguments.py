@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
@@ -172,6 +173,36 @@ def test_what_turns_a_bound_off_is_taken():
 def test_silence_that_leaves_no_room_for_speech_is_refused(lead, tail):
     with pytest.raises(UsageError, match="leave no room for speech in a window of 30 s"):
         make(audio_lead_silence=lead, audio_tail_silence=tail)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", "1e-3", "'1e-3' (str) where float is expected"),  # as YAML reads it
+        ("learning_rate", True, "True (bool) where float is expected"),
+        ("learning_rate", None, "None (NoneType) where float is expected"),
+        ("max_steps", 2.5, "2.5 (float) where int is expected"),
+        ("lora_r", 16.0, "16.0 (float) where int is expected"),
+        ("lora_target_modules", "q_proj", "'q_proj' (str) where list is expected"),
+        ("use_lora", "no", "'no' (str) where bool is expected"),
+        ("dtype", "float32", "'float32' (str) where one of auto, bf16, fp16, fp32 is expected"),
+        ("lr_scheduler_type", "step", "'step' (str) where one of cosine, linear, constant is expected"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(name, value, expected):
+    with pytest.raises(UsageError, match=re.escape(f"--{name} is {expected}")):
+        make(**{name: value})
+
+
+def test_no_list_of_layers_is_not_an_empty_one():
+    with pytest.raises(UsageError, match="names no layer"):
+        make(lora_target_modules=[])
+
+
+def test_paths_and_a_single_tracker_are_taken_as_transformers_takes_them():
+    args = make(train_file=Path("a/data.jsonl"), output_dir=Path("run"), report_to="tensorboard")
+    assert (args.train_file, args.output_dir, args.report_to) == ("a/data.jsonl", "run", ["tensorboard"])
+    assert make(report_to="none").report_to == make(report_to=None).report_to == []
 
 
 def test_every_number_of_every_verb_has_bounds():

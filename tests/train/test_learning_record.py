@@ -111,6 +111,13 @@ def test_the_held_out_loss_decides_where_there_is_one():
     assert why(same) == "the loss did not fall" and not same.learned()
 
 
+@pytest.mark.parametrize(("last", "learned"), [(2.9, False), (2.31, True)])
+def test_a_training_loss_that_fell_is_not_learning_where_the_held_out_loss_rose(last, learned):
+    record = after(noisy(100, 1, first=3.0, last=2.5), first_held_out=2.3, last_held_out=last)
+    assert record.direction() == "fell" and why(record) is None
+    assert (record.learned(), record.held_out_rose) == (learned, not learned)
+
+
 def test_a_held_out_loss_that_is_no_number_any_more_is_a_dead_model():
     record = after([2.0] * 5)
     record.evaluated(2.3, before_first_step=True)

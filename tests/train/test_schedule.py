@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from qwhisper.errors import UsageError
+from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.resume import saved_arguments
 from qwhisper.train.run import main
 from qwhisper.train.schedule import learning_rate_factor, settled
@@ -62,7 +63,7 @@ def test_a_resumed_run_has_the_careful_steps_that_it_began_with(arguments, saved
     )
 
 
-def test_a_run_of_more_epochs_resumed_keeps_its_schedule_and_its_config_says_it(arguments, capsys):
+def test_a_run_of_more_epochs_resumed_keeps_its_schedule_and_a_new_one_from_its_config_has_its_own(arguments, capsys):
     args = arguments(early_lr_steps=None, freeze_projector_steps=None, max_steps=20, save_steps=20)
     assert main(args) == 0
     assert "note: --early_lr_steps is 2:" in capsys.readouterr().out
@@ -70,7 +71,7 @@ def test_a_run_of_more_epochs_resumed_keeps_its_schedule_and_its_config_says_it(
     said = capsys.readouterr().out
     assert "--max_steps 30 (was 20)" in said and "early_lr_steps" not in said.split("done:")[0]
     config = yaml.safe_load((Path(args.output_dir) / "config.yaml").read_text())
-    assert (config["early_lr_steps"], config["freeze_projector_steps"]) == (2, 0)
+    assert settled(TrainArguments(**config | {"output_dir": "another"}), 5000)[0].early_lr_steps == 100
     saved = saved_arguments(Path(args.output_dir) / "checkpoint-30")
     assert (saved["early_lr_steps"], saved["freeze_projector_steps"]) == (2, 0)
 
