@@ -92,10 +92,16 @@ class Qwen3AudioProcessor(ProcessorMixin):
 
         Code that lies in the folder is never run, nor asked about on stdin.
         """
+        from qwhisper.model.trained_folder import check_processor
         from qwhisper.run_folder import is_run_folder, read_checkpoint
 
         kwargs["trust_remote_code"] = False
-        load = super().from_pretrained
+        inherited = super().from_pretrained
+
+        def load(folder, *args, **kwargs):
+            check_processor(folder)
+            return inherited(folder, *args, **kwargs)
+
         if is_run_folder(pretrained_model_name_or_path):
             return read_checkpoint(pretrained_model_name_or_path, lambda folder: load(folder, *args, **kwargs))
         return load(pretrained_model_name_or_path, *args, **kwargs)

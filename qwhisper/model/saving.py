@@ -102,6 +102,11 @@ def save_pretrained(
         _upload(model, folder, before, token, kwargs)
 
 
+def adapter_folder(folder: Path) -> Path:
+    """Where the adapter of a saved folder lies, if it has one: beside trained weights, below a whole model."""
+    return folder if (folder / PROJECTOR_FILE).is_file() else folder / ADAPTER_FOLDER
+
+
 def _has_default(name: str, value: Any) -> bool:
     """Keywords that other versions of the library pass along, at the value that says what is done here anyway."""
     return value is None or (name, value) in (
