@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -264,8 +265,15 @@ def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
 def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
     config = copy.copy(adapter.config)
     config.modules_to_save, config.bias = None, "none"  # what they train is among the plain weights
-    if not is_target(config.target_modules):  # a pattern that nobody has read: the layers that it found are named
-        config.target_modules = sorted({key.partition(".lora_")[0] for key in adapter.tensors})
+    layers = sorted({key.partition(".lora_")[0] for key in adapter.tensors})
+    if not is_target(config.target_modules) or config.layers_to_transform or config.exclude_modules:
+        # Patterns that nobody has read: the layers that they found are named.
+        config.target_modules = layers
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, field) or {}
+        found = {layer: pattern.get(get_pattern_key(pattern.keys(), layer)) for layer in layers}
+        setattr(config, field, {layer: value for layer, value in found.items() if value is not None})
     config.base_model_name_or_path = base  # left empty, every loader would ask the hub for a repository called "None"
     config.save_pretrained(folder)
 

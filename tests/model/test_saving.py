@@ -193,7 +193,20 @@ def test_an_encoder_that_was_written_to_while_frozen_is_saved(model, tmp_path):
     assert (tmp_path / "encoder.safetensors").exists()
 
 
-@pytest.mark.parametrize("values", [{}, {"use_dora": True}, {"lora_bias": True, "use_rslora": True}])
+PATTERN = r".*layers\.0\.self_attn\.q_proj"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True, "use_rslora": True},
+        {"layers_to_transform": [1]},
+        {"exclude_modules": r".*language_model.layers\.0.*"},
+        {"rank_pattern": {PATTERN: 2}, "alpha_pattern": {PATTERN: 3}},
+    ],
+)
 def test_a_users_lora_learns_and_is_saved_wherever_it_is(model, tmp_path, values):
     """In the encoder, the projector and the language model."""
     lora(model, target_modules=["q_proj", "v_proj", "linear_1"], **values)
