@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
-from qwhisper.errors import UsageError
-from qwhisper.model.adapter_config import is_target
+from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.model.adapter_config import is_target, read_adapter_config
 from qwhisper.model.projector import AudioProjection
 from qwhisper.model.weights import ENCODER, PROJECTOR, differing, is_adapters, part, plain_weights
 
@@ -276,6 +276,10 @@ def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
         setattr(config, field, {layer: value for layer, value in found.items() if value is not None})
     config.base_model_name_or_path = base  # left empty, every loader would ask the hub for a repository called "None"
     config.save_pretrained(folder)
+    try:
+        read_adapter_config(folder)
+    except CheckpointError as error:
+        raise UsageError(f"this adapter could not be loaded again: {error}; merge it into the model first") from None
 
 
 def _delete_others(folder: Path, kept: set[str]) -> None:

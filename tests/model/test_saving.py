@@ -252,6 +252,12 @@ def test_an_adapter_of_another_name_is_saved_and_two_are_refused(model, tmp_path
         model.save_pretrained(tmp_path)
 
 
+def test_an_adapter_that_could_not_be_loaded_again_is_refused(model, tmp_path):
+    lora(model, target_modules=[], target_parameters=["q_proj.weight"])
+    with pytest.raises(UsageError, match="target_parameters .* merge it into the model first"):
+        model.save_pretrained(tmp_path)
+
+
 def test_an_adapter_of_another_kind_is_refused_by_its_weights(model, tmp_path):
     get_peft_model(model, IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
     with pytest.raises(UsageError, match=r"no place .*ia3_l"):
