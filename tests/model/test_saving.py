@@ -254,7 +254,7 @@ def test_an_adapter_of_another_name_is_saved_and_two_are_refused(model, tmp_path
 
 def test_an_adapter_that_could_not_be_loaded_again_is_refused(model, tmp_path):
     lora(model, target_modules=[], target_parameters=["q_proj.weight"])
-    with pytest.raises(UsageError, match="target_parameters .* merge it into the model first"):
+    with pytest.raises(UsageError, match=r"target_parameters .* merge it into the model first"):
         model.save_pretrained(tmp_path)
 
 
