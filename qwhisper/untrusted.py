@@ -8,7 +8,8 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,17 @@ def read_json_object(path: Path, fault: type[QwhisperError] = CheckpointError) -
     return value
 
 
-def files_of(folder: Path, fault: type[QwhisperError] = CheckpointError, *, deep: bool = True) -> dict[str, Path]:
-    """Regular files by their path in the folder, sorted. deep: those in its subfolders as well; links to folders are
-    not followed.
+def files_of(
+    folder: Path, fault: type[QwhisperError] = CheckpointError, *, patterns: Sequence[str] = ()
+) -> dict[str, Path]:
+    """Regular files by their path in the folder, sorted, those in its subfolders as well; links to folders are not
+    followed. patterns: only files of the folder itself whose names fit one of them are looked at.
 
     Raises `fault` where a file that would be loaded is a pipe or device, too large for its kind, or sparse, and where
     there are more files than any save writes.
     """
     found = {}
-    for entry in _entries(folder, fault, deep):
+    for entry in _entries(folder, fault, patterns):
         path = Path(entry.path)
         try:
             status = entry.stat()
@@ -88,18 +91,20 @@ def files_of(folder: Path, fault: type[QwhisperError] = CheckpointError, *, deep
     return dict(sorted(found.items()))
 
 
-def _entries(folder: Path, fault: type[QwhisperError], deep: bool) -> Iterator[os.DirEntry]:
+def _entries(folder: Path, fault: type[QwhisperError], patterns: Sequence[str]) -> Iterator[os.DirEntry]:
     """Everything in a folder but its subfolders."""
     count, folders = 0, [folder]
     try:
         while folders:
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
+                    if patterns and not any(fnmatchcase(entry.name, pattern) for pattern in patterns):
+                        continue
                     if (count := count + 1) > MAX_FILES:
                         raise fault(f"{folder} has more than {MAX_FILES} files: this is not a model's folder")
                     if not entry.is_dir(follow_symlinks=False):
                         yield entry
-                    elif deep:
+                    elif not patterns:
                         folders.append(Path(entry.path))
     except OSError as error:
         raise fault(f"{folder}: can't be read ({error})") from error

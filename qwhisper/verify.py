@@ -29,6 +29,7 @@ from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints
 from qwhisper.train.executor import Executor
 from qwhisper.train.resumable import check_resumable, saved_parameters
 from qwhisper.train.state import TrainState
+from qwhisper.untrusted import files_of
 
 if TYPE_CHECKING:
     from qwhisper.arguments import VerifyArguments
@@ -142,7 +143,7 @@ def _check_files(folder: Path) -> int | None:
 def _check_saved_numbers(folder: Path) -> int:
     """Number of tensors in all weight and optimizer files, each finite."""
     count = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in (path for name, path in files_of(folder).items() if name.endswith(".safetensors")):
         try:
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (no mapping)

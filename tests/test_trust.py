@@ -295,6 +295,7 @@ def test_adapter_with_plain_targets_is_read(checkpoint, value):
         (DOUBLING, "Memory|more than"),
         ("{{ 'a' * 5000000 }}", "makes 5000000 characters"),
         ("{% if messages | length > 15 %}" + ENDLESS + "{% endif %}", "more than"),
+        ("{% if messages | length == 4 %}" + ENDLESS + "{% endif %}", "more than"),
         ("{% if messages[0].content | length > 4000 %}" + ENDLESS + "{% endif %}", "more than"),
         ("x" * (1 << 20) + "y", "characters"),
         ("{% generation %}" + ENDLESS + "{% endgeneration %}", "more than"),
@@ -467,3 +468,17 @@ def test_processor_with_other_lengths_than_its_model_is_refused(checkpoint):
 def test_feature_extractor_of_a_sound_base_is_read(tmp_path):
     audio, _ = write_small_bases(tmp_path)
     assert load_feature_extractor(audio).feature_size == 80
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "events.bin"])
+def test_what_a_trainer_left_beside_a_base_does_no_harm(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(untrusted, "MAX_FILES", 20)
+    _, text = write_small_bases(tmp_path)
+    for number in range(30):
+        (text / f"rng_state_{number}.pth").touch()
+    with (text / name).open("wb") as file:
+        file.truncate(2 << 30)
+    (text / "log.pt").unlink(missing_ok=True)
+    os.mkfifo(text / "log.pt")
+    assert load_config(text).model_type == "qwen3"
+    assert load_tokenizer(text)("a").input_ids

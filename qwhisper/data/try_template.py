@@ -19,8 +19,10 @@ MAX_TEMPLATE_CHARACTERS = 1 << 20
 MAX_GROWTH = 1 << 20  # characters that a template may add to what it is given
 ENDED, STARTED = "ended", "started"
 # Turns (first letters of the roles) and characters of a turn's text. Some templates act on what they are given.
-DIALOGUES = ("u", "ua", "sua", "uauaua", "uauauauauauauauau", "suauauauauauauauau")
-TEXT_CHARACTERS = (8, 5000)
+LENGTHS = range(1, 25)
+DIALOGUES = tuple(start + ("ua" * length)[:length] for length in LENGTHS for start in ("", "s"))
+LONG = ("u", "sua", "uauaua")
+SHORT_CHARACTERS, LONG_CHARACTERS = 8, 5000
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
 
@@ -93,19 +95,19 @@ def _render_all(chat_template: str) -> str:
     except Exception:  # a fault that the caller will meet as well, in no time
         return ENDED
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<p>", "unk_token": "<u>"}
-    for roles in DIALOGUES:
-        for characters in TEXT_CHARACTERS:
-            messages = [{"role": ROLES[role], "content": "x" * characters} for role in roles]
-            for prompt in (False, True):
-                values = {"messages": messages, "add_generation_prompt": prompt, "enable_thinking": prompt}
-                try:
-                    text = template.render(**tokens, **values, tools=None, documents=None)
-                except (MemoryError, RecursionError) as error:
-                    return f"rendering a short dialogue ends with {type(error).__name__}"
-                except Exception:
-                    continue
-                if len(text) > MAX_GROWTH + 2 * characters * len(roles):
-                    return f"it makes {len(text)} characters of a dialogue of {characters * len(roles)}"
+    trials = [(roles, SHORT_CHARACTERS) for roles in DIALOGUES] + [(roles, LONG_CHARACTERS) for roles in LONG]
+    for roles, characters in trials:
+        messages = [{"role": ROLES[role], "content": "x" * characters} for role in roles]
+        for prompt in (False, True):
+            values = {"messages": messages, "add_generation_prompt": prompt, "enable_thinking": prompt}
+            try:
+                text = template.render(**tokens, **values, tools=None, documents=None)
+            except (MemoryError, RecursionError) as error:
+                return f"rendering a short dialogue ends with {type(error).__name__}"
+            except Exception:
+                continue
+            if len(text) > MAX_GROWTH + 2 * characters * len(roles):
+                return f"it makes {len(text)} characters of a dialogue of {characters * len(roles)}"
     return ENDED
 
 

@@ -23,6 +23,7 @@ from qwhisper.model.bases import (
     load_encoder,
     load_language_model,
     naming_memory_limit,
+    refuse_missing,
     resolve_model,
 )
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
@@ -34,7 +35,7 @@ from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGenerati
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
 from qwhisper.model.saving import ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
-from qwhisper.model.trained_folder import check_files, read_config, read_weights
+from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading
 from qwhisper.model.weights import ENCODER, PROJECTOR, base_record, is_adapters, part, plain_name, plain_weights
 
 DEFAULT_OPTIONS = LoadOptions()
@@ -165,15 +166,26 @@ def _load_whole(name: str | os.PathLike, options: LoadOptions) -> Qwen3AudioForC
     if options.load_in_4bit:
         raise UsageError(f"{name} holds a whole model, which is not loaded in 4 bits: leave load_in_4bit out")
     with naming_memory_limit(f"{name} was", "--whisper_cpu"):
-        model = Qwen3AudioForConditionalGeneration.from_pretrained(
-            name, dtype=options.compute_dtype, device_map=options.device_map or {"": options.device}
-        )
+        keywords = {"dtype": options.compute_dtype, "device_map": options.device_map or {"": options.device}}
+        with reading(name, "it can't be loaded"):
+            model = load_whole(Qwen3AudioForConditionalGeneration, name, **keywords)
     model.model.audio_tower.to(options.encoder_device)
     projector = model.model.multi_modal_projector
     projector.to(torch.float32 if options.projector_fp32 else options.compute_dtype)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapters(key) or key.startswith(PROJECTOR))
     return model.eval()
+
+
+def load_whole(cls: type[Qwen3AudioForConditionalGeneration], name, *args, output_loading_info=False, **kwargs):
+    """transformers' `from_pretrained` for a whole model, and the adapter beside it. Hashes are not looked at."""
+    check_files(name)
+    model, info = super(Qwen3AudioForConditionalGeneration, cls).from_pretrained(  # type: ignore[misc]
+        name, *args, output_loading_info=True, **kwargs
+    )
+    refuse_missing("the model", str(name), info)
+    load_adapter_of_whole(model, name)
+    return (model, info) if output_loading_info else model
 
 
 def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditionalGeneration:

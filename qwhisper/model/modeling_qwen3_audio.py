@@ -235,8 +235,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         device_map, load_in_4bit …) and audio_model, text_model, where a base has moved. Weights that are missing are an
         error, not a warning.
         """
-        from qwhisper.model.bases import refuse_missing
-        from qwhisper.model.loading import is_trained_folder, load_adapter_of_whole, load_for_user, refuse_for_whole
+        from qwhisper.model.loading import is_trained_folder, load_for_user, load_whole, refuse_for_whole
 
         name = pretrained_model_name_or_path
         if is_run_folder(name) or (os.path.isdir(name) and is_trained_folder(name)):
@@ -244,11 +243,9 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         if is_trained_folder(name):  # on the hub
             return load_for_user(name, **kwargs)
         refuse_for_whole(name, kwargs)
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_missing("the model", pretrained_model_name_or_path, info)
-        load_adapter_of_whole(model, pretrained_model_name_or_path)
-        return (model, info) if wants_info else model
+        if os.path.isdir(name) and not kwargs.get("subfolder"):
+            return read_checkpoint(name, lambda folder: load_whole(cls, folder, *args, **kwargs))
+        return load_whole(cls, name, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """Trained weights alone where all others are still their bases', the whole model otherwise; see

@@ -22,6 +22,11 @@ from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.untrusted import files_of, read_json_object
 
 NO_CODE = {"trust_remote_code": False}
+# What the loaders below open. A trainer's logs and optimizer beside them, of whatever size, do no harm.
+BASE_FILES = (
+    "config.json", "generation_config.json", "*_config.json", "*token*.json", "*.jinja", "vocab*", "merges.txt",
+    "*.model", "model*.safetensors*", "pytorch_model*.bin*", "chat_template*",
+)  # fmt: skip
 # Parsing a configuration makes lists of a layer's or label's entry each, so a number there can fill the memory.
 MOST = (("layer", 1000), ("num_", 1_000_000))
 
@@ -92,7 +97,7 @@ def _loading(name: str | os.PathLike, what: str, flag: str = "") -> Iterator[Non
 
 def check_base(folder: Path) -> None:
     """Raises UsageError for a base's folder with pipes for files, with sizes that no model has, or with an adapter."""
-    files = files_of(folder, UsageError, deep=False)
+    files = files_of(folder, UsageError, patterns=BASE_FILES)
     if ADAPTER_CONFIG in files:
         raise UsageError(
             f"{folder} has an adapter ({ADAPTER_CONFIG}), which would be loaded with the model: merge it into the "

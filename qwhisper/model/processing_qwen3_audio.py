@@ -95,8 +95,15 @@ class Qwen3AudioProcessor(ProcessorMixin):
 
         Never runs code from the folder, and never asks on stdin.
         """
+        from qwhisper.model.trained_folder import check_processor
+
         kwargs["trust_remote_code"] = False
-        load = super().from_pretrained
+        inherited = super().from_pretrained
+
+        def load(folder, *args, **kwargs):
+            check_processor(folder)
+            return inherited(folder, *args, **kwargs)
+
         if is_run_folder(pretrained_model_name_or_path):
             return read_checkpoint(pretrained_model_name_or_path, lambda folder: load(folder, *args, **kwargs))
         return load(pretrained_model_name_or_path, *args, **kwargs)

@@ -18,13 +18,14 @@ import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
-from qwhisper.errors import UsageError
-from qwhisper.model.adapter_config import ADAPTER_CONFIG, is_target
+from qwhisper.errors import CheckpointError, UsageError
+from qwhisper.model.adapter_config import ADAPTER_CONFIG, is_target, read_adapter_config
 from qwhisper.model.projector import AudioProjection
 from qwhisper.model.weights import ENCODER, PROJECTOR, differing, is_adapters, part, plain_weights
 
@@ -99,6 +100,11 @@ def save_pretrained(
         _save_trained(model, folder, weights, adapter, bool(changed), max_shard_size)
     if push_to_hub:  # last, so that without a network the weights are at least here
         _upload(model, folder, before, token, kwargs)
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where the adapter of a saved folder lies, if it has one: beside trained weights, below a whole model."""
+    return folder if (folder / PROJECTOR_FILE).is_file() else folder / ADAPTER_FOLDER
 
 
 def _has_default(name: str, value: Any) -> bool:
@@ -259,10 +265,21 @@ def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
 def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
     config = copy.copy(adapter.config)
     config.modules_to_save, config.bias = None, "none"  # what they train is among the plain weights
-    if not is_target(config.target_modules):  # any other pattern is refused on loading: name the layers that it found
-        config.target_modules = sorted({key.partition(".lora_")[0] for key in adapter.tensors})
+    layers = sorted({key.partition(".lora_")[0] for key in adapter.tensors})
+    if not is_target(config.target_modules) or config.layers_to_transform or config.exclude_modules:
+        # Any other pattern is refused on loading: name the layers that it found.
+        config.target_modules = layers
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, field) or {}
+        found = {layer: pattern.get(get_pattern_key(pattern.keys(), layer)) for layer in layers}
+        setattr(config, field, {layer: value for layer, value in found.items() if value is not None})
     config.base_model_name_or_path = base  # left empty, every loader would ask the hub for a repository called "None"
     config.save_pretrained(folder)
+    try:
+        read_adapter_config(folder)
+    except CheckpointError as error:
+        raise UsageError(f"this adapter could not be loaded again: {error}; merge it into the model first") from None
 
 
 def _delete_others(folder: Path, kept: set[str]) -> None:

@@ -99,8 +99,7 @@ def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
     for needed in (CONFIG, PROCESSOR_CONFIG):
         if needed not in files:
             raise CheckpointError(f"{folder}: {needed} is missing")
-    config, own = (read_json_object(files[name]) for name in (CONFIG, PROCESSOR_CONFIG))
-    _check_extractors(files, own)
+    config = read_json_object(files[CONFIG])
     with reading(folder, "its processor can't be loaded"):
         processor = Qwen3AudioProcessor.from_pretrained(folder)
         lengths = (processor.frames, processor.audio_token_id)
@@ -122,9 +121,17 @@ def _frames_of(config: dict[str, Any]) -> FrameArithmetic:
     )
 
 
+def check_processor(name: str | os.PathLike) -> None:
+    """Raises CheckpointError for a folder with pipes for files, or with a processor that no model has."""
+    if Path(name).is_dir():
+        files = files_of(Path(name))
+        own = read_json_object(files[PROCESSOR_CONFIG]) if PROCESSOR_CONFIG in files else {}
+        _check_extractors(files, own)
+
+
 def _check_extractors(files: dict[str, Path], own: dict[str, Any]) -> None:
     if "audio_tokenizer" in own or "audio_tokenizer_config.json" in files:
-        raise CheckpointError(f"{files[PROCESSOR_CONFIG]}: names an audio tokenizer, which would be downloaded")
+        raise CheckpointError(f"{PROCESSOR_CONFIG} names an audio tokenizer, which would be downloaded")
     found = {PROCESSOR_CONFIG: own.get("feature_extractor")}
     if "preprocessor_config.json" in files:
         found["preprocessor_config.json"] = read_json_object(files["preprocessor_config.json"])

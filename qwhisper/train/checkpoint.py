@@ -280,6 +280,7 @@ def _resolve(folder: Path) -> Path:
         return folder
     by_a_run = folder.name.startswith(PREFIX) and os.path.lexists(folder / "state.json")
     if _holds_model(folder) and not by_a_run:  # saved by `save_pretrained`, without a run around it
+        files_of(folder)
         return folder
     if not checkpoints(folder):
         if folder.name.startswith(PREFIX):

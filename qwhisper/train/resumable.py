@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from qwhisper.errors import CheckpointError
 from qwhisper.guards.snapshot import KEPT, TRIED, WEIGHT
-from qwhisper.model.loading import ADAPTER_FILE, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.model.lora import ADAPTER
+from qwhisper.model.saving import ADAPTER_FILE, ENCODER_FILE, PROJECTOR_FILE, adapter_folder
+from qwhisper.model.weights import ENCODER, PROJECTOR
 from qwhisper.train.checkpoint import read_manifest
-from qwhisper.train.resume import check_arguments
+from qwhisper.train.resume import check_arguments, saved_arguments
 from qwhisper.train.state import GENERATOR_FILE, OPTIMIZER_FILE, TrainState, read_tensors
 
 SNAPSHOT_FILE = "snapshots.safetensors"
@@ -58,20 +59,28 @@ def saved_parameters(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     """The parameters that the run of a checkpoint trains, as `check_resumable` takes them: shapes and dtypes of the
     files, in the model's order.
     """
+    whole = not (folder / PROJECTOR_FILE).is_file()
+    # A whole model has an encoder in any case; a folder of trained weights only where it was trained.
+    with_encoder = not (whole and saved_arguments(folder)["freeze_whisper"])
+    trained = [
+        name
+        for name, parameter in model.named_parameters()
+        if (with_encoder if name.startswith(ENCODER) else parameter.requires_grad)
+        and not name.endswith("embed_positions.weight")
+    ]
+    trained.sort(key=lambda name: ("lora_" not in name, not name.startswith(PROJECTOR)))
+    files = [(adapter_folder(folder) / ADAPTER_FILE, "")]
+    files += [(file, "") for file in sorted(folder.glob("model*.safetensors")) if whole]
+    files += [(folder / PROJECTOR_FILE, PROJECTOR), (folder / ENCODER_FILE, ENCODER)]
     saved: dict[str, Tensor] = {}
-    for file, prefix in (
-        (ADAPTER_FILE, ""),
-        (PROJECTOR_FILE, "model.multi_modal_projector."),
-        (ENCODER_FILE, "model.audio_tower."),
-    ):
-        if (folder / file).is_file():
-            with safe_open(folder / file, framework="pt") as tensors:
+    for file, prefix in files:
+        if file.is_file():
+            with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118  (no mapping)
                     name = prefix + re.sub(r"\.(lora_[AB])\.", rf".\1.{ADAPTER}.", key)
-                    saved[name] = tensors.get_tensor(key).to("meta")
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad or "audio_tower" in name]
-    trained.sort(key=lambda name: ("lora_" not in name, "multi_modal_projector" not in name))
-    return {name: saved[name] for name in trained if name in saved and not name.endswith("embed_positions.weight")}
+                    if name in trained:
+                        saved[name] = tensors.get_tensor(key).to("meta")
+    return {name: saved[name] for name in trained if name in saved}
 
 
 def _by_parameter(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

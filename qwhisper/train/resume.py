@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.model.adapter_config import read_adapter_config
-from qwhisper.model.saving import ADAPTER_FILE
+from qwhisper.model.saving import ADAPTER_FILE, adapter_folder
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.places import absolute, found_again
 from qwhisper.typed_json import checked
@@ -60,9 +60,9 @@ def check_arguments(checkpoint: Path) -> None:
     told, config = saved_arguments(checkpoint), read_json_object(checkpoint / "config.json")
     are = {name: config.get(name) for name in ("audio_lead_silence", "audio_tail_silence") if told[name] is not None}
     if not told.get("init_from"):
-        are["use_lora"] = (checkpoint / ADAPTER_FILE).is_file()
+        are["use_lora"] = (adapter_folder(checkpoint) / ADAPTER_FILE).is_file()
         if are["use_lora"]:
-            adapter = read_adapter_config(checkpoint)
+            adapter = read_adapter_config(adapter_folder(checkpoint))
             are |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
     for name, value in are.items():
         if told[name] != value:

@@ -33,7 +33,8 @@ def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
         save_arguments(run.args, folder)
         if run.snapshots.kept and run.snapshots.kept[-1].step != state.step:
             save_file(run.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
-        state.saved_with = {path.name: checkpoints.file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+        tensor_files = sorted(folder.rglob("*.safetensors"))
+        state.saved_with = {str(path.relative_to(folder)): checkpoints.file_sha256(path) for path in tensor_files}
         state.save(folder)
 
     folder = checkpoints.write_checkpoint(run.log.folder, state.step, fill, finite=finite)

@@ -199,7 +199,20 @@ def test_an_encoder_that_was_written_to_while_frozen_is_saved(model, tmp_path):
     assert (tmp_path / "encoder.safetensors").exists()
 
 
-@pytest.mark.parametrize("values", [{}, {"use_dora": True}, {"lora_bias": True, "use_rslora": True}])
+PATTERN = r".*layers\.0\.self_attn\.q_proj"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True, "use_rslora": True},
+        {"layers_to_transform": [1]},
+        {"exclude_modules": r".*language_model.layers\.0.*"},
+        {"rank_pattern": {PATTERN: 2}, "alpha_pattern": {PATTERN: 3}},
+    ],
+)
 def test_a_users_lora_learns_and_is_saved_wherever_it_is(model, tmp_path, values):
     """In the encoder, the projector and the language model."""
     lora(model, target_modules=["q_proj", "v_proj", "linear_1"], **values)
@@ -242,6 +255,12 @@ def test_an_adapter_of_another_name_is_saved_and_two_are_refused(model, tmp_path
     torch.testing.assert_close(logits(Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path)), logits(model))
     peft.add_adapter("other", LoraConfig(r=2, target_modules=LM_ONLY, init_lora_weights=False))
     with pytest.raises(UsageError, match=r"one adapter, and this model has mine, other: delete_adapter"):
+        model.save_pretrained(tmp_path)
+
+
+def test_an_adapter_that_could_not_be_loaded_again_is_refused(model, tmp_path):
+    lora(model, target_modules=[], target_parameters=["q_proj.weight"])
+    with pytest.raises(UsageError, match=r"target_parameters .* merge it into the model first"):
         model.save_pretrained(tmp_path)
 
 
