@@ -72,7 +72,7 @@ def test_a_jsonl_file_with_a_fault_is_read_line_by_line(tmp_path, start):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (LINE.strip() + "\r" + LINE, "two objects stand on one line"),
+        (LINE.strip() + "\r" + LINE, "two objects on one line"),
         (LINE.strip()[:-1] + ', "id": 1' + "0" * 5000 + "}", "not valid JSON .Exceeds the limit"),
     ],
 )
