@@ -28,6 +28,8 @@ def main(arguments: "DataCheckArguments") -> int:
     """Print what is in a file and what is wrong with it; 3 if a run on it would end with 3."""
     if arguments.max_length is not None and arguments.text_model is None:
         raise UsageError("--max_length counts tokens: give --text_model as well")
+    if arguments.audio_model is not None and arguments.text_model is None:
+        raise UsageError("--audio_model decides how many tokens a clip has: give --text_model as well")
     tokenizer = _load_tokenizer(arguments.text_model, arguments.hub) if arguments.text_model else None
     frames = _load_frames(arguments.audio_model, arguments.hub) if tokenizer is not None else None
     report = check_dataset(

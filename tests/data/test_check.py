@@ -125,3 +125,5 @@ def test_what_is_not_there_is_named(write, tmp_path):
         main(DataCheckArguments(file=path, text_model=str(tmp_path)))
     with pytest.raises(UsageError, match="--max_length counts tokens"):
         main(DataCheckArguments(file=path, max_length=10))
+    with pytest.raises(UsageError, match="--audio_model decides how many tokens"):
+        main(DataCheckArguments(file=path, audio_model="openai/whisper-tiny"))
