@@ -9,10 +9,12 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
 
+from qwhisper.report import relay
 from qwhisper.report.streams import RELAY_IS_GONE, unfailing_output
 from tests.pipes import full_pipe, read_all
 
@@ -208,6 +210,18 @@ def test_a_paused_terminal_is_still_a_terminal_and_stops_nobody():
     assert program.lost() == [3000]
     os.close(its_end)
     os.close(terminal)
+
+
+def test_a_line_that_arrives_in_two_parts_is_counted_once():
+    reading, writing = full_pipe()
+    outlet = relay.Outlet("stdout", writing, print)
+    outlet.put(b"the beginning")
+    given_up = time.monotonic() + 60
+    while not outlet._in_hand:  # until its thread has taken it
+        assert time.monotonic() < given_up
+    outlet.put(b" and the end of a line\n")
+    assert outlet.lost == 1
+    os.close(reading)
 
 
 def test_what_is_written_last_before_a_crash_comes_out():
