@@ -99,6 +99,9 @@ def test_a_moved_tree_is_resumed_from_a_third_folder(moved, tmp_path, capsys):
     assert saved["audio_base"]["name"] == str(moved / "bases/whisper")
     adapter = json.loads((moved / "run/checkpoint-3/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(moved / "bases/qwen3")
+    # The data is where the run is now, so the losses of before still count.
+    assert "checkpoint-2 goes on with --max_steps 3 (was 2)" in said
+    assert json.loads((moved / "run/checkpoint-3/state.json").read_text())["learning"]["steps"] == 3
 
 
 def test_a_moved_run_is_the_same_run_for_a_checkpoint_that_is_given(moved, tmp_path):

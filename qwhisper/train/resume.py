@@ -95,7 +95,7 @@ def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple
     Raises UsageError for one that can't be changed on the way, CheckpointError where the old ones can't be read.
     """
     check_arguments(checkpoint)
-    then = absolute(saved_arguments(checkpoint))
+    then = absolute(arguments_where_they_lie(checkpoint))
     now = absolute(json.loads(json.dumps(dataclasses.asdict(args))))
     names = (then.keys() & now.keys()) - set(PLACES)
     changed = {name: (then[name], now[name]) for name in sorted(names) if then[name] != now[name]}
