@@ -17,3 +17,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or (isinstance(error, RuntimeError) and bool(SAID.search(str(error))))
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether memory or the accelerator failed, which says nothing about the file that was being loaded."""
+    return is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)

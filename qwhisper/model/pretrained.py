@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qwhisper.errors import QwhisperError, UsageError, first_line
-from qwhisper.memory import is_out_of_memory
+from qwhisper.memory import is_of_the_machine
 from qwhisper.model.adapter_config import ADAPTER_CONFIG
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.untrusted import files_of, read_json_object
@@ -76,7 +75,7 @@ def _loading(name: str | os.PathLike, what: str, flag: str = "") -> Iterator[Non
     except QwhisperError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+        if is_of_the_machine(error):
             raise
         where = f"{flag} {name}".lstrip()
         if "trust_remote_code" in str(error):

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from qwhisper.data.template import template_fault
 from qwhisper.errors import CheckpointError, first_line
 from qwhisper.frames import FrameArithmetic
-from qwhisper.memory import is_out_of_memory
+from qwhisper.memory import is_of_the_machine
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.pretrained import check_config_numbers
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
@@ -47,7 +47,7 @@ def reading(folder: str | os.PathLike, what: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+        if is_of_the_machine(error):
             raise
         if "trust_remote_code" in str(error):
             what += ": it needs Python code from the folder, which is never run"
