@@ -30,10 +30,10 @@ from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(ROOT))
 from qwhisper.data.collator import pad_samples
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import build, collator_for
-from qwhisper.train.dataset import EncodedDialogues, encode_all
 from tests.small import write_dialogues, write_small_bases
 from tests.test_faults.lives import Kill, Life, Lives, Qwhisper, Save, random_kills
 

@@ -31,8 +31,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
-from qwhisper.data.conversation import Conversation, parse_conversation
+from qwhisper.data.dialogue import Conversation, parse_conversation
+from qwhisper.data.loader import StepSamples
 from qwhisper.demo.dialogues import write_jsonl
+from qwhisper.engine.executor import HOST_KEYS, Executor
 from qwhisper.errors import QwhisperError
 from qwhisper.guards.apply import drop_gradients
 from qwhisper.guards.diagnose import diagnose
@@ -45,8 +47,6 @@ from qwhisper.model.projector import AudioProjection
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run
-from qwhisper.train.dataset import StepSamples
-from qwhisper.train.executor import HOST_KEYS, Executor
 from qwhisper.train.groups import parameter_groups
 from qwhisper.train.loop import train
 from qwhisper.train.probe import Pair, choose_pairs, listening_gain

@@ -26,19 +26,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from qwhisper.data.collator import Sample, pad_samples
-from qwhisper.data.conversation import Conversation, parse_conversation
+from qwhisper.data.dialogue import Conversation, parse_conversation
+from qwhisper.data.loader import StepSamples
 from qwhisper.demo.dialogues import write_jsonl
+from qwhisper.engine.kernels import check_kernels
+from qwhisper.engine.preflight import Attention, Layout, make_inputs, reference
 from qwhisper.errors import NumericalError
 from qwhisper.guards.diagnose import diagnose
-from qwhisper.guards.preflight import Attention, Layout, make_inputs, reference
 from qwhisper.infer.answer import text_collator
 from qwhisper.model.attention import PACKED_KERNELS, restore_kernels
-from qwhisper.model.kernels import check_kernels
 from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
-from qwhisper.train.dataset import StepSamples
 from qwhisper.train.loop import train
 from qwhisper.train.state import TrainState
 

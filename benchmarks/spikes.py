@@ -24,15 +24,15 @@ import torch
 from chaos import arguments
 from common import append_result
 
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.loader import EncodedDialogues, StepSamples, step_samples
 from qwhisper.guards.apply import drop_gradients
 from qwhisper.guards.measure import gradients
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.context import Run
-from qwhisper.train.dataset import EncodedDialogues, StepSamples, step_samples
 from qwhisper.train.loop import train_step
-from qwhisper.train.rescue import num_supervised
+from qwhisper.train.recovery import num_supervised
 from qwhisper.train.state import TrainState
 
 ALL = "all"

@@ -1,7 +1,7 @@
 """Writes the flag table of `qwhisper train` into README.md, between its two marks: python docs/make_flag_table.py
 
-The text comes from qwhisper/train/flags.py. README.zh-CN.md has its reasons in Chinese, by hand; tests/test_docs.py
-checks that both tables have the flags and defaults that the code has.
+The text comes from qwhisper/train/flag_sections.py. README.zh-CN.md has its reasons in Chinese, by hand;
+tests/test_docs.py checks that both tables have the flags and defaults that the code has.
 """
 
 import dataclasses

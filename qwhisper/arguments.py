@@ -1,13 +1,13 @@
-"""What the verbs other than `train` are told, and how a flag is declared. Cheap to import: no torch, no transformers.
+"""What the verbs other than `train` are told. Cheap to import: no torch, no transformers.
 
 A field listed as positional in `cli.VERBS` is given without a flag: `qwhisper verify CHECKPOINT`.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from qwhisper.bounds import LIMITS, Bounds, check_values
 from qwhisper.errors import UsageError
+from qwhisper.flags import check_values, flag, required
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 CHECKPOINT_HELP = "Folder of a checkpoint, or of a run (its best checkpoint, or else its newest)."
@@ -20,22 +20,6 @@ DEVICE_HELP = "cpu, cuda, cuda:1 and so on (default: the first GPU if there is o
 DTYPE_HELP = "Number format of the two base models (auto: bf16 on a GPU, fp32 on a CPU)."
 MOST_SAMPLES = 2**20  # at once, or in one optimizer step
 MOST_NEW_TOKENS = 2**20  # no language model has positions for more
-
-
-def flag(default: Any, help: str, **options: Any) -> Any:
-    """A dataclass field. options: the limits of a number, by the names of `Bounds`, and what HfArgumentParser hands on
-    to argparse.
-    """
-    limits = {name: options.pop(name) for name in LIMITS if name in options}
-    metadata = {"help": help, **options} | ({"bounds": Bounds(**limits)} if limits else {})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def required(help: str) -> Any:
-    """A field that must be given."""
-    return field(metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,14 +59,14 @@ VERBS = {
     ),
     "verify": Verb(
         summary="reload a checkpoint, run one step and one generation, prove that no number is NaN",
-        handler="qwhisper.verify:main",
+        handler="qwhisper.train.verification:main",
         arguments="qwhisper.arguments:VerifyArguments",
         positionals=("checkpoint",),
         example="qwhisper verify run/checkpoint-200",
     ),
     "eval": Verb(
         summary="exact match, WER/CER and loss, beside the same with swapped audio",
-        handler="qwhisper.evaluate.run:main",
+        handler="qwhisper.evaluate.evaluation:main",
         arguments="qwhisper.arguments:EvalArguments",
         positionals=("checkpoint",),
         example="qwhisper eval run --eval_file test.jsonl --output_json eval.json",

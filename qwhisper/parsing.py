@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from qwhisper.checkpoint.places import found_again, run_of_config
 from qwhisper.errors import UsageError
 from qwhisper.nearest_flag import nearest_flag
 from qwhisper.train.hf_names import NOT_TAKEN, REMOVED
-from qwhisper.train.places import found_again, run_of_config
 
 if TYPE_CHECKING:
     from qwhisper.cli import Verb

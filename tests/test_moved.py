@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
+from qwhisper.checkpoint.folders import write_checkpoint
 from qwhisper.cli import VERBS
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError, UsageError
@@ -19,9 +20,8 @@ from qwhisper.infer.generate import load_for_inference
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.parsing import parse
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.checkpoint import write_checkpoint
 from qwhisper.train.run import main as train
-from qwhisper.verify import verify
+from qwhisper.train.verification import verify
 from tests.small import write_dialogues, write_small_bases
 
 TRAIN = [
@@ -78,7 +78,7 @@ def test_what_is_stored_are_absolute_paths(trained):
 
 
 def test_a_hub_id_is_stored_as_it_is(tmp_path, monkeypatch):
-    from qwhisper.train.places import absolute
+    from qwhisper.checkpoint.places import absolute
 
     monkeypatch.chdir(tmp_path)
     values = {"output_dir": "run", "text_model": "Qwen/Qwen3-8B", "eval_file": None, "resume_from_checkpoint": "latest"}

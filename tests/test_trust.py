@@ -15,7 +15,8 @@ import torch
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 import qwhisper
-from qwhisper import untrusted
+from qwhisper import files as untrusted
+from qwhisper.checkpoint.folders import MANIFEST, _write_manifest, check_manifest, resolve_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.data import try_template
 from qwhisper.errors import CheckpointError, UsageError
@@ -25,7 +26,6 @@ from qwhisper.model.loading import build_from_bases, load_trained
 from qwhisper.model.lora import target_regex
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.trained_folder import load_processor, read_config
-from qwhisper.train.checkpoint import MANIFEST, _write_manifest, check_manifest, resolve_checkpoint
 from tests.small import TEMPLATE, write_small_bases
 from tests.trained import finished_run  # noqa: F401
 
@@ -390,7 +390,7 @@ def test_sparse_file_is_not_hashed(checkpoint):
 
 
 def test_file_of_another_size_is_not_hashed(checkpoint, monkeypatch):
-    monkeypatch.setattr("qwhisper.train.checkpoint.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("qwhisper.checkpoint.folders.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     edit(checkpoint / MANIFEST, lambda v: [entry.update(bytes=entry["bytes"] + 1) for entry in v["files"].values()])
     with pytest.raises(CheckpointError, match="is not what was written"):
         check_manifest(checkpoint)

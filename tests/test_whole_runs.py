@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwhisper.checkpoint.folders import MANIFEST, write_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
-from qwhisper.train.checkpoint import MANIFEST, write_checkpoint
-from qwhisper.verify import verify
+from qwhisper.train.verification import verify
 from tests.trained import finished_run  # noqa: F401
 
 

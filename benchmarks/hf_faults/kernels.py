@@ -8,10 +8,10 @@ from transformers import AttentionInterface, Trainer
 
 from hf_faults.observe import Bench, Verdict, judge
 from qwhisper.data.collator import ConversationCollator, pack_samples
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model import attention
-from qwhisper.train.dataset import EncodedDialogues, encode_all
 from tests import wrong_kernels
 from tests.test_faults.test_activations import WrongBackward
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwhisper.data.audio import TooLongError
 from qwhisper.data.clips import AudioClip, load_clip
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import Conversation, scan_conversations, unused_notes
+from qwhisper.data.dialogue import Conversation, scan_conversations, unused_notes
 from qwhisper.data.dialogue_audio import MAX_DIALOGUE_SECONDS, check_dialogue_seconds, claimed_by_headers
 from qwhisper.data.faults import grouped
 from qwhisper.data.template import listening_template

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qwhisper.data.conversation import Conversation, as_messages, in_words, parse_own
+from qwhisper.data.dialogue import Conversation, as_messages, in_words, parse_own
 from qwhisper.data.encode import (
     IGNORE,
     TRAIN_ON,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwhisper.data.clips import KNOWN_KEYS, SOURCES
-from qwhisper.data.conversation import KNOWN
+from qwhisper.data.dialogue import KNOWN
 from qwhisper.data.files import file_fault
 from qwhisper.data.keys import IN_PART, unknown_keys
 from qwhisper.errors import UsageError

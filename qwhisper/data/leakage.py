@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from qwhisper.data.clips import AudioClip
-from qwhisper.data.conversation import Conversation
+from qwhisper.data.dialogue import Conversation
 from qwhisper.data.waveform import sound_of_bytes
 
 OVERLAP = 0.5  # of the shorter clip; sentences that were cut out overlap less, by the margins around them

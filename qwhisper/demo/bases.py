@@ -25,7 +25,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qwhisper.data.audio import clip_windows, load_audio
 from qwhisper.data.collator import ConversationCollator, Sample, pack_samples
-from qwhisper.data.conversation import parse_conversation
+from qwhisper.data.dialogue import parse_conversation
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
 from qwhisper.model.encoder import TrueLengthWhisperEncoder

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwhisper.cli import main as command_line
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
 from qwhisper.demo.bases import LEAD_SILENCE_S, TAIL_SILENCE_S
 from qwhisper.demo.prepare import DemoPaths, prepare
 from qwhisper.errors import QwhisperError, UsageError
-from qwhisper.evaluate.run import evaluate_model
+from qwhisper.evaluate.evaluation import evaluate_model
 from qwhisper.infer.generate import collator_of
 from qwhisper.model.loading import build_from_bases
 from qwhisper.report.events import read_jsonl

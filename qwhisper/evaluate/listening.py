@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import AudioClip, Conversation, Message
+from qwhisper.data.dialogue import AudioClip, Conversation, Message
 from qwhisper.data.encode import IGNORE
 from qwhisper.evaluate.metrics import normalise
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import Conversation, Message, in_words
+from qwhisper.data.dialogue import Conversation, Message, in_words
 from qwhisper.data.encode import IGNORE
 from qwhisper.data.instructions import instruction_pool
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import Turn
 from qwhisper.infer.generate import answer_prompts
 from qwhisper.model.lora import adapter_off
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.train.executor import Executor
 
 SOLID = 0.7  # what the text model itself answers less well than this says nothing about what was kept
 OWN_TOKENS = 32  # of an answer to an instruction: where it begins and what it is about

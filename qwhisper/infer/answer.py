@@ -21,23 +21,23 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from qwhisper.checkpoint.folders import write_whole
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import Conversation, in_words, scan_conversations, to_record, unused_notes
+from qwhisper.data.dialogue import Conversation, in_words, scan_conversations, to_record, unused_notes
 from qwhisper.data.faults import grouped
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
 from qwhisper.data.messages import THINK_MARKS, Message
 from qwhisper.data.records import MAX_LINE_BYTES
 from qwhisper.data.tools import CALL_MARKS
 from qwhisper.errors import DataError, UsageError
-from qwhisper.file_lock import hold
 from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.generate import Answer, iterate_answers
+from qwhisper.locks import hold
 from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit, resolve_model
 from qwhisper.model.kinds import refuse_empty_tokenizer
 from qwhisper.model.pretrained import load_tokenizer
 from qwhisper.report.events import ends_in_half_a_line, read_jsonl
 from qwhisper.report.terminal import quieten_transformers
-from qwhisper.train.checkpoint import write_whole
 
 if TYPE_CHECKING:
     from qwhisper.arguments import DataAnswerArguments

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from transformers import TextStreamer
 
 from qwhisper.data.clips import URL, AudioClip, load_clip, read_own_audio
-from qwhisper.data.conversation import Message
+from qwhisper.data.dialogue import Message
 from qwhisper.errors import BadClipError, DataError
 from qwhisper.infer.generate import decode_answer, generate_tokens, load_for_inference
 from qwhisper.report.terminal import quieten_transformers

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import MemoryLimitError
@@ -19,7 +20,6 @@ from qwhisper.model.loading import LoadOptions, load_trained
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.model.trained_folder import load_processor
-from qwhisper.run_folder import read_checkpoint
 from qwhisper.train.resume import ARGUMENTS_FILE, arguments_where_they_lie
 from qwhisper.versions import check_versions
 

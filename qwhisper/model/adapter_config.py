@@ -14,8 +14,8 @@ from typing import Any
 from peft import LoraConfig
 
 from qwhisper.errors import CheckpointError
+from qwhisper.files import read_json_object
 from qwhisper.model.lora import LANGUAGE_MODEL, target_regex
-from qwhisper.untrusted import read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK = 1 << 16

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
 from qwhisper.frames import encoder_frames
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for, packed_row_mask
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
@@ -20,7 +21,6 @@ from qwhisper.model.loss import IGNORE_INDEX, Lesson, head_logits, reference_los
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.projector import AudioProjection, ProjectorLinear
 from qwhisper.model.weights import BaseRecord, following_casts
-from qwhisper.run_folder import is_run_folder, read_checkpoint
 
 AUDIO_INPUTS = ("audio_waveforms", "input_features", "audio_features")
 

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM,
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qwhisper.errors import QwhisperError, UsageError, first_line
+from qwhisper.files import files_of, read_json_object
 from qwhisper.memory import is_of_the_machine
 from qwhisper.model.adapter_config import ADAPTER_CONFIG
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
-from qwhisper.untrusted import files_of, read_json_object
 
 NO_CODE = {"trust_remote_code": False}
 # What the loaders below open. A trainer's logs and optimizer beside them, of whatever size, do no harm.

@@ -8,6 +8,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
+from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
 from qwhisper.data.audio import clip_windows
 from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, quoted, raise_or_warn, read_own_audio
 from qwhisper.data.keys import unknown_keys
@@ -20,7 +21,6 @@ from qwhisper.errors import UsageError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.mel import packed_log_mel
-from qwhisper.run_folder import is_run_folder, read_checkpoint
 
 # Arguments of a call, which transformers takes among those of the chat template as well.
 CALL_KEYWORDS = (

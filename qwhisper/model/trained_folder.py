@@ -19,12 +19,12 @@ from transformers.activations import ACT2FN
 
 from qwhisper.data.template import template_fault
 from qwhisper.errors import CheckpointError, first_line
+from qwhisper.files import files_of, read_json_object
 from qwhisper.frames import FrameArithmetic
 from qwhisper.memory import is_of_the_machine
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.pretrained import check_config_numbers
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.untrusted import files_of, read_json_object
 
 CONFIG, PROCESSOR_CONFIG = "config.json", "processor_config.json"
 MAX_STACK = 64  # encoder frames in a token: 1.28 s

@@ -8,11 +8,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from qwhisper.bounds import LARGEST, check_values
 from qwhisper.errors import UsageError
+from qwhisper.flags import LARGEST, check_values
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
 from qwhisper.guards.switch import BOUND
-from qwhisper.train import flags
+from qwhisper.train import flag_sections as flags
 
 DEFAULT_AUDIO_MODELS = {  # by hub: the same weights
     "huggingface": "openai/whisper-large-v3-turbo",

@@ -8,9 +8,14 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from qwhisper.checkpoint.places import BASES, absolute
+from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.checksums import checksums
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import Conversation
+from qwhisper.data.dialogue import Conversation
+from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.workers import how_it_dies
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.fingerprint import frozen_parameters
@@ -23,21 +28,16 @@ from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.model.trained_folder import load_processor
 from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
-from qwhisper.run_folder import read_checkpoint
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.context import Run
-from qwhisper.train.dataset import EncodedDialogues, encode_all
-from qwhisper.train.executor import Executor
 from qwhisper.train.groups import make_optimizer, parameter_groups
 from qwhisper.train.hooks import Hooks, hf_arguments
-from qwhisper.train.places import BASES, absolute
 from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe, shortest_probed
 from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
 from qwhisper.train.retention import choose_questions
 from qwhisper.train.saving import save_checkpoint
 from qwhisper.train.schedule import all_steps, guarded_factor, settled
 from qwhisper.train.state import TrainState
-from qwhisper.train.workers import how_it_dies
 
 
 def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from qwhisper.data.collator import Sample
+from qwhisper.engine.executor import Executor
 from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.measure import Groups
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.executor import Executor
 from qwhisper.train.hooks import Hooks
 from qwhisper.train.probe import ListeningProbe
 from qwhisper.train.state import TrainState

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
+from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.data.loader import StepSamples
+from qwhisper.engine.executor import generators_as_now
 from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import Decision, decide
 from qwhisper.guards.fingerprint import group_checksums
 from qwhisper.memory import is_out_of_memory
-from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.context import Run, StepReport
-from qwhisper.train.dataset import StepSamples
-from qwhisper.train.executor import generators_as_now
-from qwhisper.train.rescue import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
+from qwhisper.train.recovery import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
 from qwhisper.train.signals import Stopped, StopSignals
 from qwhisper.train.state import TrainState
 from qwhisper.train.step_log import log_clamped, log_step, log_window, readable

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import Conversation
+from qwhisper.data.dialogue import Conversation
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError, MemoryLimitError
 from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audio, turns_of
 from qwhisper.evaluate.retention import own_answers
 from qwhisper.memory import is_out_of_memory
-from qwhisper.train.executor import Executor
 from qwhisper.train.learning import SHORTEST
 from qwhisper.train.retention import MAX_QUESTIONS, Questions, Score, answered_by_text_model, scores_by_ear
 

@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from qwhisper.checkpoint.folders import read_manifest
 from qwhisper.errors import CheckpointError
 from qwhisper.guards.snapshot import KEPT, TRIED, WEIGHT
 from qwhisper.model.lora import ADAPTER
 from qwhisper.model.saving import ADAPTER_FILE, ENCODER_FILE, PROJECTOR_FILE, adapter_folder
 from qwhisper.model.weights import ENCODER, PROJECTOR
-from qwhisper.train.checkpoint import read_manifest
 from qwhisper.train.resume import check_arguments, saved_arguments
 from qwhisper.train.state import GENERATOR_FILE, OPTIMIZER_FILE, TrainState, read_tensors
 

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from qwhisper.checkpoint.places import absolute, found_again
 from qwhisper.errors import CheckpointError, DataError, UsageError
+from qwhisper.files import read_json_object
 from qwhisper.model.adapter_config import read_adapter_config
 from qwhisper.model.saving import ADAPTER_FILE, adapter_folder
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.places import absolute, found_again
 from qwhisper.typed_json import checked
-from qwhisper.untrusted import read_json_object
 
 ARGUMENTS_FILE = "arguments.json"
 # Made when the run began and read from the checkpoint since: another value would have no effect.

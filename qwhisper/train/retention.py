@@ -12,11 +12,11 @@ from itertools import islice, zip_longest
 import numpy as np
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import Conversation, in_words
+from qwhisper.data.dialogue import Conversation, in_words
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import Turn, answer_row, turns_of
 from qwhisper.model.lora import adapter_off
-from qwhisper.train.executor import Executor
 
 MAX_QUESTIONS = 32  # of either group: a share of one half is then known to 9 %
 MIN_QUESTIONS = 8  # with fewer, 2 standard errors of a half are more than a third

@@ -15,28 +15,28 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
+from qwhisper.checkpoint import folders as checkpoints
+from qwhisper.checkpoint.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
+from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data import leakage
-from qwhisper.data.conversation import Conversation, in_words, read_conversations, unused_notes
+from qwhisper.data.dialogue import Conversation, in_words, read_conversations, unused_notes
+from qwhisper.data.loader import EncodedDialogues, step_samples
+from qwhisper.engine.kernels import check_kernels
 from qwhisper.errors import CheckpointError, DiskError, MemoryLimitError, UsageError, first_line
+from qwhisper.locks import run_lock
 from qwhisper.memory import is_out_of_memory
-from qwhisper.model.kernels import check_kernels
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
-from qwhisper.run_folder import read_checkpoint
-from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.callbacks import ConfiguringCallback
 from qwhisper.train.context import Run
-from qwhisper.train.dataset import EncodedDialogues, step_samples
 from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learned_nothing
 from qwhisper.train.hooks import tracker_callbacks
 from qwhisper.train.learning import Learning
 from qwhisper.train.loop import train
-from qwhisper.train.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
 from qwhisper.train.resume import changed_arguments, output_dir_of, refuse_missing_data, saved_arguments
-from qwhisper.train.run_lock import run_lock
 from qwhisper.train.saving import restore
 from qwhisper.train.schedule import all_steps, settled, warmup_steps
 from qwhisper.train.state import TrainState, trained_kinds

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from qwhisper.checkpoint import folders as checkpoints
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.train import checkpoint as checkpoints
 from qwhisper.train.context import Run
 from qwhisper.train.groups import parameter_names
 from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable

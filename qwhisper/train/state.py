@@ -12,15 +12,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qwhisper.checkpoint.folders import MANIFEST, is_checkpoint_name, read_manifest
 from qwhisper.errors import CheckpointError
+from qwhisper.files import read_json
 from qwhisper.guards.alarms import Alarms
 from qwhisper.guards.ladder import GuardState
 from qwhisper.guards.loss_scale import LARGEST, SMALLEST
-from qwhisper.train.checkpoint import MANIFEST, is_checkpoint_name, read_manifest
 from qwhisper.train.learning import Learning
 from qwhisper.train.probe import ProbeState
 from qwhisper.typed_json import ADDED_LATER, from_json
-from qwhisper.untrusted import read_json
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"

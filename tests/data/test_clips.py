@@ -11,7 +11,7 @@ from qwhisper.data.audio import load_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, parse_part, read_own_audio
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import parse_conversation, parse_own, read_conversations, to_record
+from qwhisper.data.dialogue import parse_conversation, parse_own, read_conversations, to_record
 from qwhisper.errors import BadClipError, DataError
 from tests.audio_parts import chirp, parts_of, write_chirp
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwhisper.data.audio import load_audio
 from qwhisper.data.collator import ConversationCollator, NoLabelsError
-from qwhisper.data.conversation import AudioClip, Conversation, Message, parse_conversation
+from qwhisper.data.dialogue import AudioClip, Conversation, Message, parse_conversation
 from qwhisper.data.encode import IGNORE
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.data.text_tokens import encode_text

@@ -8,7 +8,7 @@ from qwhisper.data import dialogue_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.data.clips import AudioClip
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import Conversation, Message
+from qwhisper.data.dialogue import Conversation, Message
 from qwhisper.data.dialogue_audio import check_dialogue_seconds
 from qwhisper.errors import BadClipError
 from qwhisper.frames import FrameArithmetic

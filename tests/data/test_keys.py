@@ -1,6 +1,6 @@
 import pytest
 
-from qwhisper.data.conversation import parse_conversation
+from qwhisper.data.dialogue import parse_conversation
 from qwhisper.data.keys import UNSUPPORTED, unknown_keys
 from qwhisper.errors import DataError
 

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import soundfile
 
-from qwhisper.data.conversation import read_conversations, scan_conversations
+from qwhisper.data.dialogue import read_conversations, scan_conversations
 from qwhisper.errors import DataError
 from tests.small import tone
 

@@ -7,7 +7,7 @@ import soundfile
 
 from qwhisper.data import leakage
 from qwhisper.data.clips import AudioClip
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
 from qwhisper.data.leakage import notes, overlap
 from tests.small import tone
 

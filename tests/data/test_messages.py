@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from qwhisper.data.conversation import parse_conversation
+from qwhisper.data.dialogue import parse_conversation
 from qwhisper.data.messages import Message
 from qwhisper.data.tools import ToolCall
 from qwhisper.errors import DataError

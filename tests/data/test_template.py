@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.data.dialogue import AudioClip, Message
 from qwhisper.data.template import (
     AUDIO_TOKEN,
     end_of_turn_ids,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from qwhisper.data.collator import ConversationCollator, NoLabelsError
-from qwhisper.data.conversation import AudioClip, parse_conversation, to_record
+from qwhisper.data.dialogue import AudioClip, parse_conversation, to_record
 from qwhisper.data.encode import IGNORE
 from qwhisper.errors import DataError
 from tests.data.conftest import CHATML, TEMPLATES, byte_tokenizer

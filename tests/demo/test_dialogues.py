@@ -6,7 +6,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
 from qwhisper.demo.dialogues import (
     NUMBERS,
     QUESTIONS,

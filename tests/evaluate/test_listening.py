@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwhisper.data.conversation import AudioClip, Conversation, Message
+from qwhisper.data.dialogue import AudioClip, Conversation, Message
 from qwhisper.data.tools import ToolCall
 from qwhisper.data.waveform import sound_of_bytes
 from qwhisper.evaluate.listening import Turn, swap_audio, turns_of

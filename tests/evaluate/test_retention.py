@@ -5,7 +5,8 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from qwhisper.data.conversation import AudioClip, Conversation, Message, in_words
+from qwhisper.data.dialogue import AudioClip, Conversation, Message, in_words
+from qwhisper.engine.executor import Executor
 from qwhisper.evaluate import retention as module
 from qwhisper.evaluate.listening import turns_of
 from qwhisper.evaluate.retention import (
@@ -19,7 +20,6 @@ from qwhisper.evaluate.retention import (
 )
 from qwhisper.infer.generate import answer_prompts
 from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
-from qwhisper.train.executor import Executor
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from qwhisper.cli import main as cli
 from qwhisper.data.audio import load_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.data.clips import load_clip
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
 from qwhisper.data.instructions import instruction_pool
 from qwhisper.errors import DataError, MemoryLimitError, QwhisperError, UsageError
 from qwhisper.infer import answer as module

@@ -6,7 +6,7 @@ import soundfile
 import torch
 
 from qwhisper.data.collator import Sample
-from qwhisper.data.conversation import AudioClip, Message
+from qwhisper.data.dialogue import AudioClip, Message
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import MemoryLimitError, UsageError
 from qwhisper.infer.generate import (

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from qwhisper.data.audio import load_audio
 from qwhisper.data.collator import ConversationCollator, pad_samples
-from qwhisper.data.conversation import AudioClip, Message, parse_conversation
+from qwhisper.data.dialogue import AudioClip, Message, parse_conversation
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token

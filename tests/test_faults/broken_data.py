@@ -10,8 +10,8 @@ import soundfile
 
 from qwhisper.data import audio, dialogue_audio
 from qwhisper.data.check import check_dataset
+from qwhisper.data.loader import EncodedDialogues
 from qwhisper.errors import BadClipError
-from qwhisper.train.dataset import EncodedDialogues
 from tests.small import tone
 from tests.test_faults.inject import Outcome, outcome_of
 from tests.train.helpers import read_lines

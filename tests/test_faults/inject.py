@@ -11,10 +11,10 @@ import pytest
 import soundfile
 import torch
 
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import QwhisperError
 from qwhisper.report.events import acts, read_jsonl
 from qwhisper.train import loop
-from qwhisper.train.executor import Executor
 from qwhisper.train.run import main
 from tests.train.helpers import checkpoint_tensors, read_lines
 

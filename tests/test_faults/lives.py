@@ -18,12 +18,12 @@ from unittest import mock
 import torch
 from transformers import TrainerCallback
 
+from qwhisper.checkpoint.folders import checkpoints, newest_valid
+from qwhisper.checkpoint.places import CONFIG_FILE
 from qwhisper.cli import main as command_line
 from qwhisper.report.events import read_jsonl
 from qwhisper.train import assemble
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.checkpoint import checkpoints, newest_valid
-from qwhisper.train.places import CONFIG_FILE
 from qwhisper.train.run import main
 from tests.test_faults.kill_shim import Operations, in_child
 from tests.train.helpers import checkpoint_tensors, same_bits

@@ -9,9 +9,9 @@ import torch
 
 from qwhisper.checksums import changed, checksums
 from qwhisper.data.encode import IGNORE
+from qwhisper.data.loader import StepSamples
 from qwhisper.guards.alarms import STEPS_UNTIL_MOVED, STEPS_WITHOUT_GRADIENT, Alarm, Alarms, StepFacts
 from qwhisper.guards.fingerprint import frozen_parameters, group_checksums
-from qwhisper.train.dataset import StepSamples
 from qwhisper.train.loop import train_step
 from tests.test_faults.matrix import WithoutGuard, fault
 from tests.train.helpers import make_run

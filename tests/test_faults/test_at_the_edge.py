@@ -10,14 +10,16 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qwhisper.data.conversation import read_conversations
+from qwhisper.checkpoint import folders as checkpoint
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.engine.executor import Executor
 from qwhisper.guards import snapshot
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.train import checkpoint, loop, rescue
+from qwhisper.train import loop
+from qwhisper.train import recovery as rescue
 from qwhisper.train.assemble import collator_for
-from qwhisper.train.checkpoint import checkpoints
-from qwhisper.train.dataset import EncodedDialogues, encode_all
-from qwhisper.train.executor import Executor
 from tests.test_faults.inject import (
     both_memories,
     device_memory_runs_out,

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from qwhisper.checkpoint import folders as checkpoint
+from qwhisper.checkpoint.folders import MANIFEST, check_manifest, newest_valid, resolve_checkpoint
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import loading, trained_folder
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
-from qwhisper.train import checkpoint, saving, state
 from qwhisper.train import run as train_run
+from qwhisper.train import saving, state
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.checkpoint import MANIFEST, check_manifest, newest_valid, resolve_checkpoint
 from qwhisper.train.run import main
 from tests.small import write_small_bases
 from tests.test_faults.inject import outcome_of

@@ -8,10 +8,11 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from qwhisper.data import clips, collator, conversation, encode, messages, records
+from qwhisper.data import clips, collator, encode, messages, records
+from qwhisper.data import dialogue as conversation
 from qwhisper.data.check import check_dataset
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import read_conversations, scan_conversations
+from qwhisper.data.dialogue import read_conversations, scan_conversations
 from qwhisper.errors import DataError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.processing_qwen3_audio import add_audio_token

@@ -12,10 +12,11 @@ from unittest.mock import Mock
 
 import pytest
 
+from qwhisper.checkpoint import folders as checkpoint
+from qwhisper.checkpoint.folders import check_manifest, checkpoints, resolve_checkpoint
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import DiskError
-from qwhisper.train import checkpoint, loop, state
-from qwhisper.train.checkpoint import check_manifest, checkpoints, resolve_checkpoint
-from qwhisper.train.executor import Executor
+from qwhisper.train import loop, state
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.kill_shim import Operations, fail, operations_of
 from tests.test_faults.matrix import fault

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qwhisper.data.collator import pack_samples, pad_samples
-from qwhisper.model import attention, kernels
+from qwhisper.engine import kernels
+from qwhisper.model import attention
 from qwhisper.model.lora import add_lora
 from tests.model.parts import gradients, large_weights, make_sample, small_model
 from tests.test_faults.matrix import fault

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
+from qwhisper.checkpoint import folders as checkpoint
+from qwhisper.checkpoint.folders import check_manifest, checkpoints, newest_valid
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError
-from qwhisper.train import checkpoint, loop, saving
+from qwhisper.train import loop, saving
 from qwhisper.train import run as train_run
-from qwhisper.train.checkpoint import check_manifest, checkpoints, newest_valid
-from qwhisper.train.executor import Executor
 from qwhisper.train.run import main
 from tests.test_faults.kill_shim import in_child, kill, killed_everywhere
 from tests.test_faults.lives import Lives, Qwhisper, end_state, random_kills

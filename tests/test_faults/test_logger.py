@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from qwhisper.checkpoint.folders import newest_valid
 from qwhisper.errors import UsageError
 from qwhisper.report import events, streams
 from qwhisper.report.events import RunLog, read_jsonl
 from qwhisper.report.streams import Unfailing
 from qwhisper.train import hooks
-from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.run import main
 from tests.pipes import full_pipe
 from tests.test_faults.inject import outcome_of

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.engine.executor import Executor
 from qwhisper.model import bases, loading
 from qwhisper.train import loop, saving
 from qwhisper.train import run as train_run
-from qwhisper.train.checkpoint import newest_valid
-from qwhisper.train.executor import Executor
 from tests.test_faults.inject import both_memories, outcome_of
 from tests.test_faults.matrix import fault
 from tests.train.helpers import TOLERANCE, assert_same, loss_and_gradients, make_run

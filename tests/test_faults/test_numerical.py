@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from qwhisper.checkpoint.folders import resolve_checkpoint
+from qwhisper.engine.executor import Executor
 from qwhisper.guards import averages, ladder, snapshot
 from qwhisper.guards.decide import StepStatistics
 from qwhisper.guards.loss_scale import LossScale
@@ -13,8 +15,6 @@ from qwhisper.model import loading
 from qwhisper.model.bases import load_encoder
 from qwhisper.model.half_precision import OverflowClamp
 from qwhisper.train import loop, state
-from qwhisper.train.checkpoint import resolve_checkpoint
-from qwhisper.train.executor import Executor
 from tests.test_faults.inject import gradient_element, gradients_times, loss_times, outcome_of, plant
 from tests.test_faults.matrix import fault
 from tests.train.helpers import adam_state, make_run, read_lines, same_bits, step, trainable

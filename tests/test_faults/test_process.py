@@ -15,11 +15,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from qwhisper import locks
+from qwhisper.checkpoint import folders as checkpoint
+from qwhisper.checkpoint.folders import checkpoints, newest_valid
+from qwhisper.data import loader as dataset
+from qwhisper.data import workers
+from qwhisper.data.loader import EncodedDialogues
 from qwhisper.errors import UsageError
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.train import checkpoint, dataset, run_lock, workers
-from qwhisper.train.checkpoint import checkpoints, newest_valid
-from qwhisper.train.dataset import EncodedDialogues
 from qwhisper.train.run import main
 from qwhisper.train.signals import StopSignals
 from tests.test_faults.inject import outcome_of
@@ -261,7 +264,7 @@ def test_no_process_stays_behind(arguments, tmp_path):
     "a second trainer in the same folder",
     of="process",
     guarantee="it is refused with exit code 2 before it has changed anything; the lock ends with its process",
-    without=lambda monkeypatch: monkeypatch.setattr(run_lock, "hold", lambda *_, **__: None),
+    without=lambda monkeypatch: monkeypatch.setattr(locks, "hold", lambda *_, **__: None),
 )
 def test_two_trainers_in_one_folder(arguments):
     args = arguments(max_steps=2, save_steps=1)

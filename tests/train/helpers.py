@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.train.assemble import assemble_run, build, collator_for
-from qwhisper.train.dataset import EncodedDialogues, StepSamples, encode_all
 from qwhisper.train.loop import train_step
 from qwhisper.train.state import TrainState
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.loader import StepSamples
 from qwhisper.infer.generate import collator_of
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.dataset import StepSamples
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
 from tests.small import teach_to_read, write_dialogues, write_small_bases

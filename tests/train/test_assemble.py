@@ -1,8 +1,8 @@
 import pytest
 
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.train.assemble import build, collator_for
-from qwhisper.train.dataset import EncodedDialogues, encode_all
 from qwhisper.train.run import main
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
 from qwhisper.errors import NothingLearnedError
 from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.train.assemble import build

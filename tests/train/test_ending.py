@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.engine import executor
 from qwhisper.errors import DataError, NothingLearnedError
 from qwhisper.model.bases import LoadOptions
-from qwhisper.train import executor
-from qwhisper.train.checkpoint import checkpoints
 from qwhisper.train.ending import device_name
 from qwhisper.train.run import main
 from qwhisper.train.state import TrainState

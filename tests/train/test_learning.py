@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qwhisper.data.conversation import read_conversations
-from qwhisper.evaluate.run import evaluate_model
+from qwhisper.data.dialogue import read_conversations
+from qwhisper.evaluate.evaluation import evaluate_model
 from qwhisper.infer.generate import load_for_inference
 from qwhisper.train.run import main
 from tests.small import teach_to_read, write_dialogues, write_small_bases

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwhisper.data.loader import Rejection
 from qwhisper.errors import DataError, NumericalError
 from qwhisper.guards.averages import BAD, FIRST_NORMS, PEAK, NormAverage
 from qwhisper.guards.switch import CLEAN
 from qwhisper.report.events import acts, read_jsonl
-from qwhisper.train.dataset import Rejection
 from qwhisper.train.run import main
 from qwhisper.train.step_log import log_window
 from tests.small import write_dialogues
@@ -121,7 +121,7 @@ def test_bad_steps_in_a_row_rewind_to_the_snapshot_at_half_the_rate_and_the_data
 
 
 def test_after_the_last_rewind_the_run_ends_with_exit_code_5(arguments, monkeypatch):
-    from qwhisper.train import executor
+    from qwhisper.engine import executor
 
     honest = executor.Executor._run
     monkeypatch.setattr(executor.Executor, "_run", lambda self, s, n: honest(self, s, n) * float("nan"))

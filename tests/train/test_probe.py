@@ -12,11 +12,11 @@ import pytest
 import soundfile
 import torch
 
-from qwhisper.data.conversation import AudioClip, Conversation, Message, read_conversations
+from qwhisper.data.dialogue import AudioClip, Conversation, Message, read_conversations
 from qwhisper.data.encode import IGNORE
+from qwhisper.data.loader import StepSamples
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.infer.generate import collator_of
-from qwhisper.train.dataset import StepSamples
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import (
     MAX_PAIRS,

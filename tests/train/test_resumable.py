@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwhisper.checkpoint.folders import MANIFEST, _write_manifest
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError
 from qwhisper.infer.generate import load_resolved
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.checkpoint import MANIFEST, _write_manifest
 from qwhisper.train.learning import Learning
 from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable, saved_parameters
 from qwhisper.train.run import main

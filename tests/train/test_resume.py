@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DiskError, QwhisperError, UsageError
 from qwhisper.guards import ladder
-from qwhisper.train.checkpoint import checkpoints
-from qwhisper.train.executor import Executor
 from qwhisper.train.run import main
 from tests.test_faults.inject import plant
 from tests.test_faults.kill_shim import fail
@@ -226,7 +226,7 @@ def test_a_full_disk_refuses_a_new_run_and_leaves_a_resumed_ones_config(argument
     args = arguments(max_steps=3)
     main(args)
     config = (Path(args.output_dir) / "config.yaml").read_text()
-    monkeypatch.setattr("qwhisper.train.checkpoint.write_whole", lambda path, text: fail(errno.ENOSPC)())
+    monkeypatch.setattr("qwhisper.checkpoint.folders.write_whole", lambda path, text: fail(errno.ENOSPC)())
     assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=4)) == 0
     assert (Path(args.output_dir) / "config.yaml").read_text() == config
     assert "is left as it was" in capsys.readouterr().out

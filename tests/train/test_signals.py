@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from qwhisper.checkpoint.folders import newest_valid
 from qwhisper.data.sampler import GlobalBatches
+from qwhisper.engine.executor import Executor
 from qwhisper.report.events import acts, read_jsonl
 from qwhisper.train import signals
-from qwhisper.train.checkpoint import newest_valid
-from qwhisper.train.executor import Executor
 from qwhisper.train.resumable import SNAPSHOT_FILE
 from qwhisper.train.run import main
 from qwhisper.train.signals import GRACE_SECONDS, Stopped, StopSignals

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.conversation import read_conversations
+from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.demo.bases import TwoOptimizers
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.context import Run
-from qwhisper.train.dataset import EncodedDialogues, StepSamples, encode_all
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
 from qwhisper.train.retention import choose_questions

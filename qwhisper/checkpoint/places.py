@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwhisper.train.checkpoint import MANIFEST, checkpoints
+from qwhisper.checkpoint.folders import MANIFEST, checkpoints
+from qwhisper.locks import LOCK_FILE
 
 CONFIG_FILE = "config.yaml"
-LOCK_FILE = ".lock"
 PATHS = ("train_file", "eval_file", "data_root", "init_from")
 BASES = ("audio_model", "text_model")  # a hub id, or a folder
 # The first line of a config.yaml that a run wrote. A file without it is a user's own, and is never overwritten.

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwhisper.checkpoint.folders import write_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.train.checkpoint import write_checkpoint
-from qwhisper.verify import verify
+from qwhisper.train.verification import verify
 from tests.trained import finished_run  # noqa: F401
 
 WEIGHTS = ("adapter_model.safetensors", "projector.safetensors", "optimizer.safetensors")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwhisper.errors import CheckpointError, QwhisperError, UsageError
-from qwhisper.untrusted import LOADED_SUFFIXES, files_of, read_json, read_json_object
+from qwhisper.files import LOADED_SUFFIXES, files_of, read_json, read_json_object
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qwhisper.guards.preflight import (
+from qwhisper.engine.preflight import (
     LENGTHS,
     Attention,
     Layout,

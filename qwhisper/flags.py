@@ -1,4 +1,4 @@
-"""Bounds of a numeric flag, declared on the flag: a value that no run can have is refused before anything is loaded.
+"""How a flag is declared, with its bounds: a value that no run can have is refused before anything is loaded.
 
 The command line gives every flag the type of its field; from Python a value may have any.
 """
@@ -6,8 +6,8 @@ The command line gives every flag the type of its field; from Python a value may
 import dataclasses
 import math
 import os
-from dataclasses import dataclass
-from typing import get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
 from qwhisper.errors import UsageError
 from qwhisper.typed_json import checked
@@ -50,7 +50,23 @@ class Bounds:
         return f"{found}: {self.why}" if self.why else found
 
 
-LIMITS = [field.name for field in dataclasses.fields(Bounds)]  # what a flag's declaration may have
+LIMITS = [f.name for f in dataclasses.fields(Bounds)]  # what a flag's declaration may have
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A dataclass field. options: the limits of a number, by the names of `Bounds`, and what HfArgumentParser hands on
+    to argparse.
+    """
+    limits = {name: options.pop(name) for name in LIMITS if name in options}
+    metadata = {"help": help, **options} | ({"bounds": Bounds(**limits)} if limits else {})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(help: str) -> Any:
+    """A field that must be given."""
+    return field(metadata={"help": help})
 
 
 def check_values(arguments: object) -> None:
@@ -58,16 +74,16 @@ def check_values(arguments: object) -> None:
     type; None passes where it is the default. Paths become strings.
     """
     hints = get_type_hints(type(arguments))
-    for field in dataclasses.fields(arguments):  # type: ignore[arg-type]
-        bounds, value = field.metadata.get("bounds"), getattr(arguments, field.name)
-        if value is None and field.default is None:
+    for f in dataclasses.fields(arguments):  # type: ignore[arg-type]
+        bounds, value = f.metadata.get("bounds"), getattr(arguments, f.name)
+        if value is None and f.default is None:
             continue
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-            object.__setattr__(arguments, field.name, value)  # they may be frozen
+            object.__setattr__(arguments, f.name, value)  # they may be frozen
         if bounds is not None and isinstance(value, int | float) and (fault := bounds.fault(value)):
-            raise UsageError(f"--{field.name} {value}: {fault}")
+            raise UsageError(f"--{f.name} {value}: {fault}")
         try:
-            checked(hints[field.name], value, f"--{field.name}")
+            checked(hints[f.name], value, f"--{f.name}")
         except ValueError as error:
             raise UsageError(str(error)) from None

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data import leakage
 from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
-from qwhisper.data.conversation import Conversation, read_conversations, scan_conversations, unused_notes
+from qwhisper.data.dialogue import Conversation, read_conversations, scan_conversations, unused_notes
 from qwhisper.data.encode import IGNORE
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
 from qwhisper.evaluate.listening import Turn, answer_row, swap_audio, turns_of
 from qwhisper.evaluate.metrics import (
@@ -32,8 +34,6 @@ from qwhisper.evaluate.tables import markdown
 from qwhisper.infer.generate import answer_prompts, load_resolved
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import quieten_transformers
-from qwhisper.run_folder import read_checkpoint
-from qwhisper.train.executor import Executor
 from qwhisper.train.resume import arguments_where_they_lie
 from qwhisper.train.state import trained_file_sha256, trained_kinds
 

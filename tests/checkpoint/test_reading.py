@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwhisper.checkpoint import folders as checkpoint
+from qwhisper.checkpoint.folders import newest_valid, resolve_checkpoint, rotate, write_checkpoint
+from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, loading
-from qwhisper.run_folder import read_checkpoint
-from qwhisper.train import checkpoint
-from qwhisper.train.checkpoint import newest_valid, resolve_checkpoint, rotate, write_checkpoint
-from qwhisper.verify import verify
+from qwhisper.train.verification import verify
 from tests.trained import finished_run  # noqa: F401
 
 

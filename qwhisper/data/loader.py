@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import Conversation
+from qwhisper.data.dialogue import Conversation
 from qwhisper.data.sampler import GlobalBatches
+from qwhisper.data.workers import WorkerDied, how_it_dies, work_ahead
 from qwhisper.errors import DataError
-from qwhisper.train.workers import WorkerDied, how_it_dies, work_ahead
 
 MAX_DEATHS = 3  # of workers in a row while the same samples are awaited
 CHUNK = 16  # dialogues that a worker reads for an evaluation before it answers

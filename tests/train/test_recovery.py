@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from qwhisper.train.executor import Executor
-from qwhisper.train.rescue import drop_bad_samples, num_supervised, run_samples
+from qwhisper.engine.executor import Executor
+from qwhisper.train.recovery import drop_bad_samples, num_supervised, run_samples
 from tests.test_faults.inject import loss_times, plant
 from tests.train.helpers import assert_same, gradients, make_run
 

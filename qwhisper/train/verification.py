@@ -17,19 +17,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from qwhisper.checkpoint.folders import MANIFEST, check_manifest, checkpoints
+from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.conversation import AudioClip, Conversation, Message, read_conversations
+from qwhisper.data.dialogue import AudioClip, Conversation, Message, read_conversations
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DataError, UsageError
+from qwhisper.files import files_of
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_resolved, training_arguments
 from qwhisper.model.pretrained import UntrustedCodeError
 from qwhisper.report.terminal import quieten_transformers
-from qwhisper.run_folder import read_checkpoint
-from qwhisper.train.checkpoint import MANIFEST, check_manifest, checkpoints
-from qwhisper.train.executor import Executor
 from qwhisper.train.resumable import check_resumable, saved_parameters
 from qwhisper.train.state import TrainState
-from qwhisper.untrusted import files_of
 
 if TYPE_CHECKING:
     from qwhisper.arguments import VerifyArguments

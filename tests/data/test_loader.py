@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from qwhisper.data import workers
+from qwhisper.data.loader import EncodedDialogues, step_samples
+from qwhisper.data.workers import WorkerDied, how_it_dies, work_ahead
 from qwhisper.errors import DataError
-from qwhisper.train import workers
-from qwhisper.train.dataset import EncodedDialogues, step_samples
 from qwhisper.train.run import main
-from qwhisper.train.workers import WorkerDied, how_it_dies, work_ahead
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.kill_shim import fail
 from tests.test_faults.lives import At

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from qwhisper.checkpoint.folders import ATTEMPTS, checkpoints, resolve_checkpoint
 from qwhisper.errors import CheckpointError, QwhisperError
-from qwhisper.train.checkpoint import ATTEMPTS, checkpoints, resolve_checkpoint
 
 Read = TypeVar("Read")
 

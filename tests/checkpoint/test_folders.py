@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.train import checkpoint
-from qwhisper.train.checkpoint import (
+from qwhisper.checkpoint import folders as checkpoint
+from qwhisper.checkpoint.folders import (
     check_manifest,
     check_usable,
     checkpoints,
@@ -19,6 +18,7 @@ from qwhisper.train.checkpoint import (
     write_checkpoint,
     write_whole,
 )
+from qwhisper.errors import CheckpointError, UsageError
 from tests.test_faults.kill_shim import fail
 
 
@@ -77,7 +77,7 @@ def test_an_error_of_the_disk_is_one_whichever_library_reports_it(tmp_path):
 
 
 def test_the_writer_imports_no_torch():
-    told = "import sys, qwhisper.train.checkpoint; print({'torch', 'numpy', 'transformers'} & sys.modules.keys())"
+    told = "import sys, qwhisper.checkpoint.folders; print({'torch', 'numpy', 'transformers'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", told], text=True).strip() == "set()"
 
 

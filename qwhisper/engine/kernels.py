@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from qwhisper.engine.preflight import Attention, Fault, Kernel, Layout, first_fault, trials
 from qwhisper.errors import NumericalError
-from qwhisper.guards.preflight import Attention, Fault, Kernel, Layout, first_fault, trials
 from qwhisper.model import attention as kernels
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwhisper.checkpoint.folders import newest_valid
 from qwhisper.data.collator import Sample
 from qwhisper.errors import MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.apply import drop_gradients
@@ -13,7 +14,6 @@ from qwhisper.guards.decide import Decision, StepStatistics
 from qwhisper.guards.diagnose import Finding, bad_weight, diagnose
 from qwhisper.guards.measure import step_statistics
 from qwhisper.memory import is_out_of_memory
-from qwhisper.train.checkpoint import newest_valid
 from qwhisper.train.context import Run
 
 

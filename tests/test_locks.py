@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qwhisper.errors import UsageError
-from qwhisper.train.run_lock import run_lock
+from qwhisper.locks import run_lock
 
 
 @pytest.mark.parametrize("name", ["run", "训练", "with space\nand line"])

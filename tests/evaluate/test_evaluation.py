@@ -7,13 +7,13 @@ import soundfile
 import torch
 
 from qwhisper.cli import main as cli
-from qwhisper.data.conversation import AudioClip, Conversation, Message, read_conversations
+from qwhisper.data.dialogue import AudioClip, Conversation, Message, read_conversations
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
-from qwhisper.evaluate import run as run_module
-from qwhisper.evaluate.run import NO_KIND, evaluate_model
+from qwhisper.evaluate import evaluation as run_module
+from qwhisper.evaluate.evaluation import NO_KIND, evaluate_model
 from qwhisper.evaluate.tables import markdown
 from qwhisper.frames import SAMPLE_RATE
-from qwhisper.train.executor import Executor
 from tests.small import tone, write_dialogues
 
 PITCHES = {"low": 200.0, "high": 800.0}

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from qwhisper.data.collator import pack_samples, pad_samples
+from qwhisper.engine.kernels import attentions, check_kernels, kernels_in_use
+from qwhisper.engine.preflight import Attention, first_fault, trials
 from qwhisper.errors import NumericalError
-from qwhisper.guards.preflight import Attention, first_fault, trials
 from qwhisper.model import attention as ladders
-from qwhisper.model.kernels import attentions, check_kernels, kernels_in_use
 from tests.model.parts import SLIDING_WINDOW, make_sample, small_model
 from tests.wrong_kernels import (
     packed_that_leaks,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwhisper.data.audio_marks import AUDIO_MARKS
-from qwhisper.data.conversation import (
+from qwhisper.data.dialogue import (
     AudioClip,
     parse_conversation,
     read_conversations,
