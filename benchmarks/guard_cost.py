@@ -29,20 +29,24 @@ from qwhisper.data.dialogue import read_conversations
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.guards.alarms import WEIGHTS_EVERY
-from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import decide
-from qwhisper.guards.fingerprint import frozen_parameters, group_checksums
-from qwhisper.guards.ladder import SNAPSHOT_STEPS
-from qwhisper.guards.measure import step_statistics
+from qwhisper.guards.gradients import (
+    drop_gradients,
+    frozen_parameters,
+    group_checksums,
+    scale_gradients,
+    step_statistics,
+)
+from qwhisper.guards.state import SNAPSHOT_STEPS
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.context import Run
 from qwhisper.train.loop import train_step
+from qwhisper.train.monitor import watch
 from qwhisper.train.probe import TIME_SHARE
 from qwhisper.train.recovery import num_supervised
 from qwhisper.train.signals import StopSignals
 from qwhisper.train.state import TrainState
-from qwhisper.train.watch import watch
 
 WARM_UP = 5  # pairs of steps
 REPEATS = 5

@@ -36,9 +36,8 @@ from qwhisper.data.loader import StepSamples
 from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.engine.executor import HOST_KEYS, Executor
 from qwhisper.errors import QwhisperError
-from qwhisper.guards.apply import drop_gradients
 from qwhisper.guards.diagnose import diagnose
-from qwhisper.guards.measure import step_statistics
+from qwhisper.guards.gradients import drop_gradients, step_statistics
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.loading import build_from_bases
 from qwhisper.model.lora import add_lora
@@ -47,8 +46,8 @@ from qwhisper.model.projector import AudioProjection
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run
-from qwhisper.train.groups import parameter_groups
 from qwhisper.train.loop import train
+from qwhisper.train.optimizer import parameter_groups
 from qwhisper.train.probe import Pair, choose_pairs, listening_gain
 from qwhisper.train.state import TrainState
 

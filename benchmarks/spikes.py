@@ -26,8 +26,7 @@ from common import append_result
 
 from qwhisper.data.dialogue import read_conversations
 from qwhisper.data.loader import EncodedDialogues, StepSamples, step_samples
-from qwhisper.guards.apply import drop_gradients
-from qwhisper.guards.measure import gradients
+from qwhisper.guards.gradients import drop_gradients, gradients
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.context import Run

@@ -1,19 +1,169 @@
-"""Dialogues to the rows of each optimizer step, read ahead by workers.
+"""Dialogues to the rows of each optimizer step, read ahead by processes that may die or hang.
 
 A bad dialogue becomes a named rejection, never an exception.
+
+Not torch's DataLoader: it raises the death of a worker wherever the training process stands, be it in the middle of an
+optimizer step or of a save, and without its signal handler a worker killed in the middle of a message blocks the reader
+for ever. Here each worker has a pipe of its own, which nobody else can write into: its end is the worker's death.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import cycle, islice
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
 
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import Conversation
 from qwhisper.data.sampler import GlobalBatches
-from qwhisper.data.workers import WorkerDied, how_it_dies, work_ahead
 from qwhisper.errors import DataError
 
 MAX_DEATHS = 3  # of workers in a row while the same samples are awaited
 CHUNK = 16  # dialogues that a worker reads for an evaluation before it answers
+AHEAD = 2  # tasks that a worker has been given: the one that it does, and the next
+# In which a worker has to answer. Decoding takes seconds: one that is silent for so long hangs, in a decoder, on a
+# network drive, or at a lock that some other thread held while it was forked.
+ANSWER_SECONDS = 900.0
+STOP_SECONDS = 1.0  # a killed process that is not gone by then hangs in the kernel, on a dead disk: left to itself
+FORK = multiprocessing.get_context("fork")  # what is worked on is inherited, not pickled
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class WorkerDied(Exception):
+    """A worker ended before it had answered, hangs, or was never there.
+
+    how: "signal 9", "exit code 1", "no answer in 900 s" or "no process could be started (…)".
+    """
+
+    def __init__(self, how: str):
+        super().__init__(how)
+        self.how = how
+
+
+def work_ahead(
+    work: Callable[[Task], Result], tasks: Iterator[Task], num_workers: int
+) -> Iterator[tuple[Task, Result]]:
+    """Each task and what `work` makes of it, in the order of the tasks; without workers in this process.
+
+    Raises WorkerDied, and whatever `work` raises.
+    """
+    if not num_workers:
+        for task in tasks:
+            yield task, work(task)
+        return
+    workers: list[_Worker] = []
+    try:
+        for _ in range(num_workers):
+            workers.append(_Worker(work, workers))
+        given: deque[tuple[Task, _Worker]] = deque()
+        for worker, task in zip(cycle(workers), islice(tasks, AHEAD * num_workers), strict=False):
+            worker.give(task)
+            given.append((task, worker))
+        while given:
+            task, worker = given.popleft()
+            result = worker.answer()
+            for following in islice(tasks, 1):
+                worker.give(following)
+                given.append((following, worker))
+            yield task, result
+    finally:
+        _stop(workers)
+
+
+def how_it_dies(work: Callable[[Task], Any], task: Task) -> str | None:
+    """How a process of its own died or hung of `work(task)`; None where it came through, be it with an exception, and
+    where none could be started, which is no fault of the task.
+    """
+    try:
+        worker = _Worker(work, [])
+    except WorkerDied:
+        return None
+    try:
+        worker.give(task)
+        worker.answer()
+    except WorkerDied as death:
+        return death.how
+    except Exception:
+        return None
+    finally:
+        _stop([worker])
+    return None
+
+
+class _Worker:
+    def __init__(self, work: Callable[[Any], Any], earlier: Sequence["_Worker"]):
+        try:
+            self.pipe, its_end = FORK.Pipe()
+            not_its = [self.pipe, *(worker.pipe for worker in earlier)]
+            self.process = FORK.Process(target=_serve, args=(its_end, work, not_its), daemon=True)
+            self.process.start()
+        except OSError as error:  # no memory, or a limit of processes or open files
+            raise WorkerDied(f"no process could be started ({error.strerror})") from None
+        its_end.close()  # before the next worker is forked, which would keep it open
+
+    def give(self, task: Any) -> None:
+        with suppress(OSError):  # dead: found out where its answer is missed
+            self.pipe.send(task)
+
+    def answer(self) -> Any:
+        try:
+            if not self.pipe.poll(ANSWER_SECONDS):
+                raise WorkerDied(f"no answer in {ANSWER_SECONDS:.0f} s")
+            result, error = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            raise WorkerDied(f"signal {-code}" if code < 0 else f"exit code {code}") from None
+        if error is not None:
+            raise error
+        return result
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.process.kill()  # it holds nothing that could be left half done, and may hang in a decoder
+    for worker in workers:
+        worker.process.join(STOP_SECONDS)
+        worker.pipe.close()
+
+
+def _serve(pipe: Connection, work: Callable[[Any], Any], not_its: Sequence[Connection]) -> None:
+    """A worker's life. It ends with the training process, whose end closes the other end of the pipe."""
+    for other in not_its:
+        other.close()
+    # Ctrl-C, and a terminal that goes, are told to all of its processes; the trainer decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    with suppress(EOFError, OSError):
+        while True:
+            task = pipe.recv()
+            try:
+                answer: tuple[Any, Exception | None] = (work(task), None)
+            except Exception as error:
+                answer = (None, _portable(error))
+            pipe.send(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error with its traceback as a note, or that alone where the error can't cross a pipe."""
+    told = f"in a data worker:\n{traceback.format_exc()}"
+    error.add_note(told)
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(told)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from qwhisper.data.dialogue import Conversation, read_conversations, scan_conver
 from qwhisper.data.encode import IGNORE
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
+from qwhisper.evaluate.forgetting import NO_KIND, retention, text_answers, text_shift
 from qwhisper.evaluate.listening import Turn, answer_row, swap_audio, turns_of
 from qwhisper.evaluate.metrics import (
     character_error_rate,
@@ -29,7 +30,6 @@ from qwhisper.evaluate.metrics import (
     whole_dialogue_share,
     word_error_rate,
 )
-from qwhisper.evaluate.retention import NO_KIND, retention, text_answers, text_shift
 from qwhisper.evaluate.tables import markdown
 from qwhisper.infer.generate import answer_prompts, load_resolved
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration

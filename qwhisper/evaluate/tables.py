@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qwhisper.evaluate.retention import NO_KIND
+from qwhisper.evaluate.forgetting import NO_KIND
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`--activation_clamp`: keeps outliers out of the first decoder layer's q_proj. `auto` has its rule in switch.py.
+"""`--activation_clamp`: keeps outliers out of the first decoder layer's q_proj. `auto` has its rule in state.py.
 
 The clamp acts in training alone. What is evaluated and served has none: there is nothing to save, export or remember,
 and the held-out loss shows the model as it will be used.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwhisper.guards.switch import BOUND
+from qwhisper.guards.state import CLAMP_BOUND as BOUND
 
 FIRST_Q_PROJ = re.compile(r"(^|\.)0\.(.+\.)?q_proj$")  # layers.0.self_attn.q_proj, h.0.attn.q_proj, …
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwhisper.guards.measure import Groups
+from qwhisper.guards.gradients import Groups
 
 KEPT = 2  # the newest may already be poisoned without showing it
 WEIGHT = "weight"  # no optimizer calls a moment so

@@ -11,7 +11,7 @@ from typing import Any
 from qwhisper.errors import UsageError
 from qwhisper.flags import LARGEST, check_values
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
-from qwhisper.guards.switch import BOUND
+from qwhisper.guards.state import CLAMP_BOUND as BOUND
 from qwhisper.train import flag_sections as flags
 
 DEFAULT_AUDIO_MODELS = {  # by hub: the same weights

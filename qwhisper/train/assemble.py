@@ -13,12 +13,12 @@ from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.checksums import checksums
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Conversation
-from qwhisper.data.loader import EncodedDialogues, encode_all
-from qwhisper.data.workers import how_it_dies
+from qwhisper.data.loader import EncodedDialogues, encode_all, how_it_dies
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
+from qwhisper.evaluate.forgetting import choose_questions
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
-from qwhisper.guards.fingerprint import frozen_parameters
+from qwhisper.guards.gradients import frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.model.bases import LoadOptions, resolve_model
 from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
@@ -30,13 +30,11 @@ from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.context import Run
-from qwhisper.train.groups import make_optimizer, parameter_groups
-from qwhisper.train.hooks import Hooks, hf_arguments
+from qwhisper.train.hf import Hooks, hf_arguments
+from qwhisper.train.optimizer import all_steps, guarded_factor, make_optimizer, parameter_groups, settled
 from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe, shortest_probed
 from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
-from qwhisper.train.retention import choose_questions
 from qwhisper.train.saving import save_checkpoint
-from qwhisper.train.schedule import all_steps, guarded_factor, settled
 from qwhisper.train.state import TrainState
 
 

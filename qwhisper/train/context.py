@@ -9,12 +9,12 @@ import torch
 from qwhisper.data.collator import Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.guards.clamp import ActivationClamp
-from qwhisper.guards.measure import Groups
+from qwhisper.guards.gradients import Groups
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.hooks import Hooks
+from qwhisper.train.hf import Hooks
 from qwhisper.train.probe import ListeningProbe
 from qwhisper.train.state import TrainState
 

@@ -18,10 +18,10 @@ from qwhisper.errors import (
     QwhisperError,
     first_line,
 )
-from qwhisper.guards.fingerprint import group_checksums
+from qwhisper.guards.gradients import group_checksums
 from qwhisper.memory import is_out_of_memory
 from qwhisper.train.context import Run
-from qwhisper.train.hooks import tracked_as
+from qwhisper.train.hf import tracked_as
 
 RUN_ID_LENGTH = 21  # SwanLab takes ids of no other length
 INTERRUPTED = 130  # by a second Ctrl-C, which no handler waits for

@@ -16,16 +16,14 @@ from qwhisper.checkpoint.folders import newest_valid
 from qwhisper.data.loader import StepSamples
 from qwhisper.engine.executor import generators_as_now
 from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalError, first_line
-from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import Decision, decide
-from qwhisper.guards.fingerprint import group_checksums
+from qwhisper.guards.gradients import drop_gradients, group_checksums, scale_gradients
 from qwhisper.memory import is_out_of_memory
 from qwhisper.train.context import Run, StepReport
+from qwhisper.train.monitor import log_clamped, log_step, log_window, readable, watch
 from qwhisper.train.recovery import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
 from qwhisper.train.signals import Stopped, StopSignals
 from qwhisper.train.state import TrainState
-from qwhisper.train.step_log import log_clamped, log_step, log_window, readable
-from qwhisper.train.watch import watch
 
 
 def train_step(run: Run, fetched: StepSamples) -> StepReport:

@@ -16,11 +16,17 @@ from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import Conversation
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError, MemoryLimitError
+from qwhisper.evaluate.forgetting import (
+    MAX_QUESTIONS,
+    Questions,
+    Score,
+    answered_by_text_model,
+    own_answers,
+    scores_by_ear,
+)
 from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audio, turns_of
-from qwhisper.evaluate.retention import own_answers
 from qwhisper.memory import is_out_of_memory
 from qwhisper.train.learning import SHORTEST
-from qwhisper.train.retention import MAX_QUESTIONS, Questions, Score, answered_by_text_model, scores_by_ear
 
 TIME_SHARE = 0.005  # of the training time, at most
 MAX_PAIRS = 16  # a probe is then 32 forward passes of one dialogue each: 4 steps of 4 dialogues

@@ -9,10 +9,9 @@ from torch import Tensor
 from qwhisper.checkpoint.folders import newest_valid
 from qwhisper.data.collator import Sample
 from qwhisper.errors import MemoryLimitError, NumericalError, first_line
-from qwhisper.guards.apply import drop_gradients
 from qwhisper.guards.decide import Decision, StepStatistics
 from qwhisper.guards.diagnose import Finding, bad_weight, diagnose
-from qwhisper.guards.measure import step_statistics
+from qwhisper.guards.gradients import drop_gradients, step_statistics
 from qwhisper.memory import is_out_of_memory
 from qwhisper.train.context import Run
 

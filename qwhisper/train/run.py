@@ -30,15 +30,14 @@ from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
-from qwhisper.train.callbacks import ConfiguringCallback
 from qwhisper.train.context import Run
 from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learned_nothing
-from qwhisper.train.hooks import tracker_callbacks
+from qwhisper.train.hf import ConfiguringCallback, tracker_callbacks
 from qwhisper.train.learning import Learning
 from qwhisper.train.loop import train
+from qwhisper.train.optimizer import all_steps, settled, warmup_steps
 from qwhisper.train.resume import changed_arguments, output_dir_of, refuse_missing_data, saved_arguments
 from qwhisper.train.saving import restore
-from qwhisper.train.schedule import all_steps, settled, warmup_steps
 from qwhisper.train.state import TrainState, trained_kinds
 
 DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "train_on", "distill_weight"}

@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 from qwhisper.checkpoint import folders as checkpoints
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.train.context import Run
-from qwhisper.train.groups import parameter_names
+from qwhisper.train.monitor import collect_clamped
+from qwhisper.train.optimizer import parameter_names
 from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable
 from qwhisper.train.resume import save_arguments
 from qwhisper.train.state import load_generators, load_optimizer, read_tensors, save_generators, save_optimizer
-from qwhisper.train.step_log import collect_clamped
 
 
 def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:

@@ -16,8 +16,9 @@ from qwhisper.checkpoint.folders import MANIFEST, is_checkpoint_name, read_manif
 from qwhisper.errors import CheckpointError
 from qwhisper.files import read_json
 from qwhisper.guards.alarms import Alarms
-from qwhisper.guards.ladder import GuardState
-from qwhisper.guards.loss_scale import LARGEST, SMALLEST
+from qwhisper.guards.state import LARGEST_SCALE as LARGEST
+from qwhisper.guards.state import SMALLEST_SCALE as SMALLEST
+from qwhisper.guards.state import GuardState
 from qwhisper.train.learning import Learning
 from qwhisper.train.probe import ProbeState
 from qwhisper.typed_json import ADDED_LATER, from_json

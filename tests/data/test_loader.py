@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qwhisper.data import workers
-from qwhisper.data.loader import EncodedDialogues, step_samples
-from qwhisper.data.workers import WorkerDied, how_it_dies, work_ahead
+from qwhisper.data import loader as workers
+from qwhisper.data.loader import EncodedDialogues, WorkerDied, how_it_dies, step_samples, work_ahead
 from qwhisper.errors import DataError
 from qwhisper.train.run import main
 from tests.test_faults.inject import outcome_of

@@ -7,9 +7,8 @@ from peft.tuners.lora import LoraLayer
 
 from qwhisper.data.dialogue import AudioClip, Conversation, Message, in_words
 from qwhisper.engine.executor import Executor
-from qwhisper.evaluate import retention as module
-from qwhisper.evaluate.listening import turns_of
-from qwhisper.evaluate.retention import (
+from qwhisper.evaluate import forgetting as module
+from qwhisper.evaluate.forgetting import (
     MIN_ANSWERS,
     NO_KIND,
     OWN_TOKENS,
@@ -18,6 +17,7 @@ from qwhisper.evaluate.retention import (
     text_answers,
     text_shift,
 )
+from qwhisper.evaluate.listening import turns_of
 from qwhisper.infer.generate import answer_prompts
 from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
 

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from qwhisper.guards.averages import BAD, BETA, FIRST_NORMS, PEAK, SPIKE, NormAverage
+from qwhisper.guards.decide import BAD, BETA, FIRST_NORMS, PEAK, SPIKE, NormAverage
 
 
 def fed(norms) -> NormAverage:

@@ -10,7 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from qwhisper.data.collator import pack_samples
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
-from qwhisper.guards.switch import BOUND, CLEAN, SPIKES, WINDOW, ClampSwitch
+from qwhisper.guards.state import CLAMP_BOUND as BOUND
+from qwhisper.guards.state import CLAMP_CLEAN as CLEAN
+from qwhisper.guards.state import CLAMP_SPIKES as SPIKES
+from qwhisper.guards.state import CLAMP_WINDOW as WINDOW
+from qwhisper.guards.state import ClampSwitch
 from qwhisper.model.lora import add_lora, lora_parameters
 from tests.model.parts import make_sample, small_model, text_config
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwhisper.guards.averages import BAD, FIRST_NORMS, PEAK, SPIKE, NormAverage
-from qwhisper.guards.decide import StepStatistics, clip_factor, decide
+from qwhisper.guards.decide import BAD, FIRST_NORMS, PEAK, SPIKE, NormAverage, StepStatistics, clip_factor, decide
 
 
 def average(mean: float) -> NormAverage:
@@ -91,5 +90,5 @@ def test_clip_factor(norm, bound, factor):
 
 
 def test_deciding_needs_no_torch():
-    code = "import sys, qwhisper.guards.ladder, qwhisper.guards.decide; assert 'torch' not in sys.modules"
+    code = "import sys, qwhisper.guards.state, qwhisper.guards.decide; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qwhisper.checksums import changed, checksums
-from qwhisper.guards.fingerprint import frozen_parameters, group_checksums
-from qwhisper.guards.measure import norm_of
+from qwhisper.guards.gradients import frozen_parameters, group_checksums, norm_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.float64, torch.int8, torch.bool)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qwhisper.guards.decide import Decision, StepStatistics
-from qwhisper.guards.ladder import ALL, SNAPSHOT_STEPS, GuardState
+from qwhisper.guards.state import ALL, SNAPSHOT_STEPS, GuardState
 from qwhisper.typed_json import from_json
 
 FINE = StepStatistics(1.0, {"lora": 1.0, "projector": 0.0}, {"lora": 3.0})

@@ -1,4 +1,6 @@
-from qwhisper.guards.loss_scale import GROWTH_STEPS, LARGEST, SMALLEST, LossScale
+from qwhisper.guards.state import GROWTH_STEPS, LossScale
+from qwhisper.guards.state import LARGEST_SCALE as LARGEST
+from qwhisper.guards.state import SMALLEST_SCALE as SMALLEST
 
 
 def test_it_shrinks_to_one_and_says_when_it_can_no_more():

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qwhisper.guards.apply import drop_gradients, scale_gradients
 from qwhisper.guards.decide import Decision
-from qwhisper.guards.measure import step_statistics
+from qwhisper.guards.gradients import drop_gradients, scale_gradients, step_statistics
 
 
 def group(*gradients):

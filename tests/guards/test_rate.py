@@ -7,7 +7,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwhisper.guards.rate import CALM, DOWN, KNOWN, LEAST, UP, WINDOW, DynamicRate
+from qwhisper.guards.state import LOSSES_KNOWN as KNOWN
+from qwhisper.guards.state import RATE_CALM as CALM
+from qwhisper.guards.state import RATE_DOWN as DOWN
+from qwhisper.guards.state import RATE_LEAST as LEAST
+from qwhisper.guards.state import RATE_UP as UP
+from qwhisper.guards.state import RATE_WINDOW as WINDOW
+from qwhisper.guards.state import DynamicRate
 
 FLAT, FALLING = itertools.repeat(1.0), [2.0 - 0.01 * n for n in range(200)]
 

@@ -7,13 +7,14 @@ import torch
 from transformers import AttentionInterface
 
 from qwhisper.guards import clamp, diagnose
-from qwhisper.guards.averages import FIRST_NORMS
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
-from qwhisper.guards.switch import SPIKES, ClampSwitch
+from qwhisper.guards.decide import FIRST_NORMS
+from qwhisper.guards.state import CLAMP_SPIKES as SPIKES
+from qwhisper.guards.state import ClampSwitch
 from qwhisper.model.attention import PACKED_ATTENTION, packed_attention_forward
 from qwhisper.model.lora import lora_parameters
 from qwhisper.report.events import read_jsonl
-from qwhisper.train.step_log import log_window
+from qwhisper.train.monitor import log_window
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, same_bits, step, trainable
 

@@ -11,7 +11,7 @@ from qwhisper.checksums import changed, checksums
 from qwhisper.data.encode import IGNORE
 from qwhisper.data.loader import StepSamples
 from qwhisper.guards.alarms import STEPS_UNTIL_MOVED, STEPS_WITHOUT_GRADIENT, Alarm, Alarms, StepFacts
-from qwhisper.guards.fingerprint import frozen_parameters, group_checksums
+from qwhisper.guards.gradients import frozen_parameters, group_checksums
 from qwhisper.train.loop import train_step
 from tests.test_faults.matrix import WithoutGuard, fault
 from tests.train.helpers import make_run

@@ -17,7 +17,7 @@ from qwhisper.errors import UsageError
 from qwhisper.report import events, streams
 from qwhisper.report.events import RunLog, read_jsonl
 from qwhisper.report.streams import Unfailing
-from qwhisper.train import hooks
+from qwhisper.train import hf as hooks
 from qwhisper.train.run import main
 from tests.pipes import full_pipe
 from tests.test_faults.inject import outcome_of

@@ -8,9 +8,11 @@ import torch
 
 from qwhisper.checkpoint.folders import resolve_checkpoint
 from qwhisper.engine.executor import Executor
-from qwhisper.guards import averages, ladder, snapshot
+from qwhisper.guards import decide as averages
+from qwhisper.guards import snapshot
+from qwhisper.guards import state as ladder
 from qwhisper.guards.decide import StepStatistics
-from qwhisper.guards.loss_scale import LossScale
+from qwhisper.guards.state import LossScale
 from qwhisper.model import loading
 from qwhisper.model.bases import load_encoder
 from qwhisper.model.half_precision import OverflowClamp

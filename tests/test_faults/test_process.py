@@ -19,7 +19,7 @@ from qwhisper import locks
 from qwhisper.checkpoint import folders as checkpoint
 from qwhisper.checkpoint.folders import checkpoints, newest_valid
 from qwhisper.data import loader as dataset
-from qwhisper.data import workers
+from qwhisper.data import loader as workers
 from qwhisper.data.loader import EncodedDialogues
 from qwhisper.errors import UsageError
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration

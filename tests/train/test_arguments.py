@@ -15,7 +15,7 @@ from qwhisper.parsing import flag_names, sections_of
 from qwhisper.train import arguments as module
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.hf_names import NOT_TAKEN, REMOVED
-from qwhisper.train.schedule import CAREFUL_STEPS, settled
+from qwhisper.train.optimizer import CAREFUL_STEPS, settled
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainArguments)}
 HF_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}

@@ -13,8 +13,13 @@ from qwhisper.data.dialogue import read_conversations
 from qwhisper.errors import NothingLearnedError
 from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.train.assemble import build
-from qwhisper.train.callbacks import LoRAStabilizeCallback, LossDebugCallback, NaNMonitorCallback, ProjectorFreezeHook
-from qwhisper.train.hf_trainer import guard_trainer
+from qwhisper.train.hf import (
+    LoRAStabilizeCallback,
+    LossDebugCallback,
+    NaNMonitorCallback,
+    ProjectorFreezeHook,
+    guard_trainer,
+)
 from qwhisper.train.run import main
 from tests.train.helpers import read_lines, same_bits
 

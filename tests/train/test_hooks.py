@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from qwhisper.train import hooks
+from qwhisper.train import hf as hooks
 from qwhisper.train.run import main
 from tests.test_faults.inject import outcome_of
 

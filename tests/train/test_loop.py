@@ -8,11 +8,11 @@ import torch
 
 from qwhisper.data.loader import Rejection
 from qwhisper.errors import DataError, NumericalError
-from qwhisper.guards.averages import BAD, FIRST_NORMS, PEAK, NormAverage
-from qwhisper.guards.switch import CLEAN
+from qwhisper.guards.decide import BAD, FIRST_NORMS, PEAK, NormAverage
+from qwhisper.guards.state import CLAMP_CLEAN as CLEAN
 from qwhisper.report.events import acts, read_jsonl
+from qwhisper.train.monitor import log_window
 from qwhisper.train.run import main
-from qwhisper.train.step_log import log_window
 from tests.small import write_dialogues
 from tests.test_faults.inject import gradients_times, plant
 from tests.train.helpers import (

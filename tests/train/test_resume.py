@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DiskError, QwhisperError, UsageError
-from qwhisper.guards import ladder
+from qwhisper.guards import state as ladder
 from qwhisper.train.run import main
 from tests.test_faults.inject import plant
 from tests.test_faults.kill_shim import fail

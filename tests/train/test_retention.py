@@ -12,11 +12,7 @@ import torch
 
 from qwhisper.data.dialogue import AudioClip, Conversation, Message, read_conversations
 from qwhisper.data.encode import IGNORE
-from qwhisper.guards.alarms import Alarms, StepFacts
-from qwhisper.infer.generate import answer_prompts
-from qwhisper.train import assemble
-from qwhisper.train import probe as probe_module
-from qwhisper.train.retention import (
+from qwhisper.evaluate.forgetting import (
     MAX_QUESTIONS,
     MIN_QUESTIONS,
     Question,
@@ -25,9 +21,13 @@ from qwhisper.train.retention import (
     choose_questions,
     scores_by_ear,
 )
+from qwhisper.guards.alarms import Alarms, StepFacts
+from qwhisper.infer.generate import answer_prompts
+from qwhisper.train import assemble
+from qwhisper.train import probe as probe_module
+from qwhisper.train.monitor import as_facts
 from qwhisper.train.run import main
 from qwhisper.train.state import TrainState
-from qwhisper.train.watch import as_facts
 from tests.train.helpers import make_run, read_lines
 from tests.train.listeners import collator
 from tests.train.thinkers import KINDS, TAUGHT, thinking_arguments, train_and_ask, write_spoken, write_thinking_bases

@@ -10,9 +10,9 @@ import yaml
 
 from qwhisper.errors import UsageError
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.optimizer import learning_rate_factor, settled
 from qwhisper.train.resume import saved_arguments
 from qwhisper.train.run import main
-from qwhisper.train.schedule import learning_rate_factor, settled
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.2), (99, 0.2), (100, 1.0), (500, 1.0)])

@@ -6,8 +6,8 @@ import statistics
 import pytest
 import torch
 
-from qwhisper.guards.averages import FIRST_NORMS
-from qwhisper.guards.measure import gradients
+from qwhisper.guards.decide import FIRST_NORMS
+from qwhisper.guards.gradients import gradients
 from tests.train.helpers import make_run, step
 
 MEDIAN_OF, RECOVERY = 20, 5

@@ -14,13 +14,13 @@ from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_conversations
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.demo.bases import TwoOptimizers
+from qwhisper.evaluate.forgetting import choose_questions
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.context import Run
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
-from qwhisper.train.retention import choose_questions
 from qwhisper.train.state import TrainState
 from tests.small import tone, write_small_bases
 from tests.train.listeners import EAR_GAIN

@@ -1,0 +1,328 @@
+"""Hugging Face around training: its callbacks in our loop, and our guards in its plain `Trainer`.
+
+`Hooks` fires `transformers.TrainerCallback` events from our loop, so that trackers and users' callbacks work unchanged.
+
+The field report's four callbacks work in both. In our loop they are thin: `configure` turns them into arguments, and
+the loop does the work. In a plain `Trainer` they do what its events allow. `Trainer` clips before it fires
+`on_pre_optimizer_step`, with a clip that turns one NaN element into NaN everywhere, so there the gradient of a frozen
+projector or of an exploding LoRA still counts in that norm. `guard_trainer` puts the same effects in that clip's place:
+projector freeze, finite check, each group's fixed and adaptive bound, then the global bound. Dropping single samples,
+rewinding, retrying after out-of-memory and an exact resume need our own loop (`qwhisper train`).
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+
+from qwhisper.errors import UsageError
+from qwhisper.guards.decide import decide
+from qwhisper.guards.diagnose import describe
+from qwhisper.guards.gradients import drop_gradients, scale_gradients, step_statistics
+from qwhisper.guards.state import GuardState
+from qwhisper.model.lora import lora_parameters
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.optimizer import careful_steps, parameter_groups
+
+TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio goes on with the run of the same name by itself
+
+
+def hf_arguments(args: TrainArguments, total_steps: int) -> TrainingArguments:
+    """What callbacks see as `args`: a real TrainingArguments with the values of ours that it has."""
+    same = (
+        "output_dir learning_rate per_device_train_batch_size gradient_accumulation_steps max_grad_norm "
+        "num_train_epochs lr_scheduler_type warmup_steps weight_decay logging_steps save_steps save_total_limit "
+        "eval_steps seed run_name"
+    )
+    return TrainingArguments(
+        **{name: getattr(args, name) for name in same.split()},
+        max_steps=total_steps,
+        report_to=args.report_to or "none",
+        eval_strategy="steps" if args.eval_file else "no",
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+class OneBoard(TensorBoardCallback):
+    """All of a run in one TensorBoard run, <output_dir>/tensorboard: HF's begins another, named by the time, with each
+    resume.
+
+    What was logged of steps that are taken again, since a checkpoint was of before them, is no longer shown. The
+    environment variable TENSORBOARD_LOGGING_DIR names another folder.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        folder = self.logging_dir or os.path.join(args.output_dir, "tensorboard")
+        self.tb_writer = self._SummaryWriter(folder, purge_step=state.global_step + 1 if state.global_step else None)
+        if not state.global_step:
+            super().on_train_begin(args, state, control, **kwargs)
+
+
+@contextmanager
+def tracked_as(run_id: str) -> Iterator[None]:
+    """While it lasts, trackers that know a run by its id go on with the one of that id, or begin it.
+
+    They read it from their environment variables, of which those that are set stay as they are.
+    """
+    values = {f"{tracker}_RUN_ID": run_id for tracker in TRACKERS_WITH_ID}
+    values |= {f"{tracker}_RESUME": "allow" for tracker in TRACKERS_WITH_ID}
+    values = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            os.environ.pop(name, None)
+
+
+class Tracker:
+    """A tracker's callback that no run dies of: once it raises or exits, it is named and called no more.
+
+    A user's own callback is not wrapped: what it raises is a fault that its author wants to see.
+    """
+
+    def __init__(self, callback: TrainerCallback):
+        self.callback = callback
+        self.is_down = False
+
+    def __getattr__(self, event: str) -> Callable[..., TrainerControl | None]:
+        handler = getattr(self.callback, event)
+
+        def call(*shown: Any, **values: Any) -> TrainerControl | None:
+            if self.is_down:
+                return None
+            try:
+                return handler(*shown, **values)
+            except (Exception, SystemExit) as error:
+                self.is_down = True
+                print(
+                    f"--report_to: {type(self.callback).__name__} failed in {event} ({type(error).__name__}: {error}) "
+                    "and is left out from now on; metrics.jsonl has everything",
+                    file=sys.stderr,
+                )
+                return None
+
+        return call
+
+
+def tracker_callbacks(report_to: list[str]) -> list[Tracker]:
+    """transformers' own callbacks for tensorboard, wandb, trackio, …
+
+    Raises UsageError naming one that is unknown or not installed.
+    """
+    try:
+        found = get_reporting_integration_callbacks(report_to)
+        return [Tracker((OneBoard if callback is TensorBoardCallback else callback)()) for callback in found]
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"--report_to {' '.join(report_to)}: {error}; install the tracker's package or leave it out"
+        ) from None
+
+
+class Hooks:
+    """The callbacks of one run and what they are shown: `args`, `state`, `control`, model, optimizer, scheduler."""
+
+    def __init__(
+        self,
+        callbacks: Sequence[TrainerCallback | Tracker],
+        args: TrainingArguments,
+        *,
+        steps_per_epoch: int,
+        **shown: Any,
+    ):
+        self.callbacks = callbacks
+        self.args = args
+        self.state = TrainerState(max_steps=args.max_steps, log_history=[])
+        self.control = TrainerControl()
+        self.steps_per_epoch = steps_per_epoch
+        self.shown = shown  # model, processing_class, optimizer, lr_scheduler
+
+    def fire(self, event: str, step: int, **values: Any) -> TrainerControl:
+        """Calls `event` of every callback. step: optimizer steps done. Returns the control that they left."""
+        self.state.global_step, self.state.epoch = step, step / self.steps_per_epoch
+        if "logs" in values:
+            self.state.log_history.append(values["logs"] | {"step": step})
+        for callback in self.callbacks:
+            result = getattr(callback, event)(self.args, self.state, self.control, **self.shown, **values)
+            self.control = result if result is not None else self.control
+        return self.control
+
+
+def unwrapped(model: torch.nn.Module) -> Qwen3AudioForConditionalGeneration:
+    """The Qwen3Audio model inside DDP's or PEFT's wrappers."""
+    inner: Any = model
+    while not hasattr(inner, "multi_modal_projector") and not hasattr(
+        getattr(inner, "model", None), "multi_modal_projector"
+    ):
+        inner = inner.module if hasattr(inner, "module") else inner.base_model.model
+    return inner
+
+
+class ConfiguringCallback(TrainerCallback):
+    """A callback whose work our loop does by itself once `configure` has handed over the values."""
+
+    in_our_loop = False
+    values: dict[str, Any]  # of the arguments that stand for this callback
+
+    def configure(self, args: TrainArguments) -> TrainArguments:
+        """The run's arguments with this callback's values in them."""
+        self.in_our_loop = True
+        return dataclasses.replace(args, **self.values)
+
+
+class ProjectorFreezeHook(ConfiguringCallback):
+    """Keeps the projector's weights through the first `steps` optimizer steps by dropping their gradients.
+
+    `requires_grad` stays as it is: neither graphs nor hooks nor buckets change in mid-run. steps: default as for
+    `--freeze_projector_steps`: 20, at most 2 % of the run.
+    """
+
+    def __init__(self, steps: int | None = None):
+        self.steps = steps
+        self.values = {} if steps is None else {"freeze_projector_steps": steps}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.in_our_loop:
+            return
+        steps = self.steps if self.steps is not None else careful_steps("freeze_projector_steps", state.max_steps)
+        if state.global_step < steps:
+            projector = unwrapped(model).model.multi_modal_projector
+            drop_gradients({"projector": list(projector.parameters())})
+
+
+class LoRAStabilizeCallback(ConfiguringCallback):
+    """LoRA's early learning-rate factor, its own clip, and no optimizer step on gradients that are not finite.
+
+    early_lr_steps: default as for `--early_lr_steps`: 100, at most 10 % of the run.
+    """
+
+    def __init__(self, early_lr_factor: float = 0.2, early_lr_steps: int | None = None, lora_grad_clip: float = 5.0):
+        self.early_lr_factor = early_lr_factor
+        self.early_lr_steps = early_lr_steps
+        self.lora_grad_clip = lora_grad_clip
+        self.skipped_steps = 0
+        self._full_rates: list[float] | None = None
+        self.values = {"early_lr_factor": early_lr_factor, "lora_grad_clip": lora_grad_clip}
+        if early_lr_steps is not None:
+            self.values["early_lr_steps"] = early_lr_steps
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.in_our_loop:
+            return
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        lora = {id(p) for _, p in lora_parameters(model)}
+        groups = {"lora": [p for p in trainable if id(p) in lora], "rest": [p for p in trainable if id(p) not in lora]}
+        statistics = step_statistics(torch.zeros((), device=trainable[0].device), groups)
+        decision = decide(statistics, {}, group_bounds={"lora": self.lora_grad_clip}, max_grad_norm=0.0)
+        if decision.skip:
+            drop_gradients(groups)
+            self.skipped_steps += 1
+        else:
+            scale_gradients(decision, groups)
+        steps = self.early_lr_steps
+        if state.global_step < (careful_steps("early_lr_steps", state.max_steps) if steps is None else steps):
+            self._full_rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] *= self.early_lr_factor
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self._full_rates is not None:
+            for group, rate in zip(optimizer.param_groups, self._full_rates, strict=True):
+                group["lr"] = rate
+            self._full_rates = None
+
+
+class LossDebugCallback(TrainerCallback):
+    """Prints supervised tokens and loss of every step, or hands them to `report(step, valid_labels, loss)`.
+
+    In a plain Trainer it reads what the model kept of its last forward pass: with accumulation, the last micro-batch's.
+    """
+
+    def __init__(self, report=None):
+        self.report = report or (lambda step, valid, loss: print(f"step {step}: {valid} valid labels, loss {loss:.4f}"))
+
+    def on_step_end(self, args, state, control, model=None, step_report=None, **kwargs):
+        if step_report is not None:
+            self.report(state.global_step, step_report.tokens, step_report.loss)
+            return
+        model = unwrapped(model)
+        if model.last_valid_label_count is not None and model.last_loss is not None:
+            self.report(state.global_step, int(model.last_valid_label_count), float(model.last_loss))
+
+
+class NaNMonitorCallback(TrainerCallback):
+    """Looks at the trainable parameters and `last_logits` every `every` steps, and stops where one is not finite.
+
+    It then writes `nan_snapshot.json` in the output folder: of every such tensor its name, shape, counts and the range
+    of its finite part.
+    """
+
+    def __init__(self, every: int = 1):
+        self.every = every
+        self.first_bad: str | None = None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every or self.first_bad:
+            return control
+        model = unwrapped(model)
+        tensors = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if model.last_logits is not None:
+            tensors.append(("last_logits", model.last_logits))
+        finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in tensors]).tolist()
+        bad = [tensor for tensor, is_finite in zip(tensors, finite, strict=True) if not is_finite]
+        if bad:
+            self.first_bad = bad[0][0]
+            snapshot = {"step": state.global_step, "tensors": [describe(name, tensor) for name, tensor in bad]}
+            path = Path(args.output_dir) / "nan_snapshot.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(snapshot, indent=1), encoding="utf-8")
+            print(f"step {state.global_step}: {self.first_bad} is not finite; snapshot in {path}; stopping")
+            control.should_training_stop = True
+        return control
+
+
+def guard_trainer(trainer: Trainer, *, lora_grad_clip: float = 5.0, freeze_projector_steps: int = 0) -> Trainer:
+    """Replaces the trainer's gradient clip by ours and returns the trainer.
+
+    Needs `max_grad_norm` above 0: with 0 the trainer calls no clip at all. A step whose gradients are not finite is
+    skipped: parameters, moments and step counts stay as they are (`trainer.skipped_steps` counts). The learning-rate
+    schedule goes on.
+    """
+    if trainer.args.max_grad_norm <= 0:
+        raise ValueError(
+            "guard_trainer works in place of Trainer's clip, which max_grad_norm=0 turns off; set it above 0"
+        )
+    groups = parameter_groups(unwrapped(trainer.model))
+    trainer.skipped_steps = 0
+    guards = GuardState()
+
+    def clip(parameters, max_norm, norm_type=2):
+        if trainer.state.global_step < freeze_projector_steps:
+            drop_gradients({"projector": groups.get("projector", [])})
+        device = next(p for group in groups.values() for p in group).device
+        statistics = step_statistics(torch.zeros((), device=device), groups)
+        decision = decide(
+            statistics,
+            guards.averages,
+            group_bounds={"lora": lora_grad_clip},
+            max_grad_norm=min(max_norm, trainer.args.max_grad_norm),
+        )
+        guards.feed(statistics, decision)
+        if decision.skip:
+            drop_gradients(groups)
+            trainer.skipped_steps += 1
+        else:
+            scale_gradients(decision, groups)
+        return torch.tensor(decision.grad_norm)
+
+    trainer.accelerator.clip_grad_norm_ = clip
+    return trainer
