@@ -25,7 +25,7 @@ from real_shapes import SIZES, make_bases, make_data
 
 from qwhisper.checksums import checksums
 from qwhisper.data.collator import Sample
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.guards.alarms import WEIGHTS_EVERY
@@ -168,7 +168,7 @@ def assemble(args: argparse.Namespace) -> tuple[Run, list[list[Sample]]]:
     (args.output_dir / "run").mkdir(parents=True)
     torch.manual_seed(0)
     model, processor = build(settings, None)
-    conversations = read_conversations(settings.train_file, data_root="/", max_samples=max(64, args.batch * args.rows))
+    conversations = read_dialogues(settings.train_file, data_root="/", max_samples=max(64, args.batch * args.rows))
     run = assemble_run(settings, model, processor, conversations, [], TrainState(), [])
     model.train()
     samples, _ = encode_all(

@@ -30,7 +30,7 @@ from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(ROOT))
 from qwhisper.data.collator import pad_samples
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import build, collator_for
@@ -72,7 +72,7 @@ class PlainTrainer:
         model, processor = build(args, None)
         self.model = Plain(model)
         self.pad = processor.tokenizer.pad_token_id
-        dialogues = EncodedDialogues(read_conversations(args.train_file), collator_for(args, processor, model))
+        dialogues = EncodedDialogues(read_dialogues(args.train_file), collator_for(args, processor, model))
         self.samples, _ = encode_all(dialogues)
 
     def train(self, folder: Path, around_save: Callable[[Save], object]) -> None:

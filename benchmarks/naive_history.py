@@ -31,7 +31,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
-from qwhisper.data.dialogue import Conversation, parse_conversation
+from qwhisper.data.dialogue import Dialogue, parse_dialogue
 from qwhisper.data.loader import StepSamples
 from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.engine.executor import HOST_KEYS, Executor
@@ -78,7 +78,7 @@ class Setting:
     """What all runs share. rows: the samples of each step; pairs: held out; bases: (model, processor) by dtype."""
 
     args: argparse.Namespace
-    conversations: list[Conversation]
+    conversations: list[Dialogue]
     rows: list[list[Sample]]
     pairs: list[Pair]
     collator: ConversationCollator
@@ -94,7 +94,7 @@ class Setting:
         return {name: x if name in HOST_KEYS else x.to(device) for name, x in batch.items()}
 
 
-def dialogues(digits: Sequence[dict], count: int, generator: random.Random, folder: Path) -> list[Conversation]:
+def dialogues(digits: Sequence[dict], count: int, generator: random.Random, folder: Path) -> list[Dialogue]:
     """One recording, one question; digits: of each speaker."""
     made = []
     for index in range(count):
@@ -102,7 +102,7 @@ def dialogues(digits: Sequence[dict], count: int, generator: random.Random, fold
         content = [audio_part(digit, path), {"type": "text", "text": QUESTION}]
         answer = {"role": "assistant", "content": DIGITS[digit]}
         made.append({"id": f"d{index}", "messages": [{"role": "user", "content": content}, answer]})
-    return [parse_conversation(record, record["id"], folder.resolve()) for record in made]
+    return [parse_dialogue(record, record["id"], folder.resolve()) for record in made]
 
 
 def prepare(args: argparse.Namespace) -> Setting:

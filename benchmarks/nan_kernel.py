@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from qwhisper.data.collator import Sample, pad_samples
-from qwhisper.data.dialogue import Conversation, parse_conversation
+from qwhisper.data.dialogue import Dialogue, parse_dialogue
 from qwhisper.data.loader import StepSamples
 from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.engine.kernels import check_kernels
@@ -226,7 +226,7 @@ class Heard:
     """What the runs of qwhisper share."""
 
     args: argparse.Namespace
-    conversations: list[Conversation]
+    conversations: list[Dialogue]
     train_file: Path
 
     def run(self, name: str, *, packing: bool) -> dict:
@@ -274,7 +274,7 @@ def real_runs(args: argparse.Namespace) -> None:
     pairs = dialogues(recordings(args.data), args.steps * args.batch, generator)
     reader = text_collator(str(args.text_model))
     rows = batches([reader.encode(read) for read, _ in pairs], args.batch, args.padded_to)
-    heard = [parse_conversation(record, record["id"], args.data.resolve()) for _, record in pairs]
+    heard = [parse_dialogue(record, record["id"], args.data.resolve()) for _, record in pairs]
     train_file = write_jsonl(args.output_dir / "heard.jsonl", [record for _, record in pairs])
     shared = Heard(args, heard, train_file)
     settings = {"text_model": args.text_model.name, "steps": args.steps, "padded_to": args.padded_to}

@@ -24,7 +24,7 @@ import torch
 from chaos import arguments
 from common import append_result
 
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, step_samples
 from qwhisper.guards.gradients import drop_gradients, gradients
 from qwhisper.guards.snapshot import Snapshots
@@ -116,7 +116,7 @@ def begin(args: argparse.Namespace, seed: int) -> tuple[Run, Iterator[StepSample
     Path(told.output_dir).mkdir(parents=True)
     torch.manual_seed(seed)
     model, processor = build(told, None)
-    conversations = read_conversations(told.train_file, data_root="/")
+    conversations = read_dialogues(told.train_file, data_root="/")
     run = assemble_run(told, model, processor, conversations, [], TrainState(), [])
     model.train()
     dialogues = EncodedDialogues(conversations, collator_for(told, processor, model))

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, Trainer
 
 from hf_faults.observe import Bench, Verdict, judge
 from qwhisper.data.collator import ConversationCollator, pack_samples
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model import attention
@@ -71,7 +71,7 @@ def packing_collator(bench: Bench) -> Callable:
         audio_token_id=script.model.model.config.audio_token_id,
         chat_template=script.tokenizer.chat_template,
     )
-    samples, _ = encode_all(EncodedDialogues(read_conversations(str(bench.train_file)), collator))
+    samples, _ = encode_all(EncodedDialogues(read_dialogues(str(bench.train_file)), collator))
 
     def pack(picked: list[dict]) -> dict:
         batch = pack_samples([samples[sample["dialogue"]] for sample in picked])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwhisper.data.audio import TooLongError
 from qwhisper.data.clips import AudioClip, load_clip
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.dialogue import Conversation, scan_conversations, unused_notes
+from qwhisper.data.dialogue import Dialogue, scan_dialogues, unused_notes
 from qwhisper.data.dialogue_audio import MAX_DIALOGUE_SECONDS, check_dialogue_seconds, claimed_by_headers
 from qwhisper.data.faults import grouped
 from qwhisper.data.template import listening_template
@@ -56,27 +56,27 @@ def check_dataset(
     (least, median, most), `cuts` and `without_labels` (sentences). Raises DataError only if there is no such file,
     or it is no JSONL file at all.
     """
-    conversations, faults = scan_conversations(path, data_root=data_root)
-    clips = _decode_clips(conversations)
-    lost = sum(clips.spoil(conversation) for conversation in conversations)
+    dialogues, faults = scan_dialogues(path, data_root=data_root)
+    clips = _decode_clips(dialogues)
+    lost = sum(clips.spoil(dialogue) for dialogue in dialogues)
     report: dict[str, Any] = {
         "file": str(path),
-        "dialogues": len(conversations),
-        "answers": sum(m.role == "assistant" for c in conversations for m in c.messages),
-        "masked": sum(m.is_answer and not m.learned for c in conversations for m in c.messages),
-        "clips": sum(len(c.clips) for c in conversations),
+        "dialogues": len(dialogues),
+        "answers": sum(m.role == "assistant" for c in dialogues for m in c.messages),
+        "masked": sum(m.is_answer and not m.learned for c in dialogues for m in c.messages),
+        "clips": sum(len(c.clips) for c in dialogues),
         "audio_seconds": round(sum(clips.seconds.values()), 3),
         "faults": faults,
-        "bad_clips": [f"{c.source}: {fault}" for c in conversations for fault in clips.faults(c)],
-        "notes": unused_notes(conversations) + clips.all_notes(conversations),
+        "bad_clips": [f"{c.source}: {fault}" for c in dialogues for fault in clips.faults(c)],
+        "notes": unused_notes(dialogues) + clips.all_notes(dialogues),
     }
     if tokenizer is not None:
-        sound = [c for c in conversations if not clips.spoil(c)]
+        sound = [c for c in dialogues if not clips.spoil(c)]
         labels = _check_labels(sound, tokenizer, frames or FrameArithmetic(), max_length)
         lost += len(labels["without_labels"])
         report |= labels
         report["notes"] += _typed_tokens(sound, tokenizer)
-    report["ok"] = not faults and lost <= MAX_BAD_FRACTION * len(conversations)
+    report["ok"] = not faults and lost <= MAX_BAD_FRACTION * len(dialogues)
     return report
 
 
@@ -110,31 +110,31 @@ class _Clips:
     notes: dict[AudioClip, list[str]] = field(default_factory=lambda: defaultdict(list))
     too_long: dict[str, str] = field(default_factory=dict)  # by the dialogue's source
 
-    def faults(self, conversation: Conversation) -> list[str]:
-        faults = [self.bad[clip] for clip in dict.fromkeys(conversation.clips) if clip in self.bad]
-        return faults + ([self.too_long[conversation.source]] if conversation.source in self.too_long else [])
+    def faults(self, dialogue: Dialogue) -> list[str]:
+        faults = [self.bad[clip] for clip in dict.fromkeys(dialogue.clips) if clip in self.bad]
+        return faults + ([self.too_long[dialogue.source]] if dialogue.source in self.too_long else [])
 
-    def all_notes(self, conversations: Sequence[Conversation]) -> list[str]:
+    def all_notes(self, dialogues: Sequence[Dialogue]) -> list[str]:
         """Each note once, where its clip is used first."""
-        first = {clip: conversation.source for conversation in reversed(conversations) for clip in conversation.clips}
+        first = {clip: dialogue.source for dialogue in reversed(dialogues) for clip in dialogue.clips}
         return [f"{source}: {clip.name}: {note}" for clip, source in first.items() for note in self.notes[clip]]
 
-    def spoil(self, conversation: Conversation) -> bool:
-        return bool(self.faults(conversation))
+    def spoil(self, dialogue: Dialogue) -> bool:
+        return bool(self.faults(dialogue))
 
 
-def _decode_clips(conversations: Sequence[Conversation]) -> _Clips:
+def _decode_clips(dialogues: Sequence[Dialogue]) -> _Clips:
     """Decode every clip once; none of a dialogue whose headers claim too much."""
     clips = _Clips()
-    for conversation in conversations:
+    for dialogue in dialogues:
         try:
-            claimed_by_headers(conversation.clips)
-            for clip in conversation.clips:
+            claimed_by_headers(dialogue.clips)
+            for clip in dialogue.clips:
                 if clip not in clips.seconds and clip not in clips.bad:
                     _decode_clip(clip, clips)
-            check_dialogue_seconds([clips.seconds.get(clip, 0.0) for clip in conversation.clips])
+            check_dialogue_seconds([clips.seconds.get(clip, 0.0) for clip in dialogue.clips])
         except TooLongError as error:
-            clips.too_long[conversation.source] = str(error)
+            clips.too_long[dialogue.source] = str(error)
     return clips
 
 
@@ -148,7 +148,7 @@ def _decode_clip(clip: AudioClip, clips: _Clips) -> None:
 
 
 def _check_labels(
-    conversations: Sequence[Conversation], tokenizer, frames: FrameArithmetic, max_length: int | None
+    dialogues: Sequence[Dialogue], tokenizer, frames: FrameArithmetic, max_length: int | None
 ) -> dict[str, Any]:
     template, origin = listening_template(tokenizer)
     # Any id serves as the placeholder's here: nothing is looked up.
@@ -156,9 +156,9 @@ def _check_labels(
         tokenizer, frames, audio_token_id=len(tokenizer), chat_template=template, max_length=max_length
     )
     lengths, answers, cuts, without = [], [], [], []
-    for conversation in conversations:
+    for dialogue in dialogues:
         try:
-            rows = collator.encode_rows(conversation)
+            rows = collator.encode_rows(dialogue)
         except DataError as error:
             without.append(str(error))
             continue
@@ -176,12 +176,12 @@ def _check_labels(
     }
 
 
-def _typed_tokens(conversations: Sequence[Conversation], tokenizer) -> list[str]:
+def _typed_tokens(dialogues: Sequence[Dialogue], tokenizer) -> list[str]:
     """Control tokens that stand in an answer: a model learns to write them letter by letter."""
     return [
-        f"{conversation.source}: message {number}: {token} in an answer is learned as text, not as the token"
-        for conversation in conversations
-        for number, message in enumerate(conversation.messages, 1)
+        f"{dialogue.source}: message {number}: {token} in an answer is learned as text, not as the token"
+        for dialogue in dialogues
+        for number, message in enumerate(dialogue.messages, 1)
         if message.is_answer and message.learned
         for token in typed_tokens(tokenizer, message.text)
     ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qwhisper.data.dialogue import Conversation, as_messages, in_words, parse_own
+from qwhisper.data.dialogue import Dialogue, as_messages, in_words, parse_own
 from qwhisper.data.encode import (
     IGNORE,
     TRAIN_ON,
@@ -68,33 +68,33 @@ class ConversationCollator:
         self._encoder = PartEncoder(tokenizer, frames, audio_token_id, chat_template, max_length)
         self._keeps_reasoning = supports_reasoning(tokenizer, chat_template)
 
-    def encode(self, conversation: Conversation | dict) -> Sample:
+    def encode(self, dialogue: Dialogue | dict) -> Sample:
         """The whole dialogue as one row. Raises BadClipError, NoLabelsError, DataError, with the dialogue's source.
 
         An earlier answer whose reasoning the template drops from the history is masked: `encode_rows` gives it its row.
         """
-        conversation, events = self._prepare(conversation)
-        answers = _learned(conversation.messages)
-        supervised = {k for k in answers if k == answers[-1] or not _has_thought(conversation.messages, k)}
+        dialogue, events = self._prepare(dialogue)
+        answers = _learned(dialogue.messages)
+        supervised = {k for k in answers if k == answers[-1] or not _has_thought(dialogue.messages, k)}
         if len(supervised) < len(answers):
             events.append(f"masked {len(answers) - len(supervised)} of {len(answers)} turns, which have reasoning")
-        return self._encode(conversation, supervised, 0, events)
+        return self._encode(dialogue, supervised, 0, events)
 
-    def encode_rows(self, conversation: Conversation | dict) -> list[Sample]:
+    def encode_rows(self, dialogue: Dialogue | dict) -> list[Sample]:
         """One row, or one for every answer where any of them has reasoning (the history then drops it, as Qwen does).
 
         Raises as `encode` does.
         """
-        conversation, events = self._prepare(conversation)
-        answers = _learned(conversation.messages)
-        if not any(message.reasoning for message in conversation.messages) or len(answers) == 1:
-            return [self._encode(conversation, set(answers), 0, events)]
+        dialogue, events = self._prepare(dialogue)
+        answers = _learned(dialogue.messages)
+        if not any(message.reasoning for message in dialogue.messages) or len(answers) == 1:
+            return [self._encode(dialogue, set(answers), 0, events)]
         rows: list[Sample] = []
         for previous, answer in zip([-1, *answers], answers, strict=False):
             if self.train_on == "last" and answer != answers[-1]:
                 continue
-            messages = conversation.messages[: answer + 1]
-            row = replace(conversation, id=f"{conversation.id}#{len(rows) + 1}", messages=messages)
+            messages = dialogue.messages[: answer + 1]
+            row = replace(dialogue, id=f"{dialogue.id}#{len(rows) + 1}", messages=messages)
             rows.append(self._encode(row, {answer}, previous + 1, list(events)))
         return rows
 
@@ -103,7 +103,7 @@ class ConversationCollator:
     ) -> Sample:
         """What `generate` continues: dialogue and generation prompt, and `reply_with` as the reply's beginning.
 
-        messages: read already, or as `parse_own` reads them. tools: the JSON text of each, as in `Conversation.tools`.
+        messages: read already, or as `parse_own` reads them. tools: the JSON text of each, as in `Dialogue.tools`.
         Raises DataError, and BadClipError for an unusable clip.
         """
         read = as_messages(messages)
@@ -112,7 +112,7 @@ class ConversationCollator:
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
         return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, [window for _, window in row.windows])
 
-    def __call__(self, features: Sequence[Sample | Conversation | dict]) -> Batch:
+    def __call__(self, features: Sequence[Sample | Dialogue | dict]) -> Batch:
         """A batch of all that can be encoded; the rest goes to `rejected`. Raises DataError if nothing is left."""
         samples: list[Sample] = []
         rejected: list[tuple[str, str]] = []
@@ -129,36 +129,36 @@ class ConversationCollator:
             raise DataError(f"none of {len(features)} samples of this batch can be trained on: {reasons}")
         return pack_samples(samples) if self.packed else pad_samples(samples, self.pad_token_id)
 
-    def _prepare(self, conversation: Conversation | dict) -> tuple[Conversation, list[str]]:
+    def _prepare(self, dialogue: Dialogue | dict) -> tuple[Dialogue, list[str]]:
         """The dialogue without what nothing is learned from, and the events of leaving it out."""
-        if isinstance(conversation, dict):
-            conversation = parse_own(conversation, str(conversation.get("id", "a dialogue given as a dict")))
-        messages, events = conversation.messages, []
+        if isinstance(dialogue, dict):
+            dialogue = parse_own(dialogue, str(dialogue.get("id", "a dialogue given as a dict")))
+        messages, events = dialogue.messages, []
         if not any(message.is_answer for message in messages):
-            raise NoLabelsError(f"{conversation.source}: no assistant message, so nothing to learn from")
+            raise NoLabelsError(f"{dialogue.source}: no assistant message, so nothing to learn from")
         answers = _learned(messages)
         if not answers:
-            raise NoLabelsError(f"{conversation.source}: every answer is masked, so nothing to learn from")
+            raise NoLabelsError(f"{dialogue.source}: every answer is masked, so nothing to learn from")
         if self.train_on != "all" and len(messages) > answers[-1] + 1:
             events.append(f"left out {len(messages) - answers[-1] - 1} messages after the last answer")
             messages = messages[: answers[-1] + 1]
         if not self._keeps_reasoning and any(message.reasoning for message in messages):
             events.append("left out the reasoning: the chat template has no place for it")
             messages = tuple(replace(message, reasoning=None) for message in messages)
-        return replace(conversation, messages=messages), events
+        return replace(dialogue, messages=messages), events
 
-    def _encode(self, conversation: Conversation, supervised: set[int], first_own: int, events: list[str]) -> Sample:
+    def _encode(self, dialogue: Dialogue, supervised: set[int], first_own: int, events: list[str]) -> Sample:
         """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
         told = len(events)
         try:
-            row, offset = self._fitting_row(conversation, supervised, events)
+            row, offset = self._fitting_row(dialogue, supervised, events)
         except (BadClipError, NoLabelsError) as error:
-            raise type(error)(f"{conversation.source}: {error}") from error
+            raise type(error)(f"{dialogue.source}: {error}") from error
         except DataError as error:
-            raise DataError(f"{conversation.source}: {error}") from error
+            raise DataError(f"{dialogue.source}: {error}") from error
         except MemoryError as error:
             raise BadClipError(
-                f"{conversation.source}: out of memory while it was read, with {len(conversation.clips)} clips; divide "
+                f"{dialogue.source}: out of memory while it was read, with {len(dialogue.clips)} clips; divide "
                 "it, or choose stretches with `start` and `end`"
             ) from error
         spans = {index + offset: span for index, span in row.answers.items() if index + offset in supervised}
@@ -168,35 +168,33 @@ class ConversationCollator:
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
         learned = list(spans.values())
         if self.train_on == "all":
-            learned += self._user_texts(conversation.messages, row, offset, first_own)
+            learned += self._user_texts(dialogue.messages, row, offset, first_own)
         for start, end in learned:
             labels[start:end] = ids[start:end]
         labels[:1] = IGNORE
         windows = [window for _, window in row.windows]
-        sample = Sample(
-            conversation.id, conversation.source, ids, labels, windows, sorted(spans.values()), events, row.notes
-        )
+        sample = Sample(dialogue.id, dialogue.source, ids, labels, windows, sorted(spans.values()), events, row.notes)
         if self.teach:
-            sample.teacher = self._in_words(conversation, supervised, first_own, sample, cut=len(events) > told)
+            sample.teacher = self._in_words(dialogue, supervised, first_own, sample, cut=len(events) > told)
         return self._with_labels(sample)
 
     def _in_words(
-        self, conversation: Conversation, supervised: set[int], first_own: int, heard: Sample, *, cut: bool
+        self, dialogue: Dialogue, supervised: set[int], first_own: int, heard: Sample, *, cut: bool
     ) -> Sample | None:
         """The dialogue as typed; None where a clip has no transcript, or where max_length cuts one of the two: they
         would answer with another history, or at another turn that has the same answer.
         """
         if not heard.windows:
             return replace(heard)
-        if cut or (typed := in_words(conversation.messages)) is None:
+        if cut or (typed := in_words(dialogue.messages)) is None:
             return None
-        read = self._encode(replace(conversation, messages=typed), supervised, first_own, [])
+        read = self._encode(replace(dialogue, messages=typed), supervised, first_own, [])
         return None if read.events else read
 
-    def _fitting_row(self, conversation: Conversation, supervised: set[int], events: list[str]) -> tuple[Row, int]:
+    def _fitting_row(self, dialogue: Dialogue, supervised: set[int], events: list[str]) -> tuple[Row, int]:
         """The row within max_length, and how many messages it lacks at the front."""
-        messages, added_ids = conversation.messages, self._encoder.added_ids
-        row = join_parts(self._encoder.parts(messages, tools=conversation.tools), messages, added_ids)
+        messages, added_ids = dialogue.messages, self._encoder.added_ids
+        row = join_parts(self._encoder.parts(messages, tools=dialogue.tools), messages, added_ids)
         if self.max_length is None:
             return row, 0
         cut = cut_row(row, self.max_length)
@@ -205,7 +203,7 @@ class ConversationCollator:
                 turns = f"{len(cut.answers)} of {len(row.answers)} turns"
                 events.append(f"cut to {turns}: {len(row.input_ids)} > {self.max_length} tokens")
             return cut, 0
-        if conversation.has_tools:
+        if dialogue.has_tools:
             raise NoLabelsError(
                 f"a dialogue with tools is cut behind its answers alone, and of {len(row.input_ids)} tokens none that "
                 f"is learned ends within max_length {self.max_length}; raise it"

@@ -47,7 +47,7 @@ def _typed(content: Sequence[str | AudioClip]) -> str:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Dialogue:
     """One dialogue; `source` says where it stands, as in `train.jsonl:12`.
 
     tools: the JSON text of each tool's schema, in OpenAI's form. unused: names of keys that were found and not used.
@@ -69,33 +69,33 @@ class Conversation:
         return tuple(clip for message in self.messages for clip in message.clips)
 
 
-def read_conversations(
+def read_dialogues(
     path: str | Path, *, data_root: str | Path | None = None, max_samples: int | None = None
-) -> list[Conversation]:
+) -> list[Dialogue]:
     """Read a JSONL file of dialogues, one a line, and refuse it as a whole if anything in it is wrong.
 
     Relative audio paths start at the file's folder; other paths must lie under `data_root` (default: the same folder).
     `max_samples` reads no further than that many dialogues. Raises DataError with file and line of
     the faults: equal ones as one line, the 20 most frequent.
     """
-    conversations, faults = scan_conversations(path, data_root=data_root, max_samples=max_samples)
+    dialogues, faults = scan_dialogues(path, data_root=data_root, max_samples=max_samples)
     if faults:
         lines = grouped(faults)
         shown = lines[:MAX_LINES_SHOWN]
         if len(lines) > len(shown):
             shown.append(f"... and {len(lines) - len(shown)} more; `qwhisper data check {path}` lists them all")
         raise DataError("\n".join(shown))
-    return conversations
+    return dialogues
 
 
-def scan_conversations(
+def scan_dialogues(
     path: str | Path,
     *,
     data_root: str | Path | None = None,
     max_samples: int | None = None,
     answered: bool = True,
     convert: Callable[[dict], dict] | None = None,
-) -> tuple[list[Conversation], list[str]]:
+) -> tuple[list[Dialogue], list[str]]:
     """The good dialogues of a file and every fault in it, each fault as `file:line: sentence`.
 
     answered: a dialogue without any answer is a fault; False: not where its last message awaits one. convert: makes the
@@ -107,7 +107,7 @@ def scan_conversations(
         raise DataError(f"{path} {fault}: give a JSONL file with one dialogue a line")
     if fault := not_json_lines(path):
         raise DataError(f"{path} is {fault}")
-    conversations: list[Conversation] = []
+    dialogues: list[Dialogue] = []
     faults: list[str] = []
     first_seen: dict[str, str] = {}
     for source, record in read_records(path):
@@ -115,45 +115,45 @@ def scan_conversations(
             faults.append(f"{source}: {record}")
             continue
         record = convert(record) if convert else record
-        conversation, found = _parse(record, source, path.parent, data_root, answered)
+        dialogue, found = _parse(record, source, path.parent, data_root, answered)
         faults += [f"{source}: {fault}" for fault in found]
-        if conversation is None:
+        if dialogue is None:
             continue
-        if conversation.id in first_seen:
-            identity = quoted.repr(conversation.id)
-            faults.append(f"{source}: id {identity} was used before, at {first_seen[conversation.id]}")
+        if dialogue.id in first_seen:
+            identity = quoted.repr(dialogue.id)
+            faults.append(f"{source}: id {identity} was used before, at {first_seen[dialogue.id]}")
             continue
-        first_seen[conversation.id] = source
-        conversations.append(conversation)
-        if len(conversations) == max_samples:
+        first_seen[dialogue.id] = source
+        dialogues.append(dialogue)
+        if len(dialogues) == max_samples:
             break
-    if not conversations and not faults:
+    if not dialogues and not faults:
         faults.append(f"{path}: no dialogue in it; each line should be a JSON object with `messages`")
-    return conversations, faults
+    return dialogues, faults
 
 
-def parse_conversation(
+def parse_dialogue(
     record: dict, source: str, root: str | Path, data_root: str | Path | None = None, *, answered: bool = True
-) -> Conversation:
+) -> Dialogue:
     """One record in canonical form; `root` is the folder that relative audio paths start at. Raises DataError.
 
-    answered: as in `scan_conversations`.
+    answered: as in `scan_dialogues`.
     """
-    conversation, faults = _parse(record, source, Path(root), data_root, answered)
-    if conversation is None:
+    dialogue, faults = _parse(record, source, Path(root), data_root, answered)
+    if dialogue is None:
         raise DataError("\n".join(f"{source}: {fault}" for fault in faults))
-    return conversation
+    return dialogue
 
 
-def parse_own(record: dict, source: str, *, answered: bool = True) -> Conversation:
+def parse_own(record: dict, source: str, *, answered: bool = True) -> Dialogue:
     """One record that a person's own call gives: relative paths start in the current folder, and any file may be read.
 
     Raises DataError, and warns of keys that are not used.
     """
     folder, everywhere = own_roots()
-    conversation = parse_conversation(record, source, folder, everywhere, answered=answered)
-    raise_or_warn([], conversation.unused)
-    return conversation
+    dialogue = parse_dialogue(record, source, folder, everywhere, answered=answered)
+    raise_or_warn([], dialogue.unused)
+    return dialogue
 
 
 def as_messages(messages: Sequence[Message | dict]) -> Sequence[Message]:
@@ -164,16 +164,16 @@ def as_messages(messages: Sequence[Message | dict]) -> Sequence[Message]:
     return parse_own({"messages": messages}, "the prompt", answered=False).messages
 
 
-def to_record(conversation: Conversation, folder: str | Path) -> dict[str, Any]:
-    """What `parse_conversation` reads the same dialogue from; clips below `folder` stand there by their relative path,
+def to_record(dialogue: Dialogue, folder: str | Path) -> dict[str, Any]:
+    """What `parse_dialogue` reads the same dialogue from; clips below `folder` stand there by their relative path,
     and sound in memory as a data URL.
 
     An id that was only the place where the dialogue stood is left out.
     """
     root = Path(os.path.realpath(folder))
-    identity = {} if conversation.id == conversation.source else {"id": conversation.id}
-    tools = {"tools": [json.loads(tool) for tool in conversation.tools]} if conversation.tools else {}
-    return identity | tools | {"messages": [_message_record(message, root) for message in conversation.messages]}
+    identity = {} if dialogue.id == dialogue.source else {"id": dialogue.id}
+    tools = {"tools": [json.loads(tool) for tool in dialogue.tools]} if dialogue.tools else {}
+    return identity | tools | {"messages": [_message_record(message, root) for message in dialogue.messages]}
 
 
 def _message_record(message: Message, root: Path) -> dict[str, Any]:
@@ -202,14 +202,14 @@ def _clip_record(clip: AudioClip, root: Path) -> dict[str, Any]:
     return {"type": "audio", "audio": source} | {k: v for k, v in named.items() if v is not None}
 
 
-def unused_notes(conversations: Iterable[Conversation]) -> list[str]:
+def unused_notes(dialogues: Iterable[Dialogue]) -> list[str]:
     """A sentence for each key that dialogues have and that nothing uses: how many have it, and where it is first."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
-    for conversation in conversations:
-        counts.update(conversation.unused)
-        for key in conversation.unused:
-            first.setdefault(key, conversation.source)
+    for dialogue in dialogues:
+        counts.update(dialogue.unused)
+        for key in dialogue.unused:
+            first.setdefault(key, dialogue.source)
     notes = [
         f"dialogues with the key {key}, which is not used: {n}; first at {first[key]}" for key, n in counts.items()
     ]
@@ -220,8 +220,8 @@ def unused_notes(conversations: Iterable[Conversation]) -> list[str]:
 
 def _parse(
     record: dict, source: str, root: Path, data_root, answered: bool = True
-) -> tuple[Conversation | None, list[str]]:
-    """The conversation, or None and what is wrong with it."""
+) -> tuple[Dialogue | None, list[str]]:
+    """The dialogue, or None and what is wrong with it."""
     faults, others = unknown_keys(record, KNOWN, "the dialogue")
     unused = [f"`{key}`" for key in others]
     raw = record.get("messages")
@@ -247,7 +247,7 @@ def _parse(
     if faults:
         return None, faults
     name = source if identity is None else str(identity)
-    return Conversation(name, tuple(messages), source, tools, tuple(dict.fromkeys(unused))), []
+    return Dialogue(name, tuple(messages), source, tools, tuple(dict.fromkeys(unused))), []
 
 
 def _check_answers(messages: Sequence[Message], faults: list[str]) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from qwhisper.data.clips import AudioClip
-from qwhisper.data.dialogue import Conversation
+from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.waveform import sound_of_bytes
 
 OVERLAP = 0.5  # of the shorter clip; sentences that were cut out overlap less, by the margins around them
@@ -20,7 +20,7 @@ MAX_FILES_READ = 20_000  # of the training data, to be compared by their bytes; 
 
 
 def notes(
-    eval_file: str | Path, held_out: Sequence[Conversation], train_file: str | Path, trained: Sequence[Conversation]
+    eval_file: str | Path, held_out: Sequence[Dialogue], train_file: str | Path, trained: Sequence[Dialogue]
 ) -> list[str]:
     """What the evaluation data shares with the training data, a sentence each; empty where that is nothing."""
     if same_file(eval_file, train_file):
@@ -43,7 +43,7 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def overlap_notes(held_out: Sequence[Conversation], trained: Sequence[Conversation]) -> list[str]:
+def overlap_notes(held_out: Sequence[Dialogue], trained: Sequence[Dialogue]) -> list[str]:
     """One sentence each for whole dialogues, for audio and for ids that are in both; empty where there are none.
 
     A dialogue counts once, for the first of these that it has. An id of digits alone counts for nothing: it is a number
@@ -51,9 +51,9 @@ def overlap_notes(held_out: Sequence[Conversation], trained: Sequence[Conversati
     """
     training = _Training(trained, held_out)
     found: dict[str, list[str]] = {"dialogue": [], "audio": [], "id": []}
-    for conversation in held_out:
-        for kind, place in training.places(conversation):
-            found[kind].append(f"{conversation.source} ({place})")
+    for dialogue in held_out:
+        for kind, place in training.places(dialogue):
+            found[kind].append(f"{dialogue.source} ({place})")
             break
     sentences = {
         "dialogue": "are in the training data as they are",
@@ -71,35 +71,35 @@ def overlap_notes(held_out: Sequence[Conversation], trained: Sequence[Conversati
 class _Training:
     """The training data by what a held-out dialogue may share with it. unread: what was not compared, or None."""
 
-    def __init__(self, trained: Sequence[Conversation], held_out: Sequence[Conversation]):
+    def __init__(self, trained: Sequence[Dialogue], held_out: Sequence[Dialogue]):
         self.unread: str | None = None
         self._trained = trained
         self._names = self._names_of_the_same_bytes(_recordings(held_out), _recordings(trained))
         self._clips: dict[str, list[tuple[AudioClip, str]]] = defaultdict(list)
-        for conversation in trained:
-            for clip in conversation.clips:
-                self._clips[_name(clip)].append((clip, conversation.source))
+        for dialogue in trained:
+            for clip in dialogue.clips:
+                self._clips[_name(clip)].append((clip, dialogue.source))
 
     @cached_property
     def _dialogues(self) -> dict[Hashable, str]:
-        return {_content(conversation, {}): conversation.source for conversation in self._trained}
+        return {_content(dialogue, {}): dialogue.source for dialogue in self._trained}
 
     @cached_property
     def _ids(self) -> dict[str, str]:
         return {c.id: c.source for c in self._trained if c.id != c.source and not c.id.isdigit()}
 
-    def places(self, conversation: Conversation) -> Iterable[tuple[str, str]]:
+    def places(self, dialogue: Dialogue) -> Iterable[tuple[str, str]]:
         """What is shared, and where in the training data it stands."""
-        content = _content(conversation, self._names)
+        content = _content(dialogue, self._names)
         if content in self._dialogues:
             yield "dialogue", self._dialogues[content]
-        for clip in conversation.clips:
+        for clip in dialogue.clips:
             name = self._names.get(_name(clip), _name(clip))
             for other, source in self._clips.get(name, ()):
                 if overlap(clip, other):
                     yield "audio", f"{Path(_name(clip)).name} is {Path(name).name} of {source}"
-        if conversation.id in self._ids:
-            yield "id", f"id {conversation.id!r}, {self._ids[conversation.id]}"
+        if dialogue.id in self._ids:
+            yield "id", f"id {dialogue.id!r}, {self._ids[dialogue.id]}"
 
     def _names_of_the_same_bytes(self, held_out: dict[str, AudioClip], trained: dict[str, AudioClip]) -> dict[str, str]:
         """By a held-out recording that training has under another name: that name."""
@@ -131,16 +131,16 @@ def overlap(a: AudioClip, b: AudioClip) -> bool:
     return shared > 0 and shared >= OVERLAP * min(end - start, other_end - other_start)
 
 
-def _recordings(conversations: Iterable[Conversation]) -> dict[str, AudioClip]:
+def _recordings(dialogues: Iterable[Dialogue]) -> dict[str, AudioClip]:
     """One clip of each file, and of each sound in memory, by its name."""
-    return {_name(clip): clip for conversation in conversations for clip in conversation.clips}
+    return {_name(clip): clip for dialogue in dialogues for clip in dialogue.clips}
 
 
 def _name(clip: AudioClip) -> str:
     return clip.path if clip.sound is None else clip.sound.digest
 
 
-def _content(conversation: Conversation, names: Mapping[str, str]) -> Hashable:
+def _content(dialogue: Dialogue, names: Mapping[str, str]) -> Hashable:
     """What is learned or asked; `names`: what to call some recordings instead."""
 
     def part_content(part: str | AudioClip) -> Hashable:
@@ -148,7 +148,7 @@ def _content(conversation: Conversation, names: Mapping[str, str]) -> Hashable:
             return part.strip()
         return names.get(_name(part), _name(part)), part.start, part.end, part.channel
 
-    return tuple((message.role, tuple(map(part_content, message.content))) for message in conversation.messages)
+    return tuple((message.role, tuple(map(part_content, message.content))) for message in dialogue.messages)
 
 
 def _size(clip: AudioClip) -> int:

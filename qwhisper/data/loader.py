@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.dialogue import Conversation
+from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.sampler import GlobalBatches
 from qwhisper.errors import DataError
 
@@ -178,20 +178,20 @@ class Rejection:
 class EncodedDialogues:
     """Item i: the rows of dialogue i, or its rejection."""
 
-    def __init__(self, conversations: Sequence[Conversation], collator: ConversationCollator):
-        self.conversations = conversations
+    def __init__(self, dialogues: Sequence[Dialogue], collator: ConversationCollator):
+        self.dialogues = dialogues
         self.collator = collator
         self.killers: dict[int, Rejection] = {}
 
     def __len__(self) -> int:
-        return len(self.conversations)
+        return len(self.dialogues)
 
     def __getitem__(self, index: int) -> list[Sample] | Rejection:
-        conversation = self.conversations[index]
+        dialogue = self.dialogues[index]
         try:
-            return self.collator.encode_rows(conversation)
+            return self.collator.encode_rows(dialogue)
         except DataError as error:
-            return Rejection(conversation.id, conversation.source, str(error))
+            return Rejection(dialogue.id, dialogue.source, str(error))
 
     def items(self, indices: Iterable[int]) -> list[list[Sample] | Rejection]:
         return [self.killers[index] if index in self.killers else self[index] for index in indices]
@@ -201,10 +201,10 @@ class EncodedDialogues:
         found = []
         for index in indices:
             if index not in self.killers and (how := how_it_dies(self.__getitem__, index)):
-                conversation = self.conversations[index]
-                reason = f"{conversation.source}: a process that reads it is lost ({how}); convert it, or leave it out"
-                self.killers[index] = Rejection(conversation.id, conversation.source, reason)
-                found.append(conversation.id)
+                dialogue = self.dialogues[index]
+                reason = f"{dialogue.source}: a process that reads it is lost ({how}); convert it, or leave it out"
+                self.killers[index] = Rejection(dialogue.id, dialogue.source, reason)
+                found.append(dialogue.id)
         return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwhisper.cli import main as command_line
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.demo.bases import LEAD_SILENCE_S, TAIL_SILENCE_S
 from qwhisper.demo.prepare import DemoPaths, prepare
 from qwhisper.errors import QwhisperError, UsageError
@@ -59,7 +59,7 @@ def main(arguments: "DemoArguments") -> None:
     after = evaluate(commands, folder, paths.eval_file)
     swapped = evaluate(commands, folder, paths.swapped_file)
     headline("One unheard file")
-    clip = read_conversations(paths.eval_file)[0].clips[0]
+    clip = read_dialogues(paths.eval_file)[0].clips[0]
     print(f"({Path(clip.path).name} says {clip.transcript!r})")
     run_command(commands, "chat", folder / "run", "--audio", clip.path, "--text", "Which number is it?")
 
@@ -92,7 +92,7 @@ def untrained(paths: DemoPaths) -> dict[str, Any]:
         audio_lead_silence=LEAD_SILENCE_S,
         audio_tail_silence=TAIL_SILENCE_S,
     )
-    dialogues = read_conversations(paths.eval_file)
+    dialogues = read_dialogues(paths.eval_file)
     return evaluate_model(
         model, collator_of(processor), dialogues, swap=False, batch_size=64, max_new_tokens=ANSWER_TOKENS
     )
@@ -155,9 +155,7 @@ def example(after: dict, paths: DemoPaths) -> list[dict[str, str]]:
     """The first held-out dialogue of two turns: what was said and asked, and what the model answered."""
     answers = {(answer["id"], answer["turn"]): answer["answer"] for answer in after["answers"]}
     dialogue = next(
-        d
-        for d in read_conversations(paths.eval_file)
-        if sum(message.role == "assistant" for message in d.messages) == 2
+        d for d in read_dialogues(paths.eval_file) if sum(message.role == "assistant" for message in d.messages) == 2
     )
     lines, turn = [], 0
     for message in dialogue.messages:

@@ -15,7 +15,7 @@ import numpy as np
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data import leakage
 from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
-from qwhisper.data.dialogue import Conversation, read_conversations, scan_conversations, unused_notes
+from qwhisper.data.dialogue import Dialogue, read_dialogues, scan_dialogues, unused_notes
 from qwhisper.data.encode import IGNORE
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
@@ -46,19 +46,17 @@ DIALOGUES_AT_ONCE = 256  # whose audio is in memory together
 def main(arguments: "EvalArguments") -> None:
     """Evaluate a checkpoint, print the table, write the files asked for."""
     quieten_transformers()
-    conversations = read_conversations(
-        arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples
-    )
-    text = read_conversations(arguments.text_file, data_root=arguments.data_root) if arguments.text_file else None
-    for note in unused_notes([*conversations, *(text or [])]):
+    dialogues = read_dialogues(arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples)
+    text = read_dialogues(arguments.text_file, data_root=arguments.data_root) if arguments.text_file else None
+    for note in unused_notes([*dialogues, *(text or [])]):
         print(f"note: {note}")
     (model, _, collator), kinds, shared = read_checkpoint(
-        arguments.checkpoint, lambda folder: _load(folder, arguments, conversations)
+        arguments.checkpoint, lambda folder: _load(folder, arguments, dialogues)
     )
     result = evaluate_model(
         model,
         collator,
-        conversations,
+        dialogues,
         swap=arguments.swap_audio,
         text_model=arguments.ask_text_model,
         text=text,
@@ -76,16 +74,16 @@ def main(arguments: "EvalArguments") -> None:
         _write(arguments.output_md, table + "\n")
 
 
-def _load(folder: Path, arguments: "EvalArguments", conversations: Sequence[Conversation]):
+def _load(folder: Path, arguments: "EvalArguments", dialogues: Sequence[Dialogue]):
     """What a checkpoint's folder holds for an evaluation: (model, processor, collator), kinds of trained questions, and
     notes on what of the evaluation data it was trained on.
     """
     bases = {"audio_model": arguments.audio_model, "text_model": arguments.text_model}
     loaded = load_resolved(folder, arguments.device, arguments.dtype, **bases)
-    return loaded, trained_kinds(folder), _leakage(folder, arguments.eval_file, conversations)
+    return loaded, trained_kinds(folder), _leakage(folder, arguments.eval_file, dialogues)
 
 
-def _leakage(folder: Path, eval_file: str, conversations: Sequence[Conversation]) -> list[str]:
+def _leakage(folder: Path, eval_file: str, dialogues: Sequence[Dialogue]) -> list[str]:
     """Sentences on what of the evaluation data the checkpoint was trained on, as far as that can be found out."""
     train_file_sha256 = trained_file_sha256(folder)
     if train_file_sha256 is None:  # no run of ours has saved it
@@ -95,12 +93,12 @@ def _leakage(folder: Path, eval_file: str, conversations: Sequence[Conversation]
     try:
         trained_on = arguments_where_they_lie(folder)
         train_file = str(trained_on["train_file"])
-        trained, faults = scan_conversations(
+        trained, faults = scan_dialogues(
             train_file, data_root=trained_on.get("data_root"), max_samples=trained_on.get("max_samples")
         )
     except (QwhisperError, OSError, KeyError, TypeError, ValueError) as error:
         return [f"Whether {eval_file} shares dialogues with the training data was not checked: {first_line(error)}."]
-    notes = leakage.notes(eval_file, conversations, train_file, trained)
+    notes = leakage.notes(eval_file, dialogues, train_file, trained)
     if faults:
         notes.append(f"not compared with what can't be read of {train_file} any more ({faults[0]})")
     return [f"{note[0].upper()}{note[1:]}." for note in notes]
@@ -109,11 +107,11 @@ def _leakage(folder: Path, eval_file: str, conversations: Sequence[Conversation]
 def evaluate_model(
     model: Qwen3AudioForConditionalGeneration,
     collator: ConversationCollator,
-    conversations: Sequence[Conversation],
+    dialogues: Sequence[Dialogue],
     *,
     swap: bool = True,
     text_model: bool = True,
-    text: Sequence[Conversation] | None = None,
+    text: Sequence[Dialogue] | None = None,
     trained_kinds: Collection[str] = (),
     batch_size: int = 8,
     max_new_tokens: int = 128,
@@ -138,7 +136,7 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     executor = Executor(model, max_tokens_per_pack=None, pad_token_id=collator.pad_token_id)
-    usable, rejected, loss = _dialogue_loss(executor, collator, conversations)
+    usable, rejected, loss = _dialogue_loss(executor, collator, dialogues)
     if not usable:
         raise DataError(
             f"no dialogue can be evaluated; the first: {rejected[0]['reason'] if rejected else 'there is none'}"
@@ -177,18 +175,18 @@ def evaluate_model(
 
 
 def _dialogue_loss(
-    executor: Executor, collator: ConversationCollator, conversations: Sequence[Conversation]
-) -> tuple[list[Conversation], list[dict], float]:
+    executor: Executor, collator: ConversationCollator, dialogues: Sequence[Dialogue]
+) -> tuple[list[Dialogue], list[dict], float]:
     """The dialogues that can be used, the others with the reason, and the loss over all supervised tokens."""
     usable, rejected, mean = [], [], _TokenMean()
-    for first in range(0, len(conversations), DIALOGUES_AT_ONCE):
+    for first in range(0, len(dialogues), DIALOGUES_AT_ONCE):
         samples: list[Sample] = []
-        for conversation in conversations[first : first + DIALOGUES_AT_ONCE]:
+        for dialogue in dialogues[first : first + DIALOGUES_AT_ONCE]:
             try:
-                samples += collator.encode_rows(conversation)
-                usable.append(conversation)
+                samples += collator.encode_rows(dialogue)
+                usable.append(dialogue)
             except (BadClipError, NoLabelsError) as error:
-                rejected.append({"id": conversation.id, "reason": str(error)})
+                rejected.append({"id": dialogue.id, "reason": str(error)})
         mean.add(executor, samples)
     return usable, rejected, mean.value
 
@@ -225,9 +223,9 @@ def _prompt(row: Sample) -> Sample:
 
 def _record(turn: Turn, answer: str) -> dict[str, Any]:
     """One line of `answers`; turn: which answer of the dialogue it is, from 1."""
-    number = sum(message.role == "assistant" for message in turn.conversation.messages[: turn.index + 1])
+    number = sum(message.role == "assistant" for message in turn.dialogue.messages[: turn.index + 1])
     return {
-        "id": turn.conversation.id,
+        "id": turn.dialogue.id,
         "turn": number,
         "kind": turn.answer.kind or NO_KIND,
         "reference": turn.reference,
@@ -295,8 +293,8 @@ def _notes(scores: dict[str, Any], trained_kinds: Collection[str], no_shift: str
     return notes + ([f"No text shift: {no_shift}."] if no_shift else [])
 
 
-def _not_asked(conversations: Sequence[Conversation]) -> list[str]:
-    answers = [message for conversation in conversations for message in conversation.messages if message.is_answer]
+def _not_asked(dialogues: Sequence[Dialogue]) -> list[str]:
+    answers = [message for dialogue in dialogues for message in dialogue.messages if message.is_answer]
     masked = sum(not answer.learned for answer in answers)
     calls = sum(answer.learned and bool(answer.tool_calls) for answer in answers)
     notes = [f"Masked answers (`loss` false), which are history alone: {masked}."] if masked else []
@@ -326,11 +324,11 @@ def _swapped_share(records: list[dict]) -> float | None:
     return share(record["swapped_same"] for record in records if "swapped_same" in record)
 
 
-def _counts(conversations: Sequence[Conversation], turns: Sequence[Turn], records: list[dict]) -> dict[str, int]:
+def _counts(dialogues: Sequence[Dialogue], turns: Sequence[Turn], records: list[dict]) -> dict[str, int]:
     swapped = [record for record in records if "swapped_same" in record]
     without_audio = sum(not turn.clips for turn in turns)
     return {
-        "dialogues": len(conversations),
+        "dialogues": len(dialogues),
         "turns": len(turns),
         "swapped": len(swapped),
         "swapped_same_question": sum(record["swapped_same_question"] for record in swapped),

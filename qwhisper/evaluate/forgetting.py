@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.dialogue import Conversation, Message, in_words
+from qwhisper.data.dialogue import Dialogue, Message, in_words
 from qwhisper.data.encode import IGNORE
 from qwhisper.data.instructions import instruction_pool
 from qwhisper.engine.executor import Executor
@@ -44,7 +44,7 @@ def text_answers(
     prompts = {}
     for position, turn in enumerate(turns):
         if turn.clips and (typed := in_words(turn.history)) is not None:
-            prompts[position] = collator.encode_prompt(typed, tools=turn.conversation.tools)
+            prompts[position] = collator.encode_prompt(typed, tools=turn.dialogue.tools)
     with adapter_off(model):
         answers = answer_prompts(model, collator, list(prompts.values()), max_new_tokens, batch_size)
     found = dict(zip(prompts, answers, strict=True))
@@ -52,33 +52,31 @@ def text_answers(
 
 
 def text_shift(
-    executor: Executor, collator: ConversationCollator, conversations: Sequence[Conversation] | None
+    executor: Executor, collator: ConversationCollator, dialogues: Sequence[Dialogue] | None
 ) -> tuple[float | None, str | None]:
     """Kullback-Leibler divergence of the adapted language model from its base, in nats a token of the answers, where
     both read the dialogues in words, or, without dialogues, of what the base answers to the instructions that qwhisper
     ships. Where nothing can be read, None, and why.
     """
-    if conversations is None:
+    if dialogues is None:
         samples = own_answers(executor.model, collator, OWN_ANSWERS)
         why_not = f"the base has fewer than {MIN_ANSWERS} different answers to the instructions that qwhisper ships"
     else:
-        samples, faults = _typed_rows(collator, conversations)
+        samples, faults = _typed_rows(collator, dialogues)
         why_not = f"no dialogue of the text file can be read in words; the first: {faults[0] if faults else 'none'}"
     return (executor.shift_from_base(samples), None) if samples else (None, why_not)
 
 
-def _typed_rows(
-    collator: ConversationCollator, conversations: Sequence[Conversation]
-) -> tuple[list[Sample], list[str]]:
+def _typed_rows(collator: ConversationCollator, dialogues: Sequence[Dialogue]) -> tuple[list[Sample], list[str]]:
     """The dialogues as text, and of those that can't be the reason."""
     samples: list[Sample] = []
     faults: list[str] = []
-    for conversation in conversations:
-        if (typed := in_words(conversation.messages)) is None:
-            faults.append(f"{conversation.source}: a clip has no `transcript`")
+    for dialogue in dialogues:
+        if (typed := in_words(dialogue.messages)) is None:
+            faults.append(f"{dialogue.source}: a clip has no `transcript`")
             continue
         try:
-            samples += collator.encode_rows(replace(conversation, messages=typed))
+            samples += collator.encode_rows(replace(dialogue, messages=typed))
         except DataError as error:
             faults.append(str(error))
     return samples, faults
@@ -170,16 +168,16 @@ class Questions:
 
 
 def choose_questions(
-    conversations: Sequence[Conversation], collator: ConversationCollator, trained_kinds: Collection[str], *, seed: int
+    dialogues: Sequence[Dialogue], collator: ConversationCollator, trained_kinds: Collection[str], *, seed: int
 ) -> Questions:
     """At most MAX_QUESTIONS of either group, from all of its kinds alike; decodes their audio.
 
-    `conversations` must be held out. None at all where fewer than MIN_QUESTIONS are of kinds never trained on, and
+    `dialogues` must be held out. None at all where fewer than MIN_QUESTIONS are of kinds never trained on, and
     where no trained kind is known: any may have been trained on then.
     """
     if not trained_kinds:
         return Questions()
-    turns = turns_of([conversations[index] for index in np.random.default_rng(seed).permutation(len(conversations))])
+    turns = turns_of([dialogues[index] for index in np.random.default_rng(seed).permutation(len(dialogues))])
     groups: Mapping[bool, dict[str, list[Turn]]] = {True: defaultdict(list), False: defaultdict(list)}
     for turn in turns:
         if turn.clips and turn.answer.kind is not None:
@@ -220,7 +218,7 @@ def _questions(collator: ConversationCollator, by_kind: Mapping[str, Sequence[Tu
     for turn in (turn for rank in zip_longest(*by_kind.values()) for turn in rank if turn is not None):
         if (typed := in_words(turn.history)) is None:
             continue
-        in_text = Turn(replace(turn.conversation, messages=(*typed, turn.answer)), turn.index)
+        in_text = Turn(replace(turn.dialogue, messages=(*typed, turn.answer)), turn.index)
         try:
             heard, read = answer_row(collator, turn), answer_row(collator, in_text)
         except DataError:

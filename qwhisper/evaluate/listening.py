@@ -10,21 +10,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.dialogue import AudioClip, Conversation, Message
+from qwhisper.data.dialogue import AudioClip, Dialogue, Message
 from qwhisper.data.encode import IGNORE
 from qwhisper.evaluate.metrics import normalise
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer to give: `conversation.messages[index]`, asked by the messages before it."""
+    """One answer to give: `dialogue.messages[index]`, asked by the messages before it."""
 
-    conversation: Conversation
+    dialogue: Dialogue
     index: int
 
     @property
     def answer(self) -> Message:
-        return self.conversation.messages[self.index]
+        return self.dialogue.messages[self.index]
 
     @property
     def reference(self) -> str:
@@ -32,7 +32,7 @@ class Turn:
 
     @property
     def history(self) -> tuple[Message, ...]:
-        return self.conversation.messages[: self.index]
+        return self.dialogue.messages[: self.index]
 
     @property
     def clips(self) -> tuple[AudioClip, ...]:
@@ -48,12 +48,12 @@ class SwappedTurn:
     same_question: bool
 
 
-def turns_of(conversations: Sequence[Conversation]) -> list[Turn]:
+def turns_of(dialogues: Sequence[Dialogue]) -> list[Turn]:
     """Every answer to ask for, in their order: it follows a question, is not masked, and calls no tool."""
     return [
-        Turn(conversation, index)
-        for conversation in conversations
-        for index, message in enumerate(conversation.messages)
+        Turn(dialogue, index)
+        for dialogue in dialogues
+        for index, message in enumerate(dialogue.messages)
         if index and message.is_answer and message.learned and not message.tool_calls
     ]
 
@@ -91,7 +91,7 @@ def answer_row(collator: ConversationCollator, turn: Turn) -> Sample:
     `ConversationCollator.encode` does.
     """
     messages = (*turn.history, replace(turn.answer, reasoning=None))
-    row = collator.encode(replace(turn.conversation, messages=messages))
+    row = collator.encode(replace(turn.dialogue, messages=messages))
     start, end = row.answer_spans[-1]
     labels = np.full_like(row.labels, IGNORE)
     labels[start:end] = row.input_ids[start:end]
@@ -111,7 +111,7 @@ def _from_random_place(pool: Sequence[int], generator: np.random.Generator) -> I
 
 
 def _fits(turn: Turn, other: Turn) -> bool:
-    if other.conversation.id == turn.conversation.id:
+    if other.dialogue.id == turn.dialogue.id:
         return False
     return all(_says_something_else(*clips) for clips in zip(turn.clips, other.clips, strict=True))
 
@@ -129,4 +129,4 @@ def _heard_instead(turn: Turn, other: Turn) -> Turn:
         replace(message, content=tuple(next(rest) if isinstance(part, AudioClip) else part for part in message.content))
         for message in turn.history
     ]
-    return Turn(replace(turn.conversation, messages=(*history, turn.answer)), turn.index)
+    return Turn(replace(turn.dialogue, messages=(*history, turn.answer)), turn.index)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from qwhisper.checkpoint.folders import write_whole
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.dialogue import Conversation, in_words, scan_conversations, to_record, unused_notes
+from qwhisper.data.dialogue import Dialogue, in_words, scan_dialogues, to_record, unused_notes
 from qwhisper.data.faults import grouped
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
 from qwhisper.data.messages import THINK_MARKS, Message
@@ -60,8 +60,8 @@ def main(arguments: "DataAnswerArguments") -> int:
     quieten_transformers()
     out_file = Path(arguments.out_file)
     cache = _cache_of(Path(arguments.in_file), out_file)
-    conversations, faults = _read(arguments)
-    for note in unused_notes(conversations):
+    dialogues, faults = _read(arguments)
+    for note in unused_notes(dialogues):
         print(f"note: {note}")
     path = resolve_model(arguments.text_model, arguments.hub, "--text_model")
     options = LoadOptions(
@@ -71,7 +71,7 @@ def main(arguments: "DataAnswerArguments") -> int:
     )
     collator = text_collator(path)
     settings = [fingerprint(path), str(options.compute_dtype), options.load_in_4bit, arguments.max_new_tokens]
-    questions, unread = find_questions(conversations, collator, settings)
+    questions, unread = find_questions(dialogues, collator, settings)
     with _held(cache):
         answers, asked = answer_all(
             list(questions.values()),
@@ -81,12 +81,12 @@ def main(arguments: "DataAnswerArguments") -> int:
             max_new_tokens=arguments.max_new_tokens,
             batch_size=arguments.batch_size,
         )
-        dialogues, silent, cut = with_answers(conversations, questions, answers)
-        if dialogues:
-            _write(out_file, dialogues)
+        answered, silent, cut = with_answers(dialogues, questions, answers)
+        if answered:
+            _write(out_file, answered)
     given, faults = len(questions) - len(silent) - cut, [*faults, *unread, *silent]
-    _report(arguments, dialogues, given, asked, cut, faults)
-    return 0 if dialogues else DataError.exit_code
+    _report(arguments, answered, given, asked, cut, faults)
+    return 0 if answered else DataError.exit_code
 
 
 def text_collator(path: str) -> ConversationCollator:
@@ -97,24 +97,24 @@ def text_collator(path: str) -> ConversationCollator:
 
 
 def find_questions(
-    conversations: Sequence[Conversation], collator: ConversationCollator, settings: Sequence
+    dialogues: Sequence[Dialogue], collator: ConversationCollator, settings: Sequence
 ) -> tuple[dict[int, Question], list[str]]:
     """The dialogues that await an answer, by their position, and which of these can't be asked, and why.
 
     settings: all beside the prompt that an answer depends on.
     """
     questions, faults = {}, []
-    for position, conversation in enumerate(conversations):
-        if not _is_open(conversation):
+    for position, dialogue in enumerate(dialogues):
+        if not _is_open(dialogue):
             continue
-        messages = in_words(conversation.messages)
+        messages = in_words(dialogue.messages)
         if messages is None:
-            faults.append(f"{conversation.source}: a clip has no `transcript`, and the text model can't hear it")
+            faults.append(f"{dialogue.source}: a clip has no `transcript`, and the text model can't hear it")
             continue
         try:
-            prompt = collator.encode_prompt(messages, tools=conversation.tools)
+            prompt = collator.encode_prompt(messages, tools=dialogue.tools)
         except DataError as error:  # the chat template refuses these roles
-            faults.append(f"{conversation.source}: {error}")
+            faults.append(f"{dialogue.source}: {error}")
             continue
         key = hashlib.sha256(json.dumps(settings).encode() + prompt.input_ids.tobytes()).hexdigest()
         questions[position] = Question(key, prompt)
@@ -152,26 +152,26 @@ def answer_all(
 
 
 def with_answers(
-    conversations: Sequence[Conversation], questions: dict[int, Question], answers: dict[str, Answer]
-) -> tuple[list[Conversation], list[str], int]:
+    dialogues: Sequence[Dialogue], questions: dict[int, Question], answers: dict[str, Answer]
+) -> tuple[list[Dialogue], list[str], int]:
     """The dialogues that have an answer now or had one, in their order, what was wrong with an answer, and how many
     were cut, for want of tokens, which are left out.
     """
-    dialogues, faults, cut = [], [], 0
-    for position, conversation in enumerate(conversations):
-        if not _is_open(conversation):
-            dialogues.append(conversation)
+    answered, faults, cut = [], [], 0
+    for position, dialogue in enumerate(dialogues):
+        if not _is_open(dialogue):
+            answered.append(dialogue)
         elif position in questions:
-            answered = answers[questions[position].key]
-            if fault := _unusable(answered.text):
-                faults.append(f"{conversation.source}: {fault}")
+            found = answers[questions[position].key]
+            if fault := _unusable(found.text):
+                faults.append(f"{dialogue.source}: {fault}")
                 continue
-            if not answered.ended:  # it would teach to end in mid-sentence
+            if not found.ended:  # it would teach to end in mid-sentence
                 cut += 1
                 continue
-            answer = Message("assistant", (answered.text,), kind=conversation.messages[-1].kind)
-            dialogues.append(replace(conversation, messages=(*conversation.messages, answer)))
-    return dialogues, faults, cut
+            answer = Message("assistant", (found.text,), kind=dialogue.messages[-1].kind)
+            answered.append(replace(dialogue, messages=(*dialogue.messages, answer)))
+    return answered, faults, cut
 
 
 def read_answers(cache: Path) -> dict[str, Answer]:
@@ -193,8 +193,8 @@ def _unusable(text: str) -> str | None:
     return None
 
 
-def _is_open(conversation: Conversation) -> bool:
-    return conversation.messages[-1].role in ("user", "tool")
+def _is_open(dialogue: Dialogue) -> bool:
+    return dialogue.messages[-1].role in ("user", "tool")
 
 
 def _cache_of(in_file: Path, out_file: Path) -> Path:
@@ -244,11 +244,11 @@ def _held(cache: Path) -> Iterator[None]:
                         folder.rmdir()
 
 
-def _read(arguments: "DataAnswerArguments") -> tuple[list[Conversation], list[str]]:
+def _read(arguments: "DataAnswerArguments") -> tuple[list[Dialogue], list[str]]:
     own = arguments.instructions
     pool = instruction_pool(arguments.language) if own is None else read_instructions(own)
     convert = partial(as_question, instructions=pool, seed=arguments.seed)
-    return scan_conversations(arguments.in_file, data_root=arguments.data_root, answered=False, convert=convert)
+    return scan_dialogues(arguments.in_file, data_root=arguments.data_root, answered=False, convert=convert)
 
 
 def _load(path: str, options: LoadOptions) -> PreTrainedModel:
@@ -258,7 +258,7 @@ def _load(path: str, options: LoadOptions) -> PreTrainedModel:
 
 def _report(
     arguments: "DataAnswerArguments",
-    dialogues: Sequence[Conversation],
+    dialogues: Sequence[Dialogue],
     given: int,
     asked: int,
     cut: int,
@@ -277,7 +277,7 @@ def _report(
         print(f"its audio lies in another folder: `train` and `data check` need --data_root {shlex.quote(root)}")
 
 
-def _folder_of_far_audio(dialogues: Sequence[Conversation], folder: Path) -> str | None:
+def _folder_of_far_audio(dialogues: Sequence[Dialogue], folder: Path) -> str | None:
     """The folder of all files that don't lie below `folder`, whose paths are absolute; None where there are none."""
     clips = {clip.path for dialogue in dialogues for clip in dialogue.clips if clip.sound is None}
     root = os.path.realpath(folder)
@@ -292,7 +292,7 @@ def _keep(cache: Path, answers: dict[str, Answer]) -> None:
         file.write("\n" * torn + "\n".join(lines) + "\n")
 
 
-def _write(out_file: Path, dialogues: Sequence[Conversation]) -> None:
+def _write(out_file: Path, dialogues: Sequence[Dialogue]) -> None:
     lines = [json.dumps(to_record(dialogue, out_file.parent), ensure_ascii=False) + "\n" for dialogue in dialogues]
     for dialogue, line in zip(dialogues, lines, strict=True):
         if len(line.encode()) > MAX_LINE_BYTES:

@@ -12,7 +12,7 @@ from qwhisper.checkpoint.places import BASES, absolute
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.checksums import checksums
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.dialogue import Conversation
+from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.loader import EncodedDialogues, encode_all, how_it_dies
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
@@ -144,8 +144,8 @@ def assemble_run(
     args: TrainArguments,
     model: Qwen3AudioForConditionalGeneration,
     processor: Qwen3AudioProcessor,
-    conversations: Sequence[Conversation],
-    held_out: Sequence[Conversation],
+    dialogues: Sequence[Dialogue],
+    held_out: Sequence[Dialogue],
     state: TrainState,
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
@@ -159,7 +159,7 @@ def assemble_run(
         raise DataError(f"--eval_file {args.eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
     groups = parameter_groups(model)
     optimizer = make_optimizer(groups, args)
-    total_steps = all_steps(args, len(conversations))
+    total_steps = all_steps(args, len(dialogues))
     args, _ = settled(args, total_steps)  # without effect where a command has done it, with notes
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: guarded_factor(step, args, total_steps, state.guards)
@@ -173,7 +173,7 @@ def assemble_run(
     hooks = Hooks(
         callbacks,
         hf_arguments(args, total_steps),
-        steps_per_epoch=-(-len(conversations) // args.samples_per_step),
+        steps_per_epoch=-(-len(dialogues) // args.samples_per_step),
         model=model,
         processing_class=processor,
         optimizer=optimizer,
@@ -182,7 +182,7 @@ def assemble_run(
     return Run(
         args=args,
         total_steps=total_steps,
-        num_dialogues=len(conversations),
+        num_dialogues=len(dialogues),
         groups=groups,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -194,7 +194,7 @@ def assemble_run(
         lines=StepLines(total_steps, state.step),
         hooks=hooks,
         eval_samples=eval_samples,
-        probe=probe_of(args, executor, collator, conversations, held_out, state, total_steps),
+        probe=probe_of(args, executor, collator, dialogues, held_out, state, total_steps),
         base_checksums=checksums(frozen_parameters(model)),
         save=lambda run: save_checkpoint(run, processor),
     )
@@ -204,8 +204,8 @@ def probe_of(
     args: TrainArguments,
     executor: Executor,
     collator: ConversationCollator,
-    conversations: Sequence[Conversation],
-    held_out: Sequence[Conversation],
+    dialogues: Sequence[Dialogue],
+    held_out: Sequence[Dialogue],
     state: TrainState,
     total_steps: int,
 ) -> ListeningProbe | None:
@@ -228,7 +228,7 @@ def probe_of(
             )
         return None
     asked = held_out if asks_from <= total_steps else []
-    if not state.kinds and any(message.kind for conversation in asked for message in conversation.messages):
+    if not state.kinds and any(message.kind for dialogue in asked for message in dialogue.messages):
         print(
             "note: no retention in this run: the training data names no `kind`, so what is never trained on is "
             "unknown; give its answers a `kind`"
@@ -238,7 +238,7 @@ def probe_of(
         return make_probe(
             executor,
             collator,
-            held_out or conversations,
+            held_out or dialogues,
             state.probe,
             first_step=first_step,
             seed=args.seed,

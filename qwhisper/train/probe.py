@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.dialogue import Conversation
+from qwhisper.data.dialogue import Dialogue
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError, MemoryLimitError
 from qwhisper.evaluate.forgetting import (
@@ -160,7 +160,7 @@ class ListeningProbe:
 def make_probe(
     executor: Executor,
     collator: ConversationCollator,
-    conversations: Sequence[Conversation],
+    dialogues: Sequence[Dialogue],
     state: ProbeState,
     *,
     first_step: int,
@@ -174,7 +174,7 @@ def make_probe(
     questions: asked in probes from step `asks_from` on. None where the dialogues give fewer than MIN_PAIRS pairs, as
     text-only ones do.
     """
-    pairs = choose_pairs(conversations, collator, seed=seed, trained_kinds=trained_kinds)
+    pairs = choose_pairs(dialogues, collator, seed=seed, trained_kinds=trained_kinds)
     if len(pairs) < MIN_PAIRS:
         return None
     return ListeningProbe(
@@ -227,7 +227,7 @@ def listening_gain(true: Sequence[float], swapped: Sequence[float], tokens: Sequ
 
 
 def choose_pairs(
-    conversations: Sequence[Conversation],
+    dialogues: Sequence[Dialogue],
     collator: ConversationCollator,
     *,
     seed: int,
@@ -239,8 +239,8 @@ def choose_pairs(
     the answer. Left out: pairs with a bad clip, and those that `collator` would cut, because what is left may be
     another answer.
     """
-    chosen = np.random.default_rng(seed).permutation(len(conversations))[:MAX_DIALOGUES]
-    turns = turns_of([conversations[index] for index in chosen])
+    chosen = np.random.default_rng(seed).permutation(len(dialogues))[:MAX_DIALOGUES]
+    turns = turns_of([dialogues[index] for index in chosen])
     of_trained_kinds = [turn for turn in turns if turn.answer.kind is None or turn.answer.kind in trained_kinds]
     pairs = _pairs(of_trained_kinds, collator, seed)
     if len(pairs) >= MIN_PAIRS or len(of_trained_kinds) == len(turns):
@@ -271,7 +271,7 @@ def _by_preference(turns: Sequence[Turn], swaps: Sequence[SwappedTurn | None]) -
     by_dialogue: dict[str, list[tuple[Turn, SwappedTurn]]] = {}
     for turn, swapped in zip(turns, swaps, strict=True):
         if swapped is not None:
-            by_dialogue.setdefault(turn.conversation.id, []).append((turn, swapped))
+            by_dialogue.setdefault(turn.dialogue.id, []).append((turn, swapped))
     ranked = [sorted(found, key=lambda item: not item[1].same_question) for found in by_dialogue.values()]
     for rank in range(max(map(len, ranked), default=0)):
         of_this_rank = [found[rank] for found in ranked if rank < len(found)]

@@ -19,7 +19,7 @@ from qwhisper.checkpoint import folders as checkpoints
 from qwhisper.checkpoint.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data import leakage
-from qwhisper.data.dialogue import Conversation, in_words, read_conversations, unused_notes
+from qwhisper.data.dialogue import Dialogue, in_words, read_dialogues, unused_notes
 from qwhisper.data.loader import EncodedDialogues, step_samples
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.errors import CheckpointError, DiskError, MemoryLimitError, UsageError, first_line
@@ -86,22 +86,22 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback], o
     trackers = tracker_callbacks(args.report_to)
     if resumed:
         refuse_missing_data(args)
-    conversations = read_conversations(args.train_file, data_root=args.data_root, max_samples=args.max_samples)
-    held_out = read_conversations(args.eval_file, data_root=args.data_root) if args.eval_file else []
-    print(f"{len(conversations)} dialogues to train on, {len(held_out)} held out")
-    for note in unused_notes([*conversations, *held_out]):
+    dialogues = read_dialogues(args.train_file, data_root=args.data_root, max_samples=args.max_samples)
+    held_out = read_dialogues(args.eval_file, data_root=args.data_root) if args.eval_file else []
+    print(f"{len(dialogues)} dialogues to train on, {len(held_out)} held out")
+    for note in unused_notes([*dialogues, *held_out]):
         print(f"note: {note}")
-    for note in leakage.notes(args.eval_file, held_out, args.train_file, conversations) if args.eval_file else ():
+    for note in leakage.notes(args.eval_file, held_out, args.train_file, dialogues) if args.eval_file else ():
         print(f"note: {note}")
-    if args.distill_weight and (untaught := sum(in_words(talk.messages) is None for talk in conversations)):
+    if args.distill_weight and (untaught := sum(in_words(dialogue.messages) is None for dialogue in dialogues)):
         print(
-            f"note: --distill_weight has no effect on {untaught} of {len(conversations)} dialogues, which have a clip "
+            f"note: --distill_weight has no effect on {untaught} of {len(dialogues)} dialogues, which have a clip "
             "without `transcript`: they are learned from their answers alone"
         )
 
     saved = saved_arguments(resumed) if resumed else None
     given = args
-    args, notes = settled(given, all_steps(given, len(conversations)), saved)
+    args, notes = settled(given, all_steps(given, len(dialogues)), saved)
     for note in notes:
         print(f"note: {note}")
     set_up_torch(args)
@@ -109,12 +109,12 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback], o
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
     if resumed:
         adopt_changes(args, resumed, state, train_file_sha256)
-    kinds = {message.kind for conversation in conversations for message in conversation.messages if message.kind}
+    kinds = {message.kind for dialogue in dialogues for message in dialogue.messages if message.kind}
     earlier = read_checkpoint(args.init_from, trained_kinds) if args.init_from and not resumed else []
     state.kinds = sorted(kinds.union(state.kinds, earlier))
     torch.manual_seed(args.seed)
     model, processor = build(args, resumed)
-    run = assemble_run(args, model, processor, conversations, held_out, state, [*callbacks, *trackers])
+    run = assemble_run(args, model, processor, dialogues, held_out, state, [*callbacks, *trackers])
     describe(run)
     if resumed:
         restore(run, resumed)
@@ -125,15 +125,15 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback], o
 
     def work() -> int:
         try_kernels(run)
-        return go(run, processor, conversations)
+        return go(run, processor, dialogues)
 
     return in_events(run, resumed, work)
 
 
-def go(run: Run, processor: Qwen3AudioProcessor, conversations: list[Conversation]) -> int:
+def go(run: Run, processor: Qwen3AudioProcessor, dialogues: list[Dialogue]) -> int:
     args, state = run.args, run.state
     steps = step_samples(
-        EncodedDialogues(conversations, collator_for(args, processor, run.executor.model)),
+        EncodedDialogues(dialogues, collator_for(args, processor, run.executor.model)),
         samples_per_step=args.samples_per_step,
         seed=args.seed,
         epoch=state.epoch,

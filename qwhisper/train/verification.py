@@ -20,7 +20,7 @@ from torch import nn
 from qwhisper.checkpoint.folders import MANIFEST, check_manifest, checkpoints
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data.collator import ConversationCollator, Sample
-from qwhisper.data.dialogue import AudioClip, Conversation, Message, read_conversations
+from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.files import files_of
@@ -159,22 +159,22 @@ def _first_dialogue(folder: Path, collator: ConversationCollator, scratch: Path)
     """(training row, prompt of an answer, their source) of the run's first dialogue with audio, or of a made one."""
     told = training_arguments(folder)
     try:
-        found = read_conversations(told["train_file"], data_root=told.get("data_root"), max_samples=LOOKED_AT)
-        conversation = next(conversation for conversation in found if conversation.clips)
-        return _encode(conversation, collator)
+        found = read_dialogues(told["train_file"], data_root=told.get("data_root"), max_samples=LOOKED_AT)
+        dialogue = next(dialogue for dialogue in found if dialogue.clips)
+        return _encode(dialogue, collator)
     except (KeyError, StopIteration, DataError):  # moved, changed or never told: any dialogue will do
         return _encode(_made_dialogue(scratch), collator)
 
 
-def _encode(conversation: Conversation, collator: ConversationCollator) -> tuple[Sample, Sample, str]:
-    messages = conversation.messages
+def _encode(dialogue: Dialogue, collator: ConversationCollator) -> tuple[Sample, Sample, str]:
+    messages = dialogue.messages
     heard = next(n for n, message in enumerate(messages) if message.clips)
     answer = next(n for n, message in enumerate(messages) if n > heard and message.role == "assistant")
-    prompt = collator.encode_prompt(messages[:answer], tools=conversation.tools)
-    return collator.encode(conversation), prompt, conversation.source
+    prompt = collator.encode_prompt(messages[:answer], tools=dialogue.tools)
+    return collator.encode(dialogue), prompt, dialogue.source
 
 
-def _made_dialogue(scratch: Path) -> Conversation:
+def _made_dialogue(scratch: Path) -> Dialogue:
     """A second of a tone in noise, and a question about it."""
     noise = np.random.default_rng(0).normal(scale=0.01, size=SAMPLE_RATE)
     tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)
@@ -183,7 +183,7 @@ def _made_dialogue(scratch: Path) -> Conversation:
         Message("user", (AudioClip(str((scratch / "tone.wav").resolve())), "What do you hear?")),
         Message("assistant", ("A tone.",)),
     )
-    return Conversation("made", messages, "a made dialogue (the training file is not there)")
+    return Dialogue("made", messages, "a made dialogue (the training file is not there)")
 
 
 def _answer(folder: Path, model, collator: ConversationCollator, prompt: Sample) -> str:

@@ -11,7 +11,7 @@ from qwhisper.data.audio import load_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, parse_part, read_own_audio
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.dialogue import parse_conversation, parse_own, read_conversations, to_record
+from qwhisper.data.dialogue import parse_dialogue, parse_own, read_dialogues, to_record
 from qwhisper.errors import BadClipError, DataError
 from tests.audio_parts import chirp, parts_of, write_chirp
 
@@ -214,11 +214,11 @@ def test_forms_that_json_holds_are_read_from_a_file_and_written_into_one(folder)
     keys = {"start": 0.25, "end": 0.5, "channel": 0, "transcript": "one"}
     lines = [record({**{k: v for k, v in part.items() if v is not None}, **keys}) for part in forms.values()]
     (folder / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    conversations = read_conversations(folder / "data.jsonl")
+    conversations = read_dialogues(folder / "data.jsonl")
     expected = load_audio("a.wav", 0.25, 0.5)
     assert all(np.array_equal(load_clip(c.clips[0]), expected) for c in conversations)
     written = [to_record(conversation, folder) for conversation in conversations]
-    again = [parse_conversation(line, c.source, folder) for line, c in zip(written, conversations, strict=True)]
+    again = [parse_dialogue(line, c.source, folder) for line, c in zip(written, conversations, strict=True)]
     assert again == conversations
     assert all(part.items() >= keys.items() for line in written for part in line["messages"][0]["content"])
     assert check_dataset(folder / "data.jsonl")["ok"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwhisper.data.audio import load_audio
 from qwhisper.data.collator import ConversationCollator, NoLabelsError
-from qwhisper.data.dialogue import AudioClip, Conversation, Message, parse_conversation
+from qwhisper.data.dialogue import AudioClip, Dialogue, Message, parse_dialogue
 from qwhisper.data.encode import IGNORE
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.data.text_tokens import encode_text
@@ -29,7 +29,7 @@ def reply(text, reasoning=None):
 
 
 def talk(*messages):
-    return Conversation("t", messages, "t.jsonl:1")
+    return Dialogue("t", messages, "t.jsonl:1")
 
 
 @st.composite
@@ -441,7 +441,7 @@ def test_real_recordings_are_heard_at_their_true_length(collators, shared, frame
         ]
     }
     collator = collators["qwen3"]
-    sample = collator.encode(parse_conversation(record, "here", folder))
+    sample = collator.encode(parse_dialogue(record, "here", folder))
     tokens = [frames.num_tokens(len(load_audio(folder / name))) for name in names]
     audio = np.flatnonzero(sample.input_ids == len(collator.tokenizer))
     assert len(audio) == sum(tokens) == audio[-1] - audio[0] + 1

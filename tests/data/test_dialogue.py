@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from qwhisper.data.audio_marks import AUDIO_MARKS
 from qwhisper.data.dialogue import (
     AudioClip,
-    parse_conversation,
-    read_conversations,
-    scan_conversations,
+    parse_dialogue,
+    read_dialogues,
+    scan_dialogues,
     to_record,
     unused_notes,
 )
@@ -60,7 +60,7 @@ def test_canonical_form_is_read_as_it_stands(write, folder):
         ],
     }
     path = write("", record, "")
-    (conversation,) = read_conversations(path)
+    (conversation,) = read_dialogues(path)
     assert conversation.id == "a1"
     assert conversation.source == f"{path}:2"
     assert conversation.clips == (
@@ -144,7 +144,7 @@ def test_fault_is_named_with_file_and_line(write, name):
     line, sentence = FAULTS[name]
     path = write(dialogue(), "", line)
     with pytest.raises(DataError) as error:
-        read_conversations(path)
+        read_dialogues(path)
     assert str(error.value).startswith(f"{path}:3: ")
     assert sentence in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -152,7 +152,7 @@ def test_fault_is_named_with_file_and_line(write, name):
 
 
 def test_emoji_escaped_as_surrogate_pairs_is_an_ordinary_text(write):
-    (conversation,) = read_conversations(write(dialogue(user="Hi \U0001f600")))
+    (conversation,) = read_dialogues(write(dialogue(user="Hi \U0001f600")))
     assert conversation.messages[0].text == "Hi \U0001f600"
 
 
@@ -162,7 +162,7 @@ def test_line_may_have_sixteen_megabytes_and_the_next_one_is_read(folder, length
     path = folder / "long.jsonl"
     long = json.dumps(dialogue(user="x" * (length - 1 - len(first))))  # 1: the line break
     path.write_text(f"{long}\n{second}\n", "utf-8")
-    conversations, faults = scan_conversations(path)
+    conversations, faults = scan_dialogues(path)
     assert [c.source for c in conversations] == [f"{path}:1", f"{path}:2"][1 - fits :]
     assert (
         faults == [] if fits else faults == [f"{path}:1: longer than 16777216 bytes; each line should be one dialogue"]
@@ -173,12 +173,12 @@ def test_every_fault_of_a_file_is_named_and_the_twenty_first_only_counted(write)
     roles = [f"role {chr(ord('a') + n)}" for n in range(25)]
     path = write(*[{"messages": [{"role": role, "content": "Hi"}]} for role in roles])
     with pytest.raises(DataError) as error:
-        read_conversations(path)
+        read_dialogues(path)
     lines = str(error.value).splitlines()
     assert len(lines) == 21
     assert [line.split(": ")[0] for line in lines[:20]] == [f"{path}:{n}" for n in range(1, 21)]
     assert "5 more" in lines[20]
-    conversations, faults = scan_conversations(path)
+    conversations, faults = scan_dialogues(path)
     assert conversations == []
     assert len(faults) == 25
 
@@ -187,57 +187,57 @@ def test_equal_faults_are_one_line(write):
     many = [dialogue(user=audio_part(audio=f"{n}.wav")) for n in range(120)]
     path = write(dialogue(assistant=""), *many, dialogue(id=[]))
     with pytest.raises(DataError) as error:
-        read_conversations(path)
+        read_dialogues(path)
     first, empty, identity = str(error.value).splitlines()
     assert first.startswith(f"{path}:2, 3, 4 and 117 more: message 1, part 1: audio file '0.wav' does not exist")
     assert empty.startswith(f"{path}:1: ") and identity.startswith(f"{path}:122: ")
 
 
 def test_two_faults_of_one_line_are_both_named(write):
-    faults = scan_conversations(write(dialogue(user=audio_part(audio="x.wav"), assistant="")))[1]
+    faults = scan_dialogues(write(dialogue(user=audio_part(audio="x.wav"), assistant="")))[1]
     assert ["does not exist" in faults[0], "reply is empty" in faults[1]] == [True, True]
 
 
 def test_duplicate_id_names_both_lines(write):
     path = write(dialogue(id=7), dialogue(id="7"))
     with pytest.raises(DataError, match=rf"{path}:2: id '7' was used before, at {path}:1"):
-        read_conversations(path)
+        read_dialogues(path)
 
 
 def test_missing_file_folder_and_empty_file_are_refused(write, folder):
     with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
-        read_conversations(folder / "none.jsonl")
+        read_dialogues(folder / "none.jsonl")
     with pytest.raises(DataError, match="is a folder"):
-        read_conversations(folder)
+        read_dialogues(folder)
     with pytest.raises(DataError, match="no dialogue in it"):
-        read_conversations(write("", ""))
+        read_dialogues(write("", ""))
 
 
 def test_bytes_that_are_no_utf8_are_a_fault_of_their_line(folder):
     path = folder / "latin.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(dialogue()).encode() + b"\n" + '{"a": "é"}'.encode("latin-1"))
-    conversations, faults = scan_conversations(path)
+    conversations, faults = scan_dialogues(path)
     assert len(conversations) == 1
     assert faults[0].startswith(f"{path}:2: not UTF-8")
 
 
 def test_max_samples_reads_no_further(write):
     path = write(dialogue(), dialogue(), "broken")
-    assert [c.source for c in read_conversations(path, max_samples=2)] == [f"{path}:1", f"{path}:2"]
+    assert [c.source for c in read_dialogues(path, max_samples=2)] == [f"{path}:1", f"{path}:2"]
 
 
 def test_data_root_allows_what_the_folder_does_not(write, folder, recordings):
     path = write(dialogue(user=audio_part(audio=str(recordings[0]))))
     with pytest.raises(DataError, match="lies outside"):
-        read_conversations(path)
-    (conversation,) = read_conversations(path, data_root=recordings[0].parent)
+        read_dialogues(path)
+    (conversation,) = read_dialogues(path, data_root=recordings[0].parent)
     assert conversation.clips[0].path == str(recordings[0])
 
 
 def test_link_that_leads_outside_is_refused(write, folder, recordings):
     (folder / "link.wav").symlink_to(recordings[0])
     with pytest.raises(DataError, match="lies outside"):
-        read_conversations(write(dialogue(user=audio_part(audio="link.wav"))))
+        read_dialogues(write(dialogue(user=audio_part(audio="link.wav"))))
 
 
 def test_ms_swift_audios_take_the_place_of_their_marks(folder):
@@ -248,7 +248,7 @@ def test_ms_swift_audios_take_the_place_of_their_marks(folder):
         ],
         "audios": ["clips/a.wav", "clips/b.wav"],
     }
-    user, assistant = parse_conversation(record, "here", folder).messages
+    user, assistant = parse_dialogue(record, "here", folder).messages
     first, between, second, after = user.content
     assert [first.path, second.path] == [str(folder / "clips" / "a.wav"), str(folder / "clips" / "b.wav")]
     assert [between, after] == ["Then", ": which was last?"]
@@ -262,32 +262,32 @@ def test_placeholder_of_any_model_is_a_fault_where_no_audio_is(mark, role):
         "messages": [text_message(role, f"Say {mark}."), text_message("user", "hi"), text_message("assistant", mark)]
     }
     with pytest.raises(DataError) as error:
-        parse_conversation(record, "here", ".")
+        parse_dialogue(record, "here", ".")
     assert str(error.value).startswith(f"here: message 1: the text holds the placeholder {mark} without audio; write")
 
 
 @pytest.mark.parametrize("text", ["<audio src='a.wav'>", "<Audio>", "[audio]", "<|audio_123|>", "audio_1", "< audio >"])
 def test_text_that_only_resembles_a_placeholder_is_text(text):
-    assert parse_conversation(dialogue(user=text), "here", ".").messages[0].text == text
+    assert parse_dialogue(dialogue(user=text), "here", ".").messages[0].text == text
 
 
 def test_audios_fill_one_mark_and_another_is_still_a_fault(folder):
     record = dialogue(user="<audio> and <|AUDIO|>", audios=["clips/a.wav"])
     with pytest.raises(DataError, match=r"message 1: the text holds the placeholder <\|AUDIO\|> without audio"):
-        parse_conversation(record, "here", folder)
+        parse_dialogue(record, "here", folder)
 
 
 def test_metadata_is_counted_with_its_first_place(write):
     first, second = dialogue(speaker="a", lang="de"), dialogue(speaker="b", id=None, chosen=None)
     second["messages"][1]["duration"] = 1.5
-    conversations, faults = scan_conversations(path := write(dialogue(), first, second, second))
+    conversations, faults = scan_dialogues(path := write(dialogue(), first, second, second))
     assert faults == []
     assert unused_notes(conversations) == [
         f"dialogues with the key `speaker`, which is not used: 3; first at {path}:2",
         f"dialogues with the key `lang`, which is not used: 1; first at {path}:2",
         f"dialogues with the key `duration` in a message, which is not used: 2; first at {path}:3",
     ]
-    many = scan_conversations(write(dialogue(**{f"column{n}": 1 for n in range(25)})))[0]
+    many = scan_dialogues(write(dialogue(**{f"column{n}": 1 for n in range(25)})))[0]
     assert len(unused_notes(many)) == 21 and unused_notes(many)[-1] == "and 5 more keys that are not used"
 
 
@@ -328,10 +328,10 @@ def records(draw) -> dict:
 @settings(max_examples=100)
 @given(records())
 def test_every_form_is_written_so_that_the_same_dialogue_is_read(record):
-    conversation = parse_conversation(record, "here:1", ".")
+    conversation = parse_dialogue(record, "here:1", ".")
     written = json.loads(json.dumps(to_record(conversation, ".")))
-    assert parse_conversation(written, "here:1", ".") == conversation
-    assert to_record(parse_conversation(written, "here:1", "."), ".") == written
+    assert parse_dialogue(written, "here:1", ".") == conversation
+    assert to_record(parse_dialogue(written, "here:1", "."), ".") == written
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_every_form_is_written_so_that_the_same_dialogue_is_read(record):
 def test_reasoning_is_kept_apart_from_the_reply(content, given, reasoning, reply):
     record = dialogue(assistant=content)
     record["messages"][1]["reasoning_content"] = given
-    message = parse_conversation(record, "here", ".").messages[1]
+    message = parse_dialogue(record, "here", ".").messages[1]
     assert (message.reasoning, message.text) == (reasoning, reply)
 
 
@@ -362,9 +362,9 @@ def test_what_is_written_is_read_back_as_the_same_dialogue(write, folder):
         ]
     }
     path = write(sent | {"id": "a1"}, sent, {"audios": ["clips/b.wav"], **dialogue(user="<audio>Say it")})
-    before = read_conversations(path)
+    before = read_dialogues(path)
     records = [to_record(conversation, folder) for conversation in before]
-    assert read_conversations(write(*records)) == before
+    assert read_dialogues(write(*records)) == before
     assert records[0] == sent | {"id": "a1"} and records[1] == sent
     assert [part.get("audio") for part in records[2]["messages"][0]["content"]] == ["clips/b.wav", None]
     elsewhere = to_record(before[0], folder / "other")
@@ -375,14 +375,14 @@ def test_dialogue_that_awaits_its_answer_is_read_where_that_is_allowed(write):
     question = {"messages": [text_message("user", "Say one.")]}
     unfit = {"messages": [text_message("user", "Say one."), text_message("system", "Be brief.")]}
     path = write(question, dialogue(), unfit)
-    conversations, faults = scan_conversations(path, answered=False)
+    conversations, faults = scan_dialogues(path, answered=False)
     assert [len(conversation.messages) for conversation in conversations] == [1, 2]
     assert [fault.split(": ")[0] for fault in faults] == [f"{path}:3"]
-    assert len(scan_conversations(path)[1]) == 2
+    assert len(scan_dialogues(path)[1]) == 2
 
 
 def test_lines_of_another_form_are_converted_before_they_are_read(write):
     path = write({"say": "Say one."}, "no json", {"say": "Say two."})
-    conversations, faults = scan_conversations(path, convert=lambda record: dialogue(user=record["say"]))
+    conversations, faults = scan_dialogues(path, convert=lambda record: dialogue(user=record["say"]))
     assert [conversation.messages[0].text for conversation in conversations] == ["Say one.", "Say two."]
     assert len(faults) == 1 and f"{path}:2" in faults[0]

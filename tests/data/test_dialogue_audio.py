@@ -8,7 +8,7 @@ from qwhisper.data import dialogue_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.data.clips import AudioClip
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.dialogue import Conversation, Message
+from qwhisper.data.dialogue import Dialogue, Message
 from qwhisper.data.dialogue_audio import check_dialogue_seconds
 from qwhisper.errors import BadClipError
 from qwhisper.frames import FrameArithmetic
@@ -39,7 +39,7 @@ def hours(tmp_path):
 
 
 def talk(*clips, source="talk.jsonl:7"):
-    return Conversation("a", (Message("user", (*clips, "Say it.")), Message("assistant", ("Yes.",))), source)
+    return Dialogue("a", (Message("user", (*clips, "Say it.")), Message("assistant", ("Yes.",))), source)
 
 
 def collator(**options):
@@ -88,7 +88,7 @@ def test_clip_that_no_row_has_room_for_is_not_decoded(hours, clip, monkeypatch):
     with pytest.raises(BadClipError, match="180000 tokens of audio and the reply do not fit into max_length"):
         collator(max_length=200).encode(talk(hours))
     messages = (*talk(clip).messages, *talk(hours).messages)
-    sample = collator(max_length=200).encode(Conversation("a", messages, "talk"))
+    sample = collator(max_length=200).encode(Dialogue("a", messages, "talk"))
     assert len(sample.windows) == 1
     assert sample.events[0].startswith("cut to 1 of 2 turns")
 

@@ -1,6 +1,6 @@
 import pytest
 
-from qwhisper.data.dialogue import parse_conversation
+from qwhisper.data.dialogue import parse_dialogue
 from qwhisper.data.keys import UNSUPPORTED, unknown_keys
 from qwhisper.errors import DataError
 
@@ -68,7 +68,7 @@ def test_key_without_a_value_is_absent():
 def test_known_key_that_stands_in_the_wrong_place_is_a_fault(tmp_path, user, answer, fault):
     messages = [{"role": "user", "content": "What?", **user}, {"role": "assistant", "content": [answer]}]
     with pytest.raises(DataError, match=fault):
-        parse_conversation({"messages": messages}, "a.jsonl:1", tmp_path)
+        parse_dialogue({"messages": messages}, "a.jsonl:1", tmp_path)
 
 
 @pytest.mark.parametrize("key", ["begin", "start_time", "start_ms", "frame_offset", "channel_id"])
@@ -79,4 +79,4 @@ def test_stretch_in_words_that_are_not_read_is_a_fault(tmp_path, key):
     with pytest.raises(
         DataError, match=f"message 1, part 1: the key `{key}` is not supported: (give the stretch|write `ch)"
     ):
-        parse_conversation({"messages": messages}, "a.jsonl:1", tmp_path)
+        parse_dialogue({"messages": messages}, "a.jsonl:1", tmp_path)

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import soundfile
 
-from qwhisper.data.dialogue import read_conversations, scan_conversations
+from qwhisper.data.dialogue import read_dialogues, scan_dialogues
 from qwhisper.errors import DataError
 from tests.small import tone
 
@@ -56,7 +56,7 @@ def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, kind):
     write, wanted = FILES[kind]
     write(tmp_path / "data.jsonl")
     with pytest.raises(DataError) as error:
-        read_conversations(tmp_path / "data.jsonl")
+        read_dialogues(tmp_path / "data.jsonl")
     assert str(error.value).startswith(f"{tmp_path / 'data.jsonl'} is {wanted}")
     assert "\n" not in str(error.value)
 
@@ -65,7 +65,7 @@ def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, kind):
 def test_a_jsonl_file_with_a_fault_is_read_line_by_line(tmp_path, start):
     path = tmp_path / "data.jsonl"
     path.write_text(start + LINE, encoding="utf-8")
-    conversations, faults = scan_conversations(path)
+    conversations, faults = scan_dialogues(path)
     assert len(conversations) == 1 and len(faults) == bool(start.strip("\n\ufeff"))
 
 
@@ -79,4 +79,4 @@ def test_a_jsonl_file_with_a_fault_is_read_line_by_line(tmp_path, start):
 def test_odd_lines_are_faults_of_their_line(tmp_path, content, fault):
     (tmp_path / "data.jsonl").write_bytes(content.encode())
     with pytest.raises(DataError, match=rf"data.jsonl:1: {fault}"):
-        read_conversations(tmp_path / "data.jsonl")
+        read_dialogues(tmp_path / "data.jsonl")

@@ -7,7 +7,7 @@ import soundfile
 
 from qwhisper.data import leakage
 from qwhisper.data.clips import AudioClip
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.leakage import notes, overlap
 from tests.small import tone
 
@@ -31,7 +31,7 @@ def compare(tmp_path):
     def write(name, records):
         path = tmp_path / name
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return path, read_conversations(path)
+        return path, read_dialogues(path)
 
     def compared(held_out, trained):
         found = notes(*write("held.jsonl", held_out), *write("train.jsonl", trained))

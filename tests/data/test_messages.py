@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from qwhisper.data.dialogue import parse_conversation
+from qwhisper.data.dialogue import parse_dialogue
 from qwhisper.data.messages import Message
 from qwhisper.data.tools import ToolCall
 from qwhisper.errors import DataError
@@ -16,7 +16,7 @@ ONE = {"role": "assistant", "content": "One."}
 
 
 def parse(*messages, **record):
-    return parse_conversation({"messages": list(messages), **record}, "here:1", ".")
+    return parse_dialogue({"messages": list(messages), **record}, "here:1", ".")
 
 
 def faults_of(*messages, **record) -> list[str]:
@@ -92,7 +92,7 @@ def test_sharegpt_form_is_named():
         " the key `value` is not supported",
     ]
     with pytest.raises(DataError, match="the key `conversations` is not supported: ShareGPT's form is not read"):
-        parse_conversation({"conversations": [{"from": "human", "value": "a"}]}, "here:1", ".")
+        parse_dialogue({"conversations": [{"from": "human", "value": "a"}]}, "here:1", ".")
 
 
 # Reasoning.
@@ -247,5 +247,5 @@ TOOL_FAULTS = {
 def test_fault_of_a_tool_is_named(name):
     record, messages, sentence = TOOL_FAULTS[name]
     with pytest.raises(DataError) as error:
-        parse_conversation({"messages": [USER, *messages, USER, ONE], **record}, "here:1", "/")
+        parse_dialogue({"messages": [USER, *messages, USER, ONE], **record}, "here:1", "/")
     assert sentence in str(error.value), str(error.value)

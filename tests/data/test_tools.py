@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from qwhisper.data.collator import ConversationCollator, NoLabelsError
-from qwhisper.data.dialogue import AudioClip, parse_conversation, to_record
+from qwhisper.data.dialogue import AudioClip, parse_dialogue, to_record
 from qwhisper.data.encode import IGNORE
 from qwhisper.errors import DataError
 from tests.data.conftest import CHATML, TEMPLATES, byte_tokenizer
@@ -57,7 +57,7 @@ ANSWERS = {
 
 
 def parse(record=RECORD, **changes):
-    return parse_conversation(record | changes, "talk.jsonl:3", ".")
+    return parse_dialogue(record | changes, "talk.jsonl:3", ".")
 
 
 def served(tokenizer, template, messages, tools=(TOOL,), **options) -> list[int]:
@@ -151,7 +151,7 @@ def test_reasoning_of_a_call_stays_until_the_next_question(collator):
 def test_audio_and_tools_go_together(collator, recordings):
     messages = [dict(message) for message in RECORD["messages"]]
     messages[1]["content"] = [{"type": "audio", "audio": str(recordings[1])}]
-    heard = collator.encode(parse_conversation(RECORD | {"messages": messages}, "a:1", recordings[1].parent))
+    heard = collator.encode(parse_dialogue(RECORD | {"messages": messages}, "a:1", recordings[1].parent))
     assert len(heard.windows) == 1
     placeholders = heard.input_ids == len(collator.tokenizer)
     assert placeholders.sum() == collator._encoder.frames.window_tokens(len(heard.windows[0]))

@@ -6,7 +6,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.demo.dialogues import (
     NUMBERS,
     QUESTIONS,
@@ -148,7 +148,7 @@ def test_the_written_file_is_canonical(tmp_path):
     for clip in CLIPS:
         soundfile.write(tmp_path / clip.path, np.zeros(1600), 16_000)
     records, _ = spoken_dialogues(CLIPS, len(SCRIPTS), "train", 0)
-    conversations = read_conversations(write_jsonl(tmp_path / "train.jsonl", records))
+    conversations = read_dialogues(write_jsonl(tmp_path / "train.jsonl", records))
 
     assert [c.id for c in conversations] == [record["id"] for record in records]
     for conversation, script in zip(conversations, SCRIPTS, strict=True):

@@ -7,7 +7,7 @@ import soundfile
 import torch
 
 from qwhisper.cli import main as cli
-from qwhisper.data.dialogue import AudioClip, Conversation, Message, read_conversations
+from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate import evaluation as run_module
@@ -20,7 +20,7 @@ PITCHES = {"low": 200.0, "high": 800.0}
 
 
 @pytest.fixture(scope="module")
-def conversations(tmp_path_factory) -> list[Conversation]:
+def conversations(tmp_path_factory) -> list[Dialogue]:
     """16 dialogues: is the tone low or high, in half of them asked about again, and two without audio."""
     folder = tmp_path_factory.mktemp("tones")
     dialogues = []
@@ -32,9 +32,9 @@ def conversations(tmp_path_factory) -> list[Conversation]:
         if n % 2:
             sure = Message("assistant", ("yes" if word == "low" else "no",), kind="again")
             messages += [Message("user", ("Was it low?",)), sure]
-        dialogues.append(Conversation(f"d{n}", tuple(messages), f"file:{n}"))
+        dialogues.append(Dialogue(f"d{n}", tuple(messages), f"file:{n}"))
     hello = (Message("user", ("Hello",)), Message("assistant", ("Hi.",)))
-    return [*dialogues, *(Conversation(f"t{n}", hello, f"file:{n + 14}") for n in range(2))]
+    return [*dialogues, *(Dialogue(f"t{n}", hello, f"file:{n + 14}") for n in range(2))]
 
 
 def heard(prompt) -> str:
@@ -122,12 +122,12 @@ def test_model_that_hears_nothing_gains_nothing(small_model, conversations):
     assert all(record["answer"] == record["swapped_answer"] for record in result["answers"])
 
 
-def _of_one_length(conversation: Conversation) -> Conversation:
+def _of_one_length(conversation: Dialogue) -> Dialogue:
     """The dialogue with only the first 0.2 s of its clip."""
     first, *rest = conversation.messages
     clip, text = first.content
     cut = Message("user", (AudioClip(clip.path, 0.0, 0.2, clip.transcript), text))
-    return Conversation(conversation.id, (cut, *rest), conversation.source)
+    return Dialogue(conversation.id, (cut, *rest), conversation.source)
 
 
 def test_batches_change_nothing(small_model, conversations, monkeypatch):
@@ -149,7 +149,7 @@ def test_prompts_are_what_is_served(small_model, conversations, monkeypatch):
         run_module, "answer_prompts", lambda m, c, prompts, n, size: seen.extend(prompts) or [""] * len(prompts)
     )
     thought = Message("assistant", ("Low.",), reasoning="It sounds low.")
-    with_reasoning = Conversation("r", (*conversations[0].messages[:1], thought, *conversations[1].messages), "file:r")
+    with_reasoning = Dialogue("r", (*conversations[0].messages[:1], thought, *conversations[1].messages), "file:r")
     evaluate_model(model, collator, [*conversations, with_reasoning], swap=False)
     served = [
         collator.encode_prompt(conversation.messages[:index])
@@ -174,7 +174,7 @@ def test_kinds_are_untrained_only_beside_known_trained_ones_and_that_is_said(sma
     monkeypatch.setattr(
         run_module, "text_answers", lambda m, c, turns, *_: [t.reference if t.clips else None for t in turns]
     )
-    text = [Conversation("t", (Message("user", (AudioClip("/no.wav"),)), Message("assistant", ("Hi.",))), "t.jsonl:1")]
+    text = [Dialogue("t", (Message("user", (AudioClip("/no.wav"),)), Message("assistant", ("Hi.",))), "t.jsonl:1")]
     for known, retention in (((), None), (("pitch",), 1.0)):
         result = evaluate_model(*small_model, conversations, swap=False, trained_kinds=known, text=text)
         table = markdown({"checkpoint": "c", "eval_file": "e", **result})
@@ -200,7 +200,7 @@ def test_model_keeps_its_mode(small_model, conversations):
 def test_bad_clip_costs_its_dialogue_and_is_named(small_model, conversations, tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
     question = Message("user", (AudioClip(str(tmp_path / "silent.wav")), "Pitch?"))
-    bad = Conversation("bad", (question, Message("assistant", ("low",))), "file:99")
+    bad = Dialogue("bad", (question, Message("assistant", ("low",))), "file:99")
     result = evaluate_model(*small_model, [bad, *conversations], max_new_tokens=1)
     assert [record["id"] for record in result["rejected"]] == ["bad"]
     assert "file:99" in result["rejected"][0]["reason"]
@@ -219,7 +219,7 @@ def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
     needed = {*shares, "loss", "loss_swapped", "listening_gain", "answers", "checkpoint", "seconds"}
     assert needed <= result.keys()
     assert result["checkpoint"] == str(finished_run)
-    conversations = read_conversations(eval_file)
+    conversations = read_dialogues(eval_file)
     turns = [(c.id, m.text) for c in conversations for m in c.messages if m.role == "assistant"]
     assert [(record["id"], record["reference"]) for record in result["answers"]] == turns
     assert {"id", "turn", "kind", "reference", "answer", "right"} <= result["answers"][0].keys()
@@ -233,11 +233,11 @@ def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
 def test_evaluation_data_that_was_trained_on_is_noted(finished_run, tmp_path):
     folder, train_file = finished_run / "checkpoint-2", finished_run.parent / "data/train.jsonl"
     copy = shutil.copy(train_file, tmp_path / "copy.jsonl")
-    (note,) = run_module._leakage(folder, copy, read_conversations(train_file))
+    (note,) = run_module._leakage(folder, copy, read_dialogues(train_file))
     assert note == f"{copy} is what checkpoint-2 was trained on: its scores say what was learned by heart."
     other = tmp_path / "other.jsonl"
     other.write_text('{"messages": [{"role": "user", "content": "Ho"}, {"role": "assistant", "content": "Hey"}]}\n')
-    assert run_module._leakage(folder, other, read_conversations(other)) == []
+    assert run_module._leakage(folder, other, read_dialogues(other)) == []
 
 
 def test_training_data_that_moved_with_its_run_is_compared(finished_run, tmp_path):
@@ -251,7 +251,7 @@ def test_training_data_that_moved_with_its_run_is_compared(finished_run, tmp_pat
     other = tmp_path / "other.jsonl"
     first, *_ = (tmp_path / "data/train.jsonl").read_text().splitlines(keepends=True)
     other.write_text(first.replace('"clip', '"data/clip'))
-    (note,) = run_module._leakage(run / "checkpoint-2", other, read_conversations(other))
+    (note,) = run_module._leakage(run / "checkpoint-2", other, read_dialogues(other))
     assert note.startswith("1 of 1 held-out dialogues are in the training data as they are")
 
 
@@ -260,7 +260,7 @@ def test_training_data_that_is_gone_is_said_not_to_be_compared(finished_run, tmp
     told = json.loads((folder / "arguments.json").read_text()) | {"train_file": str(tmp_path / "gone.jsonl")}
     (folder / "arguments.json").write_text(json.dumps(told))
     eval_file = write_dialogues(tmp_path / "data", 1)
-    (note,) = run_module._leakage(folder, eval_file, read_conversations(eval_file))
+    (note,) = run_module._leakage(folder, eval_file, read_dialogues(eval_file))
     assert note.startswith(f"Whether {eval_file} shares dialogues with the training data was not checked: ")
     assert "gone.jsonl does not exist" in note
 

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwhisper.data.dialogue import AudioClip, Conversation, Message
+from qwhisper.data.dialogue import AudioClip, Dialogue, Message
 from qwhisper.data.tools import ToolCall
 from qwhisper.data.waveform import sound_of_bytes
 from qwhisper.evaluate.listening import Turn, swap_audio, turns_of
@@ -24,14 +24,14 @@ def question(draw, number: int) -> Message:
 
 
 @st.composite
-def files(draw) -> list[Conversation]:
+def files(draw) -> list[Dialogue]:
     conversations = []
     for number in range(draw(st.integers(1, 8))):
         messages = [Message("system", ("Be brief.",))] if draw(st.booleans()) else []
         for _ in range(draw(st.integers(1, 3))):
             answer = Message("assistant", (draw(st.sampled_from(["One.", "one", "two", "yes"])),))
             messages += [question(draw, number), answer]
-        conversations.append(Conversation(f"d{number}", tuple(messages), f"f:{number}"))
+        conversations.append(Dialogue(f"d{number}", tuple(messages), f"f:{number}"))
     return conversations
 
 
@@ -44,7 +44,7 @@ def says_else(clip: AudioClip, other: AudioClip) -> bool:
 def allowed(turn: Turn, other: Turn) -> bool:
     """The rules, written down once more."""
     return (
-        other.conversation.id != turn.conversation.id
+        other.dialogue.id != turn.dialogue.id
         and len(other.clips) == len(turn.clips)
         and normalise(other.reference) != normalise(turn.reference)
         and all(says_else(*pair) for pair in zip(turn.clips, other.clips, strict=True))
@@ -62,7 +62,7 @@ def test_masked_answers_and_calls_are_history_and_not_asked_for():
     call = Message("assistant", ("Let me look.",), tool_calls=(ToolCall("look", "{}"),))
     wrong = Message("assistant", ("Two.",), learned=False)
     user, tool, right = Message("user", ("One?",)), Message("tool", ("1",)), Message("assistant", ("One.",))
-    talk = Conversation("a", (user, wrong, user, call, tool, right), "f:1")
+    talk = Dialogue("a", (user, wrong, user, call, tool, right), "f:1")
     (turn,) = turns_of([talk])
     assert turn.index == 5 and turn.history == (user, wrong, user, call, tool)
 
@@ -92,7 +92,7 @@ def test_clips_alone_are_exchanged(conversations):
         changed = swapped.turn
         assert changed.clips == swapped.partner.clips
         assert changed.answer == turn.answer
-        assert changed.conversation.id == turn.conversation.id
+        assert changed.dialogue.id == turn.dialogue.id
         assert [m.role for m in changed.history] == [m.role for m in turn.history]
         for after, before in zip(changed.history, turn.history, strict=True):
             assert [isinstance(p, AudioClip) for p in after.content] == [
@@ -109,9 +109,9 @@ def test_same_seed_same_clips(conversations, seed):
 
 
 def test_seed_chooses_among_partners():
-    def dialogue(number: int) -> Conversation:
+    def dialogue(number: int) -> Dialogue:
         question = Message("user", (AudioClip(f"/{number}.wav"), "Which?"))
-        return Conversation(str(number), (question, Message("assistant", (str(number),))), "f")
+        return Dialogue(str(number), (question, Message("assistant", (str(number),))), "f")
 
     turns = turns_of([dialogue(number) for number in range(50)])
     first, second = (swap_audio(turns, seed=seed) for seed in (0, 1))
@@ -122,7 +122,7 @@ def test_seed_chooses_among_partners():
 def test_answer_without_a_question_is_no_turn():
     greeting = Message("assistant", ("Hello.",))
     messages = (greeting, Message("user", ("Hi",)), greeting, greeting)
-    assert [turn.index for turn in turns_of([Conversation("a", messages, "f")])] == [2, 3]
+    assert [turn.index for turn in turns_of([Dialogue("a", messages, "f")])] == [2, 3]
 
 
 def test_another_channel_or_other_bytes_are_another_clip_and_equal_bytes_are_not():
@@ -139,8 +139,8 @@ def test_another_channel_or_other_bytes_are_another_clip_and_equal_bytes_are_not
 def partners(*clips: AudioClip) -> list[int | None]:
     """Whose clip each of two dialogues with different answers is given."""
     dialogues = [
-        Conversation(str(n), (Message("user", (clip, "Who?")), Message("assistant", (f"{n}.",))), f"f:{n}")
+        Dialogue(str(n), (Message("user", (clip, "Who?")), Message("assistant", (f"{n}.",))), f"f:{n}")
         for n, clip in enumerate(clips)
     ]
     swapped = swap_audio(turns_of(dialogues))
-    return [None if turn is None else int(turn.partner.conversation.id) for turn in swapped]
+    return [None if turn is None else int(turn.partner.dialogue.id) for turn in swapped]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from qwhisper.data.dialogue import AudioClip, Conversation, Message, in_words
+from qwhisper.data.dialogue import AudioClip, Dialogue, Message, in_words
 from qwhisper.engine.executor import Executor
 from qwhisper.evaluate import forgetting as module
 from qwhisper.evaluate.forgetting import (
@@ -45,7 +45,7 @@ def test_retention_is_of_kinds_never_trained_on_that_the_text_model_answers_well
 def dialogues(*clips):
     said = [AudioClip(f"/{n}.wav", transcript=word) for n, word in enumerate(clips)]
     question = Message("user", (*said, "Which?"))
-    return [Conversation("d", (question, Message("assistant", ("two",), kind="last")), "d:1")]
+    return [Dialogue("d", (question, Message("assistant", ("two",), kind="last")), "d:1")]
 
 
 def test_the_text_model_reads_what_was_said_without_the_adapter(adapted, monkeypatch):

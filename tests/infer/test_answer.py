@@ -16,7 +16,7 @@ from qwhisper.cli import main as cli
 from qwhisper.data.audio import load_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.data.clips import load_clip
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.instructions import instruction_pool
 from qwhisper.errors import DataError, MemoryLimitError, QwhisperError, UsageError
 from qwhisper.infer import answer as module
@@ -85,7 +85,7 @@ def told(folder: Path, text_model: str, **values) -> DataAnswerArguments:
 
 
 def answers_in(path: Path) -> list[str]:
-    return [conversation.messages[-1].text for conversation in read_conversations(path)]
+    return [conversation.messages[-1].text for conversation in read_dialogues(path)]
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def test_answers_are_those_of_the_text_model_reading_the_words(folder, text_mode
     wanted = [alone(text_model, messages) for messages in typed]
     given = answers_in(folder / "out.jsonl")
     assert given[:-1] == wanted and len(set(given)) > len(WORDS)
-    read = read_conversations(folder / "out.jsonl")
+    read = read_dialogues(folder / "out.jsonl")
     assert [clip.transcript for clip in read[0].clips] == ["low"]
     assert [message.text for message in read[-1].messages[:2]] == ["Pitch?", "low"]  # an earlier answer is kept
 
@@ -191,16 +191,16 @@ def test_bare_lines_get_an_instruction_each_that_stays_theirs(folder, text_model
     lines = [{"audio": "a.wav", "transcript": words, "id": f"b{n}", "kind": "open"} for n, words in enumerate(WORDS)]
     write(folder / "in.jsonl", lines)
     main(told(folder, text_model, language="en"))
-    given = {c.id: c.messages for c in read_conversations(folder / "out.jsonl")}
+    given = {c.id: c.messages for c in read_dialogues(folder / "out.jsonl")}
     assert list(given) == [f"b{n}" for n in range(len(WORDS))]
     assert {question.text for question, _ in given.values()} <= set(instruction_pool("en"))
     assert all(answer.kind == "open" for _, answer in given.values())
     write(folder / "in.jsonl", lines[::-1])
     main(told(folder, text_model, language="en"))
-    assert {c.id: c.messages for c in read_conversations(folder / "out.jsonl")} == given
+    assert {c.id: c.messages for c in read_dialogues(folder / "out.jsonl")} == given
     mine = write(folder / "mine.txt", ["Louder?\n"])
     main(told(folder, text_model, instructions=str(mine)))
-    assert {c.messages[0].text for c in read_conversations(folder / "out.jsonl")} == {"Louder?"}
+    assert {c.messages[0].text for c in read_dialogues(folder / "out.jsonl")} == {"Louder?"}
 
 
 def test_what_cannot_be_answered_is_named_and_the_rest_is_written(folder, text_model, capsys):
@@ -213,7 +213,7 @@ def test_what_cannot_be_answered_is_named_and_the_rest_is_written(folder, text_m
     for line, reason in ((2, "transcript"), (3, "JSON"), (4, "transcript"), (5, "does not exist"), (8, "`messages`")):
         assert any(reason in text for text in said.splitlines() if text.startswith(f"{path}:{line}: ")), said
     assert not any(f"{path}:{line}:" in said for line in (1, 6))
-    found = read_conversations(folder / "out.jsonl")
+    found = read_dialogues(folder / "out.jsonl")
     assert [c.id for c in found][1] == "done" and found[1].messages[1].text == "low"
     assert f"{len(found)} dialogues" in said
 
@@ -317,7 +317,7 @@ def test_output_in_another_folder_still_finds_its_audio(folder, text_model, caps
     assert "--data_root" not in capsys.readouterr().out
     main(told(folder, text_model, out_file=str(folder / "new" / "out.jsonl")))
     assert capsys.readouterr().out.endswith(f"`train` and `data check` need --data_root {folder}\n")
-    assert read_conversations(folder / "new" / "out.jsonl", data_root=folder)[0].clips[0].path == str(folder / "a.wav")
+    assert read_dialogues(folder / "new" / "out.jsonl", data_root=folder)[0].clips[0].path == str(folder / "a.wav")
 
 
 def test_command_line_answers_and_the_file_passes_the_check_and_teaches(folder, text_model, capsys):
@@ -349,7 +349,7 @@ def test_every_form_of_audio_is_answered_and_written_so_that_it_is_read_again(fo
     bare = [{"audio": "a.wav"} | stretch, encoded | stretch, {"audio": listed["audio"]} | stretch]
     write(folder / "in.jsonl", [*lines, *bare])
     assert main(told(folder, text_model)) == 0
-    clips = [conversation.clips[0] for conversation in read_conversations(folder / "out.jsonl")]
+    clips = [conversation.clips[0] for conversation in read_dialogues(folder / "out.jsonl")]
     assert [(clip.start, clip.end, clip.channel, clip.transcript) for clip in clips] == [(0.25, 0.5, 0, "low")] * 6
     expected = load_audio(folder / "a.wav", 0.25, 0.5)
     assert all(np.array_equal(load_clip(clip), expected) for clip in clips)

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from qwhisper.data.audio import load_audio
 from qwhisper.data.collator import ConversationCollator, pad_samples
-from qwhisper.data.dialogue import AudioClip, Message, parse_conversation
+from qwhisper.data.dialogue import AudioClip, Message, parse_dialogue
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
@@ -133,7 +133,7 @@ def test_tools_in_a_chat_prompt_are_those_that_were_trained_on(shared, clip_file
         tokenizer, processor.frames, audio_token_id=processor.audio_token_id, chat_template=processor.chat_template
     )
     record = {"messages": [*messages, {"role": "assistant", "content": "Nothing."}], "tools": tools}
-    talk = parse_conversation(record, "here:1", "/", "/")
+    talk = parse_dialogue(record, "here:1", "/", "/")
     assert inputs[0].tolist() == collator.encode_prompt(talk.messages[:3], tools=talk.tools).input_ids.tolist()
     row, (_, (start, _)) = collator.encode(talk), collator.encode(talk).answer_spans
     assert inputs[0].tolist() == row.input_ids[:start].tolist()

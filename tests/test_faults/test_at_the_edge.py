@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from qwhisper.checkpoint import folders as checkpoint
 from qwhisper.checkpoint.folders import checkpoints
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.engine.executor import Executor
 from qwhisper.guards import snapshot
@@ -215,7 +215,7 @@ def test_a_killer_among_the_held_out(arguments, monkeypatch):
     run, _ = make_run(args)
     processor = Qwen3AudioProcessor.from_pretrained(run.save(run))
     collator = collator_for(args, processor, run.executor.model)
-    dialogues = EncodedDialogues(read_conversations(args.train_file), collator)
+    dialogues = EncodedDialogues(read_dialogues(args.train_file), collator)
     honest = EncodedDialogues.__getitem__
 
     def read(self, index):

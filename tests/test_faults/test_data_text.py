@@ -12,7 +12,7 @@ from qwhisper.data import clips, collator, encode, messages, records
 from qwhisper.data import dialogue as conversation
 from qwhisper.data.check import check_dataset
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.dialogue import read_conversations, scan_conversations
+from qwhisper.data.dialogue import read_dialogues, scan_dialogues
 from qwhisper.errors import DataError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.processing_qwen3_audio import add_audio_token
@@ -99,7 +99,7 @@ def test_long_line(tmp_path):
     tracemalloc.start()
     try:
         with pytest.raises(DataError) as error:
-            read_conversations(path)
+            read_dialogues(path)
         assert tracemalloc.get_traced_memory()[1] < 2**26
     finally:
         tracemalloc.stop()
@@ -131,7 +131,7 @@ def test_duplicate_key(run):
 
 def faulty_lines_dropped(monkeypatch) -> None:
     """The good lines are taken, as `on_error=skip` does."""
-    monkeypatch.setattr(train_run, "read_conversations", lambda path, **values: scan_conversations(path)[0])
+    monkeypatch.setattr(train_run, "read_dialogues", lambda path, **values: scan_dialogues(path)[0])
 
 
 @fault("two dialogues of one id", of="data", guarantee=f"{REFUSED} of both", without=faulty_lines_dropped)

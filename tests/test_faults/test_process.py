@@ -159,7 +159,7 @@ def crash_on(monkeypatch, ids: set[str], how) -> None:
     honest, trainer = EncodedDialogues.__getitem__, os.getpid()
 
     def getitem(self, index):
-        if self.conversations[index].id in ids and os.getpid() != trainer:
+        if self.dialogues[index].id in ids and os.getpid() != trainer:
             how()
         return honest(self, index)
 

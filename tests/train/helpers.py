@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.loop import train_step
@@ -46,7 +46,7 @@ def make_run(args, callbacks=()):
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model, processor = build(args, None)
-    conversations = read_conversations(args.train_file)
+    conversations = read_dialogues(args.train_file)
     run = assemble_run(args, model, processor, conversations, [], TrainState(), list(callbacks))
     model.train()
     samples, _ = encode_all(EncodedDialogues(conversations, collator_for(args, processor, model)))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import StepSamples
 from qwhisper.infer.generate import collator_of
 from qwhisper.train.arguments import TrainArguments
@@ -73,7 +73,7 @@ def train_and_probe(args: TrainArguments) -> ListeningProbe:
         train_step(run, StepSamples([samples[i] for i in indices], [], 0, 0))
     assert args.eval_file
     probe = make_probe(
-        run.executor, collator(run), read_conversations(args.eval_file), ProbeState(), first_step=1, seed=args.seed
+        run.executor, collator(run), read_dialogues(args.eval_file), ProbeState(), first_step=1, seed=args.seed
     )
     assert probe is not None
     return probe

@@ -1,6 +1,6 @@
 import pytest
 
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.train.assemble import build, collator_for
 from qwhisper.train.run import main
@@ -22,7 +22,7 @@ def test_without_a_max_length_a_dialogue_is_as_long_as_the_language_model_was_ma
     args = arguments(max_length=given)
     model, processor = build(args, None)
     model.config.get_text_config().max_position_embeddings = made_for
-    dialogues = read_conversations(args.train_file)
+    dialogues = read_dialogues(args.train_file)
     samples, rejections = encode_all(EncodedDialogues(dialogues, collator_for(args, processor, model)))
     lengths = [len(sample.input_ids) for sample in samples]
     assert max(lengths, default=0) <= longest

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.errors import NothingLearnedError
 from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.train.assemble import build
@@ -51,7 +51,7 @@ def plain_trainer(arguments, train_file, tmp_path):
             audio_token_id=processor.audio_token_id,
             chat_template=processor.chat_template,
         )
-        dialogues = read_conversations(train_file)
+        dialogues = read_dialogues(train_file)
         settings = {
             "output_dir": str(tmp_path / "hf"), "max_steps": 4,
             "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,

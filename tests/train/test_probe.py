@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from qwhisper.data.dialogue import AudioClip, Conversation, Message, read_conversations
+from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
 from qwhisper.data.encode import IGNORE
 from qwhisper.data.loader import StepSamples
 from qwhisper.frames import SAMPLE_RATE
@@ -43,7 +43,7 @@ def probe_of(run, conversations, **values) -> ListeningProbe | None:
 
 @pytest.fixture
 def conversations(train_file):
-    return read_conversations(train_file)
+    return read_dialogues(train_file)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_samples_losses_are_those_of_evaluation_one_by_one_in_any_pack(arguments
 
 def steps(args, *, probed: bool):
     run, samples = make_run(args)
-    probe = probe_of(run, read_conversations(args.train_file)) if probed else None
+    probe = probe_of(run, read_dialogues(args.train_file)) if probed else None
     losses = []
     for n in range(args.max_steps):
         if probe is not None:
@@ -130,7 +130,7 @@ def test_pairs_differ_in_audio_alone_and_come_from_as_many_dialogues_as_there_ar
 
 
 def test_pairs_are_at_most_so_many_and_the_same_for_the_same_seed(arguments, tmp_path):
-    many = read_conversations(write_dialogues(tmp_path / "many", 60))
+    many = read_dialogues(write_dialogues(tmp_path / "many", 60))
     run, _ = make_run(arguments())
     first, again, other = (choose_pairs(many, collator(run), seed=seed) for seed in (0, 0, 1))
     ids = [[pair.true.id for pair in pairs] for pairs in (first, again, other)]
@@ -140,8 +140,7 @@ def test_pairs_are_at_most_so_many_and_the_same_for_the_same_seed(arguments, tmp
 def test_text_only_and_very_few_dialogues_give_no_probe(arguments, conversations):
     run, _ = make_run(arguments())
     text = [
-        Conversation(f"t{n}", (Message("user", ("Hello",)), Message("assistant", (f"hi {n}",))), "file")
-        for n in range(20)
+        Dialogue(f"t{n}", (Message("user", ("Hello",)), Message("assistant", (f"hi {n}",))), "file") for n in range(20)
     ]
     assert probe_of(run, text) is None and probe_of(run, []) is None
     assert probe_of(run, [c for c in conversations if c.clips][:2]) is None
@@ -151,7 +150,7 @@ def test_text_only_and_very_few_dialogues_give_no_probe(arguments, conversations
 def test_bad_clips_and_cut_dialogues_are_no_pairs(arguments, conversations, tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
     bad = [
-        Conversation(
+        Dialogue(
             f"bad{n}",
             (
                 Message("user", (AudioClip(str(tmp_path / "silent.wav")), "Pitch?")),
@@ -248,14 +247,14 @@ def test_questions_come_when_time_allows():
 
 
 def test_pairs_are_of_trained_kinds_where_there_are_enough(arguments, tmp_path):
-    def of_kinds(number: int) -> list[Conversation]:
+    def of_kinds(number: int) -> list[Dialogue]:
         """A dialogue of a trained kind `number` times, all others of another."""
         return [
             replace(c, messages=tuple(replace(m, kind="known" if n < number else "new") for m in c.messages))
             for n, c in enumerate(c for c in many if c.clips)
         ]
 
-    many = read_conversations(write_dialogues(tmp_path / "many", 60))
+    many = read_dialogues(write_dialogues(tmp_path / "many", 60))
     run, _ = make_run(arguments())
 
     def kinds(conversations) -> set:

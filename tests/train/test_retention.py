@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwhisper.data.dialogue import AudioClip, Conversation, Message, read_conversations
+from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
 from qwhisper.data.encode import IGNORE
 from qwhisper.evaluate.forgetting import (
     MAX_QUESTIONS,
@@ -169,7 +169,7 @@ def test_asking_draws_no_random_number_and_changes_nothing(forgetful):
 @pytest.fixture
 def spoken(tmp_path):
     """All kinds, six clips a letter."""
-    return read_conversations(write_spoken(tmp_path / "spoken", "eval", list(KINDS), each=6, seed=1))
+    return read_dialogues(write_spoken(tmp_path / "spoken", "eval", list(KINDS), each=6, seed=1))
 
 
 def kind_counts(conversations, questions) -> Counter:
@@ -197,9 +197,7 @@ def test_there_are_no_questions_without_kinds_that_were_not_trained_on(arguments
     ]
     without_kind = [replace(c, messages=tuple(replace(m, kind=None) for m in c.messages)) for c in spoken]
     mute = [replace(c, messages=tuple(replace(m, content=without_transcripts(m)) for m in c.messages)) for c in spoken]
-    text = [
-        Conversation(f"t{n}", (Message("user", ("Hi",)), Message("assistant", ("hi",), "new")), "f") for n in range(9)
-    ]
+    text = [Dialogue(f"t{n}", (Message("user", ("Hi",)), Message("assistant", ("hi",), "new")), "f") for n in range(9)]
     for conversations in (few, without_kind, mute, text, []):
         assert len(choose_questions(conversations, collator(run), TAUGHT, seed=0)) == 0
     assert len(choose_questions(spoken, collator(run), list(KINDS), seed=0)) == 0

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from qwhisper.data.collator import ConversationCollator
-from qwhisper.data.dialogue import read_conversations
+from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.demo.bases import TwoOptimizers
 from qwhisper.evaluate.forgetting import choose_questions
@@ -116,7 +116,7 @@ def train_and_ask(args: TrainArguments) -> tuple[Run, ListeningProbe]:
     torch.manual_seed(args.seed)
     model, processor = build(args, None)
     assert args.eval_file
-    conversations, held_out = read_conversations(args.train_file), read_conversations(args.eval_file)
+    conversations, held_out = read_dialogues(args.train_file), read_dialogues(args.eval_file)
     run = assemble_run(args, model, processor, conversations, [], TrainState(), [])
     tower = model.model.audio_tower
     with torch.no_grad():
