@@ -40,7 +40,7 @@ from qwhisper.guards.gradients import (
 from qwhisper.guards.state import SNAPSHOT_STEPS
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
-from qwhisper.train.context import Run
+from qwhisper.train.context import Session
 from qwhisper.train.loop import train_step
 from qwhisper.train.monitor import watch
 from qwhisper.train.probe import TIME_SHARE
@@ -69,7 +69,7 @@ def median_of(act: Callable[[], object]) -> float:
     return statistics.median(seconds_of(act) for _ in range(REPEATS))
 
 
-def plain_step(run: Run, samples: Sequence[Sample]) -> None:
+def plain_step(run: Session, samples: Sequence[Sample]) -> None:
     loss, _ = run.executor.forward_backward(samples, num_supervised(list(samples)))
     torch.nn.utils.clip_grad_norm_([p for group in run.groups.values() for p in group], run.args.max_grad_norm)
     run.optimizer.step()
@@ -78,13 +78,13 @@ def plain_step(run: Run, samples: Sequence[Sample]) -> None:
     float(loss)
 
 
-def guarded_step(run: Run, samples: Sequence[Sample]) -> None:
+def guarded_step(run: Session, samples: Sequence[Sample]) -> None:
     rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
     report = train_step(run, StepSamples(list(samples), [], 1, 0))
     watch(run, report, rates, StopSignals(), save_is_due=False)
 
 
-def compare_steps(run: Run, rows: list[list[Sample]], pairs: int) -> tuple[list[float], list[float]]:
+def compare_steps(run: Session, rows: list[list[Sample]], pairs: int) -> tuple[list[float], list[float]]:
     """Seconds of plain and of guarded steps on the same samples, each kind first in every other pair.
 
     What is not done in every step is left out: probe, checksums and snapshots.
@@ -115,7 +115,7 @@ def waits_for_device(act: Callable[[], object]) -> int | None:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def parts_of_a_step(run: Run, samples: list[Sample]) -> dict[str, float]:
+def parts_of_a_step(run: Session, samples: list[Sample]) -> dict[str, float]:
     """Seconds of what the guards do in each step, on gradients that are there."""
     args, averages = run.args, run.state.guards.averages
     loss, _ = run.executor.forward_backward(samples, num_supervised(samples))
@@ -135,7 +135,7 @@ def parts_of_a_step(run: Run, samples: list[Sample]) -> dict[str, float]:
     return parts
 
 
-def now_and_then(run: Run, step: float) -> dict[str, dict[str, float]]:
+def now_and_then(run: Session, step: float) -> dict[str, dict[str, float]]:
     """Seconds of each act that is not part of every step; share: of the training time, from how often it comes."""
     gigabytes = sum(t.numel() * t.element_size() for _, t in frozen_parameters(run.executor.model)) / 1e9
     longest = run.args.max_length or run.executor.max_tokens_per_pack
@@ -155,7 +155,7 @@ def now_and_then(run: Run, step: float) -> dict[str, dict[str, float]]:
     return acts
 
 
-def assemble(args: argparse.Namespace) -> tuple[Run, list[list[Sample]]]:
+def assemble(args: argparse.Namespace) -> tuple[Session, list[list[Sample]]]:
     if args.tokenizer:
         args.audio_model, args.text_model = make_bases(args.output_dir, args.size, args.tokenizer)
     train_file = args.train_file or make_data(args.output_dir / "data", args.batch * args.rows)

@@ -29,7 +29,7 @@ from qwhisper.data.loader import EncodedDialogues, StepSamples, step_samples
 from qwhisper.guards.gradients import drop_gradients, gradients
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.train.assemble import assemble_run, build, collator_for
-from qwhisper.train.context import Run
+from qwhisper.train.context import Session
 from qwhisper.train.loop import train_step
 from qwhisper.train.recovery import num_supervised
 from qwhisper.train.state import TrainState
@@ -45,7 +45,7 @@ Norms = dict[str, list[float]]  # of each group's updates so far, over its learn
 class Branches:
     """One run that can go on from the same point many times."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Session):
         self.run, self.norms, self.factors = run, {}, {}
         run.optimizer.register_step_pre_hook(lambda *_: self._before())
         run.optimizer.register_step_post_hook(lambda *_: self._after())
@@ -86,7 +86,7 @@ class Branches:
                 self.norms.setdefault(name, []).append(norm / group["lr"])
 
 
-def plain_step(run: Run, fetched: StepSamples) -> None:
+def plain_step(run: Session, fetched: StepSamples) -> None:
     frozen = run.frozen_groups
     run.executor.forward_backward(fetched.samples, num_supervised(fetched.samples))
     drop_gradients({name: parameters for name, parameters in run.groups.items() if name in frozen})
@@ -111,7 +111,7 @@ def judge(norms: list[float], without_spike: list[float]) -> dict[str, float]:
     return {"largest": max(after), "smallest": min(after), "recovered": recovered, "usual": max(usual)}
 
 
-def begin(args: argparse.Namespace, seed: int) -> tuple[Run, Iterator[StepSamples]]:
+def begin(args: argparse.Namespace, seed: int) -> tuple[Session, Iterator[StepSamples]]:
     told = arguments(args, args.demo_dir / "train.jsonl", args.output_dir / str(seed), seed)
     Path(told.output_dir).mkdir(parents=True)
     torch.manual_seed(seed)

@@ -29,7 +29,7 @@ from qwhisper.model.trained_folder import load_processor
 from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.context import Run
+from qwhisper.train.context import Session
 from qwhisper.train.hf import Hooks, hf_arguments
 from qwhisper.train.optimizer import all_steps, guarded_factor, make_optimizer, parameter_groups, settled
 from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe, shortest_probed
@@ -148,7 +148,7 @@ def assemble_run(
     held_out: Sequence[Dialogue],
     state: TrainState,
     callbacks: Sequence[TrainerCallback],
-) -> Run:
+) -> Session:
     """A run at its first step, or at `state`'s; held-out dialogues are encoded here, bad ones quarantined."""
     collator = collator_for(args, processor, model)
     eval_samples, rejections = encode_all(EncodedDialogues(held_out, collator), args.dataloader_num_workers)
@@ -179,7 +179,7 @@ def assemble_run(
         optimizer=optimizer,
         lr_scheduler=scheduler,
     )
-    return Run(
+    return Session(
         args=args,
         total_steps=total_steps,
         num_dialogues=len(dialogues),
@@ -196,7 +196,7 @@ def assemble_run(
         eval_samples=eval_samples,
         probe=probe_of(args, executor, collator, dialogues, held_out, state, total_steps),
         base_checksums=checksums(frozen_parameters(model)),
-        save=lambda run: save_checkpoint(run, processor),
+        save=lambda session: save_checkpoint(session, processor),
     )
 
 

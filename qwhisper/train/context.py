@@ -20,7 +20,7 @@ from qwhisper.train.state import TrainState
 
 
 @dataclass
-class Run:
+class Session:
     """Everything that one training run holds; `save` writes a checkpoint of it and returns its folder."""
 
     args: TrainArguments
@@ -39,7 +39,7 @@ class Run:
     eval_samples: list[Sample]
     probe: ListeningProbe | None  # None: no dialogue with audio to probe with
     base_checksums: dict[str, int]  # of the weights that must not change
-    save: Callable[["Run"], Path]
+    save: Callable[["Session"], Path]
 
     def fire(self, event: str, **values) -> None:
         self.hooks.fire(event, self.state.step, **values)

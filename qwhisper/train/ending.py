@@ -20,18 +20,18 @@ from qwhisper.errors import (
 )
 from qwhisper.guards.gradients import group_checksums
 from qwhisper.memory import is_out_of_memory
-from qwhisper.train.context import Run
+from qwhisper.train.context import Session
 from qwhisper.train.hf import tracked_as
 
 RUN_ID_LENGTH = 21  # SwanLab takes ids of no other length
 INTERRUPTED = 130  # by a second Ctrl-C, which no handler waits for
 
 
-def in_events(run: Run, resumed: Path | None, work: Callable[[], int]) -> int:
+def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -> int:
     """Do the run's `work` and return its exit code. events.jsonl gets the begin or resume, and the end, also if that is
     an exception; only a kill leaves no end.
     """
-    state, log = run.state, run.log
+    state, log = session.state, session.log
     run_id = (log.run_id() if resumed else None) or uuid.uuid4().hex[:RUN_ID_LENGTH]
     known = {
         "run_id": run_id,
@@ -39,13 +39,13 @@ def in_events(run: Run, resumed: Path | None, work: Callable[[], int]) -> int:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": device_name(run.executor.device),
-        "total_steps": run.total_steps,
-        "samples_per_step": run.args.samples_per_step,
-        "dialogues": run.num_dialogues,
-        "held_out_samples": len(run.eval_samples),
-        "audio_model": run.args.audio_model,
-        "text_model": run.args.text_model,
+        "device": device_name(session.executor.device),
+        "total_steps": session.total_steps,
+        "samples_per_step": session.args.samples_per_step,
+        "dialogues": session.num_dialogues,
+        "held_out_samples": len(session.eval_samples),
+        "audio_model": session.args.audio_model,
+        "text_model": session.args.text_model,
     }
     if resumed:
         log.event("resumed", step=state.step, checkpoint=str(resumed), **known)
@@ -55,7 +55,7 @@ def in_events(run: Run, resumed: Path | None, work: Callable[[], int]) -> int:
     def end(code: int, reason: str) -> None:
         counts = {"skipped_steps": state.skipped_steps, "supervised_tokens": state.supervised_tokens}
         told = counts | {"rewinds": state.guards.rewinds, "quarantined": len(log.quarantined)}
-        log.event("end", step=state.step, exit_code=code, reason=reason, total_steps=run.total_steps, **told)
+        log.event("end", step=state.step, exit_code=code, reason=reason, total_steps=session.total_steps, **told)
 
     try:
         with tracked_as(run_id):
@@ -63,7 +63,7 @@ def in_events(run: Run, resumed: Path | None, work: Callable[[], int]) -> int:
     except BaseException as error:
         end(exit_code_of(error), f"{type(error).__name__}: {first_line(error)}")
         raise
-    end(code, f"stopped by signal {code - 128}" if code else how_far(run))
+    end(code, f"stopped by signal {code - 128}" if code else how_far(session))
     return code
 
 
@@ -80,16 +80,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def how_far(run: Run) -> str:
-    done = run.state.step >= run.total_steps
-    return "done" if done else f"stopped by a callback after {run.state.step} of {run.total_steps} steps"
+def how_far(session: Session) -> str:
+    done = session.state.step >= session.total_steps
+    return "done" if done else f"stopped by a callback after {session.state.step} of {session.total_steps} steps"
 
 
-def refuse_to_have_learned_nothing(run: Run) -> None:
+def refuse_to_have_learned_nothing(session: Session) -> None:
     """Raises DataError or NumericalError where steps were taken, and no sample in any of them was trained on;
     NothingLearnedError where the numbers of the run say that it has learned nothing.
     """
-    state, log = run.state, run.log
+    state, log = session.state, session.log
     if not state.step:
         return
     if not state.supervised_tokens or state.skipped_steps >= state.step:
@@ -102,24 +102,29 @@ def refuse_to_have_learned_nothing(run: Run) -> None:
                 "folder"
             )
         raise NumericalError(f"{told}; {log.folder / 'events.jsonl'} has the reason for each step")
-    guess = math.log(run.executor.model.config.get_text_config().vocab_size)
-    weights = group_checksums(run.groups)
-    why = state.learning.nothing(weights, guess=guess, began_trained=run.args.init_from is not None)
+    guess = math.log(session.executor.model.config.get_text_config().vocab_size)
+    weights = group_checksums(session.groups)
+    why = state.learning.nothing(weights, guess=guess, began_trained=session.args.init_from is not None)
     if why is not None:
         rewinds = state.guards.rewinds
         rewound = f", after {rewinds} rewind{'s' * (rewinds != 1)}" if rewinds else ""
         raise NothingLearnedError(
-            f"nothing was learned in {state.step} steps{rewound}: {why} ({in_numbers(run) or 'too few to compare'}). "
-            f"{cure(run)}. "
-            f"{saved_in(run)} was written, but don't continue from it"
+            f"nothing was learned in {state.step} steps{rewound}: {why} "
+            f"({in_numbers(session) or 'too few to compare'}). {cure(session)}. "
+            f"{saved_in(session)} was written, but don't continue from it"
         )
 
 
-def cure(run: Run) -> str:
+def cure(session: Session) -> str:
     """What to change in a run that has learned nothing."""
-    learning = run.state.learning
-    guess = math.log(run.executor.model.config.get_text_config().vocab_size)
-    if learning.direction() == "rose" or learning.is_dead(guess) or learning.held_out_broke or run.state.guards.rewinds:
+    learning = session.state.learning
+    guess = math.log(session.executor.model.config.get_text_config().vocab_size)
+    if (
+        learning.direction() == "rose"
+        or learning.is_dead(guess)
+        or learning.held_out_broke
+        or session.state.guards.rewinds
+    ):
         return "Begin again with a lower --learning_rate and --projector_learning_rate, in another folder"
     return (
         "Check that audio and answers belong together; then begin again with more steps, a higher --learning_rate or "
@@ -127,23 +132,23 @@ def cure(run: Run) -> str:
     )
 
 
-def in_numbers(run: Run) -> str:
+def in_numbers(session: Session) -> str:
     """What the run's numbers say of its learning."""
-    learning, numbers = run.state.learning, []
+    learning, numbers = session.state.learning, []
     if learning.first_held_out is not None and learning.last_held_out is not None:
         numbers.append(f"held-out loss {learning.first_held_out:.3g} → {learning.last_held_out:.3g}")
     first, last = learning.ends()
     if first is not None and last is not None:
         numbers.append(f"loss {first:.3g} → {last:.3g}")
     if learning.gain is not None and learning.noise is not None:
-        at = "" if learning.probed == run.state.step else f" at step {learning.probed}"
+        at = "" if learning.probed == session.state.step else f" at step {learning.probed}"
         numbers.append(f"listening gain {learning.gain:.3f} ± {learning.noise:.3f} nats a token{at}")
     return "; ".join(numbers)
 
 
-def in_words(run: Run) -> str:
+def in_words(session: Session) -> str:
     """What the numbers mean, of a run that is not known to have learned nothing."""
-    learning = run.state.learning
+    learning = session.state.learning
     if learning.direction() == "rose":
         return "the loss rose: try a lower --learning_rate"
     if learning.held_out_rose:
@@ -158,19 +163,19 @@ def in_words(run: Run) -> str:
     return "it hears" if learning.hears else "it does not hear yet: use more steps, or --projector_learning_rate 1e-3"
 
 
-def saved_in(run: Run) -> str:
-    folder = run.log.folder / (run.state.best_checkpoint or f"checkpoint-{run.state.step}")
+def saved_in(session: Session) -> str:
+    folder = session.log.folder / (session.state.best_checkpoint or f"checkpoint-{session.state.step}")
     return str(folder) if folder.exists() else "nothing was saved"
 
 
-def closing_line(run: Run) -> str:
+def closing_line(session: Session) -> str:
     """What was done, what was learned, and after a clean run that learned what may be loosened."""
-    state, log, args = run.state, run.log, run.args
-    how = f"done: {state.step}" if state.step >= run.total_steps else how_far(run).removesuffix(" steps")
-    done = f"{how} steps, {state.supervised_tokens} supervised tokens; {saved_in(run)}"
+    state, log, args = session.state, session.log, session.args
+    how = f"done: {state.step}" if state.step >= session.total_steps else how_far(session).removesuffix(" steps")
+    done = f"{how} steps, {state.supervised_tokens} supervised tokens; {saved_in(session)}"
     if not state.step:
         return done
-    said = ": ".join(filter(None, (in_numbers(run), in_words(run))))
+    said = ": ".join(filter(None, (in_numbers(session), in_words(session))))
     done += f". {said[0].upper()}{said[1:]}"
     if log.kinds or log.quarantined:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in log.kinds.most_common())

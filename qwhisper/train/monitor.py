@@ -11,27 +11,27 @@ from qwhisper.guards.alarms import StepFacts
 from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.gradients import frozen_parameters, group_checksums
 from qwhisper.guards.state import ALL
-from qwhisper.train.context import Run, StepReport
+from qwhisper.train.context import Session, StepReport
 from qwhisper.train.probe import Probed
 from qwhisper.train.signals import StopSignals
 
 
 def watch(
-    run: Run, report: StepReport, learning_rates: dict[str, float], signals: StopSignals, *, save_is_due: bool
+    session: Session, report: StepReport, learning_rates: dict[str, float], signals: StopSignals, *, save_is_due: bool
 ) -> None:
     """After a step: probes the model where that is due, and raises the alarms that its numbers call for.
 
     The last step is probed whether that is paid for or not, so that the run can say what it has learned.
     """
-    state, probe, found = run.state, run.probe, None
+    state, probe, found = session.state, session.probe, None
     due = probe is not None and probe.due(state.step, report.seconds)
-    if probe and (due or state.step == run.total_steps):
+    if probe and (due or state.step == session.total_steps):
         found = signals.unless_stopped(lambda: probe.measure(ask=due and state.step >= probe.asks_from))
     if found is not None:
         state.learning.gain, state.learning.noise, state.learning.probed = found.gain, found.noise, state.step
-        run.log.metric(step=state.step, **readable(as_facts(found)))
-        run.fire("on_log", logs=as_facts(found))
-        run.lines.say(f"step {state.step}: {as_line(found)}")
+        session.log.metric(step=state.step, **readable(as_facts(found)))
+        session.fire("on_log", logs=as_facts(found))
+        session.lines.say(f"step {state.step}: {as_line(found)}")
     if probe and state.step < probe.first_step:
         found = None  # too short to hear yet: no reason for an alarm
     facts = StepFacts(
@@ -45,13 +45,13 @@ def watch(
         learning_rates=learning_rates,
         divergence=report.divergence,
         frozen=report.frozen,
-        weight_checksums=group_checksums(run.groups) if state.alarms.wants_weights(state.step) else {},
-        changed_weights=altered_base(run) if save_is_due else None,
+        weight_checksums=group_checksums(session.groups) if state.alarms.wants_weights(state.step) else {},
+        changed_weights=altered_base(session) if save_is_due else None,
         **({} if found is None else as_facts(found)),
     )
     for alarm in state.alarms.observe(facts):
-        run.log.event("alarm", step=state.step, alarm=alarm.kind, about=alarm.about, message=alarm.message)
-        run.lines.say(f"warning: {alarm.message}")
+        session.log.event("alarm", step=state.step, alarm=alarm.kind, about=alarm.about, message=alarm.message)
+        session.lines.say(f"warning: {alarm.message}")
 
 
 def as_facts(found: Probed) -> dict[str, Any]:
@@ -76,9 +76,9 @@ def as_line(found: Probed) -> str:
     return line
 
 
-def altered_base(run: Run) -> list[str]:
+def altered_base(session: Session) -> list[str]:
     """Names of frozen weights that are no longer what they were when the run began."""
-    return changed(run.base_checksums, checksums(frozen_parameters(run.executor.model)))
+    return changed(session.base_checksums, checksums(frozen_parameters(session.executor.model)))
 
 
 def readable(statistics: dict[str, float]) -> dict[str, float | str]:
@@ -86,7 +86,7 @@ def readable(statistics: dict[str, float]) -> dict[str, float | str]:
     return {name: value if abs(value) < float("inf") else str(value) for name, value in statistics.items()}
 
 
-def log_step(run: Run, report: StepReport, learning_rates: dict[str, float]) -> None:
+def log_step(session: Session, report: StepReport, learning_rates: dict[str, float]) -> None:
     values = {"loss": report.loss, "grad_norm": report.grad_norm} | {
         f"grad_norm_{k}": v for k, v in report.group_norms.items()
     }
@@ -94,17 +94,17 @@ def log_step(run: Run, report: StepReport, learning_rates: dict[str, float]) -> 
         values["divergence"] = report.divergence
     peaks = {f"peak_{name}": round(times_average, 2) for name, times_average in report.peaks.items()}
     rates = {f"learning_rate_{name}": rate for name, rate in learning_rates.items()}
-    run.log.metric(
-        step=run.state.step,
+    session.log.metric(
+        step=session.state.step,
         **readable(values),
-        **grad_norm_average(run),
+        **grad_norm_average(session),
         **peaks,
         valid_label_count=report.tokens,
         **rates,
-        **memory(run),
+        **memory(session),
         seconds=round(report.seconds, 4),
     )
-    run.lines.step(
+    session.lines.step(
         loss=report.loss,
         tokens=report.tokens,
         grad_norm=report.grad_norm,
@@ -112,25 +112,26 @@ def log_step(run: Run, report: StepReport, learning_rates: dict[str, float]) -> 
         seconds=report.seconds,
     )
     if report.skipped:
-        run.lines.say(
-            f"step {run.state.step}: skipped, {report.skipped} (events.jsonl names the samples); weights are untouched"
+        session.lines.say(
+            f"step {session.state.step}: skipped, {report.skipped} (events.jsonl names the samples); weights are "
+            "untouched"
         )
 
 
-def grad_norm_average(run: Run) -> dict[str, float]:
+def grad_norm_average(session: Session) -> dict[str, float]:
     """Exponential mean and variance of all groups' gradient norm together."""
-    average = run.state.guards.averages.get(ALL)
+    average = session.state.guards.averages.get(ALL)
     return {} if average is None else {"grad_norm_mean": average.mean, "grad_norm_variance": average.variance}
 
 
-def memory(run: Run) -> dict[str, float]:
+def memory(session: Session) -> dict[str, float]:
     """The most that was ever allocated on the accelerator, in GiB; nothing on a CPU."""
-    if run.executor.device.type != "cuda":
+    if session.executor.device.type != "cuda":
         return {}
-    return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(run.executor.device) / 2**30, 3)}
+    return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(session.executor.device) / 2**30, 3)}
 
 
-def log_window(run: Run, window: list[StepReport], learning_rate: float) -> None:
+def log_window(session: Session, window: list[StepReport], learning_rate: float) -> None:
     """One line for the last steps: loss weighted by tokens, skipped steps left out of the averages.
 
     The trackers get each group's norm as well, and gradient_peaks: steps in which a group was brought down to its
@@ -141,35 +142,40 @@ def log_window(run: Run, window: list[StepReport], learning_rate: float) -> None
     loss = sum(report.loss * report.tokens for report in taken) / tokens if tokens else float("nan")
     grad_norm = sum(report.grad_norm for report in taken) / len(taken) if taken else float("nan")
     seconds = sum(report.seconds for report in window) / len(window)
-    run.lines.line(
-        step=run.state.step, loss=loss, tokens=tokens, grad_norm=grad_norm, learning_rate=learning_rate, seconds=seconds
+    session.lines.line(
+        step=session.state.step,
+        loss=loss,
+        tokens=tokens,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        seconds=seconds,
     )
-    if run.clamp and run.clamp.on:
-        log_clamped(run, run.clamp)
-    if overflow := run.executor.model.model.audio_tower.overflow.take_counts():
-        run.log.event("encoder_overflow", step=run.state.step, values=overflow)
+    if session.clamp and session.clamp.on:
+        log_clamped(session, session.clamp)
+    if overflow := session.executor.model.model.audio_tower.overflow.take_counts():
+        session.log.event("encoder_overflow", step=session.state.step, values=overflow)
     averages = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "supervised_tokens": tokens}
     peaks = {"gradient_peaks": sum(bool(report.peaks) for report in window)}
-    by_group = {f"grad_norm_{name}": mean_norm(taken, name) for name in run.groups} if taken else {}
+    by_group = {f"grad_norm_{name}": mean_norm(taken, name) for name in session.groups} if taken else {}
     divergences = [report.divergence for report in taken if report.divergence is not None]
     divergence = {"divergence": sum(divergences) / len(divergences)} if divergences else {}
-    run.fire("on_log", logs=averages | by_group | divergence | peaks | grad_norm_average(run))
+    session.fire("on_log", logs=averages | by_group | divergence | peaks | grad_norm_average(session))
 
 
 def mean_norm(reports: list[StepReport], group: str) -> float:
     return sum(report.group_norms.get(group, 0.0) for report in reports) / len(reports)
 
 
-def collect_clamped(run: Run) -> None:
+def collect_clamped(session: Session) -> None:
     """Takes the clamp's count over from the device; waits for it."""
-    if run.clamp and run.clamp.on:
-        run.state.guards.clamp.clamped += sum(run.clamp.take_counts().values())
+    if session.clamp and session.clamp.on:
+        session.state.guards.clamp.clamped += sum(session.clamp.take_counts().values())
 
 
-def log_clamped(run: Run, clamp: ActivationClamp) -> None:
+def log_clamped(session: Session, clamp: ActivationClamp) -> None:
     """How many activations were clamped since the last event of them; an event only where there were any."""
-    collect_clamped(run)
-    switch = run.state.guards.clamp
+    collect_clamped(session)
+    switch = session.state.guards.clamp
     if new := switch.clamped - switch.told:
         switch.told = switch.clamped
-        run.log.event("activations_clamped", step=run.state.step, values={clamp.name: new})
+        session.log.event("activations_clamped", step=session.state.step, values={clamp.name: new})

@@ -13,58 +13,66 @@ from qwhisper.guards.decide import Decision, StepStatistics
 from qwhisper.guards.diagnose import Finding, bad_weight, diagnose
 from qwhisper.guards.gradients import drop_gradients, step_statistics
 from qwhisper.memory import is_out_of_memory
-from qwhisper.train.context import Run
+from qwhisper.train.context import Session
 
 
 def num_supervised(samples: list[Sample]) -> int:
     return sum(sample.num_supervised for sample in samples)
 
 
-def run_samples(run: Run, samples: list[Sample], count: int) -> StepStatistics:
+def run_samples(session: Session, samples: list[Sample], count: int) -> StepStatistics:
     """Forward and backward; leaves the gradients of sum(token losses) / count and returns what they look like.
 
     In fp16 an overflow of the gradients is met by a smaller loss scale and the same samples once more. Where no scale
     helps, it was no overflow, and the scale is as before.
     """
-    scale = run.state.guards.loss_scale
+    scale = session.state.guards.loss_scale
     before = scale.scale
     while True:
-        run.executor.loss_scale = scale.scale if run.executor.half_precision else 1.0
-        loss, halvings = run.executor.forward_backward(samples, count) if samples else (torch.zeros(()), [])
+        session.executor.loss_scale = scale.scale if session.executor.half_precision else 1.0
+        loss, halvings = session.executor.forward_backward(samples, count) if samples else (torch.zeros(()), [])
         for halved in halvings:
-            run.log.event("out_of_memory", step=run.state.step, tokens=halved.tokens, max_tokens_per_pack=halved.now)
-        drop_gradients({name: parameters for name, parameters in run.groups.items() if name in run.frozen_groups})
-        statistics = step_statistics(loss, run.groups)
+            session.log.event(
+                "out_of_memory", step=session.state.step, tokens=halved.tokens, max_tokens_per_pack=halved.now
+            )
+        drop_gradients(
+            {name: parameters for name, parameters in session.groups.items() if name in session.frozen_groups}
+        )
+        statistics = step_statistics(loss, session.groups)
         overflow = statistics.not_finite and math.isfinite(statistics.loss) and not statistics.broken_weights
-        if not (overflow and run.executor.half_precision and scale.shrink()):
+        if not (overflow and session.executor.half_precision and scale.shrink()):
             if statistics.not_finite:
                 scale.scale = before
             return statistics
-        drop_gradients(run.groups)
+        drop_gradients(session.groups)
 
 
-def drop_bad_samples(run: Run, samples: list[Sample], failed: StepStatistics) -> tuple[list[Sample], StepStatistics]:
+def drop_bad_samples(
+    session: Session, samples: list[Sample], failed: StepStatistics
+) -> tuple[list[Sample], StepStatistics]:
     """Runs a step that was not finite again and leaves the gradients of its finite samples.
 
     Pack by pack, and a pack that is not finite again sample by sample. What is left is weighted by its tokens, as if
     the bad samples had never been there. Returns the samples kept and their statistics, or none and the failed ones.
     This path may wait for the device.
     """
-    count, packs = num_supervised(samples), run.executor.packs(samples)
-    kept, dropped, total, finding = [], [], GradientSum(run), None
-    drop_gradients(run.groups)
+    count, packs = num_supervised(samples), session.executor.packs(samples)
+    kept, dropped, total, finding = [], [], GradientSum(session), None
+    drop_gradients(session.groups)
     for pack in packs:
         if len(packs) > 1 and not total.add(pack, count).not_finite:
             kept += pack
             continue
-        finding = finding or find_cause(run, pack, count)
+        finding = finding or find_cause(session, pack, count)
         for sample in pack:
             if bad := total.add_one(sample, count):
                 dropped.append((sample, bad))
             else:
                 kept.append(sample)
-    report_dropped(run, kept, dropped, failed, finding)
-    run.executor.model.last_logits = run.executor.divergence = None  # they may be those of a sample that is left out
+    report_dropped(session, kept, dropped, failed, finding)
+    session.executor.model.last_logits = session.executor.divergence = (
+        None  # they may be those of a sample that is left out
+    )
     if not kept:
         return [], failed
     return kept, total.leave(weight=count / num_supervised(kept))
@@ -73,20 +81,20 @@ def drop_bad_samples(run: Run, samples: list[Sample], failed: StepStatistics) ->
 class GradientSum:
     """Sums loss and gradients of what is run and found finite; the groups' own gradients stay dropped meanwhile."""
 
-    def __init__(self, run: Run):
-        self.run, self.loss = run, 0.0
+    def __init__(self, session: Session):
+        self.session, self.loss = session, 0.0
         self.gradients: dict[torch.nn.Parameter, Tensor] = {}
 
     def add(self, samples: list[Sample], count: int) -> StepStatistics:
         """Runs the samples of a step of `count` supervised tokens; what is not finite is not added."""
-        statistics = run_samples(self.run, samples, count)
+        statistics = run_samples(self.session, samples, count)
         if not statistics.not_finite:
             self.loss += statistics.loss
-            for parameter in (p for parameters in self.run.groups.values() for p in parameters):
+            for parameter in (p for parameters in self.session.groups.values() for p in parameters):
                 if parameter.grad is not None:
                     known = self.gradients.get(parameter)
                     self.gradients[parameter] = parameter.grad if known is None else known + parameter.grad
-        drop_gradients(self.run.groups)
+        drop_gradients(self.session.groups)
         return statistics
 
     def add_one(self, sample: Sample, count: int) -> str:
@@ -94,101 +102,107 @@ class GradientSum:
         try:
             return " and ".join(self.add([sample], count).not_finite)
         except MemoryLimitError:
-            drop_gradients(self.run.groups)
+            drop_gradients(self.session.groups)
             return "out of memory where it was run alone"
 
     def leave(self, *, weight: float) -> StepStatistics:
         """Puts the sum, times `weight`, where the gradients belong."""
         for parameter, gradient in self.gradients.items():
             parameter.grad = gradient * weight
-        return step_statistics(torch.tensor(self.loss * weight, device=self.run.executor.device), self.run.groups)
+        return step_statistics(
+            torch.tensor(self.loss * weight, device=self.session.executor.device), self.session.groups
+        )
 
 
-def find_cause(run: Run, pack: list[Sample], count: int) -> Finding | None:
+def find_cause(session: Session, pack: list[Sample], count: int) -> Finding | None:
     """Where the first number breaks in the pack as it was run: some faults need the neighbours or the padding.
 
     None also where the look itself fails, as for want of memory: the step matters more.
     """
-    run.executor.before_pack()
-    batch = run.executor.batch(pack) | {"num_items_in_batch": count}
+    session.executor.before_pack()
+    batch = session.executor.batch(pack) | {"num_items_in_batch": count}
     try:
-        return diagnose(run.executor.model, batch, loss_scale=run.executor.loss_scale)
+        return diagnose(session.executor.model, batch, loss_scale=session.executor.loss_scale)
     except (RuntimeError, MemoryError) as error:
-        run.log.event("no_diagnosis", step=run.state.step, error=first_line(error))
+        session.log.event("no_diagnosis", step=session.state.step, error=first_line(error))
         return None
 
 
 def report_dropped(
-    run: Run, kept: list[Sample], dropped: list[tuple[Sample, str]], failed: StepStatistics, finding: Finding | None
+    session: Session,
+    kept: list[Sample],
+    dropped: list[tuple[Sample, str]],
+    failed: StepStatistics,
+    finding: Finding | None,
 ) -> None:
     """One event with every sample concerned and where the numbers broke first."""
-    step = run.state.step
+    step = session.state.step
     told = {"not_finite": failed.not_finite, "diagnosis": None if finding is None else finding.as_dict()}
     if not dropped:
-        run.log.event("not_repeated", step=step, samples=[sample.id for sample in kept], **told)
-        run.lines.say(f"step {step}: {' and '.join(failed.not_finite)} not finite, but not sample by sample; taken")
+        session.log.event("not_repeated", step=step, samples=[sample.id for sample in kept], **told)
+        session.lines.say(f"step {step}: {' and '.join(failed.not_finite)} not finite, but not sample by sample; taken")
         return
     named = [{"id": sample.id, "source": sample.source, "not_finite": what} for sample, what in dropped]
-    run.log.event("dropped_samples", step=step, samples=named, kept=len(kept), **told)
+    session.log.event("dropped_samples", step=step, samples=named, kept=len(kept), **told)
     names = ", ".join(sample.id for sample, _ in dropped[:3]) + (" …" if len(dropped) > 3 else "")
     cause = finding or "not finite, of no cause that a second run would show"
-    run.lines.say(f"step {step}: dropped {len(dropped)} of {len(kept) + len(dropped)} samples ({names}): {cause}")
+    session.lines.say(f"step {step}: dropped {len(dropped)} of {len(kept) + len(dropped)} samples ({names}): {cause}")
 
 
-def after_step(run: Run, statistics: StepStatistics, decision: Decision, samples: list[str]) -> None:
+def after_step(session: Session, statistics: StepStatistics, decision: Decision, samples: list[str]) -> None:
     """Goes down the ladder after a bad step: on, back to a snapshot at half the rate, or NumericalError (exit 5)."""
-    guards = run.state.guards
-    act = guards.next_act(statistics, max_bad_steps=run.args.max_bad_steps, max_rewinds=run.args.max_rewinds)
+    guards = session.state.guards
+    act = guards.next_act(statistics, max_bad_steps=session.args.max_bad_steps, max_rewinds=session.args.max_rewinds)
     if act != "go on":
-        go_back(run, f"{guards.bad_steps_in_a_row} bad steps in a row ({decision.skip or 'peaks'})", samples)
+        go_back(session, f"{guards.bad_steps_in_a_row} bad steps in a row ({decision.skip or 'peaks'})", samples)
     elif guards.snapshot_due:
-        keep_sound(run, samples)
+        keep_sound(session, samples)
         guards.clean_steps = 0
 
 
-def keep_sound(run: Run, samples: Sequence[str] = (), *, copy: bool = True) -> None:
+def keep_sound(session: Session, samples: Sequence[str] = (), *, copy: bool = True) -> None:
     """A snapshot of this step (unless `copy` is False), or back to the last one where a weight or a moment is not
     finite.
 
     None is taken in a row of bad steps, whose cause may be in the weights already.
     """
-    if run.state.guards.bad_steps_in_a_row:
+    if session.state.guards.bad_steps_in_a_row:
         return
-    if not (take_snapshot(run) if copy else run.snapshots.sound()):
-        go_back(run, "a weight or a moment of the optimizer is not finite", samples)
+    if not (take_snapshot(session) if copy else session.snapshots.sound()):
+        go_back(session, "a weight or a moment of the optimizer is not finite", samples)
 
 
-def take_snapshot(run: Run) -> bool:
+def take_snapshot(session: Session) -> bool:
     """Whether everything is finite. Where the host has no memory for the copy, there is none of this step."""
     try:
-        return run.snapshots.take(run.state.step)
+        return session.snapshots.take(session.state.step)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        run.log.event("no_snapshot", step=run.state.step, error=first_line(error))
+        session.log.event("no_snapshot", step=session.state.step, error=first_line(error))
         return True
 
 
-def go_back(run: Run, why: str, samples: Sequence[str]) -> None:
+def go_back(session: Session, why: str, samples: Sequence[str]) -> None:
     """Weights and moments as they were, at half the learning rate; the data goes on forward. Raises NumericalError
     after --max_rewinds.
     """
-    guards, step = run.state.guards, run.state.step
-    weight = bad_weight(run.executor.model)
-    if guards.rewinds >= run.args.max_rewinds:
-        newest, _ = newest_valid(run.log.folder)
+    guards, step = session.state.guards, session.state.step
+    weight = bad_weight(session.executor.model)
+    if guards.rewinds >= session.args.max_rewinds:
+        newest, _ = newest_valid(session.log.folder)
         cure = "with a lower --learning_rate, --lora_grad_clip or --projector_scale"
         raise NumericalError(
             f"numerically dead at step {step} after {guards.rewinds} rewinds: {why} (samples "
-            f"{', '.join(samples[:5])}). {run.log.folder / 'events.jsonl'} tells of every bad step. "
+            f"{', '.join(samples[:5])}). {session.log.folder / 'events.jsonl'} tells of every bad step. "
             + (f"{newest} is sound: go on from it {cure}" if newest else f"No checkpoint is sound: begin again {cure}")
         )
     bad_steps = guards.bad_steps_in_a_row
     guards.rewound()
-    run.state.alarms.forget_weights()
-    to = run.snapshots.restore()
-    run.set_learning_rates()
+    session.state.alarms.forget_weights()
+    to = session.snapshots.restore()
+    session.set_learning_rates()
     told = {"to_step": to, "why": why, "bad_steps": bad_steps, "lr_factor": guards.lr_factor, "samples": list(samples)}
-    run.log.event("rewind", step=step, **told, diagnosis=weight and weight.as_dict())
+    session.log.event("rewind", step=step, **told, diagnosis=weight and weight.as_dict())
     where = "there is no snapshot to go back to" if to is None else f"back to the weights of step {to}"
-    run.lines.say(f"step {step}: {why}; {where}, learning rate × {guards.lr_factor:g} from here on")
+    session.lines.say(f"step {step}: {why}; {where}, learning rate × {guards.lr_factor:g} from here on")

@@ -30,7 +30,7 @@ from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
-from qwhisper.train.context import Run
+from qwhisper.train.context import Session
 from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learned_nothing
 from qwhisper.train.hf import ConfiguringCallback, tracker_callbacks
 from qwhisper.train.learning import Learning
@@ -45,18 +45,18 @@ DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "trai
 
 def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int:
     """Runs a training and returns its exit code. callbacks: any `TrainerCallback`s; ours configure the run."""
-    begun: list[Run] = []  # a run that was refused has no log: its folder may be another run's
+    begun: list[Session] = []  # a run that was refused has no log: its folder may be another run's
 
     def log_lost_output(lines: int) -> None:
-        for run in begun:
-            run.log.event("output_lost", step=run.state.step, lines=lines)
+        for session in begun:
+            session.log.event("output_lost", step=session.state.step, lines=lines)
 
     with unfailing_output(on_lost=log_lost_output):
         return configure_and_go(args, callbacks, begun.append)
 
 
 def configure_and_go(
-    args: TrainArguments, callbacks: Sequence[TrainerCallback], on_begin: Callable[[Run], None]
+    args: TrainArguments, callbacks: Sequence[TrainerCallback], on_begin: Callable[[Session], None]
 ) -> int:
     for callback in callbacks:
         if isinstance(callback, ConfiguringCallback):
@@ -80,7 +80,9 @@ def configure_and_go(
         ) from error
 
 
-def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback], on_begin: Callable[[Run], None]) -> int:
+def prepare_and_go(
+    args: TrainArguments, callbacks: Sequence[TrainerCallback], on_begin: Callable[[Session], None]
+) -> int:
     folder = Path(args.output_dir)
     resumed = find_resume_point(args, folder)
     trackers = tracker_callbacks(args.report_to)
@@ -114,40 +116,40 @@ def prepare_and_go(args: TrainArguments, callbacks: Sequence[TrainerCallback], o
     state.kinds = sorted(kinds.union(state.kinds, earlier))
     torch.manual_seed(args.seed)
     model, processor = build(args, resumed)
-    run = assemble_run(args, model, processor, dialogues, held_out, state, [*callbacks, *trackers])
-    describe(run)
+    session = assemble_run(args, model, processor, dialogues, held_out, state, [*callbacks, *trackers])
+    describe(session)
     if resumed:
-        restore(run, resumed)
+        restore(session, resumed)
         put_later_aside(folder, resumed)
     write_config(given, folder, resumed)
 
-    on_begin(run)
+    on_begin(session)
 
     def work() -> int:
-        try_kernels(run)
-        return go(run, processor, dialogues)
+        try_kernels(session)
+        return go(session, processor, dialogues)
 
-    return in_events(run, resumed, work)
+    return in_events(session, resumed, work)
 
 
-def go(run: Run, processor: Qwen3AudioProcessor, dialogues: list[Dialogue]) -> int:
-    args, state = run.args, run.state
+def go(session: Session, processor: Qwen3AudioProcessor, dialogues: list[Dialogue]) -> int:
+    args, state = session.args, session.state
     steps = step_samples(
-        EncodedDialogues(dialogues, collator_for(args, processor, run.executor.model)),
+        EncodedDialogues(dialogues, collator_for(args, processor, session.executor.model)),
         samples_per_step=args.samples_per_step,
         seed=args.seed,
         epoch=state.epoch,
         offset=state.offset,
         num_workers=args.dataloader_num_workers,
     )
-    code = train(run, steps)
+    code = train(session, steps)
     if code:
-        saved = bool(checkpoints.checkpoints(run.log.folder))  # not before the first step
-        go_on = resume_command(run.log.folder) if saved else start_command(run.log.folder)
+        saved = bool(checkpoints.checkpoints(session.log.folder))  # not before the first step
+        go_on = resume_command(session.log.folder) if saved else start_command(session.log.folder)
         print(f"stopped by a signal after step {state.step}; go on with: {go_on}", file=sys.stderr)
     else:
-        refuse_to_have_learned_nothing(run)
-        print(closing_line(run))
+        refuse_to_have_learned_nothing(session)
+        print(closing_line(session))
     return code
 
 
@@ -288,13 +290,14 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
         print(f"note: {folder / CONFIG_FILE} is left as it was: {error}")
 
 
-def describe(run: Run) -> None:
-    counts = {name: sum(p.numel() for p in parameters) for name, parameters in run.groups.items()}
+def describe(session: Session) -> None:
+    counts = {name: sum(p.numel() for p in parameters) for name, parameters in session.groups.items()}
     trained = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
     print(
-        f"training {trained}; {run.total_steps} steps of {run.args.samples_per_step} samples on {run.executor.device}"
+        f"training {trained}; {session.total_steps} steps of {session.args.samples_per_step} samples on "
+        f"{session.executor.device}"
     )
-    args, total = run.args, run.total_steps
+    args, total = session.args, session.total_steps
     if args.early_lr_steps >= total and args.early_lr_factor < 1:
         print(
             f"note: all {total} steps run at {args.early_lr_factor:g} × the learning rate (--early_lr_steps "
@@ -309,9 +312,9 @@ def describe(run: Run) -> None:
         )
 
 
-def try_kernels(run: Run) -> None:
+def try_kernels(session: Session) -> None:
     """Every attention kernel that this run uses, on this device, against fp32; a wrong one is named and replaced."""
-    longest = run.args.max_length or run.executor.max_tokens_per_pack
-    for wrong in check_kernels(run.executor.model, longest):
-        run.log.event("kernel_replaced", step=run.state.step, **dataclasses.asdict(wrong))
-        run.lines.say(str(wrong))
+    longest = session.args.max_length or session.executor.max_tokens_per_pack
+    for wrong in check_kernels(session.executor.model, longest):
+        session.log.event("kernel_replaced", step=session.state.step, **dataclasses.asdict(wrong))
+        session.lines.say(str(wrong))

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from qwhisper.checkpoint import folders as checkpoints
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.train.context import Run
+from qwhisper.train.context import Session
 from qwhisper.train.monitor import collect_clamped
 from qwhisper.train.optimizer import parameter_names
 from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable
@@ -15,47 +15,47 @@ from qwhisper.train.resume import save_arguments
 from qwhisper.train.state import load_generators, load_optimizer, read_tensors, save_generators, save_optimizer
 
 
-def save_checkpoint(run: Run, processor: Qwen3AudioProcessor) -> Path:
+def save_checkpoint(session: Session, processor: Qwen3AudioProcessor) -> Path:
     """A new checkpoint, and older ones deleted; none is deleted while the newest is not finite.
 
     With the snapshots where the newest is of an earlier step, as after a signal or in a row of bad steps.
     """
-    model, state = run.executor.model, run.state
-    state.max_tokens_per_pack = run.executor.max_tokens_per_pack
-    collect_clamped(run)
-    finite = run.snapshots.sound()
+    model, state = session.executor.model, session.state
+    state.max_tokens_per_pack = session.executor.max_tokens_per_pack
+    collect_clamped(session)
+    finite = session.snapshots.sound()
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        save_optimizer(run.optimizer, parameter_names(model), folder)
+        save_optimizer(session.optimizer, parameter_names(model), folder)
         save_generators(folder)
-        save_arguments(run.args, folder)
-        if run.snapshots.kept and run.snapshots.kept[-1].step != state.step:
-            save_file(run.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
+        save_arguments(session.args, folder)
+        if session.snapshots.kept and session.snapshots.kept[-1].step != state.step:
+            save_file(session.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
         tensor_files = sorted(folder.rglob("*.safetensors"))
         state.saved_with = {str(path.relative_to(folder)): checkpoints.file_sha256(path) for path in tensor_files}
         state.save(folder)
 
-    folder = checkpoints.write_checkpoint(run.log.folder, state.step, fill, finite=finite)
+    folder = checkpoints.write_checkpoint(session.log.folder, state.step, fill, finite=finite)
     if finite:
         protected = {name for name in (folder.name, state.best_checkpoint) if name}
-        checkpoints.rotate(run.log.folder, run.args.save_total_limit, protected)
+        checkpoints.rotate(session.log.folder, session.args.save_total_limit, protected)
     else:
-        run.log.event("weights_not_finite", step=state.step, checkpoint=folder.name)
+        session.log.event("weights_not_finite", step=state.step, checkpoint=folder.name)
         print(f"{folder.name}: a trained weight is not finite; no older checkpoint will be deleted", file=sys.stderr)
     return folder
 
 
-def restore(run: Run, folder: Path) -> None:
+def restore(session: Session, folder: Path) -> None:
     """Optimizer, schedule, generators and snapshots as they were; the weights are loaded already.
 
     Raises CheckpointError where one of them is not what this run can go on with.
     """
-    names = parameter_names(run.executor.model)
-    check_resumable(folder, {names[parameter]: parameter for parameter in run.snapshots.parameters}, run.state)
-    load_optimizer(run.optimizer, names, folder)
+    names = parameter_names(session.executor.model)
+    check_resumable(folder, {names[parameter]: parameter for parameter in session.snapshots.parameters}, session.state)
+    load_optimizer(session.optimizer, names, folder)
     load_generators(folder)
     if (folder / SNAPSHOT_FILE).exists():
-        run.snapshots.load(read_tensors(folder / SNAPSHOT_FILE))
-    run.set_learning_rates()
+        session.snapshots.load(read_tensors(folder / SNAPSHOT_FILE))
+    session.set_learning_rates()

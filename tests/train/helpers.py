@@ -1,4 +1,4 @@
-"""Reading back what a run wrote, and building a `Run` whose steps a test takes one by one."""
+"""Reading back what a run wrote, and building a `Session` whose steps a test takes one by one."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 
 
 def make_run(args, callbacks=()):
-    """A `Run` that nobody has started, and all of its samples."""
+    """A `Session` that nobody has started, and all of its samples."""
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model, processor = build(args, None)

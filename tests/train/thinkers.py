@@ -18,7 +18,7 @@ from qwhisper.evaluate.forgetting import choose_questions
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import assemble_run, build, collator_for
-from qwhisper.train.context import Run
+from qwhisper.train.context import Session
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
 from qwhisper.train.state import TrainState
@@ -110,7 +110,7 @@ def thinking_arguments(bases: tuple[Path, Path], folder: Path, **values) -> Trai
     return TrainArguments(**base | values)
 
 
-def train_and_ask(args: TrainArguments) -> tuple[Run, ListeningProbe]:
+def train_and_ask(args: TrainArguments) -> tuple[Session, ListeningProbe]:
     """Trains `args.max_steps` steps, and gives the probe on the held-out dialogues, with all of its questions."""
     Path(args.output_dir).mkdir(parents=True)
     torch.manual_seed(args.seed)
