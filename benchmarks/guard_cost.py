@@ -39,12 +39,12 @@ from qwhisper.guards.gradients import (
 )
 from qwhisper.guards.state import SNAPSHOT_STEPS
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.assemble import assemble_run, build, collator_for
-from qwhisper.train.context import Session
 from qwhisper.train.loop import train_step
+from qwhisper.train.models import build_model
 from qwhisper.train.monitor import watch
 from qwhisper.train.probe import TIME_SHARE
 from qwhisper.train.recovery import num_supervised
+from qwhisper.train.session import Session, build_session, collator_for
 from qwhisper.train.signals import StopSignals
 from qwhisper.train.state import TrainState
 
@@ -155,7 +155,7 @@ def now_and_then(run: Session, step: float) -> dict[str, dict[str, float]]:
     return acts
 
 
-def assemble(args: argparse.Namespace) -> tuple[Session, list[list[Sample]]]:
+def make_session(args: argparse.Namespace) -> tuple[Session, list[list[Sample]]]:
     if args.tokenizer:
         args.audio_model, args.text_model = make_bases(args.output_dir, args.size, args.tokenizer)
     train_file = args.train_file or make_data(args.output_dir / "data", args.batch * args.rows)
@@ -167,9 +167,9 @@ def assemble(args: argparse.Namespace) -> tuple[Session, list[list[Sample]]]:
     )  # fmt: skip
     (args.output_dir / "run").mkdir(parents=True)
     torch.manual_seed(0)
-    model, processor = build(settings, None)
+    model, processor = build_model(settings, None)
     conversations = read_dialogues(settings.train_file, data_root="/", max_samples=max(64, args.batch * args.rows))
-    run = assemble_run(settings, model, processor, conversations, [], TrainState(), [])
+    run = build_session(settings, model, processor, conversations, [], TrainState(), [])
     model.train()
     samples, _ = encode_all(
         EncodedDialogues(conversations[: args.batch * args.rows], collator_for(settings, processor, model))
@@ -202,7 +202,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    run, rows = assemble(args)
+    run, rows = make_session(args)
     told = {
         "text_model": args.text_model.name, "audio_model": args.audio_model.name,
         "dtype": str(run.executor.model.dtype).removeprefix("torch."),

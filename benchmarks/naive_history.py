@@ -45,10 +45,10 @@ from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.model.projector import AudioProjection
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.assemble import assemble_run
 from qwhisper.train.loop import train
 from qwhisper.train.optimizer import parameter_groups
 from qwhisper.train.probe import Pair, choose_pairs, listening_gain
+from qwhisper.train.session import build_session
 from qwhisper.train.state import TrainState
 
 MEASURES = (
@@ -266,7 +266,7 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
     model, processor = fresh(setting, on)
     with tempfile.TemporaryDirectory() as folder:
         told = arguments(setting, on, Path(folder))
-        run = assemble_run(told, model, processor, setting.conversations, [], TrainState(), [])
+        run = build_session(told, model, processor, setting.conversations, [], TrainState(), [])
         run.executor.packing = "kernel" in on
         if not run.executor.packing:
             run.executor.batch = setting.batch

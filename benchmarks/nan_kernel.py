@@ -38,8 +38,9 @@ from qwhisper.model.attention import PACKED_KERNELS, restore_kernels
 from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.loop import train
+from qwhisper.train.models import build_model
+from qwhisper.train.session import build_session, collator_for
 from qwhisper.train.state import TrainState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -241,9 +242,9 @@ class Heard:
         )  # fmt: skip
         folder.mkdir(parents=True)
         torch.manual_seed(0)
-        model, processor = build(told, None)
+        model, processor = build_model(told, None)
         state = TrainState()
-        run = assemble_run(told, model, processor, self.conversations, [], state, [])
+        run = build_session(told, model, processor, self.conversations, [], state, [])
         run.executor.packing = packing
         collator = collator_for(told, processor, model)
         rows = batches([collator.encode(c) for c in self.conversations], batch, self.args.padded_to)

@@ -28,10 +28,10 @@ from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, step_samples
 from qwhisper.guards.gradients import drop_gradients, gradients
 from qwhisper.guards.snapshot import Snapshots
-from qwhisper.train.assemble import assemble_run, build, collator_for
-from qwhisper.train.context import Session
 from qwhisper.train.loop import train_step
+from qwhisper.train.models import build_model
 from qwhisper.train.recovery import num_supervised
+from qwhisper.train.session import Session, build_session, collator_for
 from qwhisper.train.state import TrainState
 
 ALL = "all"
@@ -115,9 +115,9 @@ def begin(args: argparse.Namespace, seed: int) -> tuple[Session, Iterator[StepSa
     told = arguments(args, args.demo_dir / "train.jsonl", args.output_dir / str(seed), seed)
     Path(told.output_dir).mkdir(parents=True)
     torch.manual_seed(seed)
-    model, processor = build(told, None)
+    model, processor = build_model(told, None)
     conversations = read_dialogues(told.train_file, data_root="/")
-    run = assemble_run(told, model, processor, conversations, [], TrainState(), [])
+    run = build_session(told, model, processor, conversations, [], TrainState(), [])
     model.train()
     dialogues = EncodedDialogues(conversations, collator_for(told, processor, model))
     size = told.samples_per_step

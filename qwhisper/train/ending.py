@@ -20,8 +20,8 @@ from qwhisper.errors import (
 )
 from qwhisper.guards.gradients import group_checksums
 from qwhisper.memory import is_out_of_memory
-from qwhisper.train.context import Session
 from qwhisper.train.hf import tracked_as
+from qwhisper.train.session import Session
 
 RUN_ID_LENGTH = 21  # SwanLab takes ids of no other length
 INTERRUPTED = 130  # by a second Ctrl-C, which no handler waits for

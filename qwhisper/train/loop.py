@@ -19,9 +19,9 @@ from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalErr
 from qwhisper.guards.decide import Decision, decide
 from qwhisper.guards.gradients import drop_gradients, group_checksums, scale_gradients
 from qwhisper.memory import is_out_of_memory
-from qwhisper.train.context import Session, StepReport
 from qwhisper.train.monitor import log_clamped, log_step, log_window, readable, watch
 from qwhisper.train.recovery import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
+from qwhisper.train.session import Session, StepReport, save_checkpoint
 from qwhisper.train.signals import Stopped, StopSignals
 from qwhisper.train.state import TrainState
 
@@ -118,7 +118,7 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
     try:
         if evaluation_is_due(session):  # a signal came in the middle of it
             evaluate(session, signals)
-            last_saved = state.step if is_best(session) and save(session) else None
+            last_saved = state.step if is_best(session) and try_to_save(session) else None
         while state.step < session.total_steps and not session.hooks.control.should_training_stop:
             begun = time.perf_counter()
             fetched = signals.unless_stopped(lambda: next(steps))
@@ -151,12 +151,12 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
                 window = []
             if evaluation_is_due(session):
                 evaluate(session, signals)
-            if (due or is_best(session)) and not at_end(session) and save(session):
+            if (due or is_best(session)) and not at_end(session) and try_to_save(session):
                 last_saved = state.step
         if window:  # before the save, which holds what has been logged
             log_window(session, window, max(learning_rates.values()))
             window = []
-        return last_saved == state.step or save(session, stopped=not at_end(session))
+        return last_saved == state.step or try_to_save(session, stopped=not at_end(session))
     finally:
         if window:
             log_window(session, window, max(learning_rates.values()))
@@ -293,7 +293,7 @@ def last_whole(newest: Path | None) -> str:
     return f"the last whole checkpoint is {newest}" if newest else "there is no whole checkpoint"
 
 
-def save(session: Session, *, stopped: bool = False) -> bool:
+def try_to_save(session: Session, *, stopped: bool = False) -> bool:
     """Whether the disk took a checkpoint. Where it did not, the run goes on and the older ones are as they were.
 
     It is a snapshot as well, but where the run is stopped early: the uninterrupted one would take none here, and a
@@ -302,7 +302,7 @@ def save(session: Session, *, stopped: bool = False) -> bool:
     step = session.state.step
     keep_sound(session, copy=not stopped)
     try:
-        folder = session.save(session)
+        folder = save_checkpoint(session)
     except Exception as error:
         if not (isinstance(error, OSError) or is_out_of_memory(error)):
             raise

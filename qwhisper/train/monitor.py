@@ -11,8 +11,8 @@ from qwhisper.guards.alarms import StepFacts
 from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.gradients import frozen_parameters, group_checksums
 from qwhisper.guards.state import ALL
-from qwhisper.train.context import Session, StepReport
 from qwhisper.train.probe import Probed
+from qwhisper.train.session import Session, StepReport, collect_clamped
 from qwhisper.train.signals import StopSignals
 
 
@@ -164,12 +164,6 @@ def log_window(session: Session, window: list[StepReport], learning_rate: float)
 
 def mean_norm(reports: list[StepReport], group: str) -> float:
     return sum(report.group_norms.get(group, 0.0) for report in reports) / len(reports)
-
-
-def collect_clamped(session: Session) -> None:
-    """Takes the clamp's count over from the device; waits for it."""
-    if session.clamp and session.clamp.on:
-        session.state.guards.clamp.clamped += sum(session.clamp.take_counts().values())
 
 
 def log_clamped(session: Session, clamp: ActivationClamp) -> None:

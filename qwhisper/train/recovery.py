@@ -13,7 +13,7 @@ from qwhisper.guards.decide import Decision, StepStatistics
 from qwhisper.guards.diagnose import Finding, bad_weight, diagnose
 from qwhisper.guards.gradients import drop_gradients, step_statistics
 from qwhisper.memory import is_out_of_memory
-from qwhisper.train.context import Session
+from qwhisper.train.session import Session
 
 
 def num_supervised(samples: list[Sample]) -> int:

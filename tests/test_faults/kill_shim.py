@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from qwhisper.model import saving as model_saving
-from qwhisper.train import saving, state
+from qwhisper.train import session, state
 
 CHANGING_CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir")  # of `os`; pathlib and shutil call them there
 
@@ -61,7 +61,7 @@ class Operations:
         self._patch(os, "fsync", self._fsync)
         self._patch(builtins, "open", self._opened)
         self._patch(io, "open", self._opened)
-        for module in (state, saving, model_saving, safetensors.torch):
+        for module in (state, session, model_saving, safetensors.torch):
             self._patch(module, "save_file", self._foreign(module.save_file))
         self._patch(torch, "save", self._foreign(torch.save))
         self._patch(

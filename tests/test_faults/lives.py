@@ -22,7 +22,7 @@ from qwhisper.checkpoint.folders import checkpoints, newest_valid
 from qwhisper.checkpoint.places import CONFIG_FILE
 from qwhisper.cli import main as command_line
 from qwhisper.report.events import read_jsonl
-from qwhisper.train import assemble
+from qwhisper.train import loop
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main
 from tests.test_faults.kill_shim import Operations, in_child
@@ -153,10 +153,8 @@ class Qwhisper:
         self.args = args
 
     def train(self, folder: Path, around_save: Callable[[Save], object]) -> None:
-        honest = assemble.save_checkpoint
-        saving = mock.patch.object(
-            assemble, "save_checkpoint", lambda run, processor: around_save(lambda: honest(run, processor))
-        )
+        honest = loop.save_checkpoint
+        saving = mock.patch.object(loop, "save_checkpoint", lambda run: around_save(lambda: honest(run)))
         with saving:
             if checkpoints(folder):
                 code = command_line(["train", "--config", str(folder / CONFIG_FILE), "--resume_from_checkpoint"])

@@ -19,10 +19,10 @@ from qwhisper.checkpoint.folders import MANIFEST, check_manifest, newest_valid, 
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import loading, trained_folder
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
-from qwhisper.train import run as train_run
-from qwhisper.train import saving, state
+from qwhisper.train import session, start, state
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main
+from qwhisper.train.session import save_checkpoint
 from tests.small import write_small_bases
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.matrix import fault
@@ -204,7 +204,7 @@ def test_added_file(folder):
 def missing_is_empty(monkeypatch) -> None:
     """As in trainers that go on without an optimizer file, moments and step count at zero."""
     monkeypatch.setattr(state, "read_tensors", lambda path: load_file(path) if path.exists() else {})
-    monkeypatch.setattr(saving, "check_resumable", lambda folder, parameters, state: None)
+    monkeypatch.setattr(session, "check_resumable", lambda folder, parameters, state: None)
 
 
 @fault(
@@ -289,7 +289,7 @@ def test_newest_is_not_finite(arguments, capsys):
         if number == 2:
             with torch.no_grad():
                 run.groups["lora"][0].view(-1)[0] = float("nan")
-        run.save(run)
+        save_checkpoint(run)
     found, passed_over = newest_valid(run.log.folder)
     assert found is not None and found.name == "checkpoint-1" and "not finite" in passed_over[0]
     assert resolve_checkpoint(run.log.folder).name == "checkpoint-1"
@@ -376,7 +376,7 @@ def test_tokenizer_changed_since(arguments, tmp_path):
     "a run is resumed with other flags",
     of="disk",
     guarantee="what can be changed is said with its old value; what can't is refused with exit code 2",
-    without=lambda monkeypatch: monkeypatch.setattr(train_run, "changed_arguments", lambda args, checkpoint: {}),
+    without=lambda monkeypatch: monkeypatch.setattr(start, "changed_arguments", lambda args, checkpoint: {}),
 )
 def test_flags_changed_since(folder, capsys):
     outcome = outcome_of(resume_arguments(folder, lora_r=4))

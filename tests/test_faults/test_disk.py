@@ -17,6 +17,7 @@ from qwhisper.checkpoint.folders import check_manifest, checkpoints, resolve_che
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DiskError
 from qwhisper.train import loop, state
+from qwhisper.train.session import save_checkpoint
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.kill_shim import Operations, fail, operations_of
 from tests.test_faults.matrix import fault
@@ -29,10 +30,10 @@ Damage = Callable[[Path], None]
 
 def disk_errors_are_let_through(monkeypatch) -> None:
     def save(run):
-        run.save(run)
+        save_checkpoint(run)
         return True
 
-    monkeypatch.setattr(loop, "save", save)
+    monkeypatch.setattr(loop, "try_to_save", save)
 
 
 SAVES = {"max_steps": 6, "save_steps": 2, "freeze_projector_steps": 0}
@@ -134,14 +135,14 @@ def test_read_only_disk(arguments, monkeypatch, capsys):
 def test_quota(arguments, monkeypatch):
     run, samples = make_run(arguments(**SAVES))
     step(run, samples[:4])
-    run.save(run)
+    save_checkpoint(run)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     sizes = sorted({path.stat().st_size for path in (run.log.folder / "checkpoint-1").iterdir()})
     try:
         for limit in sizes:  # the files that are larger fail, whoever writes them: Python, tokenizers, safetensors
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit - 1, hard))
             try:
-                run.save(run)
+                save_checkpoint(run)
                 raised = None
             except Exception as error:
                 raised = error
@@ -160,15 +161,15 @@ def test_quota(arguments, monkeypatch):
 def test_full_disk_anywhere_in_a_save(arguments):
     run, samples = make_run(arguments(**SAVES))
     step(run, samples[:4])
-    run.save(run)
+    save_checkpoint(run)
     step(run, samples[4:8])
-    names = operations_of(lambda: run.save(run), run.log.folder)
+    names = operations_of(lambda: save_checkpoint(run), run.log.folder)
     shutil.rmtree(run.log.folder / "checkpoint-2")
     for number, name in enumerate(names):
         if name.startswith("mkdir") and number:
             continue  # the folder is there already, so that nobody minds
         with Operations(run.log.folder, at=number, act=fail(errno.ENOSPC)), pytest.raises(OSError, match="No space"):
-            run.save(run)
+            save_checkpoint(run)
         left = sorted(path.name for path in run.log.folder.glob("*checkpoint-*"))
         if name != "fsync .":  # the last: the new one is there, but its name may not be on the disk yet
             assert left == ["checkpoint-1"], name

@@ -15,9 +15,9 @@ from qwhisper.checkpoint import folders as checkpoint
 from qwhisper.checkpoint.folders import check_manifest, checkpoints, newest_valid
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError
-from qwhisper.train import loop, saving
-from qwhisper.train import run as train_run
+from qwhisper.train import loop, session, start
 from qwhisper.train.run import main
+from qwhisper.train.session import save_checkpoint
 from tests.test_faults.kill_shim import in_child, kill, killed_everywhere
 from tests.test_faults.lives import Lives, Qwhisper, end_state, random_kills
 from tests.test_faults.matrix import fault
@@ -55,7 +55,7 @@ def deleted_in_place(monkeypatch) -> None:
 
 
 def without_generators(monkeypatch) -> None:
-    monkeypatch.setattr(saving, "load_generators", lambda folder: None)
+    monkeypatch.setattr(session, "load_generators", lambda folder: None)
 
 
 def test_a_child_that_dies_with_tqdms_lock_holds_up_no_other():
@@ -102,9 +102,9 @@ def kill_everywhere(save, folder: Path, newest: int) -> None:
 def test_a_save_killed_anywhere(arguments):
     run, samples = make_run(arguments(**SAVE))
     step(run, samples[:4])
-    run.save(run)
+    save_checkpoint(run)
     step(run, samples[4:8])
-    kill_everywhere(lambda: run.save(run), run.log.folder, newest=3)
+    kill_everywhere(lambda: save_checkpoint(run), run.log.folder, newest=3)
 
 
 @fault(
@@ -141,9 +141,9 @@ def test_config_killed_anywhere(arguments, tmp_path):
     (tmp_path / "run").mkdir()
     texts = []
     for rate in (1e-2, 2e-2):
-        train_run.write_config(dataclasses.replace(args, learning_rate=rate), tmp_path / "run", None)
+        start.write_config(dataclasses.replace(args, learning_rate=rate), tmp_path / "run", None)
         texts.append((tmp_path / "run/config.yaml").read_text())
-    for where in killed_everywhere(lambda: train_run.write_config(args, tmp_path / "run", None), tmp_path / "run"):
+    for where in killed_everywhere(lambda: start.write_config(args, tmp_path / "run", None), tmp_path / "run"):
         assert (tmp_path / "run/config.yaml").read_text() in texts, where
 
 

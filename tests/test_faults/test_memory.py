@@ -8,8 +8,9 @@ import torch
 from qwhisper.checkpoint.folders import newest_valid
 from qwhisper.engine.executor import Executor
 from qwhisper.model import bases, loading
-from qwhisper.train import loop, saving
+from qwhisper.train import loop, session
 from qwhisper.train import run as train_run
+from qwhisper.train.session import save_checkpoint
 from tests.test_faults.inject import both_memories, outcome_of
 from tests.test_faults.matrix import fault
 from tests.train.helpers import TOLERANCE, assert_same, loss_and_gradients, make_run
@@ -141,11 +142,11 @@ def test_a_sample_too_long(arguments, monkeypatch, run_out):
     "out of memory in a save",
     of="memory",
     guarantee="the run goes on, an event names the last whole checkpoint, and the next save is tried",
-    without=lambda monkeypatch: monkeypatch.setattr(loop, "save", lambda run: bool(run.save(run))),
+    without=lambda monkeypatch: monkeypatch.setattr(loop, "try_to_save", lambda run: bool(save_checkpoint(run))),
 )
 @both_memories
 def test_save(arguments, monkeypatch, run_out):
-    honest, calls = saving.save_optimizer, []
+    honest, calls = session.save_optimizer, []
 
     def planted(*args):
         calls.append(1)
@@ -153,7 +154,7 @@ def test_save(arguments, monkeypatch, run_out):
             run_out()
         return honest(*args)
 
-    monkeypatch.setattr(saving, "save_optimizer", planted)
+    monkeypatch.setattr(session, "save_optimizer", planted)
     args = arguments(**VALUES | {"max_steps": 3, "save_steps": 1})
     outcome = outcome_of(args)
     assert outcome.code == 0 and outcome.finite

@@ -17,6 +17,7 @@ from qwhisper.model import loading
 from qwhisper.model.bases import load_encoder
 from qwhisper.model.half_precision import OverflowClamp
 from qwhisper.train import loop, state
+from qwhisper.train.session import save_checkpoint
 from tests.test_faults.inject import gradient_element, gradients_times, loss_times, outcome_of, plant
 from tests.test_faults.matrix import fault
 from tests.train.helpers import adam_state, make_run, read_lines, same_bits, step, trainable
@@ -292,11 +293,11 @@ def test_a_dying_run_ends_and_keeps_its_last_sound_checkpoint(arguments, monkeyp
 def test_a_broken_checkpoint_rotates_nothing_away(arguments):
     run, samples = make_run(arguments(**ONE_EPOCH, save_total_limit=1))
     step(run, samples[:4])
-    run.save(run)
+    save_checkpoint(run)
     with torch.no_grad():
         run.groups["lora"][0].view(-1)[0] = math.nan
     run.state.step += 1
-    run.save(run)
+    save_checkpoint(run)
     assert (Path(run.args.output_dir) / "checkpoint-1").is_dir()
 
 

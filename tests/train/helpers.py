@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
-from qwhisper.train.assemble import assemble_run, build, collator_for
 from qwhisper.train.loop import train_step
+from qwhisper.train.models import build_model
+from qwhisper.train.session import build_session, collator_for
 from qwhisper.train.state import TrainState
 
 # Sums of at most a few thousand fp32 products, in another order: 1e-5 of the largest gradient is about 100 roundings.
@@ -45,9 +46,9 @@ def make_run(args, callbacks=()):
     """A `Session` that nobody has started, and all of its samples."""
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    model, processor = build(args, None)
+    model, processor = build_model(args, None)
     conversations = read_dialogues(args.train_file)
-    run = assemble_run(args, model, processor, conversations, [], TrainState(), list(callbacks))
+    run = build_session(args, model, processor, conversations, [], TrainState(), list(callbacks))
     model.train()
     samples, _ = encode_all(EncodedDialogues(conversations, collator_for(args, processor, model)))
     return run, samples

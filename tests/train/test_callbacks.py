@@ -12,7 +12,6 @@ from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.errors import NothingLearnedError
 from qwhisper.model import Qwen3AudioForConditionalGeneration
-from qwhisper.train.assemble import build
 from qwhisper.train.hf import (
     LoRAStabilizeCallback,
     LossDebugCallback,
@@ -20,6 +19,7 @@ from qwhisper.train.hf import (
     ProjectorFreezeHook,
     guard_trainer,
 )
+from qwhisper.train.models import build_model
 from qwhisper.train.run import main
 from tests.train.helpers import read_lines, same_bits
 
@@ -44,7 +44,7 @@ def plain_trainer(arguments, train_file, tmp_path):
     def make(*callbacks, **values):
         torch.manual_seed(0)
         args = arguments()
-        model, processor = build(args, None)
+        model, processor = build_model(args, None)
         collator = ConversationCollator(
             processor.tokenizer,
             processor.frames,

@@ -23,8 +23,8 @@ from qwhisper.evaluate.forgetting import (
 )
 from qwhisper.guards.alarms import Alarms, StepFacts
 from qwhisper.infer.generate import answer_prompts
-from qwhisper.train import assemble
 from qwhisper.train import probe as probe_module
+from qwhisper.train import session
 from qwhisper.train.monitor import as_facts
 from qwhisper.train.run import main
 from qwhisper.train.state import TrainState
@@ -210,8 +210,8 @@ def without_transcripts(message: Message) -> tuple:
 
 @pytest.fixture
 def probed_in_each_step(monkeypatch):
-    monkeypatch.setattr(assemble, "first_probe_step", lambda **values: 1)
-    monkeypatch.setattr(assemble, "first_questions_step", lambda **values: 3)
+    monkeypatch.setattr(session, "first_probe_step", lambda **values: 1)
+    monkeypatch.setattr(session, "first_questions_step", lambda **values: 3)
     monkeypatch.setattr(probe_module, "TIME_SHARE", 1e9)
 
 

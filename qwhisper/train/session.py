@@ -1,127 +1,111 @@
-"""From arguments to everything that a run holds: model, optimizer, samples, guards."""
+"""What one running training holds: built from arguments, model and data, saved as a checkpoint, restored from one."""
 
 import dataclasses
-import os
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint.places import BASES, absolute
-from qwhisper.checkpoint.reading import read_checkpoint
+from qwhisper.checkpoint import folders as checkpoints
 from qwhisper.checksums import checksums
-from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.loader import EncodedDialogues, encode_all, how_it_dies
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.forgetting import choose_questions
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
-from qwhisper.guards.gradients import frozen_parameters
+from qwhisper.guards.gradients import Groups, frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
-from qwhisper.model.bases import LoadOptions, resolve_model
-from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
-from qwhisper.model.lora import add_lora
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.model.trained_folder import load_processor
 from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.context import Session
 from qwhisper.train.hf import Hooks, hf_arguments
-from qwhisper.train.optimizer import all_steps, guarded_factor, make_optimizer, parameter_groups, settled
+from qwhisper.train.optimizer import (
+    all_steps,
+    guarded_factor,
+    make_optimizer,
+    parameter_groups,
+    parameter_names,
+    settled,
+)
 from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe, shortest_probed
-from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
-from qwhisper.train.saving import save_checkpoint
-from qwhisper.train.state import TrainState
+from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable
+from qwhisper.train.resume import save_arguments
+from qwhisper.train.state import (
+    TrainState,
+    load_generators,
+    load_optimizer,
+    read_tensors,
+    save_generators,
+    save_optimizer,
+)
 
 
-def build(args: TrainArguments, resumed: Path | None) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
-    """The model with LoRA and whatever else is trained set to require gradients, and its processor."""
-    if args.init_from and not resumed:  # a run that may still be in training
-        return read_checkpoint(args.init_from, lambda folder: _build(args, folder))
-    return _build(args, resumed)
+@dataclass
+class Session:
+    """Everything that one running training holds."""
+
+    args: TrainArguments
+    total_steps: int
+    num_dialogues: int
+    groups: Groups
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    executor: Executor
+    processor: Qwen3AudioProcessor
+    snapshots: Snapshots
+    clamp: ActivationClamp | None  # None: off, or an LM without a q_proj
+    state: TrainState
+    log: RunLog
+    lines: StepLines
+    hooks: Hooks
+    eval_samples: list[Sample]
+    probe: ListeningProbe | None  # None: no dialogue with audio to probe with
+    base_checksums: dict[str, int]  # of the weights that must not change
+
+    def fire(self, event: str, **values) -> None:
+        self.hooks.fire(event, self.state.step, **values)
+
+    @property
+    def frozen_groups(self) -> frozenset[str]:
+        """Groups whose gradient is dropped in the step that comes next, or is being taken."""
+        return frozenset({"projector"} if self.state.step < self.args.freeze_projector_steps else ())
+
+    def set_learning_rates(self) -> None:
+        """Those of the next step, after a resume or where a guard has changed its factor."""
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * self.scheduler.lr_lambdas[0](self.state.step)
+        self.scheduler.last_epoch = self.state.step
 
 
-def _build(
-    args: TrainArguments, start_from: Path | None
-) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
-    if start_from is None:
-        assert args.audio_model and args.text_model  # left empty only for a run that starts from a checkpoint
-        names = ("projector_scale", "audio_lead_silence", "audio_tail_silence")
-        config_values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        model, processor = build_from_bases(
-            args.audio_model,
-            args.text_model,
-            load_options(args),
-            hub=args.hub,
-            **config_values,
-        )
-    else:
-        model = load_trained(start_from, load_options(args), **moved_bases(args, start_from))
-        processor = load_processor(start_from)
-        if args.projector_scale is not None:
-            model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
-        for name in ("audio_lead_silence", "audio_tail_silence"):
-            if (seconds := getattr(args, name)) is not None:
-                setattr(model.config, name, seconds)
-                setattr(processor, name, seconds)
-    model.config.projector_dropout = model.model.multi_modal_projector.dropout.p = args.projector_dropout
-    prepare_trainable(model, args)
-    if start_from is not None and not args.freeze_whisper:
-        load_trained_weights(model, start_from)  # the encoder is in fp32 only now; it was rounded as it came
-    return model, processor
+@dataclass
+class StepReport:
+    """What a step did.
 
-
-def moved_bases(args: TrainArguments, start_from: Path) -> dict[str, str]:
-    """The bases that the flags name, without folders that the run was given before and that no longer exist.
-
-    That one comes from the run's config.yaml; `find_base` looks for where it is now.
+    loss: nats a supervised token. tokens, num_samples, has_audio: of the samples that it was taken on. grad_norm,
+    group_norms: before clipping. peaks: groups above their adaptive bound, with norm / average. skipped: why, or None.
+    frozen: groups whose gradient was dropped. divergence: from the teacher, nats a taught token; None without one,
+    and where samples were dropped.
     """
-    then = absolute(saved_arguments(start_from)) if (start_from / ARGUMENTS_FILE).is_file() else {}
-    now = {role: absolute(vars(args))[role] for role in BASES}
-    fetched = args.hub == "modelscope"  # whose ids only the flag holds: the checkpoint holds a folder of its cache
-    given = {
-        role: name for role, name in now.items() if name and (name != then.get(role) or os.path.isdir(name) or fetched)
-    }
-    return {role: resolve_model(name, args.hub, f"--{role}") for role, name in given.items()}
 
-
-def load_options(args: TrainArguments) -> LoadOptions:
-    return LoadOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoadOptions)})
-
-
-def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArguments) -> None:
-    """Adds LoRA if it is wanted and not there yet, and sets what requires gradients."""
-    if args.use_lora and not getattr(model, "peft_config", None):
-        add_lora(
-            model,
-            r=args.lora_r,
-            alpha=args.lora_alpha,
-            dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules,
-            init_scale=args.lora_init_scale,
-            fp32=args.lora_fp32,
-        )
-    for parameter in model.model.language_model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and args.use_lora)
-    model.model.multi_modal_projector.requires_grad_(True)
-    if not args.freeze_whisper:
-        model.model.audio_tower.requires_grad_(True).float()
-        model.model.audio_tower.embed_positions.requires_grad_(False)
-    model.manual_loss = args.manual_loss
-    if args.gradient_checkpointing:
-        model.model.language_model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": args.lora_dropout > 0 or has_dropout(model)}
-        )
-
-
-def has_dropout(model: Qwen3AudioForConditionalGeneration) -> bool:
-    """Whether the language model has dropout of its own, by any of the names that configurations give it."""
-    values = model.config.get_text_config().to_dict()
-    return any(value for name, value in values.items() if ("dropout" in name or "pdrop" in name) and value is not None)
+    loss: float
+    tokens: int
+    grad_norm: float
+    skipped: str | None
+    group_norms: dict[str, float]
+    peaks: dict[str, float]
+    num_samples: int
+    has_audio: bool
+    frozen: frozenset[str]
+    divergence: float | None = None
+    seconds: float = 0.0
 
 
 def collator_for(
@@ -140,7 +124,7 @@ def collator_for(
     )
 
 
-def assemble_run(
+def build_session(
     args: TrainArguments,
     model: Qwen3AudioForConditionalGeneration,
     processor: Qwen3AudioProcessor,
@@ -149,7 +133,7 @@ def assemble_run(
     state: TrainState,
     callbacks: Sequence[TrainerCallback],
 ) -> Session:
-    """A run at its first step, or at `state`'s; held-out dialogues are encoded here, bad ones quarantined."""
+    """A training at its first step, or at `state`'s. Encodes the held-out dialogues and quarantines bad ones."""
     collator = collator_for(args, processor, model)
     eval_samples, rejections = encode_all(EncodedDialogues(held_out, collator), args.dataloader_num_workers)
     log = RunLog(Path(args.output_dir))
@@ -187,6 +171,7 @@ def assemble_run(
         optimizer=optimizer,
         scheduler=scheduler,
         executor=executor,
+        processor=processor,
         snapshots=Snapshots(groups, optimizer),
         clamp=make_clamp(args, model, state),
         state=state,
@@ -196,7 +181,6 @@ def assemble_run(
         eval_samples=eval_samples,
         probe=probe_of(args, executor, collator, dialogues, held_out, state, total_steps),
         base_checksums=checksums(frozen_parameters(model)),
-        save=lambda session: save_checkpoint(session, processor),
     )
 
 
@@ -263,3 +247,55 @@ def make_clamp(args: TrainArguments, model: torch.nn.Module, state: TrainState) 
         return None
     on = state.guards.clamp.on if args.activation_clamp == "auto" else True
     return ActivationClamp(*found, bound=args.clamp_bound, on=on)
+
+
+def save_checkpoint(session: Session) -> Path:
+    """A new checkpoint, and older ones deleted; none is deleted while the newest is not finite.
+
+    With the snapshots where the newest is of an earlier step, as after a signal or in a row of bad steps.
+    """
+    model, state = session.executor.model, session.state
+    state.max_tokens_per_pack = session.executor.max_tokens_per_pack
+    collect_clamped(session)
+    finite = session.snapshots.sound()
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        session.processor.save_pretrained(folder)
+        save_optimizer(session.optimizer, parameter_names(model), folder)
+        save_generators(folder)
+        save_arguments(session.args, folder)
+        if session.snapshots.kept and session.snapshots.kept[-1].step != state.step:
+            save_file(session.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
+        tensor_files = sorted(folder.rglob("*.safetensors"))
+        state.saved_with = {str(path.relative_to(folder)): checkpoints.file_sha256(path) for path in tensor_files}
+        state.save(folder)
+
+    folder = checkpoints.write_checkpoint(session.log.folder, state.step, fill, finite=finite)
+    if finite:
+        protected = {name for name in (folder.name, state.best_checkpoint) if name}
+        checkpoints.rotate(session.log.folder, session.args.save_total_limit, protected)
+    else:
+        session.log.event("weights_not_finite", step=state.step, checkpoint=folder.name)
+        print(f"{folder.name}: a trained weight is not finite; no older checkpoint will be deleted", file=sys.stderr)
+    return folder
+
+
+def collect_clamped(session: Session) -> None:
+    """Takes the clamp's count over from the device; waits for it."""
+    if session.clamp and session.clamp.on:
+        session.state.guards.clamp.clamped += sum(session.clamp.take_counts().values())
+
+
+def restore(session: Session, folder: Path) -> None:
+    """Optimizer, schedule, generators and snapshots as they were; the weights are loaded already.
+
+    Raises CheckpointError where one of them is not what this run can go on with.
+    """
+    names = parameter_names(session.executor.model)
+    check_resumable(folder, {names[parameter]: parameter for parameter in session.snapshots.parameters}, session.state)
+    load_optimizer(session.optimizer, names, folder)
+    load_generators(folder)
+    if (folder / SNAPSHOT_FILE).exists():
+        session.snapshots.load(read_tensors(folder / SNAPSHOT_FILE))
+    session.set_learning_rates()

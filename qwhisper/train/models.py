@@ -1,0 +1,106 @@
+"""The model of a training: from its bases or from a checkpoint, with LoRA, and with what is trained set to require
+gradients.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from qwhisper.checkpoint.places import BASES, absolute
+from qwhisper.checkpoint.reading import read_checkpoint
+from qwhisper.model.bases import LoadOptions, resolve_model
+from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
+from qwhisper.model.lora import add_lora
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.model.trained_folder import load_processor
+from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
+
+
+def build_model(
+    args: TrainArguments, resumed: Path | None
+) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
+    """The model with LoRA and whatever else is trained set to require gradients, and its processor."""
+    if args.init_from and not resumed:  # a run that may still be in training
+        return read_checkpoint(args.init_from, lambda folder: _build(args, folder))
+    return _build(args, resumed)
+
+
+def _build(
+    args: TrainArguments, start_from: Path | None
+) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
+    if start_from is None:
+        assert args.audio_model and args.text_model  # left empty only for a run that starts from a checkpoint
+        names = ("projector_scale", "audio_lead_silence", "audio_tail_silence")
+        config_values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        model, processor = build_from_bases(
+            args.audio_model,
+            args.text_model,
+            load_options(args),
+            hub=args.hub,
+            **config_values,
+        )
+    else:
+        model = load_trained(start_from, load_options(args), **moved_bases(args, start_from))
+        processor = load_processor(start_from)
+        if args.projector_scale is not None:
+            model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
+        for name in ("audio_lead_silence", "audio_tail_silence"):
+            if (seconds := getattr(args, name)) is not None:
+                setattr(model.config, name, seconds)
+                setattr(processor, name, seconds)
+    model.config.projector_dropout = model.model.multi_modal_projector.dropout.p = args.projector_dropout
+    prepare_trainable(model, args)
+    if start_from is not None and not args.freeze_whisper:
+        load_trained_weights(model, start_from)  # the encoder is in fp32 only now; it was rounded as it came
+    return model, processor
+
+
+def moved_bases(args: TrainArguments, start_from: Path) -> dict[str, str]:
+    """The bases that the flags name, without folders that the run was given before and that no longer exist.
+
+    That one comes from the run's config.yaml; `find_base` looks for where it is now.
+    """
+    then = absolute(saved_arguments(start_from)) if (start_from / ARGUMENTS_FILE).is_file() else {}
+    now = {role: absolute(vars(args))[role] for role in BASES}
+    fetched = args.hub == "modelscope"  # whose ids only the flag holds: the checkpoint holds a folder of its cache
+    given = {
+        role: name for role, name in now.items() if name and (name != then.get(role) or os.path.isdir(name) or fetched)
+    }
+    return {role: resolve_model(name, args.hub, f"--{role}") for role, name in given.items()}
+
+
+def load_options(args: TrainArguments) -> LoadOptions:
+    return LoadOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoadOptions)})
+
+
+def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArguments) -> None:
+    """Adds LoRA if it is wanted and not there yet, and sets what requires gradients."""
+    if args.use_lora and not getattr(model, "peft_config", None):
+        add_lora(
+            model,
+            r=args.lora_r,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules,
+            init_scale=args.lora_init_scale,
+            fp32=args.lora_fp32,
+        )
+    for parameter in model.model.language_model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and args.use_lora)
+    model.model.multi_modal_projector.requires_grad_(True)
+    if not args.freeze_whisper:
+        model.model.audio_tower.requires_grad_(True).float()
+        model.model.audio_tower.embed_positions.requires_grad_(False)
+    model.manual_loss = args.manual_loss
+    if args.gradient_checkpointing:
+        model.model.language_model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "preserve_rng_state": args.lora_dropout > 0 or has_dropout(model)}
+        )
+
+
+def has_dropout(model: Qwen3AudioForConditionalGeneration) -> bool:
+    """Whether the language model has dropout of its own, by any of the names that configurations give it."""
+    values = model.config.get_text_config().to_dict()
+    return any(value for name, value in values.items() if ("dropout" in name or "pdrop" in name) and value is not None)

@@ -1,0 +1,154 @@
+"""Where a training starts: a new run in a folder of its own, or a checkpoint that is resumed, with what changed since.
+
+A folder that holds another run is refused; nothing in it is overwritten.
+"""
+
+import dataclasses
+import os
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import yaml
+
+from qwhisper.checkpoint import folders as checkpoints
+from qwhisper.checkpoint.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
+from qwhisper.errors import CheckpointError, DiskError, UsageError
+from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.learning import Learning
+from qwhisper.train.resume import changed_arguments, output_dir_of
+from qwhisper.train.state import TrainState
+
+DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "train_on", "distill_weight"}
+
+
+def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a new run, which must not overwrite another."""
+    if not args.resume_from_checkpoint:
+        if checkpoints.checkpoints(folder):
+            raise UsageError(
+                f"--output_dir {folder} holds another run. To go on with it: {resume_command(folder)}. "
+                "For a new run give another folder; nothing was changed"
+            )
+        if holds_run(folder):
+            raise UsageError(
+                f"--output_dir {folder} holds a {CONFIG_FILE} that would be overwritten: rename it, or give another "
+                "folder; nothing was changed"
+            )
+        return None
+    if args.resume_from_checkpoint != "latest":
+        return given_checkpoint(Path(args.resume_from_checkpoint), folder)
+    newest, passed_over = checkpoints.newest_valid(folder)
+    for line in passed_over:
+        print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
+    if newest is None and passed_over:
+        raise CheckpointError(f"{folder}: no checkpoint is whole and finite; start again in another folder")
+    if newest is None:
+        raise nothing_to_resume(folder)
+    print(f"resuming from {newest}")
+    return newest
+
+
+def refuse_missing_run(args: TrainArguments) -> None:
+    """Raises UsageError for a resume in a folder that is no run's. Nothing is made there, not even the lock."""
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint == "latest" and not (holds_run(folder) or (folder / CONFIG_FILE).exists()):
+        raise nothing_to_resume(folder)
+
+
+def nothing_to_resume(folder: Path) -> UsageError:
+    looked = f"--resume_from_checkpoint: there is no checkpoint in {os.path.abspath(folder)} (--output_dir)"
+    if not folder.is_dir():
+        return UsageError(f"{looked}, and no such folder: give the run's folder, or --config with its {CONFIG_FILE}")
+    if (folder / CONFIG_FILE).exists() and written_by_a_run(folder / CONFIG_FILE):
+        return UsageError(f"{looked}: the run ended before its first one. To start it again: {start_command(folder)}")
+    return UsageError(f"{looked}: give the run's folder, or start a new run without --resume_from_checkpoint")
+
+
+def given_checkpoint(path: Path, folder: Path) -> Path:
+    """A checkpoint that was named, wherever it lies: also a copy of one of this run, or where a new folder goes on from
+    another run.
+    """
+    path = path.resolve()  # its name and its parent are asked for, and `.` and links have others
+    if not path.is_dir() or checkpoints.checkpoints(path):
+        raise UsageError(
+            f"--resume_from_checkpoint {path}: no checkpoint-N folder. Without a value it takes the newest of "
+            f"--output_dir {folder}"
+        )
+    checkpoints.check_usable(path)
+    own, saved_by = folder.resolve(), output_dir_of(path).resolve()
+    if own not in (path.parent, saved_by) and holds_run(folder) and saved_by not in former_places(folder):
+        raise UsageError(
+            f"--output_dir {folder} holds another run than {path}, which was saved by the one in {saved_by}: give a "
+            "new folder, or copy the checkpoint into its run's; nothing was changed"
+        )
+    return path
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has saved a checkpoint there, or there is a config.yaml that no run wrote. Neither is overwritten;
+    a run that ended before its first checkpoint may be started anew.
+    """
+    config = folder / CONFIG_FILE
+    return bool(checkpoints.checkpoints(folder)) or (config.exists() and not written_by_a_run(config))
+
+
+def former_places(folder: Path) -> set[Path]:
+    """Where a run that has moved to `folder` lay when it saved its checkpoints."""
+    places = set()
+    for path in checkpoints.checkpoints(folder):
+        with suppress(CheckpointError):
+            places.add(output_dir_of(path).resolve())
+    return places
+
+
+def put_later_aside(folder: Path, resumed: Path) -> None:
+    """Renames the checkpoints after the one that is resumed, and says so."""
+    for path in checkpoints.put_aside_later(folder, resumed):
+        print(f"a checkpoint of a later step is put aside: {path}")
+
+
+def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_file_sha256: str) -> None:
+    """Says what is different this time; a changed pack size wins over the one that the run had settled on."""
+    changed = changed_arguments(args, resumed)
+    if state.train_file_sha256 != train_file_sha256 or changed.keys() & DECIDE_THE_LOSS:
+        state.learning = Learning()  # losses of before can't be compared with those to come
+    if "max_tokens_per_pack" in changed:
+        state.max_tokens_per_pack = None
+    if changed:
+        told = ", ".join(f"--{name} {now} (was {was})" for name, (was, now) in changed.items())
+        print(f"note: {resumed.name} goes on with {told}")
+    if state.train_file_sha256 != train_file_sha256:
+        print(
+            f"note: {args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
+            "may differ"
+        )
+
+
+def start_command(folder: Path) -> str:
+    """For a shell, from any current folder."""
+    return f"qwhisper train --config {shlex.quote(os.path.abspath(folder / CONFIG_FILE))}"
+
+
+def resume_command(folder: Path) -> str:
+    return f"{start_command(folder)} --resume_from_checkpoint"
+
+
+def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> None:
+    """Everything that is needed to run it again from any current folder: `qwhisper train --config` reads it.
+
+    Values that the length of the run decides are left out: a longer one from the same file has its own.
+    Where the disk does not take it, a resumed run goes on with what stands there.
+    """
+    values = absolute(dataclasses.asdict(args))
+    values = {name: value for name, value in values.items() if value is not None and name != "resume_from_checkpoint"}
+    text = f"{HEADING}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
+    try:
+        checkpoints.write_whole(folder / CONFIG_FILE, text)
+    except OSError as error:
+        if resumed is None or not (folder / CONFIG_FILE).exists():
+            raise DiskError(
+                f"{folder / CONFIG_FILE}: can't be written ({error}): make room, or give another folder"
+            ) from None
+        print(f"note: {folder / CONFIG_FILE} is left as it was: {error}")
