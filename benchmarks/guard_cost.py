@@ -42,6 +42,7 @@ from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
 from qwhisper.train.monitor import watch
+from qwhisper.train.plan import resolve
 from qwhisper.train.probe import TIME_SHARE
 from qwhisper.train.recovery import num_supervised
 from qwhisper.train.session import Session, build_session, collator_for
@@ -167,9 +168,10 @@ def make_session(args: argparse.Namespace) -> tuple[Session, list[list[Sample]]]
     )  # fmt: skip
     (args.output_dir / "run").mkdir(parents=True)
     torch.manual_seed(0)
-    model, processor = build_model(settings, None)
     conversations = read_dialogues(settings.train_file, data_root="/", max_samples=max(64, args.batch * args.rows))
-    run = build_session(settings, model, processor, conversations, [], TrainState(), [])
+    plan = resolve(settings, num_dialogues=len(conversations))
+    model, processor = build_model(settings, plan, None)
+    run = build_session(settings, plan, model, processor, conversations, [], TrainState(), [])
     model.train()
     samples, _ = encode_all(
         EncodedDialogues(conversations[: args.batch * args.rows], collator_for(settings, processor, model))

@@ -34,6 +34,7 @@ from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.models import build_model
+from qwhisper.train.plan import resolve
 from qwhisper.train.session import collator_for
 from tests.small import write_dialogues, write_small_bases
 from tests.test_faults.lives import Kill, Life, Lives, Qwhisper, Save, random_kills
@@ -70,7 +71,7 @@ class PlainTrainer:
     """HF Trainer with its defaults on the same model and samples."""
 
     def __init__(self, args: TrainArguments):
-        model, processor = build_model(args, None)
+        model, processor = build_model(args, resolve(args, num_dialogues=1), None)
         self.model = Plain(model)
         self.pad = processor.tokenizer.pad_token_id
         dialogues = EncodedDialogues(read_dialogues(args.train_file), collator_for(args, processor, model))

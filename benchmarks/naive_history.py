@@ -47,6 +47,7 @@ from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.loop import train
 from qwhisper.train.optimizer import parameter_groups
+from qwhisper.train.plan import resolve
 from qwhisper.train.probe import Pair, choose_pairs, listening_gain
 from qwhisper.train.session import build_session
 from qwhisper.train.state import TrainState
@@ -266,7 +267,16 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
     model, processor = fresh(setting, on)
     with tempfile.TemporaryDirectory() as folder:
         told = arguments(setting, on, Path(folder))
-        run = build_session(told, model, processor, setting.conversations, [], TrainState(), [])
+        run = build_session(
+            told,
+            resolve(told, num_dialogues=len(setting.conversations)),
+            model,
+            processor,
+            setting.conversations,
+            [],
+            TrainState(),
+            [],
+        )
         run.executor.packing = "kernel" in on
         if not run.executor.packing:
             run.executor.batch = setting.batch

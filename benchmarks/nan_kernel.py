@@ -40,6 +40,7 @@ from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
+from qwhisper.train.plan import resolve
 from qwhisper.train.session import build_session, collator_for
 from qwhisper.train.state import TrainState
 
@@ -242,9 +243,10 @@ class Heard:
         )  # fmt: skip
         folder.mkdir(parents=True)
         torch.manual_seed(0)
-        model, processor = build_model(told, None)
+        plan = resolve(told, num_dialogues=len(self.conversations))
+        model, processor = build_model(told, plan, None)
         state = TrainState()
-        run = build_session(told, model, processor, self.conversations, [], state, [])
+        run = build_session(told, plan, model, processor, self.conversations, [], state, [])
         run.executor.packing = packing
         collator = collator_for(told, processor, model)
         rows = batches([collator.encode(c) for c in self.conversations], batch, self.args.padded_to)

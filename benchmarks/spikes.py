@@ -30,6 +30,7 @@ from qwhisper.guards.gradients import drop_gradients, gradients
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
+from qwhisper.train.plan import resolve
 from qwhisper.train.recovery import num_supervised
 from qwhisper.train.session import Session, build_session, collator_for
 from qwhisper.train.state import TrainState
@@ -115,9 +116,10 @@ def begin(args: argparse.Namespace, seed: int) -> tuple[Session, Iterator[StepSa
     told = arguments(args, args.demo_dir / "train.jsonl", args.output_dir / str(seed), seed)
     Path(told.output_dir).mkdir(parents=True)
     torch.manual_seed(seed)
-    model, processor = build_model(told, None)
     conversations = read_dialogues(told.train_file, data_root="/")
-    run = build_session(told, model, processor, conversations, [], TrainState(), [])
+    plan = resolve(told, num_dialogues=len(conversations))
+    model, processor = build_model(told, plan, None)
+    run = build_session(told, plan, model, processor, conversations, [], TrainState(), [])
     model.train()
     dialogues = EncodedDialogues(conversations, collator_for(told, processor, model))
     size = told.samples_per_step

@@ -1,5 +1,6 @@
 """The shipped recipes: each parses, is found by name, and says how it is run."""
 
+import dataclasses
 import re
 import shlex
 
@@ -8,6 +9,7 @@ import pytest
 from qwhisper.cli import VERBS
 from qwhisper.parsing import RECIPES, parse, shipped_recipes
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.plan import resolve
 
 
 def parse_train(*argv):
@@ -42,7 +44,9 @@ def test_recipe_opens_with_its_purpose_and_a_command_that_parses(name):
 
 
 def test_the_8b_recipe_is_the_stable_default():
-    assert with_recipe("qwen3-8b-32gb") == TrainArguments(train_file="data.jsonl", output_dir="run")
+    recipe, default = with_recipe("qwen3-8b-32gb"), TrainArguments(train_file="data.jsonl", output_dir="run")
+    assert dataclasses.replace(recipe, text_model=None) == default
+    assert resolve(recipe, num_dialogues=1) == resolve(default, num_dialogues=1)
 
 
 def test_the_4bit_recipe_is_the_field_reports():
@@ -54,7 +58,8 @@ def test_the_4bit_recipe_is_the_field_reports():
 def test_the_two_stages_fit_together():
     align = (RECIPES / "align-projector.yaml").read_text(encoding="utf-8")
     first, second = with_recipe("align-projector"), with_recipe("lora-after-alignment")
-    assert (first.use_lora, first.projector_learning_rate, first.freeze_projector_steps) == (False, 1e-3, 0)
+    plan = resolve(first, num_dialogues=10_000)
+    assert (first.use_lora, plan.projector_learning_rate, plan.freeze_projector_steps) == (False, 1e-3, 0)
     assert second.use_lora
     assert f"--output_dir {second.init_from}" in align
     assert second.text_model is None

@@ -1,6 +1,7 @@
-"""`TrainArguments`: everything a training run is told. Checks itself; knows no files, models or tensors.
+"""`TrainArguments`: everything that a user says about a training. Checks itself; knows no files, models or tensors.
 
-The flags themselves, with defaults and reasons, are in `flags.py`; HF's names that are no flags here in `hf_names.py`.
+The flags themselves, with defaults and reasons, are in `flag_sections.py`; HF's names that are no flags here in
+`hf_names.py`; what None and `auto` become, in `plan.py`.
 """
 
 import dataclasses
@@ -11,17 +12,8 @@ from typing import Any
 from qwhisper.errors import UsageError
 from qwhisper.flags import LARGEST, check_values
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
-from qwhisper.guards.state import CLAMP_BOUND as BOUND
 from qwhisper.train import flag_sections as flags
 
-DEFAULT_AUDIO_MODELS = {  # by hub: the same weights
-    "huggingface": "openai/whisper-large-v3-turbo",
-    "modelscope": "openai-mirror/whisper-large-v3-turbo",
-}
-DEFAULT_TEXT_MODEL = "Qwen/Qwen3-8B"
-DEFAULT_FREEZE_PROJECTOR_STEPS = 20
-
-DEFAULT_EARLY_LR_STEPS = 100
 LEAST_CLAMP, MOST_CLAMP = 0.1, 1e4  # what a layer reads comes out of a norm: most of it is around 1
 LEAST_LORA_SCALE, MOST_LORA_SCALE = 1e-3, 1e3
 MOST_DECAY = 0.1  # of a weight in one step
@@ -39,11 +31,7 @@ class TrainArguments(
 ):
     """One training run. Raises UsageError for a value or a combination that can't be meant.
 
-    Fields whose default depends on others are filled in on construction. early_lr_steps and freeze_projector_steps
-    depend on the length of the run: without a value they are None until `schedule.settled` fills them in. With
-    `init_from` some more stay None, which means "as in that checkpoint": audio_model, text_model, projector_scale,
-    audio_lead_silence, audio_tail_silence. Without it only the two silences may be None: the model configuration's own
-    default.
+    None, and `auto`, mean that something else decides: `plan.resolve` says what.
     """
 
     def __post_init__(self) -> None:
@@ -51,20 +39,12 @@ class TrainArguments(
         self._check_numbers()
         self._check_silence()
         self._check_combinations()
-        self._fill_in()
         self._check_optimizer()
 
     @property
     def pack_limit(self) -> int | None:
         """--max_tokens_per_pack as a number; None for auto."""
         return None if self.max_tokens_per_pack == "auto" else int(self.max_tokens_per_pack)
-
-    @property
-    def clamp_bound(self) -> float | None:
-        """What --activation_clamp bounds to, whether it is on yet or not; None for off."""
-        if self.activation_clamp == "off":
-            return None
-        return BOUND if self.activation_clamp == "auto" else float(self.activation_clamp)
 
     @property
     def samples_per_step(self) -> int:
@@ -153,7 +133,7 @@ class TrainArguments(
 
     def _check_optimizer(self) -> None:
         """Values that are sound one by one, and with which no weight learns together."""
-        rate = max(self.learning_rate, self.projector_learning_rate)
+        rate = max(self.learning_rate, self.projector_learning_rate or 0.0)
         if rate * self.weight_decay > MOST_DECAY:
             raise UsageError(
                 f"--weight_decay {self.weight_decay} at a learning rate of {rate}: every step would take "
@@ -171,23 +151,6 @@ class TrainArguments(
                 f"by {scale:.3g}; {LEAST_LORA_SCALE:g} to {MOST_LORA_SCALE:g} is what can be trained"
             )
 
-    def _fill_in(self) -> None:
-        defaults: dict[str, Any] = {
-            "freeze_projector_steps": None if self.use_lora else 0,
-            "projector_learning_rate": self.learning_rate,
-            "eval_steps": self.save_steps,
-            "run_name": os.path.basename(os.path.abspath(self.output_dir)),
-        }
-        if not self.init_from:
-            defaults |= {
-                "audio_model": DEFAULT_AUDIO_MODELS[self.hub],
-                "text_model": DEFAULT_TEXT_MODEL,
-                "projector_scale": 1.0,
-            }
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                self._set(name, value)
-
     def _changed(self, *names: str) -> list[str]:
         """Those of `names` whose value differs from the default."""
         default = {
@@ -203,7 +166,7 @@ class TrainArguments(
             found += [(name, "there is no LoRA with --no_use_lora") for name in self._changed(*lora)]
         if not self.eval_file:
             found += [(name, "there is no --eval_file") for name in self._changed("per_device_eval_batch_size")]
-            if self.eval_steps != self.save_steps:
+            if self.eval_steps not in (None, self.save_steps):
                 found.append(("eval_steps", "there is no --eval_file"))
         if self.max_steps > 0:
             found += [(name, f"--max_steps {self.max_steps} decides") for name in self._changed("num_train_epochs")]

@@ -44,8 +44,8 @@ def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -
         "samples_per_step": session.args.samples_per_step,
         "dialogues": session.num_dialogues,
         "held_out_samples": len(session.eval_samples),
-        "audio_model": session.args.audio_model,
-        "text_model": session.args.text_model,
+        "audio_model": session.plan.audio_model,
+        "text_model": session.plan.text_model,
     }
     if resumed:
         log.event("resumed", step=state.step, checkpoint=str(resumed), **known)
@@ -187,7 +187,7 @@ def closing_line(session: Session) -> str:
     done += ". No guard had to act"
     if not state.learning.learned() or state.learning.held_out_rose:
         return done
-    early = "fewer --early_lr_steps " if args.early_lr_steps else ""
+    early = "fewer --early_lr_steps " if session.plan.early_lr_steps else ""
     return f"{done}: a larger --per_device_train_batch_size, {early}or a higher --learning_rate may now be tried" + (
         ", and --manual_loss left out" if args.manual_loss else ""
     )

@@ -2,8 +2,7 @@
 
 The defaults are the stable recipe; the limits of a number (`Bounds`) keep out what no run can have. `TrainArguments`
 in `arguments.py` joins the sections, refuses wrong combinations.
-A default of None means "decided by other flags"; the help text says how, and `TrainArguments` fills it in. Where
-it always does, the type is the one that it has then.
+A default of None means "decided by something else"; the help text says how, and `plan.resolve` decides it.
 """
 
 from dataclasses import dataclass
@@ -139,14 +138,14 @@ class ProjectorFlags:
         at_most=MOST_DROPOUT,
         why=NOTHING_PASSES,
     )
-    freeze_projector_steps: int = flag(
+    freeze_projector_steps: int | None = flag(
         None,
         "Optimizer steps in which the projector does not move (default: 20, at most 2 % of the run; with --no_use_lora "
         "0, since nothing else learns). It was the first to turn NaN in early steps: LoRA settles before it starts.",
         at_least=0,
         at_most=MOST_STEPS,
     )
-    projector_learning_rate: float = flag(
+    projector_learning_rate: float | None = flag(
         None,
         "The projector's own learning rate (default: --learning_rate). It starts from nothing and bears 1e-3, which "
         "is what aligning it alone wants; small language models stay deaf at 3e-5.",
@@ -244,7 +243,7 @@ class OptimizationFlags:
         at_most=1,
         why="nothing would move in these steps; above 1 they would be the fastest, where runs are most fragile",
     )
-    early_lr_steps: int = flag(
+    early_lr_steps: int | None = flag(
         None,
         "Optimizer steps with --early_lr_factor (default: 100, at most 10 % of the run); counted over a resume.",
         at_least=0,
@@ -367,7 +366,7 @@ class RunFlags:
     save_total_limit: int = flag(
         3, "Checkpoints kept. The last one verified finite and the best one are never deleted.", at_least=1
     )
-    eval_steps: int = flag(None, "Optimizer steps between evaluations (default: --save_steps).", at_least=1)
+    eval_steps: int | None = flag(None, "Optimizer steps between evaluations (default: --save_steps).", at_least=1)
     per_device_eval_batch_size: int = flag(
         8, "Samples an evaluation batch; the result does not depend on it.", at_least=1
     )
@@ -377,7 +376,7 @@ class RunFlags:
     report_to: list[str] = flag(
         [], "Trackers, such as tensorboard, wandb, trackio (default: none); each must be installed."
     )
-    run_name: str = flag(None, "The run's name in the trackers (default: the name of --output_dir).")
+    run_name: str | None = flag(None, "The run's name in the trackers (default: the name of --output_dir).")
 
 
 SECTIONS = (DataFlags, ModelFlags, ProjectorFlags, LoraFlags, OptimizationFlags, ExecutionFlags, RunFlags)

@@ -31,21 +31,24 @@ from qwhisper.guards.state import GuardState
 from qwhisper.model.lora import lora_parameters
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.optimizer import careful_steps, parameter_groups
+from qwhisper.train.optimizer import parameter_groups
+from qwhisper.train.plan import Plan, careful_steps
 
 TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio goes on with the run of the same name by itself
 
 
-def hf_arguments(args: TrainArguments, total_steps: int) -> TrainingArguments:
+def hf_arguments(args: TrainArguments, plan: Plan) -> TrainingArguments:
     """What callbacks see as `args`: a real TrainingArguments with the values of ours that it has."""
     same = (
         "output_dir learning_rate per_device_train_batch_size gradient_accumulation_steps max_grad_norm "
         "num_train_epochs lr_scheduler_type warmup_steps weight_decay logging_steps save_steps save_total_limit "
-        "eval_steps seed run_name"
+        "seed"
     )
     return TrainingArguments(
         **{name: getattr(args, name) for name in same.split()},
-        max_steps=total_steps,
+        max_steps=plan.total_steps,
+        eval_steps=plan.eval_steps,
+        run_name=plan.run_name,
         report_to=args.report_to or "none",
         eval_strategy="steps" if args.eval_file else "no",
         use_cpu=not torch.cuda.is_available(),

@@ -189,7 +189,7 @@ def is_best(session: Session) -> bool:
 
 def evaluation_is_due(session: Session) -> bool:
     step = session.state.step
-    on_schedule = step > 0 and (step % session.args.eval_steps == 0 or at_end(session))
+    on_schedule = step > 0 and (step % session.plan.eval_steps == 0 or at_end(session))
     return bool(session.eval_samples) and on_schedule and step != session.state.evaluated
 
 
@@ -229,7 +229,7 @@ def answer_spikes(session: Session, loss: float, decision: Decision, ids: list[s
         session.set_learning_rates()
         session.log.event("learning_rate", step=step, dynamic_factor=guards.rate.factor)
     spiked = bool(decision.spikes or decision.skip)
-    if session.clamp and session.args.activation_clamp == "auto" and (turned := guards.clamp.observe(spiked)):
+    if session.clamp and session.plan.clamp_follows_spikes and (turned := guards.clamp.observe(spiked)):
         log_clamped(session, session.clamp)
         session.clamp.on = guards.clamp.on
         told = {

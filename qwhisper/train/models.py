@@ -15,37 +15,39 @@ from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGenerati
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.model.trained_folder import load_processor
 from qwhisper.train.arguments import TrainArguments
+from qwhisper.train.plan import Plan
 from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
 
 
 def build_model(
-    args: TrainArguments, resumed: Path | None
+    args: TrainArguments, plan: Plan, resumed: Path | None
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
     """The model with LoRA and whatever else is trained set to require gradients, and its processor."""
     if args.init_from and not resumed:  # a run that may still be in training
-        return read_checkpoint(args.init_from, lambda folder: _build(args, folder))
-    return _build(args, resumed)
+        return read_checkpoint(args.init_from, lambda folder: _build(args, plan, folder))
+    return _build(args, plan, resumed)
 
 
 def _build(
-    args: TrainArguments, start_from: Path | None
+    args: TrainArguments, plan: Plan, start_from: Path | None
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
     if start_from is None:
-        assert args.audio_model and args.text_model  # left empty only for a run that starts from a checkpoint
-        names = ("projector_scale", "audio_lead_silence", "audio_tail_silence")
-        config_values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        assert plan.audio_model and plan.text_model  # left empty only for a run that starts from a checkpoint
+        silences = ("audio_lead_silence", "audio_tail_silence")
+        config_values = {name: getattr(args, name) for name in silences if getattr(args, name) is not None}
         model, processor = build_from_bases(
-            args.audio_model,
-            args.text_model,
+            plan.audio_model,
+            plan.text_model,
             load_options(args),
             hub=args.hub,
+            projector_scale=plan.projector_scale,
             **config_values,
         )
     else:
-        model = load_trained(start_from, load_options(args), **moved_bases(args, start_from))
+        model = load_trained(start_from, load_options(args), **moved_bases(args, plan, start_from))
         processor = load_processor(start_from)
-        if args.projector_scale is not None:
-            model.config.projector_scale = model.model.multi_modal_projector.scale = args.projector_scale
+        if plan.projector_scale is not None:
+            model.config.projector_scale = model.model.multi_modal_projector.scale = plan.projector_scale
         for name in ("audio_lead_silence", "audio_tail_silence"):
             if (seconds := getattr(args, name)) is not None:
                 setattr(model.config, name, seconds)
@@ -57,13 +59,13 @@ def _build(
     return model, processor
 
 
-def moved_bases(args: TrainArguments, start_from: Path) -> dict[str, str]:
+def moved_bases(args: TrainArguments, plan: Plan, start_from: Path) -> dict[str, str]:
     """The bases that the flags name, without folders that the run was given before and that no longer exist.
 
     That one comes from the run's config.yaml; `find_base` looks for where it is now.
     """
     then = absolute(saved_arguments(start_from)) if (start_from / ARGUMENTS_FILE).is_file() else {}
-    now = {role: absolute(vars(args))[role] for role in BASES}
+    now = {role: absolute(vars(plan))[role] for role in BASES}
     fetched = args.hub == "modelscope"  # whose ids only the flag holds: the checkpoint holds a folder of its cache
     given = {
         role: name for role, name in now.items() if name and (name != then.get(role) or os.path.isdir(name) or fetched)

@@ -20,7 +20,6 @@ from qwhisper.engine.kernels import check_kernels
 from qwhisper.errors import MemoryLimitError, first_line
 from qwhisper.locks import run_lock
 from qwhisper.memory import is_out_of_memory
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.arguments import TrainArguments
@@ -28,9 +27,9 @@ from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learne
 from qwhisper.train.hf import ConfiguringCallback, tracker_callbacks
 from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
-from qwhisper.train.optimizer import all_steps, settled, warmup_steps
+from qwhisper.train.plan import resolve, with_values
 from qwhisper.train.resume import refuse_missing_data, saved_arguments
-from qwhisper.train.session import Session, build_session, collator_for, restore
+from qwhisper.train.session import Session, build_session, restore
 from qwhisper.train.start import (
     adopt_changes,
     find_resume_point,
@@ -102,40 +101,39 @@ def prepare_and_go(
         )
 
     saved = saved_arguments(resumed) if resumed else None
-    given = args
-    args, notes = settled(given, all_steps(given, len(dialogues)), saved)
-    for note in notes:
+    plan = resolve(args, num_dialogues=len(dialogues), saved=saved)
+    for note in plan.notes:
         print(f"note: {note}")
     set_up_torch(args)
     train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
     if resumed:
-        adopt_changes(args, resumed, state, train_file_sha256)
+        adopt_changes(with_values(args, vars(plan)), resumed, state, train_file_sha256)
     kinds = {message.kind for dialogue in dialogues for message in dialogue.messages if message.kind}
     earlier = read_checkpoint(args.init_from, trained_kinds) if args.init_from and not resumed else []
     state.kinds = sorted(kinds.union(state.kinds, earlier))
     torch.manual_seed(args.seed)
-    model, processor = build_model(args, resumed)
-    session = build_session(args, model, processor, dialogues, held_out, state, [*callbacks, *trackers])
+    model, processor = build_model(args, plan, resumed)
+    session = build_session(args, plan, model, processor, dialogues, held_out, state, [*callbacks, *trackers])
     announce(session)
     if resumed:
         restore(session, resumed)
         put_later_aside(folder, resumed)
-    write_config(given, folder, resumed)
+    write_config(args, folder, resumed)
 
     on_begin(session)
 
     def work() -> int:
         try_kernels(session)
-        return go(session, processor, dialogues)
+        return go(session, dialogues)
 
     return in_events(session, resumed, work)
 
 
-def go(session: Session, processor: Qwen3AudioProcessor, dialogues: list[Dialogue]) -> int:
+def go(session: Session, dialogues: list[Dialogue]) -> int:
     args, state = session.args, session.state
     steps = step_samples(
-        EncodedDialogues(dialogues, collator_for(args, processor, session.executor.model)),
+        EncodedDialogues(dialogues, session.collator),
         samples_per_step=args.samples_per_step,
         seed=args.seed,
         epoch=state.epoch,
@@ -166,18 +164,21 @@ def announce(session: Session) -> None:
         f"training {trained}; {session.total_steps} steps of {session.args.samples_per_step} samples on "
         f"{session.executor.device}"
     )
-    args, total = session.args, session.total_steps
-    if args.early_lr_steps >= total and args.early_lr_factor < 1:
+    args, plan, total = session.args, session.plan, session.total_steps
+    if plan.early_lr_steps >= total and args.early_lr_factor < 1:
         print(
             f"note: all {total} steps run at {args.early_lr_factor:g} × the learning rate (--early_lr_steps "
-            f"{args.early_lr_steps}): use a longer run or fewer early steps"
+            f"{plan.early_lr_steps}): use a longer run or fewer early steps"
         )
-    if (steps := warmup_steps(args, total)) >= total:
-        print(f"note: all {total} steps are within --warmup_steps {steps}: the learning rate is reached in the last")
-    if args.freeze_projector_steps >= total:
+    if plan.num_warmup_steps >= total:
+        print(
+            f"note: all {total} steps are within --warmup_steps {plan.num_warmup_steps}: the learning rate is reached "
+            "in the last"
+        )
+    if plan.freeze_projector_steps >= total:
         print(
             f"note: the projector does not learn in this run: all {total} steps are within --freeze_projector_steps "
-            f"{args.freeze_projector_steps}"
+            f"{plan.freeze_projector_steps}"
         )
 
 

@@ -27,14 +27,8 @@ from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.hf import Hooks, hf_arguments
-from qwhisper.train.optimizer import (
-    all_steps,
-    guarded_factor,
-    make_optimizer,
-    parameter_groups,
-    parameter_names,
-    settled,
-)
+from qwhisper.train.optimizer import guarded_factor, make_optimizer, parameter_groups, parameter_names
+from qwhisper.train.plan import Plan, longest_dialogue, with_values
 from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe, shortest_probed
 from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable
 from qwhisper.train.resume import save_arguments
@@ -53,13 +47,14 @@ class Session:
     """Everything that one running training holds."""
 
     args: TrainArguments
-    total_steps: int
+    plan: Plan
     num_dialogues: int
     groups: Groups
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     executor: Executor
     processor: Qwen3AudioProcessor
+    collator: ConversationCollator
     snapshots: Snapshots
     clamp: ActivationClamp | None  # None: off, or an LM without a q_proj
     state: TrainState
@@ -70,13 +65,17 @@ class Session:
     probe: ListeningProbe | None  # None: no dialogue with audio to probe with
     base_checksums: dict[str, int]  # of the weights that must not change
 
+    @property
+    def total_steps(self) -> int:
+        return self.plan.total_steps
+
     def fire(self, event: str, **values) -> None:
         self.hooks.fire(event, self.state.step, **values)
 
     @property
     def frozen_groups(self) -> frozenset[str]:
         """Groups whose gradient is dropped in the step that comes next, or is being taken."""
-        return frozenset({"projector"} if self.state.step < self.args.freeze_projector_steps else ())
+        return frozenset({"projector"} if self.state.step < self.plan.freeze_projector_steps else ())
 
     def set_learning_rates(self) -> None:
         """Those of the next step, after a resume or where a guard has changed its factor."""
@@ -111,14 +110,13 @@ class StepReport:
 def collator_for(
     args: TrainArguments, processor: Qwen3AudioProcessor, model: Qwen3AudioForConditionalGeneration
 ) -> ConversationCollator:
-    """Without --max_length a sample may be as long as the language model was made for."""
     return ConversationCollator(
         processor.tokenizer,
         processor.frames,
         audio_token_id=processor.audio_token_id,
         chat_template=processor.chat_template,
         train_on=args.train_on,
-        max_length=args.max_length or model.config.get_text_config().max_position_embeddings,
+        max_length=longest_dialogue(args, model.config.get_text_config()),
         packed=True,
         teach=args.distill_weight > 0,
     )
@@ -126,6 +124,7 @@ def collator_for(
 
 def build_session(
     args: TrainArguments,
+    plan: Plan,
     model: Qwen3AudioForConditionalGeneration,
     processor: Qwen3AudioProcessor,
     dialogues: Sequence[Dialogue],
@@ -142,11 +141,9 @@ def build_session(
     if held_out and not eval_samples:
         raise DataError(f"--eval_file {args.eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
     groups = parameter_groups(model)
-    optimizer = make_optimizer(groups, args)
-    total_steps = all_steps(args, len(dialogues))
-    args, _ = settled(args, total_steps)  # without effect where a command has done it, with notes
+    optimizer = make_optimizer(groups, args, plan)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: guarded_factor(step, args, total_steps, state.guards)
+        optimizer, lambda step: guarded_factor(step, args, plan, state.guards)
     )
     executor = Executor(
         model,
@@ -156,7 +153,7 @@ def build_session(
     )
     hooks = Hooks(
         callbacks,
-        hf_arguments(args, total_steps),
+        hf_arguments(args, plan),
         steps_per_epoch=-(-len(dialogues) // args.samples_per_step),
         model=model,
         processing_class=processor,
@@ -165,53 +162,54 @@ def build_session(
     )
     return Session(
         args=args,
-        total_steps=total_steps,
+        plan=plan,
         num_dialogues=len(dialogues),
         groups=groups,
         optimizer=optimizer,
         scheduler=scheduler,
         executor=executor,
         processor=processor,
+        collator=collator,
         snapshots=Snapshots(groups, optimizer),
-        clamp=make_clamp(args, model, state),
+        clamp=make_clamp(plan, model, state),
         state=state,
         log=log,
-        lines=StepLines(total_steps, state.step),
+        lines=StepLines(plan.total_steps, state.step),
         hooks=hooks,
         eval_samples=eval_samples,
-        probe=probe_of(args, executor, collator, dialogues, held_out, state, total_steps),
+        probe=probe_of(args, plan, executor, collator, dialogues, held_out, state),
         base_checksums=checksums(frozen_parameters(model)),
     )
 
 
 def probe_of(
     args: TrainArguments,
+    plan: Plan,
     executor: Executor,
     collator: ConversationCollator,
     dialogues: Sequence[Dialogue],
     held_out: Sequence[Dialogue],
     state: TrainState,
-    total_steps: int,
 ) -> ListeningProbe | None:
     """The listening probe; None for a run that is too short even for one at its end, which need not decode its audio,
     and where decoding it kills the process that tries. Without questions where the run ends before it has paid for
     them.
     """
     first_step = first_probe_step(
-        total_steps=total_steps,
-        freeze_projector_steps=args.freeze_projector_steps,
+        total_steps=plan.total_steps,
+        freeze_projector_steps=plan.freeze_projector_steps,
         samples_per_step=args.samples_per_step,
     )
     asks_from = first_questions_step(samples_per_step=args.samples_per_step)
     shortest = min(first_step, shortest_probed(samples_per_step=args.samples_per_step))
-    if shortest > total_steps:
+    if shortest > plan.total_steps:
         if held_out:
             print(
                 f"note: no listening probe: it takes {shortest} steps to pay for one, and this run has "
-                f"{total_steps}; `qwhisper eval` tells whether it hears"
+                f"{plan.total_steps}; `qwhisper eval` tells whether it hears"
             )
         return None
-    asked = held_out if asks_from <= total_steps else []
+    asked = held_out if asks_from <= plan.total_steps else []
     if not state.kinds and any(message.kind for dialogue in asked for message in dialogue.messages):
         print(
             "note: no retention in this run: the training data names no `kind`, so what is never trained on is "
@@ -237,16 +235,16 @@ def probe_of(
     return make(None)
 
 
-def make_clamp(args: TrainArguments, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:
+def make_clamp(plan: Plan, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:
     """--activation_clamp, as it stands; None for off, and for an LM whose first layer has no q_proj."""
-    if args.clamp_bound is None:
+    if plan.clamp_bound is None:
         return None
     found = first_q_proj(model)
     if found is None:
         print("note: --activation_clamp has no effect: this language model's first layer has no q_proj")
         return None
-    on = state.guards.clamp.on if args.activation_clamp == "auto" else True
-    return ActivationClamp(*found, bound=args.clamp_bound, on=on)
+    on = state.guards.clamp.on if plan.clamp_follows_spikes else True
+    return ActivationClamp(*found, bound=plan.clamp_bound, on=on)
 
 
 def save_checkpoint(session: Session) -> Path:
@@ -264,7 +262,7 @@ def save_checkpoint(session: Session) -> Path:
         session.processor.save_pretrained(folder)
         save_optimizer(session.optimizer, parameter_names(model), folder)
         save_generators(folder)
-        save_arguments(session.args, folder)
+        save_arguments(with_values(session.args, vars(session.plan)), folder)
         if session.snapshots.kept and session.snapshots.kept[-1].step != state.step:
             save_file(session.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
         tensor_files = sorted(folder.rglob("*.safetensors"))

@@ -17,6 +17,7 @@ from qwhisper.checkpoint.places import CONFIG_FILE, HEADING, absolute, written_b
 from qwhisper.errors import CheckpointError, DiskError, UsageError
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.learning import Learning
+from qwhisper.train.plan import defaults_from_flags, with_values
 from qwhisper.train.resume import changed_arguments, output_dir_of
 from qwhisper.train.state import TrainState
 
@@ -141,7 +142,7 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
     Values that the length of the run decides are left out: a longer one from the same file has its own.
     Where the disk does not take it, a resumed run goes on with what stands there.
     """
-    values = absolute(dataclasses.asdict(args))
+    values = absolute(dataclasses.asdict(with_values(args, defaults_from_flags(args))))
     values = {name: value for name, value in values.items() if value is not None and name != "resume_from_checkpoint"}
     text = f"{HEADING}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
     try:

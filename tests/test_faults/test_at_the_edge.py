@@ -236,7 +236,7 @@ def test_a_killer_among_the_held_out(arguments, monkeypatch):
     of="process",
     guarantee="the evaluation is made up for when the run is resumed, and the best checkpoint is known",
     without=lambda monkeypatch: monkeypatch.setattr(
-        loop, "evaluation_is_due", lambda run: run.state.step % run.args.eval_steps == 0 and run.state.evaluated < 0
+        loop, "evaluation_is_due", lambda run: run.state.step % run.plan.eval_steps == 0 and run.state.evaluated < 0
     ),
 )
 def test_the_evaluation_that_a_signal_cut(arguments, monkeypatch, train_file):

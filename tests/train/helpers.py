@@ -11,6 +11,7 @@ from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
+from qwhisper.train.plan import resolve
 from qwhisper.train.session import build_session, collator_for
 from qwhisper.train.state import TrainState
 
@@ -46,9 +47,10 @@ def make_run(args, callbacks=()):
     """A `Session` that nobody has started, and all of its samples."""
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    model, processor = build_model(args, None)
     conversations = read_dialogues(args.train_file)
-    run = build_session(args, model, processor, conversations, [], TrainState(), list(callbacks))
+    plan = resolve(args, num_dialogues=len(conversations))
+    model, processor = build_model(args, plan, None)
+    run = build_session(args, plan, model, processor, conversations, [], TrainState(), list(callbacks))
     model.train()
     samples, _ = encode_all(EncodedDialogues(conversations, collator_for(args, processor, model)))
     return run, samples

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainingArguments
@@ -12,10 +13,10 @@ from qwhisper.cli import VERBS, load
 from qwhisper.errors import UsageError
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.parsing import flag_names, sections_of
-from qwhisper.train import arguments as module
+from qwhisper.train import plan as module
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.hf_names import NOT_TAKEN, REMOVED
-from qwhisper.train.optimizer import CAREFUL_STEPS, settled
+from qwhisper.train.plan import CAREFUL_STEPS, resolve
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainArguments)}
 HF_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -23,6 +24,12 @@ HF_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
 
 def make(**values):
     return TrainArguments(**{"train_file": "data.jsonl", "output_dir": "runs/first"} | values)
+
+
+def planned(**values):
+    """What a run of 1000 steps does: the arguments, and the plan's values where nothing was given."""
+    arguments = make(max_steps=1000, **values)
+    return SimpleNamespace(**vars(arguments) | vars(resolve(arguments, num_dialogues=1)))
 
 
 def test_the_stable_recipe_is_the_default():
@@ -56,27 +63,26 @@ def test_the_stable_recipe_is_the_default():
         "text_model": "Qwen/Qwen3-8B",
         "max_bad_fraction": 0.01,
     }
-    arguments = make()
-    assert {name: getattr(arguments, name) for name in recipe} == recipe
-    long_run, _ = settled(arguments, 1000)
+    arguments, long_run = make(), planned()
+    assert {name: getattr(long_run, name) for name in recipe} == recipe
     assert (long_run.early_lr_steps, long_run.freeze_projector_steps) == (100, 20)
     assert arguments.samples_per_step == 4
-    assert arguments.run_name == "first"
+    assert long_run.run_name == "first"
     assert arguments.notices() == []
 
 
 def test_defaults_that_hang_on_other_flags():
-    alone = make(use_lora=False, learning_rate=1e-3)
+    alone = planned(use_lora=False, learning_rate=1e-3)
     assert (alone.freeze_projector_steps, alone.projector_learning_rate) == (0, 1e-3)
-    second = make(init_from="runs/zero")
+    second = planned(init_from="runs/zero")
     inherited = ("audio_model", "text_model", "projector_scale", "audio_lead_silence", "audio_tail_silence")
     assert [getattr(second, name) for name in inherited] == [None] * 5
-    assert make(init_from="runs/zero", text_model="x").text_model == "x"
-    assert make(save_steps=50).eval_steps == 50
-    assert make(hub="modelscope").audio_model == "openai-mirror/whisper-large-v3-turbo"
+    assert planned(init_from="runs/zero", text_model="x").text_model == "x"
+    assert planned(save_steps=50).eval_steps == 50
+    assert planned(hub="modelscope").audio_model == "openai-mirror/whisper-large-v3-turbo"
 
 
-def test_filled_in_arguments_can_be_built_again():
+def test_arguments_can_be_built_again():
     first = make(use_lora=False, projector_learning_rate=1e-3, report_to=["none", "tensorboard"])
     assert TrainArguments(**dataclasses.asdict(first)) == first
     assert first.report_to == ["tensorboard"]

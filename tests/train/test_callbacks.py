@@ -20,6 +20,7 @@ from qwhisper.train.hf import (
     guard_trainer,
 )
 from qwhisper.train.models import build_model
+from qwhisper.train.plan import resolve
 from qwhisper.train.run import main
 from tests.train.helpers import read_lines, same_bits
 
@@ -44,7 +45,7 @@ def plain_trainer(arguments, train_file, tmp_path):
     def make(*callbacks, **values):
         torch.manual_seed(0)
         args = arguments()
-        model, processor = build_model(args, None)
+        model, processor = build_model(args, resolve(args, num_dialogues=1), None)
         collator = ConversationCollator(
             processor.tokenizer,
             processor.frames,

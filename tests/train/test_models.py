@@ -3,6 +3,7 @@ import pytest
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.train.models import build_model
+from qwhisper.train.plan import resolve
 from qwhisper.train.run import main
 from qwhisper.train.session import collator_for
 
@@ -11,7 +12,8 @@ def test_a_second_stage_has_the_silence_that_it_is_given_or_else_the_first_ones(
     first = arguments(max_steps=1, audio_lead_silence=0.04, audio_tail_silence=0.1)
     main(first)
     values = {"init_from": first.output_dir, "output_dir": str(tmp_path / "second")}
-    model, processor = build_model(arguments(**values, audio_lead_silence=0.2, audio_tail_silence=None), None)
+    args = arguments(**values, audio_lead_silence=0.2, audio_tail_silence=None)
+    model, processor = build_model(args, resolve(args, num_dialogues=1), None)
     for silence in (model.config.frames, processor.frames):
         assert (silence.lead_silence_s, silence.tail_silence_s) == (0.2, 0.1)
 
@@ -21,7 +23,7 @@ def test_without_a_max_length_a_dialogue_is_as_long_as_the_language_model_was_ma
     arguments, given, made_for, longest
 ):
     args = arguments(max_length=given)
-    model, processor = build_model(args, None)
+    model, processor = build_model(args, resolve(args, num_dialogues=1), None)
     model.config.get_text_config().max_position_embeddings = made_for
     dialogues = read_dialogues(args.train_file)
     samples, rejections = encode_all(EncodedDialogues(dialogues, collator_for(args, processor, model)))

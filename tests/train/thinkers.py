@@ -19,6 +19,7 @@ from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
+from qwhisper.train.plan import resolve
 from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
 from qwhisper.train.session import Session, build_session, collator_for
 from qwhisper.train.state import TrainState
@@ -114,10 +115,11 @@ def train_and_ask(args: TrainArguments) -> tuple[Session, ListeningProbe]:
     """Trains `args.max_steps` steps, and gives the probe on the held-out dialogues, with all of its questions."""
     Path(args.output_dir).mkdir(parents=True)
     torch.manual_seed(args.seed)
-    model, processor = build_model(args, None)
     assert args.eval_file
     conversations, held_out = read_dialogues(args.train_file), read_dialogues(args.eval_file)
-    run = build_session(args, model, processor, conversations, [], TrainState(), [])
+    plan = resolve(args, num_dialogues=len(conversations))
+    model, processor = build_model(args, plan, None)
+    run = build_session(args, plan, model, processor, conversations, [], TrainState(), [])
     tower = model.model.audio_tower
     with torch.no_grad():
         tower.conv1.weight.mul_(EAR_GAIN)

@@ -1,0 +1,148 @@
+"""What a training does where a flag says `auto`, or nothing: decided here, once.
+
+`resolve` runs before a model is loaded, because it may refuse. `longest_dialogue` needs the model's configuration.
+Values that other verbs decide in the same way have one place outside `train/`: dtype and device in
+`model.bases.LoadOptions`, tokens per pack in `engine.executor`, the silences around a clip in the model's
+configuration.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwhisper.errors import UsageError
+from qwhisper.guards.state import CLAMP_BOUND
+from qwhisper.train.arguments import TrainArguments
+
+DEFAULT_AUDIO_MODELS = {  # by hub: the same weights
+    "huggingface": "openai/whisper-large-v3-turbo",
+    "modelscope": "openai-mirror/whisper-large-v3-turbo",
+}
+DEFAULT_TEXT_MODEL = "Qwen/Qwen3-8B"
+# Steps that are there to protect a long run: (without a value, at most this percentage of all steps).
+CAREFUL_STEPS = {
+    "early_lr_steps": (100, 10),
+    "freeze_projector_steps": (20, 2),
+}
+LONGEST_WARMUP = 10  # times the run: the learning rate then ends at a tenth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a training does, beside the flags that say it themselves.
+
+    audio_model, text_model, projector_scale: None with --init_from, where that checkpoint decides. total_steps,
+    num_warmup_steps, early_lr_steps, freeze_projector_steps, eval_steps: optimizer steps. clamp_bound: what the
+    activation clamp bounds to, whether it is on yet or not; None: there is none. clamp_follows_spikes: spikes turn it
+    on and off. notes: what a user should know about these values.
+    """
+
+    audio_model: str | None
+    text_model: str | None
+    projector_scale: float | None
+    projector_learning_rate: float
+    eval_steps: int
+    run_name: str
+    total_steps: int
+    num_warmup_steps: int
+    early_lr_steps: int
+    freeze_projector_steps: int
+    clamp_bound: float | None
+    clamp_follows_spikes: bool
+    notes: tuple[str, ...]
+
+
+# Flags that are None where nobody gave them; arguments.json in a checkpoint holds their values.
+DECIDED_FLAGS = [
+    f.name for f in dataclasses.fields(Plan) if f.name in {f.name for f in dataclasses.fields(TrainArguments)}
+]
+
+
+def resolve(args: TrainArguments, *, num_dialogues: int, saved: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a run over so many dialogues.
+
+    early_lr_steps and freeze_projector_steps that were not given: a resumed run has those of its first part (`saved`,
+    the arguments in the checkpoint), so that its schedule stays the same with any number of epochs. A new run has the
+    default, or a share of its steps where that is less. Raises UsageError for a warm-up of more than LONGEST_WARMUP
+    times the run.
+    """
+    total_steps = all_steps(args, num_dialogues)
+    if args.warmup_steps > LONGEST_WARMUP * total_steps:
+        raise UsageError(
+            f"--warmup_steps {args.warmup_steps:g}: this run has {total_steps} steps, and its learning rate would end "
+            f"at {total_steps / args.warmup_steps:.2g} of --learning_rate; a number below 1 is a share of all steps"
+        )
+    careful, notes = _careful_steps_of(args, total_steps, saved or {})
+    known = with_values(args, defaults_from_flags(args) | careful)
+    bounds = {"off": None, "auto": CLAMP_BOUND}
+    return Plan(
+        **{name: getattr(known, name) for name in DECIDED_FLAGS},
+        total_steps=total_steps,
+        num_warmup_steps=_share_or_count(args.warmup_steps, total_steps),
+        clamp_bound=bounds[args.activation_clamp] if args.activation_clamp in bounds else float(args.activation_clamp),
+        clamp_follows_spikes=args.activation_clamp == "auto",
+        notes=tuple(notes),
+    )
+
+
+def defaults_from_flags(args: TrainArguments) -> dict[str, Any]:
+    """Defaults that other flags decide, by the name of their flag. A run's config.yaml holds them."""
+    from_bases = not args.init_from
+    return {
+        "audio_model": DEFAULT_AUDIO_MODELS[args.hub] if from_bases else None,
+        "text_model": DEFAULT_TEXT_MODEL if from_bases else None,
+        "projector_scale": 1.0 if from_bases else None,
+        "projector_learning_rate": args.learning_rate,
+        "eval_steps": args.save_steps,
+        "run_name": os.path.basename(os.path.abspath(args.output_dir)),
+        **({} if args.use_lora else {"freeze_projector_steps": 0}),
+    }
+
+
+def with_values(args: TrainArguments, values: Mapping[str, Any]) -> TrainArguments:
+    """The arguments, with `values` in the place of None."""
+    missing = {name: value for name, value in values.items() if getattr(args, name, 0) is None}
+    return dataclasses.replace(args, **missing)
+
+
+def all_steps(args: TrainArguments, num_dialogues: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps_per_epoch = -(-num_dialogues // args.samples_per_step)
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
+def careful_steps(name: str, total_steps: int) -> int:
+    """The default of early_lr_steps or freeze_projector_steps in a run of that length."""
+    default, percent = CAREFUL_STEPS[name]
+    return min(default, total_steps * percent // 100)
+
+
+def longest_dialogue(args: TrainArguments, text_config) -> int:
+    """Tokens that a dialogue may have: without --max_length, as many as the language model was made for."""
+    return args.max_length or text_config.max_position_embeddings
+
+
+def _careful_steps_of(
+    args: TrainArguments, total_steps: int, saved: Mapping[str, Any]
+) -> tuple[dict[str, int], list[str]]:
+    values: dict[str, int] = {}
+    notes = []
+    for name, (default, percent) in CAREFUL_STEPS.items():
+        known = (getattr(args, name), defaults_from_flags(args).get(name), saved.get(name))
+        value = next((value for value in known if value is not None), None)
+        if value is None:
+            value = careful_steps(name, total_steps)
+            if value < default:
+                notes.append(
+                    f"--{name} is {value}: its default of {default}, at most {percent} % of {total_steps} steps"
+                )
+        values[name] = value
+    return values, notes
+
+
+def _share_or_count(steps: float, total_steps: int) -> int:
+    """A number below 1 is a share of all steps."""
+    return math.ceil(steps * total_steps) if steps < 1 else int(steps)
