@@ -131,7 +131,7 @@ def _fault(kernel: Kernel, attention: Attention, layout: Layout) -> Fault | None
     backward = attention.trained and layout.padding_side == "right"
     query, key, value, grad = make_inputs(attention, layout)
     leaves = [x.requires_grad_(backward) for x in (query, key, value)]
-    case = f"{describe(attention)}, {layout}"
+    case = f"{name_of(attention)}, {layout}"
     try:
         with torch.set_grad_enabled(backward):
             out = kernel(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), layout, attention)
@@ -150,7 +150,7 @@ def _fault(kernel: Kernel, attention: Attention, layout: Layout) -> Fault | None
     return None
 
 
-def describe(attention: Attention) -> str:
+def name_of(attention: Attention) -> str:
     dtype = str(attention.dtype).removeprefix("torch.")
     window = f", window {attention.window}" if attention.window else ""
     return f"{attention.owner} ({dtype}, heads of {attention.head_dim} in groups of {attention.groups}{window})"

@@ -294,10 +294,10 @@ def last_whole(newest: Path | None) -> str:
 
 
 def try_to_save(session: Session, *, stopped: bool = False) -> bool:
-    """Whether the disk took a checkpoint. Where it did not, the run goes on and the older ones are as they were.
+    """Save a checkpoint. Return whether the disk took it; if not, the run goes on and older checkpoints are unchanged.
 
-    It is a snapshot as well, but where the run is stopped early: the uninterrupted one would take none here, and a
-    rewind after the resume must find what that one's would. What is not finite is not saved: the run goes back first.
+    Weights that are not finite are not saved: the run rewinds first. Takes a snapshot as well, but not when stopping
+    early: an uninterrupted run would not, and a later rewind must land on the same weights.
     """
     step = session.state.step
     keep_sound(session, copy=not stopped)

@@ -161,10 +161,9 @@ def after_step(session: Session, statistics: StepStatistics, decision: Decision,
 
 
 def keep_sound(session: Session, samples: Sequence[str] = (), *, copy: bool = True) -> None:
-    """A snapshot of this step (unless `copy` is False), or back to the last one where a weight or a moment is not
-    finite.
+    """If weights and moments are finite, take a snapshot (unless `copy=False`); otherwise rewind.
 
-    None is taken in a row of bad steps, whose cause may be in the weights already.
+    In a row of bad steps do neither: their cause may be in the weights already.
     """
     if session.state.guards.bad_steps_in_a_row:
         return
@@ -173,7 +172,7 @@ def keep_sound(session: Session, samples: Sequence[str] = (), *, copy: bool = Tr
 
 
 def take_snapshot(session: Session) -> bool:
-    """Whether everything is finite. Where the host has no memory for the copy, there is none of this step."""
+    """Whether everything is finite. If the host has no memory for the copy, this step has no snapshot."""
     try:
         return session.snapshots.take(session.state.step)
     except Exception as error:

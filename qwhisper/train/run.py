@@ -12,7 +12,6 @@ import torch
 from transformers import TrainerCallback
 
 from qwhisper.checkpoint import folders as checkpoints
-from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data import leakage
 from qwhisper.data.dialogue import Dialogue, in_words, read_dialogues, unused_notes
 from qwhisper.data.loader import EncodedDialogues, step_samples
@@ -27,19 +26,18 @@ from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learne
 from qwhisper.train.hf import ConfiguringCallback, tracker_callbacks
 from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
-from qwhisper.train.plan import resolve, with_values
+from qwhisper.train.plan import resolve
 from qwhisper.train.resume import refuse_missing_data, saved_arguments
 from qwhisper.train.session import Session, build_session, restore
 from qwhisper.train.start import (
-    adopt_changes,
     find_resume_point,
     put_later_aside,
     refuse_missing_run,
     resume_command,
     start_command,
+    state_at_start,
     write_config,
 )
-from qwhisper.train.state import TrainState, trained_kinds
 
 
 def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int:
@@ -87,6 +85,31 @@ def prepare_and_go(
     trackers = tracker_callbacks(args.report_to)
     if resumed:
         refuse_missing_data(args)
+    dialogues, held_out = read_data(args)
+    plan = resolve(args, num_dialogues=len(dialogues), saved=saved_arguments(resumed) if resumed else None)
+    for note in plan.notes:
+        print(f"note: {note}")
+    set_up_torch(args)
+    state = state_at_start(args, plan, dialogues, resumed)
+    torch.manual_seed(args.seed)
+    model, processor = build_model(args, plan, resumed)
+    session = build_session(args, plan, model, processor, dialogues, held_out, state, [*callbacks, *trackers])
+    announce(session)
+    if resumed:
+        restore(session, resumed)
+        put_later_aside(folder, resumed)
+    write_config(args, folder, resumed)
+    on_begin(session)
+
+    def work() -> int:
+        try_kernels(session)
+        return go(session, dialogues)
+
+    return in_events(session, resumed, work)
+
+
+def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
+    """The dialogues to train on and those held out; prints what a user should know about them."""
     dialogues = read_dialogues(args.train_file, data_root=args.data_root, max_samples=args.max_samples)
     held_out = read_dialogues(args.eval_file, data_root=args.data_root) if args.eval_file else []
     print(f"{len(dialogues)} dialogues to train on, {len(held_out)} held out")
@@ -99,35 +122,7 @@ def prepare_and_go(
             f"note: --distill_weight has no effect on {untaught} of {len(dialogues)} dialogues, which have a clip "
             "without `transcript`: they are learned from their answers alone"
         )
-
-    saved = saved_arguments(resumed) if resumed else None
-    plan = resolve(args, num_dialogues=len(dialogues), saved=saved)
-    for note in plan.notes:
-        print(f"note: {note}")
-    set_up_torch(args)
-    train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))
-    state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
-    if resumed:
-        adopt_changes(with_values(args, vars(plan)), resumed, state, train_file_sha256)
-    kinds = {message.kind for dialogue in dialogues for message in dialogue.messages if message.kind}
-    earlier = read_checkpoint(args.init_from, trained_kinds) if args.init_from and not resumed else []
-    state.kinds = sorted(kinds.union(state.kinds, earlier))
-    torch.manual_seed(args.seed)
-    model, processor = build_model(args, plan, resumed)
-    session = build_session(args, plan, model, processor, dialogues, held_out, state, [*callbacks, *trackers])
-    announce(session)
-    if resumed:
-        restore(session, resumed)
-        put_later_aside(folder, resumed)
-    write_config(args, folder, resumed)
-
-    on_begin(session)
-
-    def work() -> int:
-        try_kernels(session)
-        return go(session, dialogues)
-
-    return in_events(session, resumed, work)
+    return dialogues, held_out
 
 
 def go(session: Session, dialogues: list[Dialogue]) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import yaml
 
 from qwhisper.checkpoint import folders as checkpoints
 from qwhisper.checkpoint.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
+from qwhisper.checkpoint.reading import read_checkpoint
+from qwhisper.data.dialogue import Dialogue
 from qwhisper.errors import CheckpointError, DiskError, UsageError
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.learning import Learning
-from qwhisper.train.plan import defaults_from_flags, with_values
+from qwhisper.train.plan import Plan, defaults_from_flags, with_values
 from qwhisper.train.resume import changed_arguments, output_dir_of
-from qwhisper.train.state import TrainState
+from qwhisper.train.state import TrainState, trained_kinds
 
 DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "train_on", "distill_weight"}
 
@@ -108,6 +111,18 @@ def put_later_aside(folder: Path, resumed: Path) -> None:
     """Renames the checkpoints after the one that is resumed, and says so."""
     for path in checkpoints.put_aside_later(folder, resumed):
         print(f"a checkpoint of a later step is put aside: {path}")
+
+
+def state_at_start(args: TrainArguments, plan: Plan, dialogues: Sequence[Dialogue], resumed: Path | None) -> TrainState:
+    """Step 0, or where the checkpoint that is resumed stands."""
+    train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))
+    state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
+    if resumed:
+        adopt_changes(with_values(args, vars(plan)), resumed, state, train_file_sha256)
+    kinds = {message.kind for dialogue in dialogues for message in dialogue.messages if message.kind}
+    earlier = read_checkpoint(args.init_from, trained_kinds) if args.init_from and not resumed else []
+    state.kinds = sorted(kinds.union(state.kinds, earlier))
+    return state
 
 
 def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_file_sha256: str) -> None:
