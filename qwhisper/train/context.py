@@ -12,7 +12,8 @@ from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.gradients import Groups
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.report.events import RunLog
-from qwhisper.report.terminal import StepLines
+from qwhisper.report.kinds import Event
+from qwhisper.report.terminal import StepLines, say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.hf import Hooks
 from qwhisper.train.probe import ListeningProbe
@@ -43,6 +44,12 @@ class Session:
 
     def fire(self, event: str, **values) -> None:
         self.hooks.fire(event, self.state.step, **values)
+
+    def report(self, event: Event) -> None:
+        """Writes the event into events.jsonl and prints its line, if its kind has one."""
+        self.log.event(event, step=self.state.step)
+        if line := event.line(self.state.step):
+            say(line, to_stderr=event.to_stderr)
 
     @property
     def frozen_groups(self) -> frozenset[str]:

@@ -1,12 +1,12 @@
 """A run's checkpoint: what is put into it, and a run brought back to where it was."""
 
-import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from qwhisper.checkpoint import folders as checkpoints
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.report.kinds import WeightsNotFinite
 from qwhisper.train.context import Session
 from qwhisper.train.monitor import collect_clamped
 from qwhisper.train.optimizer import parameter_names
@@ -42,8 +42,7 @@ def save_checkpoint(session: Session, processor: Qwen3AudioProcessor) -> Path:
         protected = {name for name in (folder.name, state.best_checkpoint) if name}
         checkpoints.rotate(session.log.folder, session.args.save_total_limit, protected)
     else:
-        session.log.event("weights_not_finite", step=state.step, checkpoint=folder.name)
-        print(f"{folder.name}: a trained weight is not finite; no older checkpoint will be deleted", file=sys.stderr)
+        session.report(WeightsNotFinite(checkpoint=folder.name))
     return folder
 
 
