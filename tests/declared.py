@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from qwhisper.report.kinds import KINDS, METRICS, is_written
 
 BY_NAME = {kind.kind: kind for kind in KINDS}
-METRIC_NAMES = [re.compile(name.replace("*", "(lora|projector|encoder|all)")) for name in METRICS]
+METRIC_NAMES = [re.compile(name.replace("*", "(lora|projector|encoder)")) for name in METRICS]
 
 
 def fits(value: Any, annotation: Any) -> bool:
