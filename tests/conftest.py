@@ -4,11 +4,14 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.declared import faults_in_runs
 
 # On some CPUs bitsandbytes tells, as it is imported, of a faster kernel that could be installed. A test process lets go
 # of it at its end only, after the summary that continuous integration looks for in the last line.
@@ -40,6 +43,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         pytest.xfail("as expected, in a process that sees no GPU")
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
     return True
+
+
+@pytest.fixture(autouse=True)
+def events_and_metrics_are_declared(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every run below a test's folder wrote only what qwhisper/report/kinds.py declares."""
+    yield
+    folder = request.node.funcargs.get("tmp_path") if isinstance(request.node, pytest.Function) else None
+    assert folder is None or faults_in_runs(folder) == []
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from qwhisper.cli import VERBS
 from qwhisper.guards.alarms import Alarm
 from qwhisper.model.loading import build_from_bases
 from qwhisper.parsing import parse, shipped_recipes
+from qwhisper.report.kinds import KINDS
 from tests.small import write_dialogues, write_small_bases
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,7 @@ PAGES = (
     *STABILITY,
     *LEARNING,
     "docs/audio.md",
+    "docs/events.md",
     "docs/silence.md",
     "docs/performance.md",
 )
@@ -97,6 +99,12 @@ def test_the_table_of_silences_is_the_one_of_the_results():
     assert between_marks(read("docs/silence.md"), "silence") == made, "run: python docs/make_silence_table.py"
 
 
+def test_the_tables_of_events_and_metrics_are_those_of_the_code():
+    made, page = importlib.import_module("make_event_tables"), read("docs/events.md")
+    for name, make in made.TABLES.items():
+        assert between_marks(page, name) == make(), "run: python docs/make_event_tables.py"
+
+
 @pytest.mark.parametrize("script", ["make_stability_tables", "make_learning_tables"])
 def test_the_tables_of_a_page_are_those_of_the_results(script):
     made = importlib.import_module(script)
@@ -123,10 +131,9 @@ def test_both_pages_have_the_same_sections_tables_links_and_example(pages):
 
 
 def events_and_alarms():
-    """Every kind that a run may write into events.jsonl, from the code; an alarm's own in the place of "alarm"."""
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "qwhisper/train").glob("*.py"))
+    """Every kind that a run may write into events.jsonl, as declared; an alarm's own in the place of "alarm"."""
     alarms = re.search(r"kind: one of ([\w, ]+)\.", Alarm.__doc__)[1].split(", ")
-    return {*re.findall(r'\.event\(\s*"(\w+)"', sources), *alarms} - {"alarm"}
+    return {*(kind.kind for kind in KINDS), *alarms} - {"alarm"}
 
 
 @pytest.mark.parametrize("name", STABILITY)

@@ -22,9 +22,6 @@ class WrongKernel:
     what: str
     replaced_by: str
 
-    def __str__(self) -> str:
-        return f"attention kernel {self.kernel}: {self.what}; {self.case}. Replaced by {self.replaced_by}"
-
 
 def check_kernels(model: Qwen3AudioForConditionalGeneration, longest: int) -> list[WrongKernel]:
     """Tries the kernels that this model's attention uses, on each of its devices, and replaces those that are wrong.

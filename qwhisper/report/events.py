@@ -1,6 +1,7 @@
 """The run folder's logs.
 
 metrics.jsonl has every step, events.jsonl the run's course and every act of a guard, quarantine.jsonl every bad sample.
+The kinds of event and the fields of metrics.jsonl are declared in kinds.py.
 """
 
 import json
@@ -11,7 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-COURSE = ("begin", "resumed", "end", "output_lost")  # kinds of event that tell of the run; no guard acted
+from qwhisper.report.kinds import KINDS, Event
+
+COURSE = frozenset(event.kind for event in KINDS if event.is_course)
 
 
 class RunLog:
@@ -51,10 +54,11 @@ class RunLog:
     def metric(self, **values: Any) -> None:
         self._append("metrics.jsonl", values)
 
-    def event(self, kind: str, *, step: int, **values: Any) -> None:
-        if kind not in COURSE:
-            self.kinds[kind] += 1
-        self._append("events.jsonl", {"time": round(time.time(), 3), "kind": kind, "step": step} | values)
+    def event(self, event: Event, *, step: int) -> None:
+        if not event.is_course:
+            self.kinds[event.kind] += 1
+        record = {"time": round(time.time(), 3), "kind": event.kind, "step": step} | event.written()
+        self._append("events.jsonl", record)
 
     def run_id(self) -> str | None:
         """The name that the run was given when it began; None where events.jsonl can't say."""

@@ -10,6 +10,11 @@ from transformers import logging as hf_logging
 EARLY_LINES = (1, 2, 5)  # steps after the start that get a line where no bar shows that the run is alive
 
 
+def say(text: str, *, to_stderr: bool = False) -> None:
+    """Prints a line of a run, above the progress bar where there is one."""
+    print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
 class StepLines:
     """The bar shows loss, supervised tokens, gradient norm and the time left; whatever is printed stands above it.
 
@@ -45,13 +50,10 @@ class StepLines:
             return
         self._last_line = step
         left = (self.total - step) * seconds
-        self.say(
+        say(
             f"step {step}/{self.total}  loss {loss:.4f}  tokens {tokens}  grad norm {grad_norm:.3f}  "
             f"lr {learning_rate:.2e}  {seconds:.2f} s/step  {format_seconds(left)} left"
         )
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
 
     def close(self) -> None:
         self._above_bar.close()

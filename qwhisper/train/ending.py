@@ -20,6 +20,7 @@ from qwhisper.errors import (
 )
 from qwhisper.guards.gradients import group_checksums
 from qwhisper.memory import is_out_of_memory
+from qwhisper.report.kinds import Begin, End, Resumed
 from qwhisper.train.hf import tracked_as
 from qwhisper.train.session import Session
 
@@ -33,29 +34,34 @@ def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -
     """
     state, log = session.state, session.log
     run_id = (log.run_id() if resumed else None) or uuid.uuid4().hex[:RUN_ID_LENGTH]
-    known = {
-        "run_id": run_id,
-        "qwhisper": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device_name(session.executor.device),
-        "total_steps": session.total_steps,
-        "samples_per_step": session.args.samples_per_step,
-        "dialogues": session.num_dialogues,
-        "held_out_samples": len(session.eval_samples),
-        "audio_model": session.plan.audio_model,
-        "text_model": session.plan.text_model,
-    }
-    if resumed:
-        log.event("resumed", step=state.step, checkpoint=str(resumed), **known)
-    else:
-        log.event("begin", step=state.step, **known)
+    begin = Begin(
+        run_id=run_id,
+        qwhisper=__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        device=device_name(session.executor.device),
+        total_steps=session.total_steps,
+        samples_per_step=session.args.samples_per_step,
+        dialogues=session.num_dialogues,
+        held_out_samples=len(session.eval_samples),
+        audio_model=session.plan.audio_model,
+        text_model=session.plan.text_model,
+    )
+    session.report(Resumed(checkpoint=str(resumed), **begin.written()) if resumed else begin)
 
     def end(code: int, reason: str) -> None:
-        counts = {"skipped_steps": state.skipped_steps, "supervised_tokens": state.supervised_tokens}
-        told = counts | {"rewinds": state.guards.rewinds, "quarantined": len(log.quarantined)}
-        log.event("end", step=state.step, exit_code=code, reason=reason, total_steps=session.total_steps, **told)
+        session.report(
+            End(
+                exit_code=code,
+                reason=reason,
+                total_steps=session.total_steps,
+                skipped_steps=state.skipped_steps,
+                supervised_tokens=state.supervised_tokens,
+                rewinds=state.guards.rewinds,
+                quarantined=len(log.quarantined),
+            )
+        )
 
     try:
         with tracked_as(run_id):

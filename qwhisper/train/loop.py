@@ -19,6 +19,17 @@ from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalErr
 from qwhisper.guards.decide import Decision, decide
 from qwhisper.guards.gradients import drop_gradients, group_checksums, scale_gradients
 from qwhisper.memory import is_out_of_memory
+from qwhisper.report.kinds import (
+    ActivationClampTurned,
+    GradientSpike,
+    LearningRateChanged,
+    NotEvaluated,
+    SampleChanged,
+    SaveFailed,
+    Skipped,
+    WorkerDied,
+)
+from qwhisper.report.terminal import say
 from qwhisper.train.monitor import log_clamped, log_step, log_window, readable, watch
 from qwhisper.train.recovery import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
 from qwhisper.train.session import Session, StepReport, save_checkpoint
@@ -47,7 +58,7 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
         session.state.skipped_steps += 1
         ids = [sample.id for sample in fetched.samples]
         norms = readable({"loss": statistics.loss, **statistics.gradients})
-        session.log.event("skipped", step=session.state.step, reason=skipped, statistics=norms, samples=ids)
+        session.report(Skipped(reason=skipped, statistics=norms, samples=ids))
     else:
         scale_gradients(decision, session.groups)
         session.fire("on_pre_optimizer_step")
@@ -131,7 +142,7 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
                 report = train_step(session, fetched)
             except Stopped:
                 put_back()
-                session.lines.say(f"step {state.step + 1}: given up for a signal; it is taken when the run is resumed")
+                say(f"step {state.step + 1}: given up for a signal; it is taken when the run is resumed")
                 break
             learning_rates = rates
             report.seconds = time.perf_counter() - begun
@@ -196,16 +207,13 @@ def evaluation_is_due(session: Session) -> bool:
 def quarantine(session: Session, fetched: StepSamples) -> None:
     """Names bad dialogues; ends the run when they are more than --max_bad_fraction of the data."""
     for death in fetched.deaths:
-        session.log.event("worker_died", step=session.state.step, **dataclasses.asdict(death))
-        session.lines.say(
-            f"step {session.state.step}: a process that reads data was lost ({death.how}); read again from there"
-        )
+        session.report(WorkerDied(how=death.how, samples=death.samples))
     for rejection in fetched.rejections:
         session.state.bad_samples += 1
         session.log.quarantine(**dataclasses.asdict(rejection), step=session.state.step)
     for sample in fetched.samples if session.state.epoch == 0 else []:
         if said := [*sample.events, *sample.notes]:  # a long dialogue cut at a turn, and the like
-            session.log.event("sample_changed", step=session.state.step, samples=[sample.id], what=said)
+            session.report(SampleChanged(samples=[sample.id], what=said))
     passes = 1 + session.state.epoch
     if (
         fetched.rejections
@@ -221,27 +229,24 @@ def quarantine(session: Session, fetched: StepSamples) -> None:
 
 def answer_spikes(session: Session, loss: float, decision: Decision, ids: list[str]) -> None:
     """Names spikes, which the clamp answers; --dynamic_lr answers peaks and the loss."""
-    step, guards = session.state.step, session.state.guards
+    guards = session.state.guards
     if decision.spikes:
         times = {name: round(times_average, 2) for name, times_average in decision.spikes.items()}
-        session.log.event("gradient_spike", step=step, times_average=times, samples=ids)
+        session.report(GradientSpike(times_average=times, samples=ids))
     if session.args.dynamic_lr and guards.rate.observe(loss, bool(decision.peaks or decision.skip)):
         session.set_learning_rates()
-        session.log.event("learning_rate", step=step, dynamic_factor=guards.rate.factor)
+        session.report(LearningRateChanged(dynamic_factor=guards.rate.factor))
     spiked = bool(decision.spikes or decision.skip)
     if session.clamp and session.plan.clamp_follows_spikes and (turned := guards.clamp.observe(spiked)):
         log_clamped(session, session.clamp)
         session.clamp.on = guards.clamp.on
-        told = {
-            "turned": turned,
-            "module": session.clamp.name,
-            "bound": session.clamp.bound,
-            "values": guards.clamp.clamped,
-        }
-        session.log.event("activation_clamp", step=step, **told)
-        after = f" after {guards.clamp.clamped} values" if turned == "off" else ""
-        session.lines.say(
-            f"step {step}: activation clamp {turned}{after} (±{session.clamp.bound:g} before {session.clamp.name})"
+        session.report(
+            ActivationClampTurned(
+                turned=turned,
+                module=session.clamp.name,
+                bound=session.clamp.bound,
+                values=guards.clamp.clamped,
+            )
         )
 
 
@@ -272,14 +277,13 @@ def held_out_loss(session: Session, signals: StopSignals) -> float | None:
         return signals.unless_stopped(lambda: session.executor.evaluate(session.eval_samples))
     except MemoryLimitError as error:
         session.state.evaluated = session.state.step
-        session.log.event("not_evaluated", step=session.state.step, error=str(error))
-        session.lines.say(f"step {session.state.step}: held-out loss not measured, training goes on: {error}")
+        session.report(NotEvaluated(error=str(error)))
         return None
 
 
 def report_held_out(session: Session, loss: float, remark: str) -> None:
     session.log.metric(step=session.state.step, **readable({"eval_loss": loss}))
-    session.lines.say(f"step {session.state.step}: held-out loss {loss:.4f}{remark}")
+    say(f"step {session.state.step}: held-out loss {loss:.4f}{remark}")
     session.fire("on_evaluate", metrics={"eval_loss": loss})
     session.fire("on_log", logs={"eval_loss": loss})
 
@@ -299,7 +303,6 @@ def try_to_save(session: Session, *, stopped: bool = False) -> bool:
     Weights that are not finite are not saved: the run rewinds first. Takes a snapshot as well, but not when stopping
     early: an uninterrupted run would not, and a later rewind must land on the same weights.
     """
-    step = session.state.step
     keep_sound(session, copy=not stopped)
     try:
         folder = save_checkpoint(session)
@@ -310,12 +313,9 @@ def try_to_save(session: Session, *, stopped: bool = False) -> bool:
         newest, _ = newest_valid(session.log.folder)
         kept = TrainState.load(newest) if newest else TrainState()
         session.state.best_loss, session.state.best_checkpoint = kept.best_loss, kept.best_checkpoint
-        session.log.event("save_failed", step=step, error=first_line(error), last_whole=newest and newest.name)
-        session.lines.say(
-            f"step {step}: not saved ({first_line(error)}); {last_whole(newest)}. Make room for it: the next save "
-            "tries again"
-        )
+        name = newest.name if newest else None
+        session.report(SaveFailed(error=first_line(error), last_whole=name, where=last_whole(newest)))
         return False
-    session.lines.say(f"step {step}: saved {folder}")
+    say(f"step {session.state.step}: saved {folder}")
     session.fire("on_save")
     return True

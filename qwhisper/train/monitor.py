@@ -11,6 +11,8 @@ from qwhisper.guards.alarms import StepFacts
 from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.gradients import frozen_parameters, group_checksums
 from qwhisper.guards.state import ALL
+from qwhisper.report.kinds import ActivationsClamped, AlarmRaised, EncoderOverflow
+from qwhisper.report.terminal import say
 from qwhisper.train.probe import Probed
 from qwhisper.train.session import Session, StepReport, collect_clamped
 from qwhisper.train.signals import StopSignals
@@ -31,7 +33,7 @@ def watch(
         state.learning.gain, state.learning.noise, state.learning.probed = found.gain, found.noise, state.step
         session.log.metric(step=state.step, **readable(as_facts(found)))
         session.fire("on_log", logs=as_facts(found))
-        session.lines.say(f"step {state.step}: {as_line(found)}")
+        say(f"step {state.step}: {as_line(found)}")
     if probe and state.step < probe.first_step:
         found = None  # too short to hear yet: no reason for an alarm
     facts = StepFacts(
@@ -50,8 +52,7 @@ def watch(
         **({} if found is None else as_facts(found)),
     )
     for alarm in state.alarms.observe(facts):
-        session.log.event("alarm", step=state.step, alarm=alarm.kind, about=alarm.about, message=alarm.message)
-        session.lines.say(f"warning: {alarm.message}")
+        session.report(AlarmRaised(alarm=alarm.kind, about=alarm.about, message=alarm.message))
 
 
 def as_facts(found: Probed) -> dict[str, Any]:
@@ -111,11 +112,6 @@ def log_step(session: Session, report: StepReport, learning_rates: dict[str, flo
         learning_rate=max(learning_rates.values()),
         seconds=report.seconds,
     )
-    if report.skipped:
-        session.lines.say(
-            f"step {session.state.step}: skipped, {report.skipped} (events.jsonl names the samples); weights are "
-            "untouched"
-        )
 
 
 def grad_norm_average(session: Session) -> dict[str, float]:
@@ -153,7 +149,7 @@ def log_window(session: Session, window: list[StepReport], learning_rate: float)
     if session.clamp and session.clamp.on:
         log_clamped(session, session.clamp)
     if overflow := session.executor.model.model.audio_tower.overflow.take_counts():
-        session.log.event("encoder_overflow", step=session.state.step, values=overflow)
+        session.report(EncoderOverflow(values=overflow))
     averages = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "supervised_tokens": tokens}
     peaks = {"gradient_peaks": sum(bool(report.peaks) for report in window)}
     by_group = {f"grad_norm_{name}": mean_norm(taken, name) for name in session.groups} if taken else {}
@@ -172,4 +168,4 @@ def log_clamped(session: Session, clamp: ActivationClamp) -> None:
     switch = session.state.guards.clamp
     if new := switch.clamped - switch.told:
         switch.told = switch.clamped
-        session.log.event("activations_clamped", step=session.state.step, values={clamp.name: new})
+        session.report(ActivationsClamped(values={clamp.name: new}))

@@ -13,6 +13,7 @@ from qwhisper.guards.decide import Decision, StepStatistics
 from qwhisper.guards.diagnose import Finding, bad_weight, diagnose
 from qwhisper.guards.gradients import drop_gradients, step_statistics
 from qwhisper.memory import is_out_of_memory
+from qwhisper.report.kinds import DroppedSamples, NoDiagnosis, NoSnapshot, NotRepeated, OutOfMemory, Rewind
 from qwhisper.train.session import Session
 
 
@@ -32,9 +33,7 @@ def run_samples(session: Session, samples: list[Sample], count: int) -> StepStat
         session.executor.loss_scale = scale.scale if session.executor.half_precision else 1.0
         loss, halvings = session.executor.forward_backward(samples, count) if samples else (torch.zeros(()), [])
         for halved in halvings:
-            session.log.event(
-                "out_of_memory", step=session.state.step, tokens=halved.tokens, max_tokens_per_pack=halved.now
-            )
+            session.report(OutOfMemory(tokens=halved.tokens, max_tokens_per_pack=halved.now))
         drop_gradients(
             {name: parameters for name, parameters in session.groups.items() if name in session.frozen_groups}
         )
@@ -124,7 +123,7 @@ def find_cause(session: Session, pack: list[Sample], count: int) -> Finding | No
     try:
         return diagnose(session.executor.model, batch, loss_scale=session.executor.loss_scale)
     except (RuntimeError, MemoryError) as error:
-        session.log.event("no_diagnosis", step=session.state.step, error=first_line(error))
+        session.report(NoDiagnosis(error=first_line(error)))
         return None
 
 
@@ -136,17 +135,20 @@ def report_dropped(
     finding: Finding | None,
 ) -> None:
     """One event with every sample concerned and where the numbers broke first."""
-    step = session.state.step
-    told = {"not_finite": failed.not_finite, "diagnosis": None if finding is None else finding.as_dict()}
+    diagnosis = None if finding is None else finding.as_dict()
     if not dropped:
-        session.log.event("not_repeated", step=step, samples=[sample.id for sample in kept], **told)
-        session.lines.say(f"step {step}: {' and '.join(failed.not_finite)} not finite, but not sample by sample; taken")
+        ids = [sample.id for sample in kept]
+        session.report(NotRepeated(samples=ids, not_finite=failed.not_finite, diagnosis=diagnosis))
         return
-    named = [{"id": sample.id, "source": sample.source, "not_finite": what} for sample, what in dropped]
-    session.log.event("dropped_samples", step=step, samples=named, kept=len(kept), **told)
-    names = ", ".join(sample.id for sample, _ in dropped[:3]) + (" …" if len(dropped) > 3 else "")
-    cause = finding or "not finite, of no cause that a second run would show"
-    session.lines.say(f"step {step}: dropped {len(dropped)} of {len(kept) + len(dropped)} samples ({names}): {cause}")
+    session.report(
+        DroppedSamples(
+            samples=[{"id": sample.id, "source": sample.source, "not_finite": what} for sample, what in dropped],
+            kept=len(kept),
+            not_finite=failed.not_finite,
+            diagnosis=diagnosis,
+            cause=str(finding or "not finite, of no cause that a second run would show"),
+        )
+    )
 
 
 def after_step(session: Session, statistics: StepStatistics, decision: Decision, samples: list[str]) -> None:
@@ -178,7 +180,7 @@ def take_snapshot(session: Session) -> bool:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        session.log.event("no_snapshot", step=session.state.step, error=first_line(error))
+        session.report(NoSnapshot(error=first_line(error)))
         return True
 
 
@@ -201,7 +203,13 @@ def go_back(session: Session, why: str, samples: Sequence[str]) -> None:
     session.state.alarms.forget_weights()
     to = session.snapshots.restore()
     session.set_learning_rates()
-    told = {"to_step": to, "why": why, "bad_steps": bad_steps, "lr_factor": guards.lr_factor, "samples": list(samples)}
-    session.log.event("rewind", step=step, **told, diagnosis=weight and weight.as_dict())
-    where = "there is no snapshot to go back to" if to is None else f"back to the weights of step {to}"
-    session.lines.say(f"step {step}: {why}; {where}, learning rate × {guards.lr_factor:g} from here on")
+    session.report(
+        Rewind(
+            to_step=to,
+            why=why,
+            bad_steps=bad_steps,
+            lr_factor=guards.lr_factor,
+            samples=list(samples),
+            diagnosis=weight.as_dict() if weight else None,
+        )
+    )

@@ -19,6 +19,7 @@ from qwhisper.engine.kernels import check_kernels
 from qwhisper.errors import MemoryLimitError, first_line
 from qwhisper.locks import run_lock
 from qwhisper.memory import is_out_of_memory
+from qwhisper.report.kinds import KernelReplaced, OutputLost
 from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.arguments import TrainArguments
@@ -46,7 +47,7 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
 
     def log_lost_output(lines: int) -> None:
         for session in begun:
-            session.log.event("output_lost", step=session.state.step, lines=lines)
+            session.report(OutputLost(lines=lines))
 
     with unfailing_output(on_lost=log_lost_output):
         return configure_and_go(args, callbacks, begun.append)
@@ -181,5 +182,4 @@ def try_kernels(session: Session) -> None:
     """Every attention kernel that this run uses, on this device, against fp32; a wrong one is named and replaced."""
     longest = session.args.max_length or session.executor.max_tokens_per_pack
     for wrong in check_kernels(session.executor.model, longest):
-        session.log.event("kernel_replaced", step=session.state.step, **dataclasses.asdict(wrong))
-        session.lines.say(str(wrong))
+        session.report(KernelReplaced(**dataclasses.asdict(wrong)))

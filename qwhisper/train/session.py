@@ -1,7 +1,6 @@
 """What one running training holds: built from arguments, model and data, saved as a checkpoint, restored from one."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ from qwhisper.guards.snapshot import Snapshots
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.report.events import RunLog
-from qwhisper.report.terminal import StepLines
+from qwhisper.report.kinds import Event, WeightsNotFinite
+from qwhisper.report.terminal import StepLines, say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.hf import Hooks, hf_arguments
 from qwhisper.train.optimizer import guarded_factor, make_optimizer, parameter_groups, parameter_names
@@ -71,6 +71,12 @@ class Session:
 
     def fire(self, event: str, **values) -> None:
         self.hooks.fire(event, self.state.step, **values)
+
+    def report(self, event: Event) -> None:
+        """Writes the event into events.jsonl and prints its line, if its kind has one."""
+        self.log.event(event, step=self.state.step)
+        if line := event.line(self.state.step):
+            say(line, to_stderr=event.to_stderr)
 
     @property
     def frozen_groups(self) -> frozenset[str]:
@@ -274,8 +280,7 @@ def save_checkpoint(session: Session) -> Path:
         protected = {name for name in (folder.name, state.best_checkpoint) if name}
         checkpoints.rotate(session.log.folder, session.args.save_total_limit, protected)
     else:
-        session.log.event("weights_not_finite", step=state.step, checkpoint=folder.name)
-        print(f"{folder.name}: a trained weight is not finite; no older checkpoint will be deleted", file=sys.stderr)
+        session.report(WeightsNotFinite(checkpoint=folder.name))
     return folder
 
 

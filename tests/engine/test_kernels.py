@@ -1,3 +1,4 @@
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from qwhisper.engine.kernels import attentions, check_kernels, kernels_in_use
 from qwhisper.engine.preflight import Attention, first_fault, trials
 from qwhisper.errors import NumericalError
 from qwhisper.model import attention as ladders
+from qwhisper.report.kinds import KernelReplaced
 from tests.model.parts import SLIDING_WINDOW, make_sample, small_model
 from tests.wrong_kernels import (
     packed_that_leaks,
@@ -96,7 +98,8 @@ def test_a_wrong_kernel_is_named_and_replaced(name, wrong, replaced_by, words, m
     assert (found.kernel, found.replaced_by) == (name, replaced_by) and words in found.what
     if wrong in (packed_with_nan_gradient, padded_with_nan_gradient):
         assert "language model" in found.case and "log-sum-exp under -100" in found.case
-    assert str(found).startswith(f"attention kernel {name}: ") and str(found).endswith(f"Replaced by {replaced_by}")
+    line = KernelReplaced(**dataclasses.asdict(found)).line(0)
+    assert line.startswith(f"attention kernel {name}: ") and line.endswith(f"Replaced by {replaced_by}")
 
     calls.clear()
     samples = [make_sample(model, [30]), make_sample(model, [9, 4], [2000], seed=1)]

@@ -4,7 +4,7 @@ import io
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-from qwhisper.report.terminal import StepLines
+from qwhisper.report.terminal import StepLines, say
 
 STEP = {"loss": 2.0, "tokens": 7, "grad_norm": 1.0, "learning_rate": 1e-3, "seconds": 3.0}
 
@@ -41,7 +41,7 @@ def test_whoever_prints_the_bar_stands_below_it():
         lines = StepLines(total_steps=3, first_step=0)
         print("a note")
         lines.step(**STEP)
-        lines.say("a line of ours")
+        say("a line of ours")
         print("a callback's", "line")
         print("a warning", file=sys.stderr)
         lines.step(**STEP)

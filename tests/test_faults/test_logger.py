@@ -16,6 +16,7 @@ from qwhisper.checkpoint.folders import newest_valid
 from qwhisper.errors import UsageError
 from qwhisper.report import events, streams
 from qwhisper.report.events import RunLog, read_jsonl
+from qwhisper.report.kinds import OutputLost
 from qwhisper.report.streams import Unfailing
 from qwhisper.train import hf as hooks
 from qwhisper.train.run import main
@@ -221,13 +222,13 @@ def test_a_signal_while_a_reader_has_stopped(arguments):
     without=lambda monkeypatch: monkeypatch.setattr(events, "ends_in_half_a_line", lambda path: False),
 )
 def test_half_a_line(tmp_path):
-    RunLog(tmp_path).event("first", step=1)
+    RunLog(tmp_path).event(OutputLost(lines=1), step=1)
     whole = (tmp_path / "events.jsonl").read_text()
     (tmp_path / "events.jsonl").write_text(whole + whole[: len(whole) // 2])
     log = RunLog(tmp_path)
-    for kind in ("second", "third"):
-        log.event(kind, step=2)
-    assert [record["kind"] for record in read_jsonl(tmp_path / "events.jsonl")] == ["first", "second", "third"]
+    for lines in (2, 3):
+        log.event(OutputLost(lines=lines), step=2)
+    assert [record["lines"] for record in read_jsonl(tmp_path / "events.jsonl")] == [1, 2, 3]
 
 
 def test_a_log_that_is_written_again_after_a_full_disk_goes_on_with_whole_lines(tmp_path):

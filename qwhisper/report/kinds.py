@@ -1,0 +1,360 @@
+"""Every kind of event of a run, with its fields and the line that it prints, and the fields of metrics.jsonl.
+
+A record of events.jsonl has `time` (seconds since 1970), `kind`, `step` (optimizer steps taken so far), then the fields
+of its kind in the order in which they stand here. docs/events.md shows them (docs/make_event_tables.py).
+"""
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+LINE_ONLY = "printed, not written"  # marks a field that the terminal's line needs and the file does not have
+
+Samples = Annotated[list[str], "ids of the samples of the step"]
+NotFinite = Annotated[list[str], "what was not finite: the loss, or the gradient or weights of a group"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What all kinds share.
+
+    kind: the name in the file. is_course: it tells how the run went on; no guard acted. to_stderr: where its line goes.
+    """
+
+    kind: ClassVar[str]
+    is_course: ClassVar[bool] = False
+    to_stderr: ClassVar[bool] = False
+
+    def written(self) -> dict[str, Any]:
+        """The fields that are written, in order."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if is_written(field.type)}
+
+    def line(self, step: int) -> str | None:
+        """What the terminal shows; None: nothing. step: as in the record."""
+        return None
+
+
+def is_written(annotation: Any) -> bool:
+    return LINE_ONLY not in get_args(annotation)[1:]
+
+
+# The course of a run.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin(Event):
+    """A run begins."""
+
+    kind = "begin"
+    is_course = True
+    run_id: Annotated[str, "the run's id in trackers; a resume keeps it"]
+    qwhisper: Annotated[str, "version"]
+    python: Annotated[str, "version"]
+    torch: Annotated[str, "version"]
+    transformers: Annotated[str, "version"]
+    device: Annotated[str, "name of the accelerator, or `cpu`"]
+    total_steps: Annotated[int, "optimizer steps of the whole run"]
+    samples_per_step: Annotated[int, "samples in one optimizer step"]
+    dialogues: Annotated[int, "dialogues to train on"]
+    held_out_samples: Annotated[int, "samples of `--eval_file`"]
+    audio_model: Annotated[str | None, "`--audio_model`; null: as in `--init_from`"]
+    text_model: Annotated[str | None, "`--text_model`; null: as in `--init_from`"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Begin):
+    """A run goes on from a checkpoint. The other fields are those of `begin`."""
+
+    kind = "resumed"
+    checkpoint: Annotated[str, "path of the checkpoint"]
+
+    def written(self) -> dict[str, Any]:
+        return {"checkpoint": self.checkpoint} | super().written()
+
+
+@dataclass(frozen=True, kw_only=True)
+class End(Event):
+    """A run ends, for whatever reason but a kill."""
+
+    kind = "end"
+    is_course = True
+    exit_code: Annotated[int, "exit code of the command"]
+    reason: Annotated[str, "`done`, the signal, the callback that stopped it, or the error"]
+    total_steps: Annotated[int, "optimizer steps of the whole run"]
+    skipped_steps: Annotated[int, "steps that the optimizer did not take"]
+    supervised_tokens: Annotated[int, "tokens trained on"]
+    rewinds: Annotated[int, "how often the run went back to a snapshot"]
+    quarantined: Annotated[int, "dialogues that could not be used"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputLost(Event):
+    """The reader of the output stopped, and its oldest lines were dropped so that no step waits."""
+
+    kind = "output_lost"
+    is_course = True
+    lines: Annotated[int, "number of lines dropped"]
+
+
+# Numbers that are not finite.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DroppedSamples(Event):
+    """Samples whose loss or gradient is not finite were left out of the step."""
+
+    kind = "dropped_samples"
+    samples: Annotated[list[dict[str, str]], "`id`, `source` and `not_finite` (what was not) of each sample left out"]
+    kept: Annotated[int, "number of samples left in the step"]
+    not_finite: NotFinite
+    diagnosis: Annotated[dict[str, Any] | None, "`where` a number broke first, `when`, `message`, and its `inputs`"]
+    cause: Annotated[str, "the diagnosis in words", LINE_ONLY]
+
+    def line(self, step: int) -> str:
+        names = ", ".join(sample["id"] for sample in self.samples[:3]) + (" …" if len(self.samples) > 3 else "")
+        total = self.kept + len(self.samples)
+        return f"step {step}: dropped {len(self.samples)} of {total} samples ({names}): {self.cause}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotRepeated(Event):
+    """A step was not finite, but was when it ran again sample by sample; it was taken."""
+
+    kind = "not_repeated"
+    samples: Samples
+    not_finite: NotFinite
+    diagnosis: Annotated[dict[str, Any] | None, "as in `dropped_samples`"]
+
+    def line(self, step: int) -> str:
+        return f"step {step}: {' and '.join(self.not_finite)} not finite, but not sample by sample; taken"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoDiagnosis(Event):
+    """The search for the cause of a number that is not finite failed."""
+
+    kind = "no_diagnosis"
+    error: Annotated[str, "why it failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped(Event):
+    """The optimizer did not take the step. Weights and moments are as they were; learning rate and data go on."""
+
+    kind = "skipped"
+    reason: Annotated[str, "what was wrong with the step"]
+    statistics: Annotated[
+        dict[str, float | str], "loss (nats a token) and each group's gradient norm; `nan`, `inf`, `-inf` are strings"
+    ]
+    samples: Samples
+
+    def line(self, step: int) -> str:
+        return f"step {step + 1}: skipped, {self.reason} (events.jsonl names the samples); weights are untouched"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewind(Event):
+    """Weights and moments went back to a snapshot, at half the learning rate; the data goes on."""
+
+    kind = "rewind"
+    to_step: Annotated[int | None, "step of the snapshot; null: there is none"]
+    why: Annotated[str, "the bad steps, or that a weight is not finite"]
+    bad_steps: Annotated[int, "bad steps in a row"]
+    lr_factor: Annotated[float, "factor on the learning rate from here on"]
+    samples: Samples
+    diagnosis: Annotated[dict[str, Any] | None, "the first weight that is not finite, as in `dropped_samples`"]
+
+    def line(self, step: int) -> str:
+        to = self.to_step
+        where = "there is no snapshot to go back to" if to is None else f"back to the weights of step {to}"
+        return f"step {step}: {self.why}; {where}, learning rate × {self.lr_factor:g} from here on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSnapshot(Event):
+    """No snapshot of this step was taken: the host has no memory for it."""
+
+    kind = "no_snapshot"
+    error: Annotated[str, "what did not fit"]
+
+
+# Gradients, activations and the learning rate.
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSpike(Event):
+    """A gradient norm that a sound run does not have."""
+
+    kind = "gradient_spike"
+    times_average: Annotated[dict[str, float], "by group: its norm / its running average"]
+    samples: Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateChanged(Event):
+    """`--dynamic_lr` changed the learning rate."""
+
+    kind = "learning_rate"
+    dynamic_factor: Annotated[float, "factor on the learning rate from here on"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationClampTurned(Event):
+    """`--activation_clamp auto` went on or off."""
+
+    kind = "activation_clamp"
+    turned: Annotated[Literal["on", "off"], "what it is from here on"]
+    module: Annotated[str, "the module before which activations are clamped"]
+    bound: Annotated[float, "largest absolute value of an activation"]
+    values: Annotated[int, "activations clamped while it was on"]
+
+    def line(self, step: int) -> str:
+        after = f" after {self.values} values" if self.turned == "off" else ""
+        return f"step {step}: activation clamp {self.turned}{after} (±{self.bound:g} before {self.module})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationsClamped(Event):
+    """The clamp brought activations down to its bound since the last event of this kind."""
+
+    kind = "activations_clamped"
+    values: Annotated[dict[str, int], "by module: activations clamped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOverflow(Event):
+    """Values beyond half of fp16's range in the audio encoder were brought down to it."""
+
+    kind = "encoder_overflow"
+    values: Annotated[dict[str, int], "by module: values brought down"]
+
+
+# The machine: memory, disk, processes, kernels.
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfMemory(Event):
+    """A pack did not fit into memory. Packs are halved from here on, and the step ran again."""
+
+    kind = "out_of_memory"
+    tokens: Annotated[int, "tokens of the pack that did not fit"]
+    max_tokens_per_pack: Annotated[int, "tokens of a pack from here on"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotEvaluated(Event):
+    """The held-out loss was not measured: memory did not suffice."""
+
+    kind = "not_evaluated"
+    error: Annotated[str, "what did not fit"]
+
+    def line(self, step: int) -> str:
+        return f"step {step}: held-out loss not measured, training goes on: {self.error}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveFailed(Event):
+    """A checkpoint could not be written; the older ones are as they were, and the run goes on."""
+
+    kind = "save_failed"
+    error: Annotated[str, "why it could not be written"]
+    last_whole: Annotated[str | None, "name of the newest whole checkpoint; null: there is none"]
+    where: Annotated[str, "where the newest whole checkpoint is, in words", LINE_ONLY]
+
+    def line(self, step: int) -> str:
+        return f"step {step}: not saved ({self.error}); {self.where}. Make room for it: the next save tries again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsNotFinite(Event):
+    """A checkpoint holds a weight that is not finite. It is kept, and no older one is deleted."""
+
+    kind = "weights_not_finite"
+    to_stderr = True
+    checkpoint: Annotated[str, "name of the checkpoint"]
+
+    def line(self, step: int) -> str:
+        return f"{self.checkpoint}: a trained weight is not finite; no older checkpoint will be deleted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerDied(Event):
+    """A process that reads data died or hung; reading went on from there."""
+
+    kind = "worker_died"
+    how: Annotated[str, "the signal, exit code or time without an answer that ended it"]
+    samples: Annotated[list[str], "ids of the samples that it died of"]
+
+    def line(self, step: int) -> str:
+        return f"step {step}: a process that reads data was lost ({self.how}); read again from there"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelReplaced(Event):
+    """An attention kernel gave wrong numbers on this machine when the run began, and is not used."""
+
+    kind = "kernel_replaced"
+    kernel: Annotated[str, "the wrong kernel"]
+    case: Annotated[str, "attention, batch and scores with which it was wrong"]
+    what: Annotated[str, "which tensor was wrong, and by how much"]
+    replaced_by: Annotated[str, "the kernel that is used now"]
+
+    def line(self, step: int) -> str:
+        return f"attention kernel {self.kernel}: {self.what}; {self.case}. Replaced by {self.replaced_by}"
+
+
+# Data and learning.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleChanged(Event):
+    """Part of a dialogue was left out, or its audio is unusual; written in the first pass over the data."""
+
+    kind = "sample_changed"
+    samples: Annotated[list[str], "id of the sample"]
+    what: Annotated[list[str], "what was left out, and notes on its audio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlarmRaised(Event):
+    """A failure that leaves no NaN behind. Nothing was changed."""
+
+    kind = "alarm"
+    alarm: Annotated[str, "kind of the alarm, such as `loss_zero` or `not_listening`"]
+    about: Annotated[str, "the group of weights concerned, or empty"]
+    message: Annotated[str, "what was found, where, and what to do next"]
+
+    def line(self, step: int) -> str:
+        return f"warning: {self.message}"
+
+
+KINDS: tuple[type[Event], ...] = (
+    Begin, Resumed, End, OutputLost,
+    DroppedSamples, NotRepeated, NoDiagnosis, Skipped, Rewind, NoSnapshot,
+    GradientSpike, LearningRateChanged, ActivationClampTurned, ActivationsClamped, EncoderOverflow,
+    OutOfMemory, NotEvaluated, SaveFailed, WeightsNotFinite, WorkerDied, KernelReplaced,
+    SampleChanged, AlarmRaised,
+)  # fmt: skip
+
+# By field of metrics.jsonl, what it is. A record has those that were measured; a number that is not finite is a string
+# ("nan", "inf" or "-inf"). * is a group of weights: lora, projector, encoder.
+METRICS = {
+    "step": "optimizer steps taken",
+    "loss": "of the step's samples, nats a supervised token",
+    "divergence": "from the teacher (`--distill_weight`), nats a taught token",
+    "grad_norm": "of all gradients together, before clipping",
+    "grad_norm_*": "of one group's gradients, before clipping",
+    "grad_norm_mean": "running mean of `grad_norm`",
+    "grad_norm_variance": "running variance of `grad_norm`",
+    "peak_*": "norm / running average of a group whose norm is above its adaptive bound",
+    "valid_label_count": "supervised tokens of the step",
+    "learning_rate_*": "learning rate of one group",
+    "peak_memory_gib": "largest allocation on the GPU since the start, GiB",
+    "seconds": "wall-clock time of the step, waiting for data included",
+    "eval_loss": "held-out loss, nats a supervised token",
+    "listening_gain": "loss with swapped audio minus loss with the true audio, nats a supervised token",
+    "listening_noise": "standard error of `listening_gain`",
+    "text_shift": "how far the answers to text have moved from the base model's, nats a token",
+    "retention": "share of questions of kinds never trained on that are answered right by ear",
+    "retention_questions": "number of those questions",
+    "hearing": "share of questions of trained kinds that are answered right by ear",
+}
