@@ -24,9 +24,9 @@ from common import append_result
 from real_shapes import SIZES, make_bases, make_data
 
 from qwhisper.checksums import checksums
-from qwhisper.data.collator import Sample
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
+from qwhisper.data.rows import Sample
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.guards.alarms import WEIGHTS_EVERY
 from qwhisper.guards.decide import decide

@@ -29,9 +29,9 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(ROOT))
-from qwhisper.data.collator import pad_samples
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.packing import pad_samples
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.assemble import build, collator_for
 from tests.small import write_dialogues, write_small_bases

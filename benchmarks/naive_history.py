@@ -30,9 +30,11 @@ from nan_kernel import cudnn_attention
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue, parse_dialogue
 from qwhisper.data.loader import StepSamples
+from qwhisper.data.packing import pad_samples
+from qwhisper.data.rows import Sample
 from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.engine.executor import HOST_KEYS, Executor
 from qwhisper.errors import QwhisperError

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from qwhisper.data.collator import Sample, pad_samples
 from qwhisper.data.dialogue import Dialogue, parse_dialogue
 from qwhisper.data.loader import StepSamples
+from qwhisper.data.packing import pad_samples
+from qwhisper.data.rows import Sample
 from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.engine.preflight import Attention, Layout, make_inputs, reference

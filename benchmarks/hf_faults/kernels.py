@@ -7,9 +7,10 @@ import torch
 from transformers import AttentionInterface, Trainer
 
 from hf_faults.observe import Bench, Verdict, judge
-from qwhisper.data.collator import ConversationCollator, pack_samples
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.packing import pack_samples
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model import attention
 from tests import wrong_kernels

@@ -6,25 +6,14 @@ from dataclasses import replace
 import numpy as np
 
 from qwhisper.data.dialogue import Dialogue, as_messages, in_words, parse_own
-from qwhisper.data.encode import (
-    IGNORE,
-    TRAIN_ON,
-    NoLabelsError,
-    PartEncoder,
-    Row,
-    Sample,
-    cut_row,
-    fit_last_exchange,
-    join_parts,
-)
+from qwhisper.data.encode import TRAIN_ON, NoLabelsError, PartEncoder
 from qwhisper.data.messages import Message
 from qwhisper.data.packing import Batch, pack_samples, pad_samples
+from qwhisper.data.rows import IGNORE, Row, Sample, cut_row, fit_last_exchange, join_parts
 from qwhisper.data.template import listening_template, supports_reasoning, template_fault
 from qwhisper.data.text_tokens import encode_text
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.frames import FrameArithmetic
-
-__all__ = ["ConversationCollator", "NoLabelsError", "Sample", "pack_samples", "pad_samples"]
 
 
 class ConversationCollator:

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from qwhisper.data.collator import ConversationCollator, Sample
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue
+from qwhisper.data.rows import Sample
 from qwhisper.data.sampler import GlobalBatches
 from qwhisper.errors import DataError
 

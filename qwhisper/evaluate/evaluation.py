@@ -14,9 +14,10 @@ import numpy as np
 
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data import leakage
-from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue, read_dialogues, scan_dialogues, unused_notes
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.encode import NoLabelsError
+from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
 from qwhisper.evaluate.forgetting import NO_KIND, retention, text_answers, text_shift

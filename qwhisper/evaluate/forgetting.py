@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from qwhisper.data.collator import ConversationCollator, Sample
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue, Message, in_words
-from qwhisper.data.encode import IGNORE
 from qwhisper.data.instructions import instruction_pool
+from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import Turn, answer_row, turns_of

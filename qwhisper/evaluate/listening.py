@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qwhisper.data.collator import ConversationCollator, Sample
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.evaluate.metrics import normalise
 
 

@@ -22,12 +22,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qwhisper.checkpoint.folders import write_whole
-from qwhisper.data.collator import ConversationCollator, Sample
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue, in_words, scan_dialogues, to_record, unused_notes
 from qwhisper.data.faults import grouped
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
 from qwhisper.data.messages import THINK_MARKS, Message
 from qwhisper.data.records import MAX_LINE_BYTES
+from qwhisper.data.rows import Sample
 from qwhisper.data.tools import CALL_MARKS
 from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic

@@ -12,7 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qwhisper.checkpoint.reading import read_checkpoint
-from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
+from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.packing import pad_samples
+from qwhisper.data.rows import Sample
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import MemoryLimitError
 from qwhisper.memory import is_out_of_memory

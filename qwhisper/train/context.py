@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.data.collator import Sample
+from qwhisper.data.rows import Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.gradients import Groups

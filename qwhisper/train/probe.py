@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwhisper.data.collator import ConversationCollator, Sample
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue
+from qwhisper.data.rows import Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError, MemoryLimitError
 from qwhisper.evaluate.forgetting import (

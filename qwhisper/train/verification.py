@@ -19,8 +19,9 @@ from torch import nn
 
 from qwhisper.checkpoint.folders import MANIFEST, check_manifest, checkpoints
 from qwhisper.checkpoint.reading import read_checkpoint
-from qwhisper.data.collator import ConversationCollator, Sample
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
+from qwhisper.data.rows import Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.files import files_of

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qwhisper.data.audio import load_audio
-from qwhisper.data.collator import ConversationCollator, NoLabelsError
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, parse_dialogue
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.encode import NoLabelsError
+from qwhisper.data.rows import IGNORE
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.data.text_tokens import encode_text
 from qwhisper.errors import BadClipError, DataError, UsageError

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from qwhisper.data.collator import ConversationCollator, NoLabelsError
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import AudioClip, parse_dialogue, to_record
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.encode import NoLabelsError
+from qwhisper.data.rows import IGNORE
 from qwhisper.errors import DataError
 from tests.data.conftest import CHATML, TEMPLATES, byte_tokenizer
 

@@ -5,8 +5,8 @@ import pytest
 import soundfile
 import torch
 
-from qwhisper.data.collator import Sample
 from qwhisper.data.dialogue import AudioClip, Message
+from qwhisper.data.rows import Sample
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import MemoryLimitError, UsageError
 from qwhisper.infer.generate import (

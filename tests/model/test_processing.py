@@ -8,8 +8,9 @@ import torch
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from qwhisper.data.audio import load_audio
-from qwhisper.data.collator import ConversationCollator, pad_samples
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import AudioClip, Message, parse_dialogue
+from qwhisper.data.packing import pad_samples
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token

@@ -13,8 +13,8 @@ import soundfile
 import torch
 
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
-from qwhisper.data.encode import IGNORE
 from qwhisper.data.loader import StepSamples
+from qwhisper.data.rows import IGNORE
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.infer.generate import collator_of
 from qwhisper.train.loop import train_step

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.rows import IGNORE
 from qwhisper.evaluate.forgetting import (
     MAX_QUESTIONS,
     MIN_QUESTIONS,
