@@ -39,7 +39,7 @@ from qwhisper.guards.gradients import (
 )
 from qwhisper.guards.state import SNAPSHOT_STEPS
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.assemble import assemble_run, build, collator_for
+from qwhisper.train.assemble import assemble_run, build, encoder_for
 from qwhisper.train.context import Session
 from qwhisper.train.loop import train_step
 from qwhisper.train.monitor import watch
@@ -172,7 +172,7 @@ def assemble(args: argparse.Namespace) -> tuple[Session, list[list[Sample]]]:
     run = assemble_run(settings, model, processor, conversations, [], TrainState(), [])
     model.train()
     samples, _ = encode_all(
-        EncodedDialogues(conversations[: args.batch * args.rows], collator_for(settings, processor, model))
+        EncodedDialogues(conversations[: args.batch * args.rows], encoder_for(settings, processor, model))
     )
     return run, [samples[start : start + args.batch] for start in range(0, len(samples), args.batch)]
 

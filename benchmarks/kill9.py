@@ -33,7 +33,7 @@ from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.data.packing import pad_samples
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.assemble import build, collator_for
+from qwhisper.train.assemble import build, encoder_for
 from tests.small import write_dialogues, write_small_bases
 from tests.test_faults.lives import Kill, Life, Lives, Qwhisper, Save, random_kills
 
@@ -72,7 +72,7 @@ class PlainTrainer:
         model, processor = build(args, None)
         self.model = Plain(model)
         self.pad = processor.tokenizer.pad_token_id
-        dialogues = EncodedDialogues(read_dialogues(args.train_file), collator_for(args, processor, model))
+        dialogues = EncodedDialogues(read_dialogues(args.train_file), encoder_for(args, processor, model))
         self.samples, _ = encode_all(dialogues)
 
     def train(self, folder: Path, around_save: Callable[[Save], object]) -> None:

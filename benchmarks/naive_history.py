@@ -88,9 +88,9 @@ class Setting:
 
     def batch(self, samples: Sequence[Sample]) -> dict:
         """Padded on the right to a multiple of --pad_to_multiple_of tokens, on the models' device."""
-        batch = pad_samples(samples, self.collator.pad_token_id)
+        batch = pad_samples(samples, self.collator.encoder.pad_token_id)
         missing = -batch["input_ids"].shape[1] % self.args.pad_to_multiple_of
-        fill = {"input_ids": self.collator.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+        fill = {"input_ids": self.collator.encoder.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
         batch |= {name: nn.functional.pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
         device = next(iter(self.bases.values()))[0].lm_head.weight.device
         return {name: x if name in HOST_KEYS else x.to(device) for name, x in batch.items()}
@@ -121,9 +121,11 @@ def prepare(args: argparse.Namespace) -> Setting:
     *heard, unheard = [files[speaker] for speaker in sorted(files)]
     taught = dialogues(heard, args.steps * args.batch, generator, args.data)
     held_out = dialogues([unheard], 64 * args.probes, generator, args.data)
-    samples = [collator.encode(conversation) for conversation in taught]
+    samples = [collator.encoder.encode(dialogue) for dialogue in taught]
     rows = [samples[i : i + args.batch] for i in range(0, len(samples), args.batch)]
-    pairs = [pair for i in range(args.probes) for pair in choose_pairs(held_out[i :: args.probes], collator, seed=0)]
+    pairs = [
+        pair for i in range(args.probes) for pair in choose_pairs(held_out[i :: args.probes], collator.encoder, seed=0)
+    ]
     return Setting(args, taught, rows, pairs, collator, bases)
 
 
@@ -313,7 +315,7 @@ def listening(setting: Setting, model: nn.Module) -> dict:
     """Held-out loss with the true audio, and what swapped audio adds to it, of a speaker that was not trained on."""
     if non_finite_weights(model):
         return {}
-    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=setting.collator.pad_token_id)
+    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=setting.collator.encoder.pad_token_id)
     pairs = setting.pairs
     losses = executor.sample_losses([pair.true for pair in pairs] + [pair.swapped for pair in pairs])
     tokens = [pair.true.num_supervised for pair in pairs]

@@ -34,12 +34,12 @@ from qwhisper.engine.kernels import check_kernels
 from qwhisper.engine.preflight import Attention, Layout, make_inputs, reference
 from qwhisper.errors import NumericalError
 from qwhisper.guards.diagnose import diagnose
-from qwhisper.infer.answer import text_collator
+from qwhisper.infer.answer import encoder_for_text
 from qwhisper.model.attention import PACKED_KERNELS, restore_kernels
 from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.assemble import assemble_run, build, collator_for
+from qwhisper.train.assemble import assemble_run, build, encoder_for
 from qwhisper.train.loop import train
 from qwhisper.train.state import TrainState
 
@@ -246,8 +246,8 @@ class Heard:
         state = TrainState()
         run = assemble_run(told, model, processor, self.conversations, [], state, [])
         run.executor.packing = packing
-        collator = collator_for(told, processor, model)
-        rows = batches([collator.encode(c) for c in self.conversations], batch, self.args.padded_to)
+        encoder = encoder_for(told, processor, model)
+        rows = batches([encoder.encode(c) for c in self.conversations], batch, self.args.padded_to)
         gradients = NonFiniteGradients(model, lambda: state.step)
         try:
             train(run, iter([StepSamples(samples, [], 0, (i + 1) * batch) for i, samples in enumerate(rows)]))
@@ -273,7 +273,7 @@ class Heard:
 def real_runs(args: argparse.Namespace) -> None:
     generator = random.Random(0)
     pairs = dialogues(recordings(args.data), args.steps * args.batch, generator)
-    reader = text_collator(str(args.text_model))
+    reader = encoder_for_text(str(args.text_model))
     rows = batches([reader.encode(read) for read, _ in pairs], args.batch, args.padded_to)
     heard = [parse_dialogue(record, record["id"], args.data.resolve()) for _, record in pairs]
     train_file = write_jsonl(args.output_dir / "heard.jsonl", [record for _, record in pairs])

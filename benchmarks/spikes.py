@@ -28,7 +28,7 @@ from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, step_samples
 from qwhisper.guards.gradients import drop_gradients, gradients
 from qwhisper.guards.snapshot import Snapshots
-from qwhisper.train.assemble import assemble_run, build, collator_for
+from qwhisper.train.assemble import assemble_run, build, encoder_for
 from qwhisper.train.context import Session
 from qwhisper.train.loop import train_step
 from qwhisper.train.recovery import num_supervised
@@ -119,7 +119,7 @@ def begin(args: argparse.Namespace, seed: int) -> tuple[Session, Iterator[StepSa
     conversations = read_dialogues(told.train_file, data_root="/")
     run = assemble_run(told, model, processor, conversations, [], TrainState(), [])
     model.train()
-    dialogues = EncodedDialogues(conversations, collator_for(told, processor, model))
+    dialogues = EncodedDialogues(conversations, encoder_for(told, processor, model))
     size = told.samples_per_step
     return run, step_samples(dialogues, samples_per_step=size, seed=seed, epoch=0, offset=0, num_workers=0)
 

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.rows import Sample
 from qwhisper.data.sampler import GlobalBatches
 from qwhisper.errors import DataError
@@ -179,9 +179,9 @@ class Rejection:
 class EncodedDialogues:
     """Item i: the rows of dialogue i, or its rejection."""
 
-    def __init__(self, dialogues: Sequence[Dialogue], collator: ConversationCollator):
+    def __init__(self, dialogues: Sequence[Dialogue], encoder: DialogueEncoder):
         self.dialogues = dialogues
-        self.collator = collator
+        self.encoder = encoder
         self.killers: dict[int, Rejection] = {}
 
     def __len__(self) -> int:
@@ -190,7 +190,7 @@ class EncodedDialogues:
     def __getitem__(self, index: int) -> list[Sample] | Rejection:
         dialogue = self.dialogues[index]
         try:
-            return self.collator.encode_rows(dialogue)
+            return self.encoder.encode_rows(dialogue)
         except DataError as error:
             return Rejection(dialogue.id, dialogue.source, str(error))
 

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 from qwhisper.checkpoint.places import BASES, absolute
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.checksums import checksums
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.loader import EncodedDialogues, encode_all, how_it_dies
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
@@ -124,18 +124,17 @@ def has_dropout(model: Qwen3AudioForConditionalGeneration) -> bool:
     return any(value for name, value in values.items() if ("dropout" in name or "pdrop" in name) and value is not None)
 
 
-def collator_for(
+def encoder_for(
     args: TrainArguments, processor: Qwen3AudioProcessor, model: Qwen3AudioForConditionalGeneration
-) -> ConversationCollator:
+) -> DialogueEncoder:
     """Without --max_length a sample may be as long as the language model was made for."""
-    return ConversationCollator(
+    return DialogueEncoder(
         processor.tokenizer,
         processor.frames,
         audio_token_id=processor.audio_token_id,
         chat_template=processor.chat_template,
         train_on=args.train_on,
         max_length=args.max_length or model.config.get_text_config().max_position_embeddings,
-        packed=True,
         teach=args.distill_weight > 0,
     )
 
@@ -150,8 +149,8 @@ def assemble_run(
     callbacks: Sequence[TrainerCallback],
 ) -> Session:
     """A run at its first step, or at `state`'s; held-out dialogues are encoded here, bad ones quarantined."""
-    collator = collator_for(args, processor, model)
-    eval_samples, rejections = encode_all(EncodedDialogues(held_out, collator), args.dataloader_num_workers)
+    encoder = encoder_for(args, processor, model)
+    eval_samples, rejections = encode_all(EncodedDialogues(held_out, encoder), args.dataloader_num_workers)
     log = RunLog(Path(args.output_dir))
     for rejection in rejections:
         log.quarantine(**dataclasses.asdict(rejection), step=state.step)
@@ -167,7 +166,7 @@ def assemble_run(
     executor = Executor(
         model,
         max_tokens_per_pack=state.max_tokens_per_pack or args.pack_limit,
-        pad_token_id=collator.pad_token_id,
+        pad_token_id=encoder.pad_token_id,
         distill_weight=args.distill_weight,
     )
     hooks = Hooks(
@@ -194,7 +193,7 @@ def assemble_run(
         lines=StepLines(total_steps, state.step),
         hooks=hooks,
         eval_samples=eval_samples,
-        probe=probe_of(args, executor, collator, dialogues, held_out, state, total_steps),
+        probe=probe_of(args, executor, encoder, dialogues, held_out, state, total_steps),
         base_checksums=checksums(frozen_parameters(model)),
         save=lambda session: save_checkpoint(session, processor),
     )
@@ -203,7 +202,7 @@ def assemble_run(
 def probe_of(
     args: TrainArguments,
     executor: Executor,
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     dialogues: Sequence[Dialogue],
     held_out: Sequence[Dialogue],
     state: TrainState,
@@ -237,13 +236,13 @@ def probe_of(
     def make(_: None) -> ListeningProbe | None:
         return make_probe(
             executor,
-            collator,
+            encoder,
             held_out or dialogues,
             state.probe,
             first_step=first_step,
             seed=args.seed,
             trained_kinds=state.kinds,
-            questions=choose_questions(asked, collator, state.kinds, seed=args.seed),
+            questions=choose_questions(asked, encoder, state.kinds, seed=args.seed),
             asks_from=asks_from,
         )
 

@@ -29,7 +29,7 @@ from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.assemble import assemble_run, build, collator_for
+from qwhisper.train.assemble import assemble_run, build, encoder_for
 from qwhisper.train.context import Session
 from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learned_nothing
 from qwhisper.train.hf import ConfiguringCallback, tracker_callbacks
@@ -135,7 +135,7 @@ def prepare_and_go(
 def go(session: Session, processor: Qwen3AudioProcessor, dialogues: list[Dialogue]) -> int:
     args, state = session.args, session.state
     steps = step_samples(
-        EncodedDialogues(dialogues, collator_for(args, processor, session.executor.model)),
+        EncodedDialogues(dialogues, encoder_for(args, processor, session.executor.model)),
         samples_per_step=args.samples_per_step,
         seed=args.seed,
         epoch=state.epoch,

@@ -260,7 +260,7 @@ def test_a_collator_takes_dicts_with_files_anywhere_and_sets_aside_sound_that_ca
     ((identity, reason),) = collator.rejected
     assert identity == "bad" and "message 1, part 1, `audio`: " in reason and "NaN or Inf" in reason
     with pytest.raises(DataError, match=r"good: message 1, part 1: audio file 'a\.wav' does not exist"):
-        collator.encode(record(audio(), "Which?", id="good"))
+        collator.encoder.encode(record(audio(), "Which?", id="good"))
 
 
 def test_arrays_of_objects_are_lists_as_pandas_gives_them(folder):

@@ -45,11 +45,11 @@ def heard(prompt) -> str:
     return "low" if crossings < 500 else "high"
 
 
-def listener(model, collator, prompts, max_new_tokens, batch_size):
+def listener(model, encoder, prompts, max_new_tokens, batch_size):
     """Answers as somebody who hears well."""
     answers = []
     for prompt in prompts:
-        text = collator.tokenizer.decode(prompt.input_ids)
+        text = encoder.tokenizer.decode(prompt.input_ids)
         again = "Was it low?" in text
         answers.append(
             "Hi" if not prompt.windows else heard(prompt) if not again else "yes" if heard(prompt) == "low" else "no"
@@ -57,9 +57,9 @@ def listener(model, collator, prompts, max_new_tokens, batch_size):
     return answers
 
 
-def deaf(model, collator, prompts, max_new_tokens, batch_size):
+def deaf(model, encoder, prompts, max_new_tokens, batch_size):
     """Answers from the text alone: the majority's answer."""
-    texts = [collator.tokenizer.decode(prompt.input_ids) for prompt in prompts]
+    texts = [encoder.tokenizer.decode(prompt.input_ids) for prompt in prompts]
     return ["no" if "Was it low?" in text else "high" if "Pitch?" in text else "Hi" for text in texts]
 
 
@@ -93,10 +93,10 @@ def test_who_guesses_scores_the_majority_with_any_audio(small_model, conversatio
 
 
 def test_loss_is_that_of_training_and_gain_that_of_the_swap(small_model, conversations):
-    model, collator = small_model
-    result = evaluate_model(model, collator, conversations, max_new_tokens=2)
-    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=collator.pad_token_id)
-    rows = [row for conversation in conversations for row in collator.encode_rows(conversation)]
+    model, encoder = small_model
+    result = evaluate_model(model, encoder, conversations, max_new_tokens=2)
+    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=encoder.pad_token_id)
+    rows = [row for conversation in conversations for row in encoder.encode_rows(conversation)]
     assert result["loss"] == pytest.approx(executor.evaluate(rows), rel=1e-5)
     spoken = executor.evaluate([row for row in rows if row.windows])  # every turn after audio has a partner here
     assert result["loss_unswapped"] == pytest.approx(spoken, rel=1e-5)
@@ -105,7 +105,7 @@ def test_loss_is_that_of_training_and_gain_that_of_the_swap(small_model, convers
 
 
 def test_model_that_hears_nothing_gains_nothing(small_model, conversations):
-    model, collator = small_model
+    model, encoder = small_model
     projector = model.model.multi_modal_projector.linear_2
     loud = projector.weight.detach().clone()
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_model_that_hears_nothing_gains_nothing(small_model, conversations):
     one_length = [c for c in conversations if c.clips]
     same = [_of_one_length(conversation) for conversation in one_length]
     try:
-        result = evaluate_model(model, collator, same, max_new_tokens=4)
+        result = evaluate_model(model, encoder, same, max_new_tokens=4)
     finally:
         with torch.no_grad():
             projector.weight.copy_(loud)
@@ -143,16 +143,16 @@ def test_batches_change_nothing(small_model, conversations, monkeypatch):
 
 
 def test_prompts_are_what_is_served(small_model, conversations, monkeypatch):
-    model, collator = small_model
+    model, encoder = small_model
     seen = []
     monkeypatch.setattr(
         run_module, "answer_prompts", lambda m, c, prompts, n, size: seen.extend(prompts) or [""] * len(prompts)
     )
     thought = Message("assistant", ("Low.",), reasoning="It sounds low.")
     with_reasoning = Dialogue("r", (*conversations[0].messages[:1], thought, *conversations[1].messages), "file:r")
-    evaluate_model(model, collator, [*conversations, with_reasoning], swap=False)
+    evaluate_model(model, encoder, [*conversations, with_reasoning], swap=False)
     served = [
-        collator.encode_prompt(conversation.messages[:index])
+        encoder.encode_prompt(conversation.messages[:index])
         for conversation in [*conversations, with_reasoning]
         for index, message in enumerate(conversation.messages)
         if message.role == "assistant"
@@ -188,10 +188,10 @@ def test_kinds_are_untrained_only_beside_known_trained_ones_and_that_is_said(sma
 
 
 def test_model_keeps_its_mode(small_model, conversations):
-    model, collator = small_model
+    model, encoder = small_model
     model.train()
     try:
-        evaluate_model(model, collator, conversations[:1], max_new_tokens=1)
+        evaluate_model(model, encoder, conversations[:1], max_new_tokens=1)
         assert model.training
     finally:
         model.eval()

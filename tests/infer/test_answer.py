@@ -110,8 +110,8 @@ class Asked:
         self.batches: list[list[int]] = []
         iterate = module.iterate_answers
 
-        def counted(model, collator, prompts, *rest):
-            for batch in iterate(model, collator, prompts, *rest):
+        def counted(model, encoder, prompts, *rest):
+            for batch in iterate(model, encoder, prompts, *rest):
                 if len(self.batches) == dies_after:
                     raise KeyboardInterrupt
                 self.batches.append([len(prompts[index].input_ids) for index in batch])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
-from qwhisper.train.assemble import assemble_run, build, collator_for
+from qwhisper.train.assemble import assemble_run, build, encoder_for
 from qwhisper.train.loop import train_step
 from qwhisper.train.state import TrainState
 
@@ -49,7 +49,7 @@ def make_run(args, callbacks=()):
     conversations = read_dialogues(args.train_file)
     run = assemble_run(args, model, processor, conversations, [], TrainState(), list(callbacks))
     model.train()
-    samples, _ = encode_all(EncodedDialogues(conversations, collator_for(args, processor, model)))
+    samples, _ = encode_all(EncodedDialogues(conversations, encoder_for(args, processor, model)))
     return run, samples
 
 

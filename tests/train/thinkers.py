@@ -17,7 +17,7 @@ from qwhisper.demo.bases import TwoOptimizers
 from qwhisper.evaluate.forgetting import choose_questions
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.assemble import assemble_run, build, collator_for
+from qwhisper.train.assemble import assemble_run, build, encoder_for
 from qwhisper.train.context import Session
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
@@ -123,20 +123,20 @@ def train_and_ask(args: TrainArguments) -> tuple[Session, ListeningProbe]:
         tower.conv1.weight.mul_(EAR_GAIN)
         tower.conv2.weight.mul_(EAR_GAIN)
     model.train()
-    collator = collator_for(args, processor, model)
-    samples, _ = encode_all(EncodedDialogues(conversations, collator))
+    encoder = encoder_for(args, processor, model)
+    samples, _ = encode_all(EncodedDialogues(conversations, encoder))
     order = torch.randperm(len(samples) * 100, generator=torch.Generator().manual_seed(args.seed)) % len(samples)
     for indices in order.split(args.samples_per_step)[: args.max_steps]:
         train_step(run, StepSamples([samples[i] for i in indices], [], 0, 0))
     probe = make_probe(
         run.executor,
-        collator,
+        encoder,
         held_out,
         ProbeState(),
         first_step=1,
         seed=args.seed,
         trained_kinds=TAUGHT,
-        questions=choose_questions(held_out, collator, TAUGHT, seed=args.seed),
+        questions=choose_questions(held_out, encoder, TAUGHT, seed=args.seed),
     )
     assert probe is not None
     return run, probe
