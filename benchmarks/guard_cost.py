@@ -168,11 +168,11 @@ def assemble(args: argparse.Namespace) -> tuple[Session, list[list[Sample]]]:
     (args.output_dir / "run").mkdir(parents=True)
     torch.manual_seed(0)
     model, processor = build(settings, None)
-    conversations = read_dialogues(settings.train_file, data_root="/", max_samples=max(64, args.batch * args.rows))
-    run = assemble_run(settings, model, processor, conversations, [], TrainState(), [])
+    dialogues = read_dialogues(settings.train_file, data_root="/", max_samples=max(64, args.batch * args.rows))
+    run = assemble_run(settings, model, processor, dialogues, [], TrainState(), [])
     model.train()
     samples, _ = encode_all(
-        EncodedDialogues(conversations[: args.batch * args.rows], encoder_for(settings, processor, model))
+        EncodedDialogues(dialogues[: args.batch * args.rows], encoder_for(settings, processor, model))
     )
     return run, [samples[start : start + args.batch] for start in range(0, len(samples), args.batch)]
 

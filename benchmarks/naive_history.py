@@ -80,7 +80,7 @@ class Setting:
     """What all runs share. rows: the samples of each step; pairs: held out; bases: (model, processor) by dtype."""
 
     args: argparse.Namespace
-    conversations: list[Dialogue]
+    dialogues: list[Dialogue]
     rows: list[list[Sample]]
     pairs: list[Pair]
     collator: ConversationCollator
@@ -270,7 +270,7 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
     model, processor = fresh(setting, on)
     with tempfile.TemporaryDirectory() as folder:
         told = arguments(setting, on, Path(folder))
-        run = assemble_run(told, model, processor, setting.conversations, [], TrainState(), [])
+        run = assemble_run(told, model, processor, setting.dialogues, [], TrainState(), [])
         run.executor.packing = "kernel" in on
         if not run.executor.packing:
             run.executor.batch = setting.batch

@@ -227,7 +227,7 @@ class Heard:
     """What the runs of qwhisper share."""
 
     args: argparse.Namespace
-    conversations: list[Dialogue]
+    dialogues: list[Dialogue]
     train_file: Path
 
     def run(self, name: str, *, packing: bool) -> dict:
@@ -238,16 +238,16 @@ class Heard:
         told = TrainArguments(
             train_file=str(self.train_file), output_dir=str(folder), audio_model=str(self.args.audio_model),
             text_model=str(self.args.text_model), dtype="bf16", per_device_train_batch_size=batch,
-            gradient_accumulation_steps=1, max_steps=len(self.conversations) // batch,
+            gradient_accumulation_steps=1, max_steps=len(self.dialogues) // batch,
         )  # fmt: skip
         folder.mkdir(parents=True)
         torch.manual_seed(0)
         model, processor = build(told, None)
         state = TrainState()
-        run = assemble_run(told, model, processor, self.conversations, [], state, [])
+        run = assemble_run(told, model, processor, self.dialogues, [], state, [])
         run.executor.packing = packing
         encoder = encoder_for(told, processor, model)
-        rows = batches([encoder.encode(c) for c in self.conversations], batch, self.args.padded_to)
+        rows = batches([encoder.encode(c) for c in self.dialogues], batch, self.args.padded_to)
         gradients = NonFiniteGradients(model, lambda: state.step)
         try:
             train(run, iter([StepSamples(samples, [], 0, (i + 1) * batch) for i, samples in enumerate(rows)]))

@@ -116,12 +116,12 @@ def begin(args: argparse.Namespace, seed: int) -> tuple[Session, Iterator[StepSa
     Path(told.output_dir).mkdir(parents=True)
     torch.manual_seed(seed)
     model, processor = build(told, None)
-    conversations = read_dialogues(told.train_file, data_root="/")
-    run = assemble_run(told, model, processor, conversations, [], TrainState(), [])
+    dialogues = read_dialogues(told.train_file, data_root="/")
+    run = assemble_run(told, model, processor, dialogues, [], TrainState(), [])
     model.train()
-    dialogues = EncodedDialogues(conversations, encoder_for(told, processor, model))
+    encoded = EncodedDialogues(dialogues, encoder_for(told, processor, model))
     size = told.samples_per_step
-    return run, step_samples(dialogues, samples_per_step=size, seed=seed, epoch=0, offset=0, num_workers=0)
+    return run, step_samples(encoded, samples_per_step=size, seed=seed, epoch=0, offset=0, num_workers=0)
 
 
 def try_seed(args: argparse.Namespace, seed: int) -> Iterator[dict]:

@@ -53,7 +53,7 @@ def main(arguments: "ChatArguments") -> None:
 
 
 class Chat:
-    """A conversation with a model: its messages so far."""
+    """A dialogue with a model: its messages so far."""
 
     def __init__(self, model, encoder, *, system: str | None = None, max_new_tokens: int = 256):
         self.model = model

@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and recordings for the tests of the data room."""
+"""Tokenizers, chat templates and recordings for the tests of data."""
 
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def reply(text, reasoning=None):
     return Message("assistant", (text,), reasoning=reasoning)
 
 
-def talk(*messages):
+def dialogue_of(*messages):
     return Dialogue("t", messages, "t.jsonl:1")
 
 

@@ -13,14 +13,14 @@ from qwhisper.data.rows import IGNORE
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.data.text_tokens import encode_text
 from qwhisper.errors import BadClipError, UsageError
-from tests.data.conftest import CHATML, OPEN_THINK, TEMPLATES, byte_tokenizer, reply, talk, user
+from tests.data.conftest import CHATML, OPEN_THINK, TEMPLATES, byte_tokenizer, dialogue_of, reply, user
 
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = st.sampled_from(["Seven.", "<|im_end|>", "a<think>b</think>", "Which?", "ü 确定\n\n7 ", "<tool_call>{}", "  x"])
 
 
 @st.composite
-def dialogues(draw, recordings, reasoning=False):
+def any_dialogue(draw, recordings, reasoning=False):
     """One to four exchanges, now and then a system message, any mixture of texts and clips in the user's turns."""
     clips = st.sampled_from([AudioClip(str(path)) for path in recordings])
     messages = [Message("system", (draw(TEXTS),))] if draw(st.booleans()) else []
@@ -28,7 +28,7 @@ def dialogues(draw, recordings, reasoning=False):
         messages.append(user(*draw(st.lists(st.one_of(TEXTS, clips), min_size=1, max_size=4))))
         thought = draw(st.sampled_from([None, "Let me see.", "<|im_end|>"])) if reasoning else None
         messages.append(reply(draw(TEXTS), thought))
-    return talk(*messages)
+    return dialogue_of(*messages)
 
 
 @pytest.fixture(scope="session")
@@ -49,22 +49,22 @@ KINDS = pytest.mark.parametrize("kind", ["qwen3", "qwen2.5", "gemma", "moving sy
 @given(data=st.data())
 def test_every_answer_follows_exactly_its_generation_prompt(encoders, recordings, frames, kind, data):
     encoder = encoders[kind]
-    conversation = data.draw(dialogues(recordings))
-    sample = encoder.encode(conversation)
-    answers = [k for k, message in enumerate(conversation.messages) if message.role == "assistant"]
+    dialogue = data.draw(any_dialogue(recordings))
+    sample = encoder.encode(dialogue)
+    answers = [k for k, message in enumerate(dialogue.messages) if message.role == "assistant"]
     assert len(sample.answer_spans) == len(answers)
     end = end_of_turn_ids(encoder.tokenizer, encoder.chat_template)[0]
     expected = np.full_like(sample.labels, IGNORE)
     for k, (start, stop) in zip(answers, sample.answer_spans, strict=True):
-        prompt = encoder.encode_prompt(conversation.messages[:k])
+        prompt = encoder.encode_prompt(dialogue.messages[:k])
         np.testing.assert_array_equal(sample.input_ids[:start], prompt.input_ids)
         assert (prompt.labels == IGNORE).all()
-        answer = [*encode_text(encoder.tokenizer, conversation.messages[k].text.strip()), end]
+        answer = [*encode_text(encoder.tokenizer, dialogue.messages[k].text.strip()), end]
         assert sample.input_ids[start:stop].tolist() == answer
         expected[start:stop] = answer
     np.testing.assert_array_equal(sample.labels, expected)
     assert sample.num_supervised == sum(stop - start for start, stop in sample.answer_spans)
-    lengths = [len(load_audio(clip.path)) for clip in conversation.clips]
+    lengths = [len(load_audio(clip.path)) for clip in dialogue.clips]
     assert (sample.input_ids == len(encoder.tokenizer)).sum() == sum(map(frames.num_tokens, lengths))
     assert [len(w) for w in sample.windows] == [n for length in lengths for n in frames.window_lengths(length)]
 
@@ -75,14 +75,14 @@ def test_every_answer_follows_exactly_its_generation_prompt(encoders, recordings
 def test_masked_message_is_history_and_nothing_else_changes(encoders, recordings, frames, train_on, data):
     tokenizer = encoders["qwen3"].tokenizer
     encoder = DialogueEncoder(tokenizer, frames, audio_token_id=len(tokenizer), train_on=train_on)
-    plain = data.draw(dialogues(recordings))
+    plain = data.draw(any_dialogue(recordings))
     masks = data.draw(st.lists(st.booleans(), min_size=len(plain.messages), max_size=len(plain.messages)))
     messages = [replace(m, learned=learned) for m, learned in zip(plain.messages, masks, strict=True)]
     learned = [k for k, m in enumerate(messages) if m.role == "assistant" and m.learned]
     assume(learned)
-    masked = encoder.encode(talk(*messages))
+    masked = encoder.encode(dialogue_of(*messages))
     # The same dialogue where all is learned, up to the last answer that is learned.
-    whole = encoder.encode(talk(*plain.messages[: learned[-1] + 1 if train_on != "all" else None]))
+    whole = encoder.encode(dialogue_of(*plain.messages[: learned[-1] + 1 if train_on != "all" else None]))
     np.testing.assert_array_equal(masked.input_ids, whole.input_ids)
     expected = np.full_like(whole.labels, IGNORE)
     answers = [k for k, m in enumerate(plain.messages[: learned[-1] + 1]) if m.role == "assistant"]
@@ -92,42 +92,42 @@ def test_masked_message_is_history_and_nothing_else_changes(encoders, recordings
     if train_on == "all":  # where a user's text stands is seen by masking all but it
         for k in [k for k, m in enumerate(messages) if m.role == "user" and m.learned]:
             alone = [replace(m, learned=m.role == "assistant" or n == k) for n, m in enumerate(plain.messages)]
-            row = encoder.encode(talk(*alone))
+            row = encoder.encode(dialogue_of(*alone))
             typed = row.labels.copy()
             for start, end in row.answer_spans:
                 typed[start:end] = IGNORE
             expected = np.where(typed != IGNORE, typed, expected)
     np.testing.assert_array_equal(masked.labels, expected)
-    (row,) = encoder.encode_rows(talk(*messages))
+    (row,) = encoder.encode_rows(dialogue_of(*messages))
     np.testing.assert_array_equal(row.labels, masked.labels)
 
 
 def test_masked_answer_token_by_token(encoders):
     tokenizer, encoder = encoders["qwen3"].tokenizer, encoders["qwen3"]
-    talked = [user("Say one."), reply("One."), user("Sure?"), reply("Yes."), user("Bye."), reply("Bye.")]
+    exchanges = [user("Say one."), reply("One."), user("Sure?"), reply("Yes."), user("Bye."), reply("Bye.")]
     for masked, learned in ((1, "Yes.<|im_end|>Bye.<|im_end|>"), (5, "One.<|im_end|>Yes.<|im_end|>")):
-        messages = [replace(m, learned=n != masked) for n, m in enumerate(talked)]
-        sample = encoder.encode(talk(*messages))
+        messages = [replace(m, learned=n != masked) for n, m in enumerate(exchanges)]
+        sample = encoder.encode(dialogue_of(*messages))
         assert sample.targets.tolist() == tokenizer(learned)["input_ids"]
         assert sample.events == (["left out 2 messages after the last answer"] if masked == 5 else [])
         assert [tokenizer.decode(sample.input_ids[start:end]) for start, end in sample.answer_spans] == [
             f"{answer}<|im_end|>" for answer in learned.split("<|im_end|>")[:-1]
         ]
     with pytest.raises(NoLabelsError, match=r"t.jsonl:1: every answer is masked, so nothing to learn from"):
-        encoder.encode_rows(talk(*(replace(m, learned=False) for m in talked)))
+        encoder.encode_rows(dialogue_of(*(replace(m, learned=False) for m in exchanges)))
 
 
 def test_masked_answer_with_reasoning_has_no_row(encoders):
     encoder = encoders["qwen3"]
-    talked = [user("a"), reply("One.", "Hm."), user("b"), reply("Two.", "Ah."), user("c"), reply("Three.")]
-    talked[3] = replace(talked[3], learned=False)
-    texts = [encoder.tokenizer.decode(row.targets) for row in encoder.encode_rows(talk(*talked))]
+    exchanges = [user("a"), reply("One.", "Hm."), user("b"), reply("Two.", "Ah."), user("c"), reply("Three.")]
+    exchanges[3] = replace(exchanges[3], learned=False)
+    texts = [encoder.tokenizer.decode(row.targets) for row in encoder.encode_rows(dialogue_of(*exchanges))]
     assert texts == ["<think>\nHm.\n</think>\n\nOne.<|im_end|>", "Three.<|im_end|>"]
 
 
 def test_cut_keeps_to_answers_that_are_learned(encoders, frames):
     tokenizer = encoders["qwen3"].tokenizer
-    talked = [
+    exchanges = [
         user("a"),
         replace(reply("One."), learned=False),
         user("b"),
@@ -135,11 +135,11 @@ def test_cut_keeps_to_answers_that_are_learned(encoders, frames):
         user("c" * 100),
         reply("Three."),
     ]
-    whole = encoders["qwen3"].encode(talk(*talked))
+    whole = encoders["qwen3"].encode(dialogue_of(*exchanges))
 
     def cut(max_length):
         maker = DialogueEncoder(tokenizer, frames, audio_token_id=1, max_length=max_length)
-        row = maker.encode(talk(*talked))
+        row = maker.encode(dialogue_of(*exchanges))
         return tokenizer.decode(row.targets), row.events
 
     first = whole.answer_spans[0][1]
@@ -152,10 +152,10 @@ def test_cut_keeps_to_answers_that_are_learned(encoders, frames):
 @PROPERTY
 @given(data=st.data())
 def test_user_text_brings_no_control_token_into_a_row(encoders, recordings, data):
-    conversation = data.draw(dialogues(recordings))
-    ids = encoders["qwen3"].encode(conversation).input_ids
-    turns = len(conversation.messages)
-    answers = sum(message.role == "assistant" for message in conversation.messages)
+    dialogue = data.draw(any_dialogue(recordings))
+    ids = encoders["qwen3"].encode(dialogue).input_ids
+    turns = len(dialogue.messages)
+    answers = sum(message.role == "assistant" for message in dialogue.messages)
     counts = [(ids == i).sum() for i in (151644, 151645, 151667, 151668, 151657)]
     assert counts == [turns, turns, answers, answers, 0]
 
@@ -164,11 +164,11 @@ def test_user_text_brings_no_control_token_into_a_row(encoders, recordings, data
 @given(data=st.data())
 def test_reasoning_has_a_row_of_its_own_for_every_answer(encoders, recordings, data):
     encoder = encoders["qwen3"]
-    conversation = data.draw(dialogues(recordings, reasoning=True))
-    messages = conversation.messages
+    dialogue = data.draw(any_dialogue(recordings, reasoning=True))
+    messages = dialogue.messages
     answers = [k for k, message in enumerate(messages) if message.role == "assistant"]
     assume(any(m.reasoning for m in messages) and len(answers) > 1)
-    rows = encoder.encode_rows(conversation)
+    rows = encoder.encode_rows(dialogue)
     assert [row.id for row in rows] == [f"t#{n}" for n in range(1, len(answers) + 1)]
     for k, row in zip(answers, rows, strict=True):
         ((start, stop),) = row.answer_spans
@@ -180,7 +180,7 @@ def test_reasoning_has_a_row_of_its_own_for_every_answer(encoders, recordings, d
         np.testing.assert_array_equal(row.input_ids[:start], prompt)
         assert row.input_ids[stop - 1] == 151645
         assert (row.labels[:start] == IGNORE).all()
-    whole = encoder.encode(conversation)
+    whole = encoder.encode(dialogue)
     kept = [k for k in answers if not messages[k].reasoning or k == answers[-1]]
     assert len(whole.answer_spans) == len(kept)
     assert any("which have reasoning" in event for event in whole.events) == (len(kept) < len(answers))
@@ -193,7 +193,7 @@ def test_prompt_and_reply_of_a_single_turn_are_what_the_tokenizer_itself_renders
     messages = [Message(m["role"], (m["content"],)) for m in text]
     whole = tokenizer.apply_chat_template(text, tokenize=False)
     prompt = tokenizer.apply_chat_template(text[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    assert encoder.encode(talk(*messages)).input_ids.tolist() == tokenizer(whole)["input_ids"]
+    assert encoder.encode(dialogue_of(*messages)).input_ids.tolist() == tokenizer(whole)["input_ids"]
     assert encoder.encode_prompt(messages[:1]).input_ids.tolist() == tokenizer(prompt)["input_ids"]
     begun = encoder.encode_prompt(messages[:1], reply_with="Due").input_ids.tolist()
     assert begun == tokenizer(prompt + "Due")["input_ids"]
@@ -209,7 +209,7 @@ def test_what_a_prompt_leaves_open_is_for_the_model_to_write(frames):
     tokenizer = byte_tokenizer(template)
     encoder = DialogueEncoder(tokenizer, frames, audio_token_id=999)
     messages = (user("a"), reply("b"), user("c"), reply("d"))
-    sample = encoder.encode(talk(*messages))
+    sample = encoder.encode(dialogue_of(*messages))
     for k, (start, stop) in zip((1, 3), sample.answer_spans, strict=True):
         assert sample.input_ids[:start].tolist() == encoder.encode_prompt(messages[:k]).input_ids.tolist()
         assert tokenizer.decode(sample.input_ids[start:stop]) == f"\n</think>\n\n{messages[k].text}<|im_end|>"
@@ -238,10 +238,10 @@ TWO_TURNS = (Message("system", ("be",)), user("one?"), reply("1"), user("two?"),
 )
 def test_train_on_chooses_what_is_supervised(make, train_on, text, spans):
     encoder = make(train_on=train_on)
-    sample = encoder.encode(talk(*TWO_TURNS))
+    sample = encoder.encode(dialogue_of(*TWO_TURNS))
     assert supervised_text(encoder, sample) == text
     assert len(sample.answer_spans) == spans
-    thinking = talk(*TWO_TURNS[:2], reply("1", "hm"), *TWO_TURNS[3:])
+    thinking = dialogue_of(*TWO_TURNS[:2], reply("1", "hm"), *TWO_TURNS[3:])
     (row,) = encoder.encode_rows(thinking)
     assert row.events == ["left out the reasoning: the chat template has no place for it"]
     assert supervised_text(encoder, row) == text
@@ -249,7 +249,7 @@ def test_train_on_chooses_what_is_supervised(make, train_on, text, spans):
 
 def test_relaxed_mask_counts_no_text_twice_where_reasoning_makes_several_rows(frames, qwen3_tokenizer):
     encoder = DialogueEncoder(qwen3_tokenizer, frames, audio_token_id=151669, train_on="all")
-    rows = encoder.encode_rows(talk(user("one?"), reply("1", "hm"), user("two?"), reply("2")))
+    rows = encoder.encode_rows(dialogue_of(user("one?"), reply("1", "hm"), user("two?"), reply("2")))
     assert [supervised_text(encoder, row) for row in rows] == [
         "one?<think>\nhm\n</think>\n\n1<|im_end|>",
         "two?2<|im_end|>",
@@ -257,29 +257,29 @@ def test_relaxed_mask_counts_no_text_twice_where_reasoning_makes_several_rows(fr
 
 
 def test_messages_after_the_last_answer_are_left_out(make):
-    sample = make().encode(talk(*TWO_TURNS, user("three?")))
-    np.testing.assert_array_equal(sample.input_ids, make().encode(talk(*TWO_TURNS)).input_ids)
+    sample = make().encode(dialogue_of(*TWO_TURNS, user("three?")))
+    np.testing.assert_array_equal(sample.input_ids, make().encode(dialogue_of(*TWO_TURNS)).input_ids)
     assert sample.events == ["left out 1 messages after the last answer"]
     assert "three?" in make(train_on="all").tokenizer.decode(
-        make(train_on="all").encode(talk(*TWO_TURNS, user("three?"))).input_ids
+        make(train_on="all").encode(dialogue_of(*TWO_TURNS, user("three?"))).input_ids
     )
 
 
 @settings(PROPERTY, max_examples=150)
 @given(data=st.data(), max_length=st.integers(2, 200), train_on=st.sampled_from(["assistant", "last", "all"]))
 def test_any_length_keeps_whole_turns_whole_clips_and_a_reply(make, frames, recordings, data, max_length, train_on):
-    conversation = data.draw(dialogues(recordings))
-    whole = make(train_on=train_on).encode(conversation)
+    dialogue = data.draw(any_dialogue(recordings))
+    whole = make(train_on=train_on).encode(dialogue)
     encoder = make(train_on=train_on, max_length=max_length)
     try:
-        sample = encoder.encode(conversation)
+        sample = encoder.encode(dialogue)
     except NoLabelsError as error:
         assert "t.jsonl:1: no supervised token is left (kept the last reply alone" in str(error)  # noqa: PT017
         assert max_length < 40
         return
     except BadClipError as error:
         assert "of audio and the reply do not fit into max_length" in str(error)  # noqa: PT017
-        without_text = make().encode(talk(user(*conversation.messages[-2].clips), conversation.messages[-1]))
+        without_text = make().encode(dialogue_of(user(*dialogue.messages[-2].clips), dialogue.messages[-1]))
         assert without_text.answer_spans[-1][1] > max_length
         return
     assert len(sample.input_ids) <= max_length
@@ -295,25 +295,27 @@ def test_any_length_keeps_whole_turns_whole_clips_and_a_reply(make, frames, reco
 
 
 def test_long_dialogue_is_cut_after_the_last_turn_that_fits(make):
-    whole = make().encode(talk(*TWO_TURNS))
+    whole = make().encode(dialogue_of(*TWO_TURNS))
     first_end = whole.answer_spans[0][1]
     for max_length in (first_end, len(whole.input_ids) - 2):
-        sample = make(max_length=max_length).encode(talk(*TWO_TURNS))
+        sample = make(max_length=max_length).encode(dialogue_of(*TWO_TURNS))
         np.testing.assert_array_equal(sample.input_ids, whole.input_ids[:first_end])
         assert sample.events == [f"cut to 1 of 2 turns: {len(whole.input_ids)} > {max_length} tokens"]
-    uncut = make(max_length=len(whole.input_ids) - 1).encode(talk(*TWO_TURNS))  # the line break after the end goes
+    # The line break after the end goes.
+    uncut = make(max_length=len(whole.input_ids) - 1).encode(dialogue_of(*TWO_TURNS))
     assert (len(uncut.answer_spans), uncut.events) == (2, [])
 
 
 def test_where_the_first_exchange_is_too_long_the_last_reply_is_kept(make, recordings, frames):
     clip = AudioClip(str(recordings[1]))
     tokens = frames.num_tokens(6_400)
-    conversation = talk(user("x" * 300), reply("1"), user("drop keep", clip), reply("two"))
-    scaffold = len(make().encode(talk(user("_"), reply("_"))).input_ids) - 3  # without both contents and the line break
+    dialogue = dialogue_of(user("x" * 300), reply("1"), user("drop keep", clip), reply("two"))
+    # Without both contents and the line break.
+    scaffold = len(make().encode(dialogue_of(user("_"), reply("_"))).input_ids) - 3
 
     def decoded(max_length):
         encoder = make(max_length=max_length)
-        sample = encoder.encode(conversation)
+        sample = encoder.encode(dialogue)
         assert len(sample.windows) == bool((sample.input_ids == 999).sum())
         text = encoder.tokenizer.decode([i for i in sample.input_ids if i != 999])
         return text.replace("<|im_start|>", "[").replace("<|im_end|>\n", "]"), len(sample.windows), sample.events
@@ -325,15 +327,15 @@ def test_where_the_first_exchange_is_too_long_the_last_reply_is_kept(make, recor
     assert (text, windows) == ("[user\nkeep][assistant\ntwo<|im_end|>", 1)
     assert events == [f"{alone}, without the first 5 tokens of its prompt's text"]
     with pytest.raises(BadClipError, match=rf"t\.jsonl:1: .*wav: {tokens} tokens of audio and the reply do not fit"):
-        make(max_length=exact - 10).encode(conversation)
+        make(max_length=exact - 10).encode(dialogue)
 
 
 def test_where_a_typed_prompt_and_its_reply_are_too_long_the_reply_is_kept(make):
-    scaffold = len(make().encode(talk(user("_"), reply("_"))).input_ids) - 3
+    scaffold = len(make().encode(dialogue_of(user("_"), reply("_"))).input_ids) - 3
 
     def decoded(max_length):
         encoder = make(max_length=max_length)
-        sample = encoder.encode(talk(user("x" * 300), reply("1"), user("drop"), reply("two")))
+        sample = encoder.encode(dialogue_of(user("x" * 300), reply("1"), user("drop"), reply("two")))
         text = encoder.tokenizer.decode(sample.input_ids)
         return text.replace("<|im_start|>", "[").replace("<|im_end|>\n", "]"), sample.events
 
@@ -346,7 +348,7 @@ def test_where_a_typed_prompt_and_its_reply_are_too_long_the_reply_is_kept(make)
 def test_row_of_a_reasoned_answer_keeps_that_answer_when_it_is_cut(frames, qwen3_tokenizer):
     encoder = DialogueEncoder(qwen3_tokenizer, frames, audio_token_id=151669, max_length=40)
     history = (user("one?"), reply("1"))
-    rows = encoder.encode_rows(talk(*history, user("word " * 20 + "two?"), reply("2", "hm")))
+    rows = encoder.encode_rows(dialogue_of(*history, user("word " * 20 + "two?"), reply("2", "hm")))
     assert [supervised_text(encoder, row) for row in rows] == ["1<|im_end|>", "<think>\nhm\n</think>\n\n2<|im_end|>"]
     assert rows[1].events == ["kept the last exchange alone"]
     assert all(len(row.input_ids) <= 40 for row in rows)
@@ -354,7 +356,9 @@ def test_row_of_a_reasoned_answer_keeps_that_answer_when_it_is_cut(frames, qwen3
 
 def test_encoder_travels_to_a_worker(make):
     encoder = pickle.loads(pickle.dumps(make()))
-    np.testing.assert_array_equal(encoder.encode(talk(*TWO_TURNS)).input_ids, make().encode(talk(*TWO_TURNS)).input_ids)
+    np.testing.assert_array_equal(
+        encoder.encode(dialogue_of(*TWO_TURNS)).input_ids, make().encode(dialogue_of(*TWO_TURNS)).input_ids
+    )
 
 
 def test_wrong_options_are_refused(make, frames, qwen3_tokenizer):

@@ -90,11 +90,11 @@ def test_calls_and_answers_are_learned_and_nothing_else(encoder, sample):
 def test_row_and_every_prompt_are_what_transformers_makes_of_the_messages(encoder, sample):
     messages, template = RECORD["messages"], encoder.chat_template
     assert sample.input_ids.tolist() == served(encoder.tokenizer, template, messages)
-    conversation = parse()
+    dialogue = parse()
     for index, (start, _) in zip(ANSWERS, sample.answer_spans, strict=True):
         prompt = served(encoder.tokenizer, template, messages[:index], add_generation_prompt=True)
         assert sample.input_ids[:start].tolist() == prompt
-        ours = encoder.encode_prompt(conversation.messages[:index], tools=conversation.tools)
+        ours = encoder.encode_prompt(dialogue.messages[:index], tools=dialogue.tools)
         assert ours.input_ids.tolist() == prompt
         assert encoder.tokenizer.decode(prompt).endswith(PROMPT_END)
 
@@ -218,13 +218,13 @@ def test_dialogue_with_tools_is_cut_behind_an_answer_or_refused(qwen3_tokenizer,
 
 
 def test_first_message_can_not_call(encoder):
-    conversation = parse()
+    dialogue = parse()
     with pytest.raises(DataError, match="the first message calls a tool"):
-        encoder.encode(replace(conversation, messages=conversation.messages[2:6]))
+        encoder.encode(replace(dialogue, messages=dialogue.messages[2:6]))
 
 
 def test_tools_are_written_back_as_they_were_read():
-    conversation = parse()
-    assert to_record(conversation, ".") == RECORD
-    assert parse(to_record(conversation, ".")) == conversation
-    assert not any(isinstance(part, AudioClip) for message in conversation.messages for part in message.content)
+    dialogue = parse()
+    assert to_record(dialogue, ".") == RECORD
+    assert parse(to_record(dialogue, ".")) == dialogue
+    assert not any(isinstance(part, AudioClip) for message in dialogue.messages for part in message.content)

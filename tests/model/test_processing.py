@@ -134,9 +134,9 @@ def test_tools_in_a_chat_prompt_are_those_that_were_trained_on(shared, clip_file
         tokenizer, processor.frames, audio_token_id=processor.audio_token_id, chat_template=processor.chat_template
     )
     record = {"messages": [*messages, {"role": "assistant", "content": "Nothing."}], "tools": tools}
-    talk = parse_dialogue(record, "here:1", "/", "/")
-    assert inputs[0].tolist() == encoder.encode_prompt(talk.messages[:3], tools=talk.tools).input_ids.tolist()
-    row, (_, (start, _)) = encoder.encode(talk), encoder.encode(talk).answer_spans
+    parsed = parse_dialogue(record, "here:1", "/", "/")
+    assert inputs[0].tolist() == encoder.encode_prompt(parsed.messages[:3], tools=parsed.tools).input_ids.tolist()
+    row, (_, (start, _)) = encoder.encode(parsed), encoder.encode(parsed).answer_spans
     assert inputs[0].tolist() == row.input_ids[:start].tolist()
 
 

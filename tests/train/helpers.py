@@ -46,10 +46,10 @@ def make_run(args, callbacks=()):
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     model, processor = build(args, None)
-    conversations = read_dialogues(args.train_file)
-    run = assemble_run(args, model, processor, conversations, [], TrainState(), list(callbacks))
+    dialogues = read_dialogues(args.train_file)
+    run = assemble_run(args, model, processor, dialogues, [], TrainState(), list(callbacks))
     model.train()
-    samples, _ = encode_all(EncodedDialogues(conversations, encoder_for(args, processor, model)))
+    samples, _ = encode_all(EncodedDialogues(dialogues, encoder_for(args, processor, model)))
     return run, samples
 
 

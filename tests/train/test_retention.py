@@ -172,8 +172,8 @@ def spoken(tmp_path):
     return read_dialogues(write_spoken(tmp_path / "spoken", "eval", list(KINDS), each=6, seed=1))
 
 
-def kind_counts(conversations, questions) -> Counter:
-    by_id = {c.id: c.messages[-1].kind for c in conversations}
+def kind_counts(dialogues, questions) -> Counter:
+    by_id = {c.id: c.messages[-1].kind for c in dialogues}
     return Counter(by_id[question.heard.id] for question in questions)
 
 
@@ -198,8 +198,8 @@ def test_there_are_no_questions_without_kinds_that_were_not_trained_on(arguments
     without_kind = [replace(c, messages=tuple(replace(m, kind=None) for m in c.messages)) for c in spoken]
     mute = [replace(c, messages=tuple(replace(m, content=without_transcripts(m)) for m in c.messages)) for c in spoken]
     text = [Dialogue(f"t{n}", (Message("user", ("Hi",)), Message("assistant", ("hi",), "new")), "f") for n in range(9)]
-    for conversations in (few, without_kind, mute, text, []):
-        assert len(choose_questions(conversations, encoder(run), TAUGHT, seed=0)) == 0
+    for dialogues in (few, without_kind, mute, text, []):
+        assert len(choose_questions(dialogues, encoder(run), TAUGHT, seed=0)) == 0
     assert len(choose_questions(spoken, encoder(run), list(KINDS), seed=0)) == 0
     assert len(choose_questions(spoken, encoder(run), [], seed=0)) == 0  # any may have been trained on
 

@@ -116,15 +116,15 @@ def train_and_ask(args: TrainArguments) -> tuple[Session, ListeningProbe]:
     torch.manual_seed(args.seed)
     model, processor = build(args, None)
     assert args.eval_file
-    conversations, held_out = read_dialogues(args.train_file), read_dialogues(args.eval_file)
-    run = assemble_run(args, model, processor, conversations, [], TrainState(), [])
+    dialogues, held_out = read_dialogues(args.train_file), read_dialogues(args.eval_file)
+    run = assemble_run(args, model, processor, dialogues, [], TrainState(), [])
     tower = model.model.audio_tower
     with torch.no_grad():
         tower.conv1.weight.mul_(EAR_GAIN)
         tower.conv2.weight.mul_(EAR_GAIN)
     model.train()
     encoder = encoder_for(args, processor, model)
-    samples, _ = encode_all(EncodedDialogues(conversations, encoder))
+    samples, _ = encode_all(EncodedDialogues(dialogues, encoder))
     order = torch.randperm(len(samples) * 100, generator=torch.Generator().manual_seed(args.seed)) % len(samples)
     for indices in order.split(args.samples_per_step)[: args.max_steps]:
         train_step(run, StepSamples([samples[i] for i in indices], [], 0, 0))
