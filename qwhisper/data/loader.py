@@ -145,7 +145,7 @@ def _serve(pipe: Connection, work: Callable[[Any], Any], not_its: Sequence[Conne
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # its other threads were not forked
     with suppress(EOFError, OSError):
         while True:
             task = pipe.recv()

@@ -8,8 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from qwhisper.data import clips, encode, messages, records
-from qwhisper.data import dialogue as conversation
+from qwhisper.data import clips, dialogue, encode, messages, records
 from qwhisper.data.check import check_dataset
 from qwhisper.data.dialogue import read_dialogues, scan_dialogues
 from qwhisper.data.encode import DialogueEncoder
@@ -272,7 +271,7 @@ def test_typed_think(run):
     of="data",
     guarantee=REFUSED,
     without=lambda monkeypatch: monkeypatch.setattr(
-        conversation, "place_audios", lambda messages, audios, roots, faults: messages
+        dialogue, "place_audios", lambda messages, audios, roots, faults, unused: messages
     ),
 )
 def test_typed_placeholder(run):
