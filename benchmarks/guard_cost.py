@@ -24,9 +24,9 @@ from common import append_result
 from real_shapes import SIZES, make_bases, make_data
 
 from qwhisper.checksums import checksums
-from qwhisper.data.collator import Sample
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
+from qwhisper.data.rows import Sample
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.guards.alarms import WEIGHTS_EVERY
 from qwhisper.guards.decide import decide
@@ -45,7 +45,7 @@ from qwhisper.train.monitor import watch
 from qwhisper.train.plan import resolve
 from qwhisper.train.probe import TIME_SHARE
 from qwhisper.train.recovery import num_supervised
-from qwhisper.train.session import Session, build_session, collator_for
+from qwhisper.train.session import Session, build_session, encoder_for
 from qwhisper.train.signals import StopSignals
 from qwhisper.train.state import TrainState
 
@@ -168,13 +168,13 @@ def make_session(args: argparse.Namespace) -> tuple[Session, list[list[Sample]]]
     )  # fmt: skip
     (args.output_dir / "run").mkdir(parents=True)
     torch.manual_seed(0)
-    conversations = read_dialogues(settings.train_file, data_root="/", max_samples=max(64, args.batch * args.rows))
-    plan = resolve(settings, num_dialogues=len(conversations))
+    dialogues = read_dialogues(settings.train_file, data_root="/", max_samples=max(64, args.batch * args.rows))
+    plan = resolve(settings, num_dialogues=len(dialogues))
     model, processor = build_model(settings, plan, None)
-    run = build_session(settings, plan, model, processor, conversations, [], TrainState(), [])
+    run = build_session(settings, plan, model, processor, dialogues, [], TrainState(), [])
     model.train()
     samples, _ = encode_all(
-        EncodedDialogues(conversations[: args.batch * args.rows], collator_for(settings, processor, model))
+        EncodedDialogues(dialogues[: args.batch * args.rows], encoder_for(settings, processor, model))
     )
     return run, [samples[start : start + args.batch] for start in range(0, len(samples), args.batch)]
 

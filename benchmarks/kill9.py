@@ -29,13 +29,13 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(ROOT))
-from qwhisper.data.collator import pad_samples
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.packing import pad_samples
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
-from qwhisper.train.session import collator_for
+from qwhisper.train.session import encoder_for
 from tests.small import write_dialogues, write_small_bases
 from tests.test_faults.lives import Kill, Life, Lives, Qwhisper, Save, random_kills
 
@@ -74,7 +74,7 @@ class PlainTrainer:
         model, processor = build_model(args, resolve(args, num_dialogues=1), None)
         self.model = Plain(model)
         self.pad = processor.tokenizer.pad_token_id
-        dialogues = EncodedDialogues(read_dialogues(args.train_file), collator_for(args, processor, model))
+        dialogues = EncodedDialogues(read_dialogues(args.train_file), encoder_for(args, processor, model))
         self.samples, _ = encode_all(dialogues)
 
     def train(self, folder: Path, around_save: Callable[[Save], object]) -> None:

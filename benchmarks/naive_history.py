@@ -28,11 +28,13 @@ import torch
 from common import DIGITS, append_result, audio_part, pick, recordings
 from nan_kernel import cudnn_attention
 from peft.tuners.lora import LoraLayer
+from qwhisper.data.encoder import ConversationCollator
 from torch import Tensor, nn
 
-from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
 from qwhisper.data.dialogue import Dialogue, parse_dialogue
 from qwhisper.data.loader import StepSamples
+from qwhisper.data.packing import pad_samples
+from qwhisper.data.rows import Sample
 from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.engine.executor import HOST_KEYS, Executor
 from qwhisper.errors import QwhisperError
@@ -79,17 +81,17 @@ class Setting:
     """What all runs share. rows: the samples of each step; pairs: held out; bases: (model, processor) by dtype."""
 
     args: argparse.Namespace
-    conversations: list[Dialogue]
+    dialogues: list[Dialogue]
     rows: list[list[Sample]]
     pairs: list[Pair]
-    collator: ConversationCollator
+    encoder: ConversationCollator
     bases: dict
 
     def batch(self, samples: Sequence[Sample]) -> dict:
         """Padded on the right to a multiple of --pad_to_multiple_of tokens, on the models' device."""
-        batch = pad_samples(samples, self.collator.pad_token_id)
+        batch = pad_samples(samples, self.encoder.encoder.pad_token_id)
         missing = -batch["input_ids"].shape[1] % self.args.pad_to_multiple_of
-        fill = {"input_ids": self.collator.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+        fill = {"input_ids": self.encoder.encoder.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
         batch |= {name: nn.functional.pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
         device = next(iter(self.bases.values()))[0].lm_head.weight.device
         return {name: x if name in HOST_KEYS else x.to(device) for name, x in batch.items()}
@@ -112,7 +114,7 @@ def prepare(args: argparse.Namespace) -> Setting:
         for dtype in ("fp16", "bf16")
     }
     _, processor = bases["fp16"]
-    collator = ConversationCollator(
+    encoder = ConversationCollator(
         processor.tokenizer, processor.frames, audio_token_id=processor.audio_token_id,
         chat_template=processor.chat_template,
     )  # fmt: skip
@@ -120,10 +122,12 @@ def prepare(args: argparse.Namespace) -> Setting:
     *heard, unheard = [files[speaker] for speaker in sorted(files)]
     taught = dialogues(heard, args.steps * args.batch, generator, args.data)
     held_out = dialogues([unheard], 64 * args.probes, generator, args.data)
-    samples = [collator.encode(conversation) for conversation in taught]
+    samples = [encoder.encoder.encode(dialogue) for dialogue in taught]
     rows = [samples[i : i + args.batch] for i in range(0, len(samples), args.batch)]
-    pairs = [pair for i in range(args.probes) for pair in choose_pairs(held_out[i :: args.probes], collator, seed=0)]
-    return Setting(args, taught, rows, pairs, collator, bases)
+    pairs = [
+        pair for i in range(args.probes) for pair in choose_pairs(held_out[i :: args.probes], encoder.encoder, seed=0)
+    ]
+    return Setting(args, taught, rows, pairs, encoder, bases)
 
 
 def masked_by_padded_prompt(setting: Setting, sample: Sample) -> Sample:
@@ -269,10 +273,10 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
         told = arguments(setting, on, Path(folder))
         run = build_session(
             told,
-            resolve(told, num_dialogues=len(setting.conversations)),
+            resolve(told, num_dialogues=len(setting.dialogues)),
             model,
             processor,
-            setting.conversations,
+            setting.dialogues,
             [],
             TrainState(),
             [],
@@ -284,7 +288,7 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
         if "labels" not in on:
             rows = [[masked_by_padded_prompt(setting, sample) for sample in samples] for samples in rows]
         try:
-            setting.collator(rows[0])  # what a user's samples come through
+            setting.encoder(rows[0])  # what a user's samples come through
             train(run, iter([StepSamples(samples, [], 0, (i + 1) * batch) for i, samples in enumerate(rows)]))
         except QwhisperError as error:
             ended = f"exit code {error.exit_code}: {re.split(r'[.;] | [(]samples', str(error))[0]}"
@@ -321,7 +325,7 @@ def listening(setting: Setting, model: nn.Module) -> dict:
     """Held-out loss with the true audio, and what swapped audio adds to it, of a speaker that was not trained on."""
     if non_finite_weights(model):
         return {}
-    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=setting.collator.pad_token_id)
+    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=setting.encoder.encoder.pad_token_id)
     pairs = setting.pairs
     losses = executor.sample_losses([pair.true for pair in pairs] + [pair.swapped for pair in pairs])
     tokens = [pair.true.num_supervised for pair in pairs]

@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from qwhisper.data.collator import Sample, pad_samples
 from qwhisper.data.dialogue import Dialogue, parse_dialogue
 from qwhisper.data.loader import StepSamples
+from qwhisper.data.packing import pad_samples
+from qwhisper.data.rows import Sample
 from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.engine.preflight import Attention, Layout, make_inputs, reference
 from qwhisper.errors import NumericalError
 from qwhisper.guards.diagnose import diagnose
-from qwhisper.infer.answer import text_collator
+from qwhisper.infer.answer import encoder_for_text
 from qwhisper.model.attention import PACKED_KERNELS, restore_kernels
 from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.report.events import read_jsonl
@@ -41,7 +42,7 @@ from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
-from qwhisper.train.session import build_session, collator_for
+from qwhisper.train.session import build_session, encoder_for
 from qwhisper.train.state import TrainState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -228,7 +229,7 @@ class Heard:
     """What the runs of qwhisper share."""
 
     args: argparse.Namespace
-    conversations: list[Dialogue]
+    dialogues: list[Dialogue]
     train_file: Path
 
     def run(self, name: str, *, packing: bool) -> dict:
@@ -239,17 +240,17 @@ class Heard:
         told = TrainArguments(
             train_file=str(self.train_file), output_dir=str(folder), audio_model=str(self.args.audio_model),
             text_model=str(self.args.text_model), dtype="bf16", per_device_train_batch_size=batch,
-            gradient_accumulation_steps=1, max_steps=len(self.conversations) // batch,
+            gradient_accumulation_steps=1, max_steps=len(self.dialogues) // batch,
         )  # fmt: skip
         folder.mkdir(parents=True)
         torch.manual_seed(0)
-        plan = resolve(told, num_dialogues=len(self.conversations))
+        plan = resolve(told, num_dialogues=len(self.dialogues))
         model, processor = build_model(told, plan, None)
         state = TrainState()
-        run = build_session(told, plan, model, processor, self.conversations, [], state, [])
+        run = build_session(told, plan, model, processor, self.dialogues, [], state, [])
         run.executor.packing = packing
-        collator = collator_for(told, processor, model)
-        rows = batches([collator.encode(c) for c in self.conversations], batch, self.args.padded_to)
+        encoder = encoder_for(told, processor, model)
+        rows = batches([encoder.encode(c) for c in self.dialogues], batch, self.args.padded_to)
         gradients = NonFiniteGradients(model, lambda: state.step)
         try:
             train(run, iter([StepSamples(samples, [], 0, (i + 1) * batch) for i, samples in enumerate(rows)]))
@@ -275,7 +276,7 @@ class Heard:
 def real_runs(args: argparse.Namespace) -> None:
     generator = random.Random(0)
     pairs = dialogues(recordings(args.data), args.steps * args.batch, generator)
-    reader = text_collator(str(args.text_model))
+    reader = encoder_for_text(str(args.text_model))
     rows = batches([reader.encode(read) for read, _ in pairs], args.batch, args.padded_to)
     heard = [parse_dialogue(record, record["id"], args.data.resolve()) for _, record in pairs]
     train_file = write_jsonl(args.output_dir / "heard.jsonl", [record for _, record in pairs])

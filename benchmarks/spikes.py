@@ -32,7 +32,7 @@ from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
 from qwhisper.train.recovery import num_supervised
-from qwhisper.train.session import Session, build_session, collator_for
+from qwhisper.train.session import Session, build_session, encoder_for
 from qwhisper.train.state import TrainState
 
 ALL = "all"
@@ -116,14 +116,14 @@ def begin(args: argparse.Namespace, seed: int) -> tuple[Session, Iterator[StepSa
     told = arguments(args, args.demo_dir / "train.jsonl", args.output_dir / str(seed), seed)
     Path(told.output_dir).mkdir(parents=True)
     torch.manual_seed(seed)
-    conversations = read_dialogues(told.train_file, data_root="/")
-    plan = resolve(told, num_dialogues=len(conversations))
+    dialogues = read_dialogues(told.train_file, data_root="/")
+    plan = resolve(told, num_dialogues=len(dialogues))
     model, processor = build_model(told, plan, None)
-    run = build_session(told, plan, model, processor, conversations, [], TrainState(), [])
+    run = build_session(told, plan, model, processor, dialogues, [], TrainState(), [])
     model.train()
-    dialogues = EncodedDialogues(conversations, collator_for(told, processor, model))
+    encoded = EncodedDialogues(dialogues, encoder_for(told, processor, model))
     size = told.samples_per_step
-    return run, step_samples(dialogues, samples_per_step=size, seed=seed, epoch=0, offset=0, num_workers=0)
+    return run, step_samples(encoded, samples_per_step=size, seed=seed, epoch=0, offset=0, num_workers=0)
 
 
 def try_seed(args: argparse.Namespace, seed: int) -> Iterator[dict]:

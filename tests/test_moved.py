@@ -144,7 +144,7 @@ def test_a_run_of_before_whose_paths_are_relative_is_resumed_from_a_third_folder
 
 def test_every_reader_finds_the_bases_of_a_moved_tree(moved, monkeypatch):
     newest = moved / "run/checkpoint-2"
-    model, _, collator = load_for_inference("../else where/moved/run")
+    model, _, encoder = load_for_inference("../else where/moved/run")
     assert_is(model, newest)
     assert model.config.text_base["name"] == str(moved / "bases/qwen3")
     proof = verify("../else where/moved/run")
@@ -155,7 +155,7 @@ def test_every_reader_finds_the_bases_of_a_moved_tree(moved, monkeypatch):
         newest.with_name("checkpoint-1"),
     )
     processor = Qwen3AudioProcessor.from_pretrained(moved / "run")
-    assert processor.chat_template == collator.chat_template
+    assert processor.chat_template == encoder.chat_template
 
 
 @pytest.mark.parametrize("place", ["with/run", "with"])  # beside the checkpoint, beside the run

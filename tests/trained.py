@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwhisper.infer.generate import collator_of
+from qwhisper.infer.generate import encoder_of
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.loading import build_from_bases
 from qwhisper.train.arguments import TrainArguments
@@ -16,7 +16,7 @@ LAYER_STD, EMBEDDING_STD = 0.4, 0.3
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory):
-    """(model, collator): random weights, so loud that different prompts have different answers.
+    """(model, encoder): random weights, so loud that different prompts have different answers.
 
     Weights as they are drawn for training repeat the last token whatever stands before it. They are in fp32, and drawn
     on the CPU, on any machine: bf16 rounds by the batch's shape, and a GPU draws other numbers from the same seed.
@@ -32,7 +32,7 @@ def small_model(tmp_path_factory):
             attention = layer.self_attn
             for linear in (attention.q_proj, attention.v_proj, attention.o_proj, layer.mlp.down_proj):
                 linear.weight.normal_(std=LAYER_STD)
-    return model.to(LoadOptions().device).eval(), collator_of(processor)
+    return model.to(LoadOptions().device).eval(), encoder_of(processor)
 
 
 @pytest.fixture(scope="session")

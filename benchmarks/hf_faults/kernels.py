@@ -7,9 +7,10 @@ import torch
 from transformers import AttentionInterface, Trainer
 
 from hf_faults.observe import Bench, Verdict, judge
-from qwhisper.data.collator import ConversationCollator, pack_samples
 from qwhisper.data.dialogue import read_dialogues
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.packing import pack_samples
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model import attention
 from tests import wrong_kernels
@@ -65,13 +66,13 @@ def leaking_kernel(bench: Bench) -> Verdict:
 
 def packing_collator(bench: Bench) -> Callable:
     script = bench.script
-    collator = ConversationCollator(
+    encoder = DialogueEncoder(
         script.tokenizer,
         FrameArithmetic(),
         audio_token_id=script.model.model.config.audio_token_id,
         chat_template=script.tokenizer.chat_template,
     )
-    samples, _ = encode_all(EncodedDialogues(read_dialogues(str(bench.train_file)), collator))
+    samples, _ = encode_all(EncodedDialogues(read_dialogues(str(bench.train_file)), encoder))
 
     def pack(picked: list[dict]) -> dict:
         batch = pack_samples([samples[sample["dialogue"]] for sample in picked])

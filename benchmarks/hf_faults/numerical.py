@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_faults.observe import HARMLESS, POISONED, SILENT, Bench, Plant, Seen, Verdict, judge, no_such_part
 from hf_faults.plain import STEPS
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.rows import IGNORE
 from qwhisper.model.half_precision import OverflowClamp
 from tests.small import write_dialogues
 from tests.test_faults.inject import Effect, gradient_element, gradients_times

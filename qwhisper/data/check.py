@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from qwhisper.data.audio import TooLongError
 from qwhisper.data.clips import AudioClip, load_clip
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue, scan_dialogues, unused_notes
 from qwhisper.data.dialogue_audio import MAX_DIALOGUE_SECONDS, check_dialogue_seconds, claimed_by_headers
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.faults import grouped
 from qwhisper.data.template import listening_template
 from qwhisper.data.text_tokens import typed_tokens
@@ -152,13 +152,13 @@ def _check_labels(
 ) -> dict[str, Any]:
     template, origin = listening_template(tokenizer)
     # Any id serves as the placeholder's here: nothing is looked up.
-    collator = ConversationCollator(
+    encoder = DialogueEncoder(
         tokenizer, frames, audio_token_id=len(tokenizer), chat_template=template, max_length=max_length
     )
     lengths, answers, cuts, without = [], [], [], []
     for dialogue in dialogues:
         try:
-            rows = collator.encode_rows(dialogue)
+            rows = encoder.encode_rows(dialogue)
         except DataError as error:
             without.append(str(error))
             continue

@@ -1,7 +1,7 @@
 """A part of a message's content: its clip, and the one place that reads a part and finds its faults.
 
-Collator, processor, chat and the files of dialogues read parts here. The forms are those of transformers, OpenAI, Qwen,
-vLLM and Hugging Face datasets:
+DialogueEncoder, processor, chat and the files of dialogues read parts here. The forms are those of transformers,
+OpenAI, Qwen, vLLM and Hugging Face datasets:
 
     "text"                                                          {"type": "text" | "input_text", "text": "…"}
     {"type": "audio", "audio" | "path" | "url" | "audio_url": "clip.wav" | "file:///clip.wav" | "data:…;base64,…"}

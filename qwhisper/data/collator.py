@@ -1,40 +1,20 @@
-"""ConversationCollator: dialogues to samples, samples to batches, and generation's prompts by the same path."""
+"""ConversationCollator: the `data_collator` of a plain Hugging Face Trainer. `qwhisper train` does not use it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-import numpy as np
-
-from qwhisper.data.dialogue import Dialogue, as_messages, in_words, parse_own
-from qwhisper.data.encode import (
-    IGNORE,
-    TRAIN_ON,
-    NoLabelsError,
-    PartEncoder,
-    Row,
-    Sample,
-    cut_row,
-    fit_last_exchange,
-    join_parts,
-)
-from qwhisper.data.messages import Message
+from qwhisper.data.dialogue import Dialogue
+from qwhisper.data.encode import DialogueEncoder, NoLabelsError, require_labels
 from qwhisper.data.packing import Batch, pack_samples, pad_samples
-from qwhisper.data.template import listening_template, supports_reasoning, template_fault
-from qwhisper.data.text_tokens import encode_text
-from qwhisper.errors import BadClipError, DataError, UsageError
+from qwhisper.data.rows import Sample
+from qwhisper.errors import BadClipError, DataError
 from qwhisper.frames import FrameArithmetic
-
-__all__ = ["ConversationCollator", "NoLabelsError", "Sample", "pack_samples", "pad_samples"]
 
 
 class ConversationCollator:
-    """Turns dialogues into samples (`encode`, `encode_rows`, `encode_prompt`) and lists of them into batches (a call).
+    """Makes a batch of dialogues, or of samples that are encoded already.
 
-    audio_token_id: the token that stands once for every projected audio frame. train_on: "assistant" supervises every
-    answer, "last" the last one, "all" what users typed as well; a message whose `learned` is False is none of these.
-    max_length: tokens a row may have. packed: batches are
-    one packed row instead of a padded row a sample. teach: samples carry the same dialogue in words, for a teacher to
-    read. `rejected` collects (id, reason) of samples that a call left out.
+    packed: a batch is one packed row, not a padded row a sample. The other arguments are DialogueEncoder's.
+    `encoder` encodes; `rejected` collects (id, reason) of samples that a batch leaves out.
     """
 
     def __init__(
@@ -47,70 +27,17 @@ class ConversationCollator:
         train_on: str = "assistant",
         max_length: int | None = None,
         packed: bool = False,
-        teach: bool = False,
     ):
-        if train_on not in TRAIN_ON:
-            raise UsageError(f"train_on is {train_on!r}; it can be {', '.join(TRAIN_ON)}")
-        if max_length is not None and max_length < 2:
-            raise UsageError(f"max_length is {max_length}; a row needs 2 tokens at least to learn one")
-        if chat_template is None:
-            chat_template = listening_template(tokenizer)[0]
-        elif fault := template_fault(tokenizer, chat_template):
-            raise UsageError(f"this chat template can't be trained with: {fault}; leave it out to have one made")
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
-        self.train_on = train_on
-        self.max_length = max_length
+        self.encoder = DialogueEncoder(
+            tokenizer,
+            frames,
+            audio_token_id=audio_token_id,
+            chat_template=chat_template,
+            train_on=train_on,
+            max_length=max_length,
+        )
         self.packed = packed
-        self.teach = teach
         self.rejected: list[tuple[str, str]] = []
-        self.pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        self._encoder = PartEncoder(tokenizer, frames, audio_token_id, chat_template, max_length)
-        self._keeps_reasoning = supports_reasoning(tokenizer, chat_template)
-
-    def encode(self, dialogue: Dialogue | dict) -> Sample:
-        """The whole dialogue as one row. Raises BadClipError, NoLabelsError, DataError, with the dialogue's source.
-
-        An earlier answer whose reasoning the template drops from the history is masked: `encode_rows` gives it its row.
-        """
-        dialogue, events = self._prepare(dialogue)
-        answers = _learned(dialogue.messages)
-        supervised = {k for k in answers if k == answers[-1] or not _has_thought(dialogue.messages, k)}
-        if len(supervised) < len(answers):
-            events.append(f"masked {len(answers) - len(supervised)} of {len(answers)} turns, which have reasoning")
-        return self._encode(dialogue, supervised, 0, events)
-
-    def encode_rows(self, dialogue: Dialogue | dict) -> list[Sample]:
-        """One row, or one for every answer where any of them has reasoning (the history then drops it, as Qwen does).
-
-        Raises as `encode` does.
-        """
-        dialogue, events = self._prepare(dialogue)
-        answers = _learned(dialogue.messages)
-        if not any(message.reasoning for message in dialogue.messages) or len(answers) == 1:
-            return [self._encode(dialogue, set(answers), 0, events)]
-        rows: list[Sample] = []
-        for previous, answer in zip([-1, *answers], answers, strict=False):
-            if self.train_on == "last" and answer != answers[-1]:
-                continue
-            messages = dialogue.messages[: answer + 1]
-            row = replace(dialogue, id=f"{dialogue.id}#{len(rows) + 1}", messages=messages)
-            rows.append(self._encode(row, {answer}, previous + 1, list(events)))
-        return rows
-
-    def encode_prompt(
-        self, messages: Sequence[Message | dict], *, tools: Sequence[str] = (), reply_with: str | None = None
-    ) -> Sample:
-        """What `generate` continues: dialogue and generation prompt, and `reply_with` as the reply's beginning.
-
-        messages: read already, or as `parse_own` reads them. tools: the JSON text of each, as in `Dialogue.tools`.
-        Raises DataError, and BadClipError for an unusable clip.
-        """
-        read = as_messages(messages)
-        row = join_parts(self._encoder.parts(read, True, tools), read, self._encoder.added_ids)
-        ids = row.input_ids + (encode_text(self.tokenizer, reply_with) if reply_with else [])
-        labels = np.full(len(ids), IGNORE, dtype=np.int64)
-        return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, [window for _, window in row.windows])
 
     def __call__(self, features: Sequence[Sample | Dialogue | dict]) -> Batch:
         """A batch of all that can be encoded; the rest goes to `rejected`. Raises DataError if nothing is left."""
@@ -118,8 +45,8 @@ class ConversationCollator:
         rejected: list[tuple[str, str]] = []
         for feature in features:
             try:
-                rows = [feature] if isinstance(feature, Sample) else self.encode_rows(feature)
-                samples += [self._with_labels(row) for row in rows]
+                rows = [feature] if isinstance(feature, Sample) else self.encoder.encode_rows(feature)
+                samples += [require_labels(row) for row in rows]
             except (BadClipError, NoLabelsError) as error:
                 name = feature.get("id", "?") if isinstance(feature, dict) else feature.id
                 rejected.append((str(name), str(error)))
@@ -127,121 +54,4 @@ class ConversationCollator:
         if not samples:
             reasons = "; ".join(reason for _, reason in rejected[:3])
             raise DataError(f"none of {len(features)} samples of this batch can be trained on: {reasons}")
-        return pack_samples(samples) if self.packed else pad_samples(samples, self.pad_token_id)
-
-    def _prepare(self, dialogue: Dialogue | dict) -> tuple[Dialogue, list[str]]:
-        """The dialogue without what nothing is learned from, and the events of leaving it out."""
-        if isinstance(dialogue, dict):
-            dialogue = parse_own(dialogue, str(dialogue.get("id", "a dialogue given as a dict")))
-        messages, events = dialogue.messages, []
-        if not any(message.is_answer for message in messages):
-            raise NoLabelsError(f"{dialogue.source}: no assistant message, so nothing to learn from")
-        answers = _learned(messages)
-        if not answers:
-            raise NoLabelsError(f"{dialogue.source}: every answer is masked, so nothing to learn from")
-        if self.train_on != "all" and len(messages) > answers[-1] + 1:
-            events.append(f"left out {len(messages) - answers[-1] - 1} messages after the last answer")
-            messages = messages[: answers[-1] + 1]
-        if not self._keeps_reasoning and any(message.reasoning for message in messages):
-            events.append("left out the reasoning: the chat template has no place for it")
-            messages = tuple(replace(message, reasoning=None) for message in messages)
-        return replace(dialogue, messages=messages), events
-
-    def _encode(self, dialogue: Dialogue, supervised: set[int], first_own: int, events: list[str]) -> Sample:
-        """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
-        told = len(events)
-        try:
-            row, offset = self._fitting_row(dialogue, supervised, events)
-        except (BadClipError, NoLabelsError) as error:
-            raise type(error)(f"{dialogue.source}: {error}") from error
-        except DataError as error:
-            raise DataError(f"{dialogue.source}: {error}") from error
-        except MemoryError as error:
-            raise BadClipError(
-                f"{dialogue.source}: out of memory while it was read, with {len(dialogue.clips)} clips; divide "
-                "it, or choose stretches with `start` and `end`"
-            ) from error
-        spans = {index + offset: span for index, span in row.answers.items() if index + offset in supervised}
-        if self.train_on == "last":
-            spans = dict(sorted(spans.items())[-1:])
-        ids = np.array(row.input_ids, dtype=np.int64)
-        labels = np.full(len(ids), IGNORE, dtype=np.int64)
-        learned = list(spans.values())
-        if self.train_on == "all":
-            learned += self._user_texts(dialogue.messages, row, offset, first_own)
-        for start, end in learned:
-            labels[start:end] = ids[start:end]
-        labels[:1] = IGNORE
-        windows = [window for _, window in row.windows]
-        sample = Sample(dialogue.id, dialogue.source, ids, labels, windows, sorted(spans.values()), events, row.notes)
-        if self.teach:
-            sample.teacher = self._in_words(dialogue, supervised, first_own, sample, cut=len(events) > told)
-        return self._with_labels(sample)
-
-    def _in_words(
-        self, dialogue: Dialogue, supervised: set[int], first_own: int, heard: Sample, *, cut: bool
-    ) -> Sample | None:
-        """The dialogue as typed; None where a clip has no transcript, or where max_length cuts one of the two: they
-        would answer with another history, or at another turn that has the same answer.
-        """
-        if not heard.windows:
-            return replace(heard)
-        if cut or (typed := in_words(dialogue.messages)) is None:
-            return None
-        read = self._encode(replace(dialogue, messages=typed), supervised, first_own, [])
-        return None if read.events else read
-
-    def _fitting_row(self, dialogue: Dialogue, supervised: set[int], events: list[str]) -> tuple[Row, int]:
-        """The row within max_length, and how many messages it lacks at the front."""
-        messages, added_ids = dialogue.messages, self._encoder.added_ids
-        row = join_parts(self._encoder.parts(messages, tools=dialogue.tools), messages, added_ids)
-        if self.max_length is None:
-            return row, 0
-        cut = cut_row(row, self.max_length)
-        if cut is not None and supervised & cut.answers.keys():
-            if len(cut.answers) < len(row.answers):
-                turns = f"{len(cut.answers)} of {len(row.answers)} turns"
-                events.append(f"cut to {turns}: {len(row.input_ids)} > {self.max_length} tokens")
-            return cut, 0
-        if dialogue.has_tools:
-            raise NoLabelsError(
-                f"a dialogue with tools is cut behind its answers alone, and of {len(row.input_ids)} tokens none that "
-                f"is learned ends within max_length {self.max_length}; raise it"
-            )
-        last = max(supervised)
-        first = max((answer + 1 for answer in _answers(messages) if answer < last), default=0)
-        while first < last and messages[first].role == "system":
-            first += 1
-        exchange = messages[first : last + 1]
-        return fit_last_exchange(self._encoder.parts(exchange), exchange, self.max_length, added_ids, events), first
-
-    @staticmethod
-    def _user_texts(messages: Sequence[Message], row: Row, offset: int, first_own: int) -> list[tuple[int, int]]:
-        return [
-            (start, end)
-            for index, start, end in row.texts
-            if index + offset >= first_own
-            and messages[index + offset].role == "user"
-            and messages[index + offset].learned
-        ]
-
-    @staticmethod
-    def _with_labels(sample: Sample) -> Sample:
-        if sample.num_supervised == 0:
-            reasons = f" ({'; '.join(sample.events)})" if sample.events else ""
-            raise NoLabelsError(f"{sample.source}: no supervised token is left{reasons}; raise max_length or drop it")
-        return sample
-
-
-def _answers(messages: Sequence[Message]) -> list[int]:
-    return [index for index, message in enumerate(messages) if message.is_answer]
-
-
-def _has_thought(messages: Sequence[Message], answer: int) -> bool:
-    """Whether there is reasoning since the question of this answer, with tool calls between them."""
-    asked = max((index for index in range(answer) if messages[index].role == "user"), default=0)
-    return any(message.reasoning for message in messages[asked : answer + 1])
-
-
-def _learned(messages: Sequence[Message]) -> list[int]:
-    return [index for index in _answers(messages) if messages[index].learned]
+        return pack_samples(samples) if self.packed else pad_samples(samples, self.encoder.pad_token_id)

@@ -1,22 +1,20 @@
-"""One dialogue to one row of tokens with its labels and audio windows.
+"""DialogueEncoder: dialogues to samples, and generation's prompts by the same path."""
 
-Where each answer stands is known from the pieces that the dialogue was rendered into; no text is ever searched.
-"""
-
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from qwhisper.data.clips import AudioClip
+from qwhisper.data.dialogue import Dialogue, as_messages, in_words, parse_own
 from qwhisper.data.dialogue_audio import DialogueAudio
 from qwhisper.data.messages import Message
-from qwhisper.data.template import Piece, render_pieces
+from qwhisper.data.rows import IGNORE, Part, Row, Sample, cut_row, fit_last_exchange, join_parts
+from qwhisper.data.template import Piece, listening_template, render_pieces, supports_reasoning, template_fault
 from qwhisper.data.text_tokens import added_token_ids, encode_text
-from qwhisper.errors import BadClipError, DataError
+from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 
-IGNORE = -100  # a position that no loss is taken at
 TRAIN_ON = ("assistant", "last", "all")
 
 
@@ -24,51 +22,208 @@ class NoLabelsError(DataError):
     """Nothing of a sample is left to learn from."""
 
 
-@dataclass(eq=False)
-class Sample:
-    """One training row.
+class DialogueEncoder:
+    """Turns dialogues into samples: `encode`, `encode_rows`; and what `generate` continues: `encode_prompt`.
 
-    input_ids, labels: int64 [tokens], labels unshifted with -100 where nothing is learned. windows: float32 [samples]
-    each, in the order of their placeholders. answer_spans: (start, end) of every supervised answer with the token that
-    ends its turn; the tokens before start are the generation prompt at that turn. events: what was cut or left out.
-    notes: how its audio was read, where a user should know. teacher: the same dialogue in words, with the same tokens
-    supervised in the same order, or None.
+    audio_token_id: the token that stands once for every projected audio frame. train_on: "assistant" supervises every
+    answer, "last" the last one, "all" what users typed as well; a message whose `learned` is False is none of these.
+    max_length: tokens a row may have. teach: samples carry the same dialogue in words, for a teacher to read.
     """
 
-    id: str
-    source: str
-    input_ids: np.ndarray
-    labels: np.ndarray
-    windows: list[np.ndarray] = field(default_factory=list)
-    answer_spans: list[tuple[int, int]] = field(default_factory=list)
-    events: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    teacher: "Sample | None" = None
+    def __init__(
+        self,
+        tokenizer,
+        frames: FrameArithmetic,
+        *,
+        audio_token_id: int,
+        chat_template: str | None = None,
+        train_on: str = "assistant",
+        max_length: int | None = None,
+        teach: bool = False,
+    ):
+        if train_on not in TRAIN_ON:
+            raise UsageError(f"train_on is {train_on!r}; it can be {', '.join(TRAIN_ON)}")
+        if max_length is not None and max_length < 2:
+            raise UsageError(f"max_length is {max_length}; a row needs 2 tokens at least to learn one")
+        if chat_template is None:
+            chat_template = listening_template(tokenizer)[0]
+        elif fault := template_fault(tokenizer, chat_template):
+            raise UsageError(f"this chat template can't be trained with: {fault}; leave it out to have one made")
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.train_on = train_on
+        self.max_length = max_length
+        self.teach = teach
+        self.pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        self._part_encoder = PartEncoder(tokenizer, frames, audio_token_id, chat_template, max_length)
+        self._keeps_reasoning = supports_reasoning(tokenizer, chat_template)
 
-    @property
-    def targets(self) -> np.ndarray:
-        """The tokens that are learned, in their order."""
-        return self.labels[1:][self.labels[1:] != IGNORE]
+    def encode(self, dialogue: Dialogue | dict) -> Sample:
+        """The whole dialogue as one row. Raises BadClipError, NoLabelsError, DataError, with the dialogue's source.
 
-    @property
-    def num_supervised(self) -> int:
-        """Positions that the loss is taken at, after the shift by one."""
-        return len(self.targets)
+        An earlier answer whose reasoning the template drops from the history is masked: `encode_rows` gives it its row.
+        """
+        dialogue, events = self._prepare(dialogue)
+        answers = _learned(dialogue.messages)
+        supervised = {k for k in answers if k == answers[-1] or not _has_thought(dialogue.messages, k)}
+        if len(supervised) < len(answers):
+            events.append(f"masked {len(answers) - len(supervised)} of {len(answers)} turns, which have reasoning")
+        return self._encode(dialogue, supervised, 0, events)
+
+    def encode_rows(self, dialogue: Dialogue | dict) -> list[Sample]:
+        """One row, or one for every answer where any of them has reasoning (the history then drops it, as Qwen does).
+
+        Raises as `encode` does.
+        """
+        dialogue, events = self._prepare(dialogue)
+        answers = _learned(dialogue.messages)
+        if not any(message.reasoning for message in dialogue.messages) or len(answers) == 1:
+            return [self._encode(dialogue, set(answers), 0, events)]
+        rows: list[Sample] = []
+        for previous, answer in zip([-1, *answers], answers, strict=False):
+            if self.train_on == "last" and answer != answers[-1]:
+                continue
+            messages = dialogue.messages[: answer + 1]
+            row = replace(dialogue, id=f"{dialogue.id}#{len(rows) + 1}", messages=messages)
+            rows.append(self._encode(row, {answer}, previous + 1, list(events)))
+        return rows
+
+    def encode_prompt(
+        self, messages: Sequence[Message | dict], *, tools: Sequence[str] = (), reply_with: str | None = None
+    ) -> Sample:
+        """What `generate` continues: dialogue and generation prompt, and `reply_with` as the reply's beginning.
+
+        messages: read already, or as `parse_own` reads them. tools: the JSON text of each, as in `Dialogue.tools`.
+        Raises DataError, and BadClipError for an unusable clip.
+        """
+        read = as_messages(messages)
+        row = join_parts(self._part_encoder.parts(read, True, tools), read, self._part_encoder.added_ids)
+        ids = row.input_ids + (encode_text(self.tokenizer, reply_with) if reply_with else [])
+        labels = np.full(len(ids), IGNORE, dtype=np.int64)
+        return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, [window for _, window in row.windows])
+
+    def _prepare(self, dialogue: Dialogue | dict) -> tuple[Dialogue, list[str]]:
+        """The dialogue without what nothing is learned from, and the events of leaving it out."""
+        if isinstance(dialogue, dict):
+            dialogue = parse_own(dialogue, str(dialogue.get("id", "a dialogue given as a dict")))
+        messages, events = dialogue.messages, []
+        if not any(message.is_answer for message in messages):
+            raise NoLabelsError(f"{dialogue.source}: no assistant message, so nothing to learn from")
+        answers = _learned(messages)
+        if not answers:
+            raise NoLabelsError(f"{dialogue.source}: every answer is masked, so nothing to learn from")
+        if self.train_on != "all" and len(messages) > answers[-1] + 1:
+            events.append(f"left out {len(messages) - answers[-1] - 1} messages after the last answer")
+            messages = messages[: answers[-1] + 1]
+        if not self._keeps_reasoning and any(message.reasoning for message in messages):
+            events.append("left out the reasoning: the chat template has no place for it")
+            messages = tuple(replace(message, reasoning=None) for message in messages)
+        return replace(dialogue, messages=messages), events
+
+    def _encode(self, dialogue: Dialogue, supervised: set[int], first_own: int, events: list[str]) -> Sample:
+        """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
+        told = len(events)
+        try:
+            row, offset = self._fitting_row(dialogue, supervised, events)
+        except (BadClipError, NoLabelsError) as error:
+            raise type(error)(f"{dialogue.source}: {error}") from error
+        except DataError as error:
+            raise DataError(f"{dialogue.source}: {error}") from error
+        except MemoryError as error:
+            raise BadClipError(
+                f"{dialogue.source}: out of memory while it was read, with {len(dialogue.clips)} clips; divide "
+                "it, or choose stretches with `start` and `end`"
+            ) from error
+        spans = {index + offset: span for index, span in row.answers.items() if index + offset in supervised}
+        if self.train_on == "last":
+            spans = dict(sorted(spans.items())[-1:])
+        ids = np.array(row.input_ids, dtype=np.int64)
+        labels = np.full(len(ids), IGNORE, dtype=np.int64)
+        learned = list(spans.values())
+        if self.train_on == "all":
+            learned += self._user_texts(dialogue.messages, row, offset, first_own)
+        for start, end in learned:
+            labels[start:end] = ids[start:end]
+        labels[:1] = IGNORE
+        windows = [window for _, window in row.windows]
+        sample = Sample(dialogue.id, dialogue.source, ids, labels, windows, sorted(spans.values()), events, row.notes)
+        if self.teach:
+            sample.teacher = self._in_words(dialogue, supervised, first_own, sample, cut=len(events) > told)
+        return require_labels(sample)
+
+    def _in_words(
+        self, dialogue: Dialogue, supervised: set[int], first_own: int, heard: Sample, *, cut: bool
+    ) -> Sample | None:
+        """The dialogue as typed; None where a clip has no transcript, or where max_length cuts one of the two: they
+        would answer with another history, or at another turn that has the same answer.
+        """
+        if not heard.windows:
+            return replace(heard)
+        if cut or (typed := in_words(dialogue.messages)) is None:
+            return None
+        read = self._encode(replace(dialogue, messages=typed), supervised, first_own, [])
+        return None if read.events else read
+
+    def _fitting_row(self, dialogue: Dialogue, supervised: set[int], events: list[str]) -> tuple[Row, int]:
+        """The row within max_length, and how many messages it lacks at the front."""
+        messages, added_ids = dialogue.messages, self._part_encoder.added_ids
+        row = join_parts(self._part_encoder.parts(messages, tools=dialogue.tools), messages, added_ids)
+        if self.max_length is None:
+            return row, 0
+        cut = cut_row(row, self.max_length)
+        if cut is not None and supervised & cut.answers.keys():
+            if len(cut.answers) < len(row.answers):
+                turns = f"{len(cut.answers)} of {len(row.answers)} turns"
+                events.append(f"cut to {turns}: {len(row.input_ids)} > {self.max_length} tokens")
+            return cut, 0
+        if dialogue.has_tools:
+            raise NoLabelsError(
+                f"a dialogue with tools is cut behind its answers alone, and of {len(row.input_ids)} tokens none that "
+                f"is learned ends within max_length {self.max_length}; raise it"
+            )
+        last = max(supervised)
+        first = max((answer + 1 for answer in _answers(messages) if answer < last), default=0)
+        while first < last and messages[first].role == "system":
+            first += 1
+        exchange = messages[first : last + 1]
+        parts = self._part_encoder.parts(exchange)
+        return fit_last_exchange(parts, exchange, self.max_length, added_ids, events), first
+
+    @staticmethod
+    def _user_texts(messages: Sequence[Message], row: Row, offset: int, first_own: int) -> list[tuple[int, int]]:
+        return [
+            (start, end)
+            for index, start, end in row.texts
+            if index + offset >= first_own
+            and messages[index + offset].role == "user"
+            and messages[index + offset].learned
+        ]
 
 
-@dataclass(eq=False)
-class Part:
-    """A piece with its tokens; an audio piece has its windows and their token counts."""
+def require_labels(sample: Sample) -> Sample:
+    """The sample itself. Raises NoLabelsError where no token of it is supervised."""
+    if sample.num_supervised == 0:
+        reasons = f" ({'; '.join(sample.events)})" if sample.events else ""
+        raise NoLabelsError(f"{sample.source}: no supervised token is left{reasons}; raise max_length or drop it")
+    return sample
 
-    piece: Piece
-    ids: list[int]
-    windows: list[np.ndarray] = field(default_factory=list)
-    window_tokens: list[int] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message.is_answer]
+
+
+def _has_thought(messages: Sequence[Message], answer: int) -> bool:
+    """Whether there is reasoning since the question of this answer, with tool calls between them."""
+    asked = max((index for index in range(answer) if messages[index].role == "user"), default=0)
+    return any(message.reasoning for message in messages[asked : answer + 1])
+
+
+def _learned(messages: Sequence[Message]) -> list[int]:
+    return [index for index in _answers(messages) if messages[index].learned]
 
 
 class PartEncoder:
-    """Tokenises pieces; the scaffold's few texts are remembered. max_length: as the collator's."""
+    """Tokenises pieces; the scaffold's few texts are remembered. max_length: as DialogueEncoder's."""
 
     def __init__(
         self,
@@ -90,15 +245,10 @@ class PartEncoder:
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[str] = ()
     ) -> list[Part]:
         """All parts of a dialogue, audio decoded. Raises BadClipError, and DataError where the template refuses it."""
-        pieces = self.pieces(messages, add_generation_prompt, tools)
+        pieces = render_pieces(messages, self.tokenizer, self.chat_template, add_generation_prompt, tools)
         clips = [piece.clip for piece in pieces if piece.clip is not None]
         audio = DialogueAudio(clips, self.frames, self.max_length)
         return [self._part(piece, audio) for piece in pieces]
-
-    def pieces(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[str] = ()
-    ) -> list[Piece]:
-        return render_pieces(messages, self.tokenizer, self.chat_template, add_generation_prompt, tools)
 
     def _part(self, piece: Piece, audio: DialogueAudio) -> Part:
         if piece.clip is not None:
@@ -112,99 +262,3 @@ class PartEncoder:
     def _audio_part(self, piece: Piece, clip: AudioClip, audio: DialogueAudio) -> Part:
         heard = audio.hear(clip)
         return Part(piece, [self.audio_token_id] * heard.num_tokens, heard.windows, heard.window_tokens, heard.notes)
-
-
-@dataclass(eq=False)
-class Row:
-    """Parts joined: tokens, where each assistant message's answer stands, where user text and windows stand."""
-
-    input_ids: list[int]
-    answers: dict[int, tuple[int, int]]  # message index -> (start, end with the end-of-turn token)
-    texts: list[tuple[int, int, int]]  # (message index, start, end) of the text pieces
-    windows: list[tuple[int, np.ndarray]]  # (first placeholder, window)
-    notes: list[str]
-
-
-def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: set[int]) -> Row:
-    """Put parts end to end; an assistant's answer, tool calls included, ends with the first added token of the scaffold
-    after it.
-    """
-    row = Row([], {}, [], [], [])
-    open_answer = None
-    for part in parts:
-        index, start = part.piece.message_index, len(row.input_ids)
-        row.input_ids += part.ids
-        row.notes += [note for note in part.notes if note not in row.notes]
-        end = len(row.input_ids)
-        if index is not None and messages[index].role == "assistant":
-            open_answer = index
-            row.answers[index] = (row.answers.get(index, (start,))[0], end)
-        elif open_answer is not None:
-            closing = next((n for n, i in enumerate(part.ids, 1) if i in added_ids), 0)
-            row.answers[open_answer] = (row.answers[open_answer][0], start + closing)
-            open_answer = None
-        if part.piece.kind == "text" and index is not None:
-            row.texts.append((index, start, end))
-        for window, tokens in zip(part.windows, part.window_tokens, strict=True):
-            row.windows.append((start, window))
-            start += tokens
-    return row
-
-
-def cut_row(row: Row, max_length: int) -> Row | None:
-    """Drop whole turns from the end until the row fits; None if not even the first answer fits."""
-    if len(row.input_ids) <= max_length:
-        return row
-    fitting = [end for _, end in row.answers.values() if end <= max_length]
-    return _cut_at(row, max(fitting)) if fitting else None
-
-
-def fit_last_exchange(
-    parts: Sequence[Part], messages: Sequence[Message], max_length: int, added_ids: set[int], events: list[str]
-) -> Row:
-    """One exchange made to fit: its prompt's text is shortened from the front; if that is not enough, all of the
-    prompt goes; at worst the reply's tail. Raises BadClipError where audio would have to go: a reply that is learned
-    without what it answers teaches the model to invent.
-    """
-
-    def is_prompt(part: Part) -> bool:
-        index = part.piece.message_index
-        return part.piece.kind != "scaffold" and index is not None and messages[index].role != "assistant"
-
-    row = join_parts(parts, messages, added_ids)
-    excess = row.answers[len(messages) - 1][1] - max_length
-    text_tokens = sum(len(part.ids) for part in parts if is_prompt(part) and part.piece.kind == "text")
-    if excess > text_tokens:
-        _refuse_to_drop_audio(part for part in parts if is_prompt(part))
-        events.append("kept the last reply alone")
-        row = join_parts([part for part in parts if not is_prompt(part)], messages, added_ids)
-    elif excess > 0:
-        events.append(f"kept the last exchange alone, without the first {excess} tokens of its prompt's text")
-        shortened = []
-        for part in parts:
-            drop = min(excess, len(part.ids)) if is_prompt(part) and part.piece.kind == "text" else 0
-            shortened.append(replace(part, ids=part.ids[drop:]))
-            excess -= drop
-        row = join_parts(shortened, messages, added_ids)
-    else:
-        events.append("kept the last exchange alone")
-    end = row.answers[len(messages) - 1][1]
-    if end > max_length:
-        events.append(f"cut the tail of the reply: {end} > {max_length} tokens")
-    return _cut_at(row, min(end, max_length))
-
-
-def _refuse_to_drop_audio(parts: Iterable[Part]) -> None:
-    clips = {part.piece.clip.name: len(part.ids) for part in parts if part.piece.clip is not None}
-    if clips:
-        raise BadClipError(
-            f"{', '.join(clips)}: {sum(clips.values())} tokens of audio and the reply do not fit into max_length; "
-            "raise it, or choose a stretch with `start` and `end`"
-        )
-
-
-def _cut_at(row: Row, end: int) -> Row:
-    """The first `end` tokens; an answer that they cut is shortened, one that lies behind is gone."""
-    answers = {index: (start, min(stop, end)) for index, (start, stop) in row.answers.items() if start < end}
-    texts = [text for text in row.texts if text[2] <= end]
-    return Row(row.input_ids[:end], answers, texts, [window for window in row.windows if window[0] < end], row.notes)

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import Dialogue
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.rows import Sample
 from qwhisper.data.sampler import GlobalBatches
 from qwhisper.errors import DataError
 
@@ -144,7 +145,7 @@ def _serve(pipe: Connection, work: Callable[[Any], Any], not_its: Sequence[Conne
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # its other threads were not forked
     with suppress(EOFError, OSError):
         while True:
             task = pipe.recv()
@@ -178,9 +179,9 @@ class Rejection:
 class EncodedDialogues:
     """Item i: the rows of dialogue i, or its rejection."""
 
-    def __init__(self, dialogues: Sequence[Dialogue], collator: ConversationCollator):
+    def __init__(self, dialogues: Sequence[Dialogue], encoder: DialogueEncoder):
         self.dialogues = dialogues
-        self.collator = collator
+        self.encoder = encoder
         self.killers: dict[int, Rejection] = {}
 
     def __len__(self) -> int:
@@ -189,7 +190,7 @@ class EncodedDialogues:
     def __getitem__(self, index: int) -> list[Sample] | Rejection:
         dialogue = self.dialogues[index]
         try:
-            return self.collator.encode_rows(dialogue)
+            return self.encoder.encode_rows(dialogue)
         except DataError as error:
             return Rejection(dialogue.id, dialogue.source, str(error))
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from qwhisper.data.encode import IGNORE, Sample
+from qwhisper.data.rows import IGNORE, Sample
 
 Batch = dict[str, torch.Tensor | int]
 

@@ -24,8 +24,10 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from qwhisper.data.audio import clip_windows, load_audio
-from qwhisper.data.collator import ConversationCollator, Sample, pack_samples
 from qwhisper.data.dialogue import parse_dialogue
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.packing import pack_samples
+from qwhisper.data.rows import Sample
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
@@ -251,9 +253,9 @@ def make_qwen3_base(
     dialogues = [parse_dialogue(record, record["id"], Path.cwd()) for record in texts]
     if tokenizer is None:
         tokenizer = make_tokenizer([message.text for dialogue in dialogues for message in dialogue.messages])
-    collator = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer), packed=True)
+    dialogue_encoder = DialogueEncoder(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
     model = Qwen3ForCausalLM._from_config(qwen3_config(tokenizer), attn_implementation=PACKED_ATTENTION).train()
-    samples = [collator.encode(dialogue) for dialogue in dialogues]
+    samples = [dialogue_encoder.encode(dialogue) for dialogue in dialogues]
     optimizers = TwoOptimizers(model, lambda name, p: p.ndim == 2 and "layers." in name, LM_LR, num_steps)
     losses = []
     for batch in _batches(len(samples), LM_BATCH, num_steps, np.random.default_rng(seed)):
@@ -266,7 +268,7 @@ def make_qwen3_base(
     tokenizer.save_pretrained(out_dir)
     report = {"loss": float(np.mean(losses[-20:]))}
     if held_out:
-        unseen = [collator.encode(parse_dialogue(record, record["id"], Path.cwd())) for record in held_out]
+        unseen = [dialogue_encoder.encode(parse_dialogue(record, record["id"], Path.cwd())) for record in held_out]
         report["answer_accuracy"] = _answer_accuracy(model, unseen)
     return report
 

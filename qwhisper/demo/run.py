@@ -15,7 +15,7 @@ from qwhisper.demo.bases import LEAD_SILENCE_S, TAIL_SILENCE_S
 from qwhisper.demo.prepare import DemoPaths, prepare
 from qwhisper.errors import QwhisperError, UsageError
 from qwhisper.evaluate.evaluation import evaluate_model
-from qwhisper.infer.generate import collator_of
+from qwhisper.infer.generate import encoder_of
 from qwhisper.model.loading import build_from_bases
 from qwhisper.report.events import read_jsonl
 from qwhisper.report.terminal import quieten_transformers
@@ -94,7 +94,7 @@ def untrained(paths: DemoPaths) -> dict[str, Any]:
     )
     dialogues = read_dialogues(paths.eval_file)
     return evaluate_model(
-        model, collator_of(processor), dialogues, swap=False, batch_size=64, max_new_tokens=ANSWER_TOKENS
+        model, encoder_of(processor), dialogues, swap=False, batch_size=64, max_new_tokens=ANSWER_TOKENS
     )
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwhisper.data.collator import Sample, pack_samples, pad_samples
-from qwhisper.data.packing import plan_packs
+from qwhisper.data.packing import pack_samples, pad_samples, plan_packs
+from qwhisper.data.rows import Sample
 from qwhisper.errors import MemoryLimitError, NumericalError
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for

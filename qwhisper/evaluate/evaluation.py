@@ -14,9 +14,9 @@ import numpy as np
 
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data import leakage
-from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
 from qwhisper.data.dialogue import Dialogue, read_dialogues, scan_dialogues, unused_notes
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.encode import DialogueEncoder, NoLabelsError
+from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
 from qwhisper.evaluate.forgetting import NO_KIND, retention, text_answers, text_shift
@@ -50,12 +50,12 @@ def main(arguments: "EvalArguments") -> None:
     text = read_dialogues(arguments.text_file, data_root=arguments.data_root) if arguments.text_file else None
     for note in unused_notes([*dialogues, *(text or [])]):
         print(f"note: {note}")
-    (model, _, collator), kinds, shared = read_checkpoint(
+    (model, _, encoder), kinds, shared = read_checkpoint(
         arguments.checkpoint, lambda folder: _load(folder, arguments, dialogues)
     )
     result = evaluate_model(
         model,
-        collator,
+        encoder,
         dialogues,
         swap=arguments.swap_audio,
         text_model=arguments.ask_text_model,
@@ -75,7 +75,7 @@ def main(arguments: "EvalArguments") -> None:
 
 
 def _load(folder: Path, arguments: "EvalArguments", dialogues: Sequence[Dialogue]):
-    """What a checkpoint's folder holds for an evaluation: (model, processor, collator), kinds of trained questions, and
+    """What a checkpoint's folder holds for an evaluation: (model, processor, encoder), kinds of trained questions, and
     notes on what of the evaluation data it was trained on.
     """
     bases = {"audio_model": arguments.audio_model, "text_model": arguments.text_model}
@@ -106,7 +106,7 @@ def _leakage(folder: Path, eval_file: str, dialogues: Sequence[Dialogue]) -> lis
 
 def evaluate_model(
     model: Qwen3AudioForConditionalGeneration,
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     dialogues: Sequence[Dialogue],
     *,
     swap: bool = True,
@@ -135,16 +135,16 @@ def evaluate_model(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=collator.pad_token_id)
-    usable, rejected, loss = _dialogue_loss(executor, collator, dialogues)
+    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=encoder.pad_token_id)
+    usable, rejected, loss = _dialogue_loss(executor, encoder, dialogues)
     if not usable:
         raise DataError(
             f"no dialogue can be evaluated; the first: {rejected[0]['reason'] if rejected else 'there is none'}"
         )
     turns = turns_of(usable)
     answers = []
-    for rows in _rows(collator, turns):
-        answers += answer_prompts(model, collator, [_prompt(row) for row in rows], max_new_tokens, batch_size)
+    for rows in _rows(encoder, turns):
+        answers += answer_prompts(model, encoder, [_prompt(row) for row in rows], max_new_tokens, batch_size)
     records = [_record(turn, answer) for turn, answer in zip(turns, answers, strict=True)]
     losses: dict[str, float | None] = {
         "loss": loss,
@@ -153,11 +153,11 @@ def evaluate_model(
         "listening_gain": None,
     }
     if swap:
-        losses |= _with_swapped_audio(model, collator, executor, turns, records, batch_size, max_new_tokens, seed)
+        losses |= _with_swapped_audio(model, encoder, executor, turns, records, batch_size, max_new_tokens, seed)
     shift, no_shift = None, None
     if text_model:
-        _with_text_model(records, turns, text_answers(model, collator, turns, max_new_tokens, batch_size))
-        shift, no_shift = text_shift(executor, collator, text)
+        _with_text_model(records, turns, text_answers(model, encoder, turns, max_new_tokens, batch_size))
+        shift, no_shift = text_shift(executor, encoder, text)
     model.train(was_training)
     scores = _scores(records)
     return {
@@ -175,7 +175,7 @@ def evaluate_model(
 
 
 def _dialogue_loss(
-    executor: Executor, collator: ConversationCollator, dialogues: Sequence[Dialogue]
+    executor: Executor, encoder: DialogueEncoder, dialogues: Sequence[Dialogue]
 ) -> tuple[list[Dialogue], list[dict], float]:
     """The dialogues that can be used, the others with the reason, and the loss over all supervised tokens."""
     usable, rejected, mean = [], [], _TokenMean()
@@ -183,7 +183,7 @@ def _dialogue_loss(
         samples: list[Sample] = []
         for dialogue in dialogues[first : first + DIALOGUES_AT_ONCE]:
             try:
-                samples += collator.encode_rows(dialogue)
+                samples += encoder.encode_rows(dialogue)
                 usable.append(dialogue)
             except (BadClipError, NoLabelsError) as error:
                 rejected.append({"id": dialogue.id, "reason": str(error)})
@@ -207,10 +207,10 @@ class _TokenMean:
         return self.total / max(1, self.tokens)
 
 
-def _rows(collator: ConversationCollator, turns: Sequence[Turn]) -> Iterator[list[Sample]]:
+def _rows(encoder: DialogueEncoder, turns: Sequence[Turn]) -> Iterator[list[Sample]]:
     """Rows of turns, many at a time, each with its answer alone supervised."""
     for first in range(0, len(turns), DIALOGUES_AT_ONCE):
-        yield [answer_row(collator, turn) for turn in turns[first : first + DIALOGUES_AT_ONCE]]
+        yield [answer_row(encoder, turn) for turn in turns[first : first + DIALOGUES_AT_ONCE]]
 
 
 def _prompt(row: Sample) -> Sample:
@@ -234,19 +234,17 @@ def _record(turn: Turn, answer: str) -> dict[str, Any]:
     }
 
 
-def _with_swapped_audio(
-    model, collator, executor, turns, records, batch_size, max_new_tokens, seed
-) -> dict[str, float]:
+def _with_swapped_audio(model, encoder, executor, turns, records, batch_size, max_new_tokens, seed) -> dict[str, float]:
     """Adds swapped_answer, swapped_same and swapped_same_question to the records of the turns that have a partner."""
     found = [(position, swapped) for position, swapped in enumerate(swap_audio(turns, seed=seed)) if swapped]
     if not found:
         return {}
     unswapped, with_swapped, answers = _TokenMean(), _TokenMean(), []
-    for rows in _rows(collator, [turns[position] for position, _ in found]):
+    for rows in _rows(encoder, [turns[position] for position, _ in found]):
         unswapped.add(executor, rows)
-    for rows in _rows(collator, [swapped.turn for _, swapped in found]):
+    for rows in _rows(encoder, [swapped.turn for _, swapped in found]):
         with_swapped.add(executor, rows)
-        answers += answer_prompts(model, collator, [_prompt(row) for row in rows], max_new_tokens, batch_size)
+        answers += answer_prompts(model, encoder, [_prompt(row) for row in rows], max_new_tokens, batch_size)
     for (position, swapped), answer in zip(found, answers, strict=True):
         records[position]["swapped_answer"] = answer
         records[position]["swapped_same"] = same(records[position]["reference"], answer)

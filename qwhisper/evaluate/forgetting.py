@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import Dialogue, Message, in_words
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.instructions import instruction_pool
+from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import Turn, answer_row, turns_of
@@ -33,7 +33,7 @@ MIN_ANSWERS = 8  # different ones; a model that has no more for all instructions
 
 def text_answers(
     model: Qwen3AudioForConditionalGeneration,
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     turns: Sequence[Turn],
     max_new_tokens: int,
     batch_size: int,
@@ -44,30 +44,30 @@ def text_answers(
     prompts = {}
     for position, turn in enumerate(turns):
         if turn.clips and (typed := in_words(turn.history)) is not None:
-            prompts[position] = collator.encode_prompt(typed, tools=turn.dialogue.tools)
+            prompts[position] = encoder.encode_prompt(typed, tools=turn.dialogue.tools)
     with adapter_off(model):
-        answers = answer_prompts(model, collator, list(prompts.values()), max_new_tokens, batch_size)
+        answers = answer_prompts(model, encoder, list(prompts.values()), max_new_tokens, batch_size)
     found = dict(zip(prompts, answers, strict=True))
     return [found.get(position) for position in range(len(turns))]
 
 
 def text_shift(
-    executor: Executor, collator: ConversationCollator, dialogues: Sequence[Dialogue] | None
+    executor: Executor, encoder: DialogueEncoder, dialogues: Sequence[Dialogue] | None
 ) -> tuple[float | None, str | None]:
     """Kullback-Leibler divergence of the adapted language model from its base, in nats a token of the answers, where
     both read the dialogues in words, or, without dialogues, of what the base answers to the instructions that qwhisper
     ships. Where nothing can be read, None, and why.
     """
     if dialogues is None:
-        samples = own_answers(executor.model, collator, OWN_ANSWERS)
+        samples = own_answers(executor.model, encoder, OWN_ANSWERS)
         why_not = f"the base has fewer than {MIN_ANSWERS} different answers to the instructions that qwhisper ships"
     else:
-        samples, faults = _typed_rows(collator, dialogues)
+        samples, faults = _typed_rows(encoder, dialogues)
         why_not = f"no dialogue of the text file can be read in words; the first: {faults[0] if faults else 'none'}"
     return (executor.shift_from_base(samples), None) if samples else (None, why_not)
 
 
-def _typed_rows(collator: ConversationCollator, dialogues: Sequence[Dialogue]) -> tuple[list[Sample], list[str]]:
+def _typed_rows(encoder: DialogueEncoder, dialogues: Sequence[Dialogue]) -> tuple[list[Sample], list[str]]:
     """The dialogues as text, and of those that can't be the reason."""
     samples: list[Sample] = []
     faults: list[str] = []
@@ -76,7 +76,7 @@ def _typed_rows(collator: ConversationCollator, dialogues: Sequence[Dialogue]) -
             faults.append(f"{dialogue.source}: a clip has no `transcript`")
             continue
         try:
-            samples += collator.encode_rows(replace(dialogue, messages=typed))
+            samples += encoder.encode_rows(replace(dialogue, messages=typed))
         except DataError as error:
             faults.append(str(error))
     return samples, faults
@@ -84,7 +84,7 @@ def _typed_rows(collator: ConversationCollator, dialogues: Sequence[Dialogue]) -
 
 def own_answers(
     model: Qwen3AudioForConditionalGeneration,
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     count: int | None = None,
     *,
     seed: int = 0,
@@ -99,13 +99,13 @@ def own_answers(
     instructions = [line for line in instruction_pool("both") if line]
     chosen = [instructions[index] for index in np.random.default_rng(seed).permutation(len(instructions))[:count]]
     questions = [[Message("user", (line,))] for line in chosen]
-    prompts = [collator.encode_prompt(question) for question in questions]
+    prompts = [encoder.encode_prompt(question) for question in questions]
     with adapter_off(model):
-        answers = answer_prompts(model, collator, prompts, OWN_TOKENS)
+        answers = answer_prompts(model, encoder, prompts, OWN_TOKENS)
     asked = {answer: (question, prompt) for question, prompt, answer in zip(questions, prompts, answers, strict=True)}
     rows = []
     for answer, (question, prompt) in asked.items():
-        row = collator.encode_prompt(question, reply_with=answer)
+        row = encoder.encode_prompt(question, reply_with=answer)
         is_answer = np.arange(len(row.input_ids)) >= len(prompt.input_ids)
         rows.append(replace(row, labels=np.where(is_answer, row.input_ids, IGNORE)))
     rows = [row for row in rows if row.num_supervised]
@@ -168,7 +168,7 @@ class Questions:
 
 
 def choose_questions(
-    dialogues: Sequence[Dialogue], collator: ConversationCollator, trained_kinds: Collection[str], *, seed: int
+    dialogues: Sequence[Dialogue], encoder: DialogueEncoder, trained_kinds: Collection[str], *, seed: int
 ) -> Questions:
     """At most MAX_QUESTIONS of either group, from all of its kinds alike; decodes their audio.
 
@@ -184,10 +184,10 @@ def choose_questions(
             groups[turn.answer.kind in trained_kinds][turn.answer.kind].append(turn)
     if sum(map(len, groups[False].values())) < MIN_QUESTIONS:
         return Questions()
-    untrained = list(islice(_questions(collator, groups[False]), MAX_QUESTIONS))
+    untrained = list(islice(_questions(encoder, groups[False]), MAX_QUESTIONS))
     if len(untrained) < MIN_QUESTIONS:
         return Questions()
-    return Questions(untrained, list(islice(_questions(collator, groups[True]), MAX_QUESTIONS)))
+    return Questions(untrained, list(islice(_questions(encoder, groups[True]), MAX_QUESTIONS)))
 
 
 def answered_by_text_model(executor: Executor, questions: Questions) -> Questions:
@@ -210,17 +210,17 @@ def scores_by_ear(executor: Executor, questions: Questions) -> tuple[Score | Non
     return retention, hearing
 
 
-def _questions(collator: ConversationCollator, by_kind: Mapping[str, Sequence[Turn]]) -> Iterator[Question]:
+def _questions(encoder: DialogueEncoder, by_kind: Mapping[str, Sequence[Turn]]) -> Iterator[Question]:
     """One of every kind, then a second one of each, and so on.
 
-    Left out: those with a clip that is bad or has no transcript, and those that `collator` would cut.
+    Left out: those with a clip that is bad or has no transcript, and those that `encoder` would cut.
     """
     for turn in (turn for rank in zip_longest(*by_kind.values()) for turn in rank if turn is not None):
         if (typed := in_words(turn.history)) is None:
             continue
         in_text = Turn(replace(turn.dialogue, messages=(*typed, turn.answer)), turn.index)
         try:
-            heard, read = answer_row(collator, turn), answer_row(collator, in_text)
+            heard, read = answer_row(encoder, turn), answer_row(encoder, in_text)
         except DataError:
             continue
         if not heard.events and not read.events:

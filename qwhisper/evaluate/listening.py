@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.evaluate.metrics import normalise
 
 
@@ -84,14 +84,14 @@ def swap_audio(turns: Sequence[Turn], *, seed: int = 0) -> list[SwappedTurn | No
     return [swap(position) for position in range(len(turns))]
 
 
-def answer_row(collator: ConversationCollator, turn: Turn) -> Sample:
+def answer_row(encoder: DialogueEncoder, turn: Turn) -> Sample:
     """A turn as a row that ends with its answer, which alone is supervised.
 
     The answer's reasoning is left out: the prompt is the one that is served, which leaves no room for it. Raises as
-    `ConversationCollator.encode` does.
+    `DialogueEncoder.encode` does.
     """
     messages = (*turn.history, replace(turn.answer, reasoning=None))
-    row = collator.encode(replace(turn.dialogue, messages=messages))
+    row = encoder.encode(replace(turn.dialogue, messages=messages))
     start, end = row.answer_spans[-1]
     labels = np.full_like(row.labels, IGNORE)
     labels[start:end] = row.input_ids[start:end]

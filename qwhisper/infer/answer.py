@@ -22,12 +22,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qwhisper.checkpoint.folders import write_whole
-from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import Dialogue, in_words, scan_dialogues, to_record, unused_notes
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.faults import grouped
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
 from qwhisper.data.messages import THINK_MARKS, Message
 from qwhisper.data.records import MAX_LINE_BYTES
+from qwhisper.data.rows import Sample
 from qwhisper.data.tools import CALL_MARKS
 from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic
@@ -69,13 +70,13 @@ def main(arguments: "DataAnswerArguments") -> int:
         device_map={"": arguments.device} if arguments.device else None,
         load_in_4bit=arguments.load_in_4bit,
     )
-    collator = text_collator(path)
+    encoder = encoder_for_text(path)
     settings = [fingerprint(path), str(options.compute_dtype), options.load_in_4bit, arguments.max_new_tokens]
-    questions, unread = find_questions(dialogues, collator, settings)
+    questions, unread = find_questions(dialogues, encoder, settings)
     with _held(cache):
         answers, asked = answer_all(
             list(questions.values()),
-            collator,
+            encoder,
             partial(_load, path, options),
             cache,
             max_new_tokens=arguments.max_new_tokens,
@@ -89,15 +90,15 @@ def main(arguments: "DataAnswerArguments") -> int:
     return 0 if answered else DataError.exit_code
 
 
-def text_collator(path: str) -> ConversationCollator:
+def encoder_for_text(path: str) -> DialogueEncoder:
     """Makes a text model's prompts as they will be in training."""
     tokenizer = load_tokenizer(path)
     refuse_empty_tokenizer(tokenizer, path)
-    return ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
+    return DialogueEncoder(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
 
 
 def find_questions(
-    dialogues: Sequence[Dialogue], collator: ConversationCollator, settings: Sequence
+    dialogues: Sequence[Dialogue], encoder: DialogueEncoder, settings: Sequence
 ) -> tuple[dict[int, Question], list[str]]:
     """The dialogues that await an answer, by their position, and which of these can't be asked, and why.
 
@@ -112,7 +113,7 @@ def find_questions(
             faults.append(f"{dialogue.source}: a clip has no `transcript`, and the text model can't hear it")
             continue
         try:
-            prompt = collator.encode_prompt(messages, tools=dialogue.tools)
+            prompt = encoder.encode_prompt(messages, tools=dialogue.tools)
         except DataError as error:  # the chat template refuses these roles
             faults.append(f"{dialogue.source}: {error}")
             continue
@@ -123,7 +124,7 @@ def find_questions(
 
 def answer_all(
     questions: Sequence[Question],
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     load: Callable[[], PreTrainedModel],
     cache: Path,
     *,
@@ -143,7 +144,7 @@ def answer_all(
         for first in range(0, len(unique), WINDOW):
             asked = [question for question in unique[first : first + WINDOW] if question.key not in answers]
             prompts = [question.prompt for question in asked]
-            for batch in iterate_answers(model, collator, prompts, max_new_tokens, batch_size):
+            for batch in iterate_answers(model, encoder, prompts, max_new_tokens, batch_size):
                 found = {asked[index].key: answer for index, answer in batch.items()}
                 _keep(cache, found)
                 answers |= found

@@ -34,14 +34,14 @@ def main(arguments: "ChatArguments") -> None:
     """One answer to --audio and --text, or a conversation until the input ends."""
     quieten_transformers()
     clips = [_clip(path) for path in arguments.audio]
-    model, _, collator = load_for_inference(
+    model, _, encoder = load_for_inference(
         arguments.checkpoint,
         arguments.device,
         arguments.dtype,
         audio_model=arguments.audio_model,
         text_model=arguments.text_model,
     )
-    chat = Chat(model, collator, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
+    chat = Chat(model, encoder, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
     if clips or arguments.text is not None:
         chat.ask(clips, arguments.text or "")
         return
@@ -53,11 +53,11 @@ def main(arguments: "ChatArguments") -> None:
 
 
 class Chat:
-    """A conversation with a model: its messages so far."""
+    """A dialogue with a model: its messages so far."""
 
-    def __init__(self, model, collator, *, system: str | None = None, max_new_tokens: int = 256):
+    def __init__(self, model, encoder, *, system: str | None = None, max_new_tokens: int = 256):
         self.model = model
-        self.collator = collator
+        self.encoder = encoder
         self.max_new_tokens = max_new_tokens
         self.opening = [Message("system", (system,))] if system else []
         self.messages = list(self.opening)
@@ -74,10 +74,10 @@ class Chat:
         """
         heard = [read_own_audio(clip, f"clip {n}") for n, clip in enumerate(clips, 1)]
         question = Message("user", (*heard, text) if text else tuple(heard))
-        prompt = self.collator.encode_prompt([*self.messages, question])
-        streamer = TextStreamer(self.collator.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        generated = generate_tokens(self.model, self.collator, [prompt], self.max_new_tokens, streamer=streamer)
-        answer = decode_answer(self.collator, generated[0, len(prompt.input_ids) :])
+        prompt = self.encoder.encode_prompt([*self.messages, question])
+        streamer = TextStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        generated = generate_tokens(self.model, self.encoder, [prompt], self.max_new_tokens, streamer=streamer)
+        answer = decode_answer(self.encoder, generated[0, len(prompt.input_ids) :])
         self.messages += [question, Message("assistant", (answer,))]
         return answer
 

@@ -12,7 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qwhisper.checkpoint.reading import read_checkpoint
-from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.packing import pad_samples
+from qwhisper.data.rows import Sample
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import MemoryLimitError
 from qwhisper.memory import is_out_of_memory
@@ -41,8 +43,8 @@ def load_for_inference(
     *,
     audio_model: str | None = None,
     text_model: str | None = None,
-) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, ConversationCollator]:
-    """Model in evaluation mode, its processor, and a collator that makes prompts as they were trained on.
+) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, DialogueEncoder]:
+    """Model in evaluation mode, its processor, and an encoder that makes prompts as they were trained on.
 
     checkpoint: a checkpoint's or a run's folder. device: "cpu", "cuda", "cuda:1" (None: the first GPU if there is one).
     dtype: "auto" is bf16 on a GPU and fp32 on a CPU. A base that was trained on in 4 bits is loaded in 4 bits.
@@ -63,7 +65,7 @@ def load_resolved(
     *,
     audio_model: str | None = None,
     text_model: str | None = None,
-) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, ConversationCollator]:
+) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, DialogueEncoder]:
     """The same of a checkpoint's own folder, whose files were found to be what its manifest says."""
     trained_as = training_arguments(folder)
     in_4bit = trained_as.get("load_in_4bit", False)
@@ -76,7 +78,7 @@ def load_resolved(
     )
     model = load_trained(folder, options, audio_model=audio_model, text_model=text_model)
     processor = load_processor(folder)
-    return model.eval(), processor, collator_of(processor)
+    return model.eval(), processor, encoder_of(processor)
 
 
 def training_arguments(folder: Path) -> dict:
@@ -84,9 +86,9 @@ def training_arguments(folder: Path) -> dict:
     return arguments_where_they_lie(folder) if (folder / ARGUMENTS_FILE).is_file() else {}
 
 
-def collator_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -> ConversationCollator:
-    """The collator whose prompts and labels are those of a processor; max_length: tokens a training row may have."""
-    return ConversationCollator(
+def encoder_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -> DialogueEncoder:
+    """The encoder whose prompts and labels are those of a processor; max_length: tokens a training row may have."""
+    return DialogueEncoder(
         processor.tokenizer,
         processor.frames,
         audio_token_id=processor.audio_token_id,
@@ -105,7 +107,7 @@ class Answer:
 
 def answer_prompts(
     model: PreTrainedModel,
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     prompts: Sequence[Sample],
     max_new_tokens: int,
     batch_size: int = 8,
@@ -113,7 +115,7 @@ def answer_prompts(
     """The texts of `iterate_answers`, in the order of the prompts."""
     answers = [""] * len(prompts)
     with tqdm(total=len(prompts), unit="answer", disable=None, leave=False) as bar:
-        for batch in iterate_answers(model, collator, prompts, max_new_tokens, batch_size):
+        for batch in iterate_answers(model, encoder, prompts, max_new_tokens, batch_size):
             for index, answer in batch.items():
                 answers[index] = answer.text
             bar.update(len(batch))
@@ -122,7 +124,7 @@ def answer_prompts(
 
 def iterate_answers(
     model: PreTrainedModel,
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     prompts: Sequence[Sample],
     max_new_tokens: int,
     batch_size: int = 8,
@@ -130,7 +132,7 @@ def iterate_answers(
     """The model's greedy answers, a batch at a time: {position of the prompt: answer without special tokens and
     surrounding white space}.
 
-    model: ours, or any causal LM where no prompt has audio. prompts: see `ConversationCollator.encode_prompt`. The
+    model: ours, or any causal LM where no prompt has audio. prompts: see `DialogueEncoder.encode_prompt`. The
     result depends on the batches by rounding alone; long prompts go first, and memory that runs out halves the batch.
     Raises MemoryLimitError where one prompt alone is too much.
     """
@@ -139,7 +141,7 @@ def iterate_answers(
     while done < len(prompts):
         chosen = longest_first[done : done + batch_size]
         try:
-            answers = _answer_batch(model, collator, [prompts[i] for i in chosen], max_new_tokens)
+            answers = _answer_batch(model, encoder, [prompts[i] for i in chosen], max_new_tokens)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -159,36 +161,36 @@ def iterate_answers(
 
 def generate_tokens(
     model: PreTrainedModel,
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     prompts: Sequence[Sample],
     max_new_tokens: int,
     **keywords,
 ):
     """`model.generate` on left-padded prompts, greedy, until the turn's end; keywords: more of generate's own."""
-    batch: dict[str, Any] = dict(pad_samples(prompts, collator.pad_token_id, padding_side="left"))
+    batch: dict[str, Any] = dict(pad_samples(prompts, encoder.pad_token_id, padding_side="left"))
     device = model.get_input_embeddings().weight.device
     batch |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     return model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
-        eos_token_id=end_of_turn_ids(collator.tokenizer, collator.chat_template),
-        pad_token_id=collator.pad_token_id,
+        eos_token_id=end_of_turn_ids(encoder.tokenizer, encoder.chat_template),
+        pad_token_id=encoder.pad_token_id,
         **GREEDY,
         **keywords,
     )
 
 
-def decode_answer(collator: ConversationCollator, tokens: Tensor) -> str:
+def decode_answer(encoder: DialogueEncoder, tokens: Tensor) -> str:
     """tokens: int64 [new tokens], what was generated after a prompt. What follows the turn's end is padding."""
     ids = tokens.tolist()
-    ends = end_of_turn_ids(collator.tokenizer, collator.chat_template)
+    ends = end_of_turn_ids(encoder.tokenizer, encoder.chat_template)
     length = next((n for n, token in enumerate(ids) if token in ends), len(ids))
-    return collator.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+    return encoder.tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
 
 
-def _answer_batch(model, collator, prompts: list[Sample], max_new_tokens: int) -> list[Answer]:
-    generated = generate_tokens(model, collator, prompts, max_new_tokens)
+def _answer_batch(model, encoder, prompts: list[Sample], max_new_tokens: int) -> list[Answer]:
+    generated = generate_tokens(model, encoder, prompts, max_new_tokens)
     new = generated[:, max(len(prompt.input_ids) for prompt in prompts) :]
-    ends = torch.tensor(end_of_turn_ids(collator.tokenizer, collator.chat_template), device=new.device)
+    ends = torch.tensor(end_of_turn_ids(encoder.tokenizer, encoder.chat_template), device=new.device)
     ended = torch.isin(new, ends).any(dim=1).tolist()
-    return [Answer(decode_answer(collator, row), end) for row, end in zip(new, ended, strict=True)]
+    return [Answer(decode_answer(encoder, row), end) for row, end in zip(new, ended, strict=True)]

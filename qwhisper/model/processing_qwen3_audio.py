@@ -47,7 +47,7 @@ class Qwen3AudioProcessor(ProcessorMixin):
     `qwhisper.data.clips` reads. It returns input_ids, attention_mask (left-padded), input_features [windows, mel bins,
     frames] and input_features_mask [windows, frames]. `apply_chat_template` takes messages whose parts are read, and
     refused, as those of a file of dialogues are, except that paths start in the current folder and lead anywhere. It
-    trusts its texts, as transformers does: a `<|im_end|>` in them becomes that token (the collator's does not).
+    trusts its texts, as transformers does: a `<|im_end|>` in them becomes that token (DialogueEncoder's does not).
 
     Both raise DataError for what is no audio, and BadClipError for sound that can't be used, naming its place.
     """

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import Dialogue
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.rows import Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError, MemoryLimitError
 from qwhisper.evaluate.forgetting import (
@@ -86,7 +87,7 @@ class ListeningProbe:
     def __init__(
         self,
         executor: Executor,
-        collator: ConversationCollator,
+        encoder: DialogueEncoder,
         pairs: Sequence[Pair],
         state: ProbeState,
         *,
@@ -95,7 +96,7 @@ class ListeningProbe:
         asks_from: int = 0,
     ):
         self.executor = executor
-        self.collator = collator
+        self.encoder = encoder
         self.pairs = list(pairs)
         self.state = state
         self.first_step = first_step
@@ -144,7 +145,7 @@ class ListeningProbe:
     def _text_shift(self) -> float | None:
         if self.text is None:
             with self.executor.evaluation_mode():
-                self.text = own_answers(self.executor.model, self.collator, TEXT_ROWS)
+                self.text = own_answers(self.executor.model, self.encoder, TEXT_ROWS)
         return self.executor.shift_from_base(self.text) if self.text else None
 
     def _ask(self) -> tuple[Score | None, Score | None]:
@@ -159,7 +160,7 @@ class ListeningProbe:
 
 def make_probe(
     executor: Executor,
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     dialogues: Sequence[Dialogue],
     state: ProbeState,
     *,
@@ -174,11 +175,11 @@ def make_probe(
     questions: asked in probes from step `asks_from` on. None where the dialogues give fewer than MIN_PAIRS pairs, as
     text-only ones do.
     """
-    pairs = choose_pairs(dialogues, collator, seed=seed, trained_kinds=trained_kinds)
+    pairs = choose_pairs(dialogues, encoder, seed=seed, trained_kinds=trained_kinds)
     if len(pairs) < MIN_PAIRS:
         return None
     return ListeningProbe(
-        executor, collator, pairs, state, first_step=first_step, questions=questions, asks_from=asks_from
+        executor, encoder, pairs, state, first_step=first_step, questions=questions, asks_from=asks_from
     )
 
 
@@ -228,7 +229,7 @@ def listening_gain(true: Sequence[float], swapped: Sequence[float], tokens: Sequ
 
 def choose_pairs(
     dialogues: Sequence[Dialogue],
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     *,
     seed: int,
     trained_kinds: Collection[str] = (),
@@ -236,25 +237,25 @@ def choose_pairs(
     """At most MAX_PAIRS pairs, from as many dialogues as possible: two answers of one dialogue are less than two tests.
 
     Of questions of other kinds than `trained_kinds` only where there are too few without: who hears may still not know
-    the answer. Left out: pairs with a bad clip, and those that `collator` would cut, because what is left may be
+    the answer. Left out: pairs with a bad clip, and those that `encoder` would cut, because what is left may be
     another answer.
     """
     chosen = np.random.default_rng(seed).permutation(len(dialogues))[:MAX_DIALOGUES]
     turns = turns_of([dialogues[index] for index in chosen])
     of_trained_kinds = [turn for turn in turns if turn.answer.kind is None or turn.answer.kind in trained_kinds]
-    pairs = _pairs(of_trained_kinds, collator, seed)
+    pairs = _pairs(of_trained_kinds, encoder, seed)
     if len(pairs) >= MIN_PAIRS or len(of_trained_kinds) == len(turns):
         return pairs
-    return _pairs(turns, collator, seed)
+    return _pairs(turns, encoder, seed)
 
 
-def _pairs(turns: Sequence[Turn], collator: ConversationCollator, seed: int) -> list[Pair]:
+def _pairs(turns: Sequence[Turn], encoder: DialogueEncoder, seed: int) -> list[Pair]:
     pairs: list[Pair] = []
     for turn, swapped in _by_preference(turns, swap_audio(turns, seed=seed)):
         if len(pairs) == MAX_PAIRS:
             break
         try:
-            pair = Pair(answer_row(collator, turn), answer_row(collator, swapped.turn))
+            pair = Pair(answer_row(encoder, turn), answer_row(encoder, swapped.turn))
         except DataError:
             continue
         if not pair.true.events and not pair.swapped.events:

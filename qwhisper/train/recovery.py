@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qwhisper.checkpoint.folders import newest_valid
-from qwhisper.data.collator import Sample
+from qwhisper.data.rows import Sample
 from qwhisper.errors import MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.decide import Decision, StepStatistics
 from qwhisper.guards.diagnose import Finding, bad_weight, diagnose

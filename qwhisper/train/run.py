@@ -129,7 +129,7 @@ def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
 def go(session: Session, dialogues: list[Dialogue]) -> int:
     args, state = session.args, session.state
     steps = step_samples(
-        EncodedDialogues(dialogues, session.collator),
+        EncodedDialogues(dialogues, session.encoder),
         samples_per_step=args.samples_per_step,
         seed=args.seed,
         epoch=state.epoch,

@@ -11,9 +11,10 @@ from transformers import TrainerCallback
 
 from qwhisper.checkpoint import folders as checkpoints
 from qwhisper.checksums import checksums
-from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import Dialogue
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.loader import EncodedDialogues, encode_all, how_it_dies
+from qwhisper.data.rows import Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.forgetting import choose_questions
@@ -54,7 +55,7 @@ class Session:
     scheduler: torch.optim.lr_scheduler.LambdaLR
     executor: Executor
     processor: Qwen3AudioProcessor
-    collator: ConversationCollator
+    encoder: DialogueEncoder
     snapshots: Snapshots
     clamp: ActivationClamp | None  # None: off, or an LM without a q_proj
     state: TrainState
@@ -113,17 +114,16 @@ class StepReport:
     seconds: float = 0.0
 
 
-def collator_for(
+def encoder_for(
     args: TrainArguments, processor: Qwen3AudioProcessor, model: Qwen3AudioForConditionalGeneration
-) -> ConversationCollator:
-    return ConversationCollator(
+) -> DialogueEncoder:
+    return DialogueEncoder(
         processor.tokenizer,
         processor.frames,
         audio_token_id=processor.audio_token_id,
         chat_template=processor.chat_template,
         train_on=args.train_on,
         max_length=longest_dialogue(args, model.config.get_text_config()),
-        packed=True,
         teach=args.distill_weight > 0,
     )
 
@@ -139,8 +139,8 @@ def build_session(
     callbacks: Sequence[TrainerCallback],
 ) -> Session:
     """A training at its first step, or at `state`'s. Encodes the held-out dialogues and quarantines bad ones."""
-    collator = collator_for(args, processor, model)
-    eval_samples, rejections = encode_all(EncodedDialogues(held_out, collator), args.dataloader_num_workers)
+    encoder = encoder_for(args, processor, model)
+    eval_samples, rejections = encode_all(EncodedDialogues(held_out, encoder), args.dataloader_num_workers)
     log = RunLog(Path(args.output_dir))
     for rejection in rejections:
         log.quarantine(**dataclasses.asdict(rejection), step=state.step)
@@ -154,7 +154,7 @@ def build_session(
     executor = Executor(
         model,
         max_tokens_per_pack=state.max_tokens_per_pack or args.pack_limit,
-        pad_token_id=collator.pad_token_id,
+        pad_token_id=encoder.pad_token_id,
         distill_weight=args.distill_weight,
     )
     hooks = Hooks(
@@ -175,7 +175,7 @@ def build_session(
         scheduler=scheduler,
         executor=executor,
         processor=processor,
-        collator=collator,
+        encoder=encoder,
         snapshots=Snapshots(groups, optimizer),
         clamp=make_clamp(plan, model, state),
         state=state,
@@ -183,7 +183,7 @@ def build_session(
         lines=StepLines(plan.total_steps, state.step),
         hooks=hooks,
         eval_samples=eval_samples,
-        probe=probe_of(args, plan, executor, collator, dialogues, held_out, state),
+        probe=probe_of(args, plan, executor, encoder, dialogues, held_out, state),
         base_checksums=checksums(frozen_parameters(model)),
     )
 
@@ -192,7 +192,7 @@ def probe_of(
     args: TrainArguments,
     plan: Plan,
     executor: Executor,
-    collator: ConversationCollator,
+    encoder: DialogueEncoder,
     dialogues: Sequence[Dialogue],
     held_out: Sequence[Dialogue],
     state: TrainState,
@@ -225,13 +225,13 @@ def probe_of(
     def make(_: None) -> ListeningProbe | None:
         return make_probe(
             executor,
-            collator,
+            encoder,
             held_out or dialogues,
             state.probe,
             first_step=first_step,
             seed=args.seed,
             trained_kinds=state.kinds,
-            questions=choose_questions(asked, collator, state.kinds, seed=args.seed),
+            questions=choose_questions(asked, encoder, state.kinds, seed=args.seed),
             asks_from=asks_from,
         )
 

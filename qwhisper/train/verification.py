@@ -19,13 +19,14 @@ from torch import nn
 
 from qwhisper.checkpoint.folders import MANIFEST, check_manifest, checkpoints
 from qwhisper.checkpoint.reading import read_checkpoint
-from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.rows import Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.files import files_of
 from qwhisper.frames import SAMPLE_RATE
-from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_resolved, training_arguments
+from qwhisper.infer.generate import decode_answer, encoder_of, generate_tokens, load_resolved, training_arguments
 from qwhisper.model.pretrained import UntrustedCodeError
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.resumable import check_resumable, saved_parameters
@@ -111,11 +112,11 @@ def _prove(
         if any(bases.values()):
             raise
         raise CheckpointError(f"{folder}: its base can't be loaded ({error})") from error
-    collator = collator_of(processor, max_length=training_arguments(folder).get("max_length"))
+    encoder = encoder_of(processor, max_length=training_arguments(folder).get("max_length"))
     with tempfile.TemporaryDirectory() as scratch:
-        sample, prompt, dialogue = _first_dialogue(folder, collator, Path(scratch))
-    answer = _answer(folder, model, collator, prompt)
-    loss, moved, trainable = _step(folder, model, collator, sample)
+        sample, prompt, dialogue = _first_dialogue(folder, encoder, Path(scratch))
+    answer = _answer(folder, model, encoder, prompt)
+    loss, moved, trainable = _step(folder, model, encoder, sample)
     for each in (each for each, count in files.items() if count is not None):  # a resume takes the newest
         check_resumable(each, saved_parameters(model, each), TrainState.load(each))
     return Proof(folder, files[folder], tensors, dialogue, loss, moved, trainable, answer)
@@ -155,23 +156,23 @@ def _check_saved_numbers(folder: Path) -> int:
     return count
 
 
-def _first_dialogue(folder: Path, collator: ConversationCollator, scratch: Path) -> tuple[Sample, Sample, str]:
+def _first_dialogue(folder: Path, encoder: DialogueEncoder, scratch: Path) -> tuple[Sample, Sample, str]:
     """(training row, prompt of an answer, their source) of the run's first dialogue with audio, or of a made one."""
     told = training_arguments(folder)
     try:
         found = read_dialogues(told["train_file"], data_root=told.get("data_root"), max_samples=LOOKED_AT)
         dialogue = next(dialogue for dialogue in found if dialogue.clips)
-        return _encode(dialogue, collator)
+        return _encode(dialogue, encoder)
     except (KeyError, StopIteration, DataError):  # moved, changed or never told: any dialogue will do
-        return _encode(_made_dialogue(scratch), collator)
+        return _encode(_made_dialogue(scratch), encoder)
 
 
-def _encode(dialogue: Dialogue, collator: ConversationCollator) -> tuple[Sample, Sample, str]:
+def _encode(dialogue: Dialogue, encoder: DialogueEncoder) -> tuple[Sample, Sample, str]:
     messages = dialogue.messages
     heard = next(n for n, message in enumerate(messages) if message.clips)
     answer = next(n for n, message in enumerate(messages) if n > heard and message.role == "assistant")
-    prompt = collator.encode_prompt(messages[:answer], tools=dialogue.tools)
-    return collator.encode(dialogue), prompt, dialogue.source
+    prompt = encoder.encode_prompt(messages[:answer], tools=dialogue.tools)
+    return encoder.encode(dialogue), prompt, dialogue.source
 
 
 def _made_dialogue(scratch: Path) -> Dialogue:
@@ -186,21 +187,21 @@ def _made_dialogue(scratch: Path) -> Dialogue:
     return Dialogue("made", messages, "a made dialogue (the training file is not there)")
 
 
-def _answer(folder: Path, model, collator: ConversationCollator, prompt: Sample) -> str:
+def _answer(folder: Path, model, encoder: DialogueEncoder, prompt: Sample) -> str:
     generated = generate_tokens(
-        model, collator, [prompt], ANSWER_TOKENS, return_dict_in_generate=True, output_logits=True
+        model, encoder, [prompt], ANSWER_TOKENS, return_dict_in_generate=True, output_logits=True
     )
     if not all(torch.isfinite(logits).all() for logits in generated.logits):
         raise CheckpointError(f"{folder}: the logits of an answer are not finite")
-    return decode_answer(collator, generated.sequences[0, len(prompt.input_ids) :])
+    return decode_answer(encoder, generated.sequences[0, len(prompt.input_ids) :])
 
 
-def _step(folder: Path, model, collator: ConversationCollator, sample: Sample) -> tuple[float, int, int]:
+def _step(folder: Path, model, encoder: DialogueEncoder, sample: Sample) -> tuple[float, int, int]:
     """(loss, tensors that moved, trainable tensors) of one AdamW step; loss, gradients and weights must be finite."""
     names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in names.items()}
     model.train()
-    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=collator.pad_token_id)
+    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=encoder.pad_token_id)
     loss, _ = executor.forward_backward([sample], sample.num_supervised)
     if not torch.isfinite(loss):
         raise CheckpointError(f"{folder}: the loss of one step is {float(loss)}")

@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and recordings for the tests of the data room."""
+"""Tokenizers, chat templates and recordings for the tests of data."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import soundfile
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qwhisper.data.dialogue import Dialogue, Message
 from qwhisper.frames import FrameArithmetic
 from tests.train.conftest import arguments, bases, train_file  # noqa: F401
 
@@ -66,6 +67,18 @@ TEMPLATES = {
     "endless": ENDLESS,
     "none": None,
 }
+
+
+def user(*parts):
+    return Message("user", parts)
+
+
+def reply(text, reasoning=None):
+    return Message("assistant", (text,), reasoning=reasoning)
+
+
+def dialogue_of(*messages):
+    return Dialogue("t", messages, "t.jsonl:1")
 
 
 def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:

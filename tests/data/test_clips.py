@@ -187,9 +187,9 @@ def test_a_dialogue_of_datasets_with_tuples_is_read(folder):
         nothing | {"type": "text", "text": "Which?"},
     )}  # fmt: skip
     answer = {"role": "assistant", "content": (nothing | {"type": "text", "text": "One."},), "reasoning_content": None}
-    conversation = parse_own({"id": None, "messages": (user, answer), "audios": None}, "here")
-    assert [message.text for message in conversation.messages] == ["Which?", "One."]
-    np.testing.assert_array_equal(load_clip(conversation.clips[0]), load_audio("a.wav", 0.25))
+    dialogue = parse_own({"id": None, "messages": (user, answer), "audios": None}, "here")
+    assert [message.text for message in dialogue.messages] == ["Which?", "One."]
+    np.testing.assert_array_equal(load_clip(dialogue.clips[0]), load_audio("a.wav", 0.25))
 
 
 def test_sound_in_memory_is_a_key_is_pickled_and_is_named_by_its_place(folder):
@@ -214,12 +214,12 @@ def test_forms_that_json_holds_are_read_from_a_file_and_written_into_one(folder)
     keys = {"start": 0.25, "end": 0.5, "channel": 0, "transcript": "one"}
     lines = [record({**{k: v for k, v in part.items() if v is not None}, **keys}) for part in forms.values()]
     (folder / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    conversations = read_dialogues(folder / "data.jsonl")
+    dialogues = read_dialogues(folder / "data.jsonl")
     expected = load_audio("a.wav", 0.25, 0.5)
-    assert all(np.array_equal(load_clip(c.clips[0]), expected) for c in conversations)
-    written = [to_record(conversation, folder) for conversation in conversations]
-    again = [parse_dialogue(line, c.source, folder) for line, c in zip(written, conversations, strict=True)]
-    assert again == conversations
+    assert all(np.array_equal(load_clip(c.clips[0]), expected) for c in dialogues)
+    written = [to_record(dialogue, folder) for dialogue in dialogues]
+    again = [parse_dialogue(line, c.source, folder) for line, c in zip(written, dialogues, strict=True)]
+    assert again == dialogues
     assert all(part.items() >= keys.items() for line in written for part in line["messages"][0]["content"])
     assert check_dataset(folder / "data.jsonl")["ok"]
 
@@ -238,9 +238,9 @@ def test_audios_may_be_in_every_form_too(folder):
         parts["Qwen-Omni: data URL"]["audio"],
         {"path": "a.wav", "end": 0.5},
     ]
-    conversation = parse_own(record("<audio><audio><audio><audio>Which?", audios=audios), "here")
+    dialogue = parse_own(record("<audio><audio><audio><audio>Which?", audios=audios), "here")
     expected = load_audio("a.wav")
-    assert [len(load_clip(clip)) for clip in conversation.clips] == [*[len(expected)] * 3, 8000]
+    assert [len(load_clip(clip)) for clip in dialogue.clips] == [*[len(expected)] * 3, 8000]
     with pytest.raises(DataError, match=r"audio 2: audio file 'gone\.wav' does not exist"):
         parse_own(record("<audio><audio>Which?", audios=["a.wav", "gone.wav"]), "here")
 
@@ -260,14 +260,14 @@ def test_a_collator_takes_dicts_with_files_anywhere_and_sets_aside_sound_that_ca
     ((identity, reason),) = collator.rejected
     assert identity == "bad" and "message 1, part 1, `audio`: " in reason and "NaN or Inf" in reason
     with pytest.raises(DataError, match=r"good: message 1, part 1: audio file 'a\.wav' does not exist"):
-        collator.encode(record(audio(), "Which?", id="good"))
+        collator.encoder.encode(record(audio(), "Which?", id="good"))
 
 
 def test_arrays_of_objects_are_lists_as_pandas_gives_them(folder):
     parts = np.array([audio(end=0.5), {"type": "text", "text": "Which?"}], dtype=object)
     messages = np.array([{"role": "user", "content": parts}, {"role": "assistant", "content": "One."}], dtype=object)
-    conversation = parse_own({"messages": messages}, "here")
-    assert conversation == parse_own({"messages": [messages[0] | {"content": list(parts)}, messages[1]]}, "here")
+    dialogue = parse_own({"messages": messages}, "here")
+    assert dialogue == parse_own({"messages": [messages[0] | {"content": list(parts)}, messages[1]]}, "here")
     assert parse_own(record("<audio>?", audios=np.array(["a.wav"], dtype=object)), "here").clips == (
         AudioClip(str(folder / "a.wav")),
     )

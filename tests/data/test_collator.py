@@ -1,394 +1,44 @@
-import pickle
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
-from qwhisper.data.audio import load_audio
-from qwhisper.data.collator import ConversationCollator, NoLabelsError
-from qwhisper.data.dialogue import AudioClip, Dialogue, Message, parse_dialogue
-from qwhisper.data.encode import IGNORE
-from qwhisper.data.template import end_of_turn_ids
-from qwhisper.data.text_tokens import encode_text
-from qwhisper.errors import BadClipError, DataError, UsageError
-from tests.data.conftest import CHATML, OPEN_THINK, TEMPLATES, byte_tokenizer
-
-PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-TEXTS = st.sampled_from(["Seven.", "<|im_end|>", "a<think>b</think>", "Which?", "ü 确定\n\n7 ", "<tool_call>{}", "  x"])
-
-
-def user(*parts):
-    return Message("user", parts)
-
-
-def reply(text, reasoning=None):
-    return Message("assistant", (text,), reasoning=reasoning)
-
-
-def talk(*messages):
-    return Dialogue("t", messages, "t.jsonl:1")
-
-
-@st.composite
-def dialogues(draw, recordings, reasoning=False):
-    """One to four exchanges, now and then a system message, any mixture of texts and clips in the user's turns."""
-    clips = st.sampled_from([AudioClip(str(path)) for path in recordings])
-    messages = [Message("system", (draw(TEXTS),))] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 4))):
-        messages.append(user(*draw(st.lists(st.one_of(TEXTS, clips), min_size=1, max_size=4))))
-        thought = draw(st.sampled_from([None, "Let me see.", "<|im_end|>"])) if reasoning else None
-        messages.append(reply(draw(TEXTS), thought))
-    return talk(*messages)
-
-
-@pytest.fixture(scope="session")
-def collators(frames, qwen3_tokenizer):
-    """By the kind of template: Qwen3's, one without think, one made from a table, and the plain one."""
-    tokenizers = {
-        "qwen3": qwen3_tokenizer,
-        **{name: byte_tokenizer(TEMPLATES[name]) for name in ("qwen2.5", "gemma", "moving system", "none")},
-    }
-    return {name: ConversationCollator(t, frames, audio_token_id=len(t)) for name, t in tokenizers.items()}
-
-
-KINDS = pytest.mark.parametrize("kind", ["qwen3", "qwen2.5", "gemma", "moving system", "none"])
-
-
-@KINDS
-@PROPERTY
-@given(data=st.data())
-def test_every_answer_follows_exactly_its_generation_prompt(collators, recordings, frames, kind, data):
-    collator = collators[kind]
-    conversation = data.draw(dialogues(recordings))
-    sample = collator.encode(conversation)
-    answers = [k for k, message in enumerate(conversation.messages) if message.role == "assistant"]
-    assert len(sample.answer_spans) == len(answers)
-    end = end_of_turn_ids(collator.tokenizer, collator.chat_template)[0]
-    expected = np.full_like(sample.labels, IGNORE)
-    for k, (start, stop) in zip(answers, sample.answer_spans, strict=True):
-        prompt = collator.encode_prompt(conversation.messages[:k])
-        np.testing.assert_array_equal(sample.input_ids[:start], prompt.input_ids)
-        assert (prompt.labels == IGNORE).all()
-        answer = [*encode_text(collator.tokenizer, conversation.messages[k].text.strip()), end]
-        assert sample.input_ids[start:stop].tolist() == answer
-        expected[start:stop] = answer
-    np.testing.assert_array_equal(sample.labels, expected)
-    assert sample.num_supervised == sum(stop - start for start, stop in sample.answer_spans)
-    lengths = [len(load_audio(clip.path)) for clip in conversation.clips]
-    assert (sample.input_ids == len(collator.tokenizer)).sum() == sum(map(frames.num_tokens, lengths))
-    assert [len(w) for w in sample.windows] == [n for length in lengths for n in frames.window_lengths(length)]
-
-
-@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
-@settings(PROPERTY, max_examples=15)
-@given(data=st.data())
-def test_masked_message_is_history_and_nothing_else_changes(collators, recordings, frames, train_on, data):
-    tokenizer = collators["qwen3"].tokenizer
-    collator = ConversationCollator(tokenizer, frames, audio_token_id=len(tokenizer), train_on=train_on)
-    plain = data.draw(dialogues(recordings))
-    masks = data.draw(st.lists(st.booleans(), min_size=len(plain.messages), max_size=len(plain.messages)))
-    messages = [replace(m, learned=learned) for m, learned in zip(plain.messages, masks, strict=True)]
-    learned = [k for k, m in enumerate(messages) if m.role == "assistant" and m.learned]
-    assume(learned)
-    masked = collator.encode(talk(*messages))
-    # The same dialogue where all is learned, up to the last answer that is learned.
-    whole = collator.encode(talk(*plain.messages[: learned[-1] + 1 if train_on != "all" else None]))
-    np.testing.assert_array_equal(masked.input_ids, whole.input_ids)
-    expected = np.full_like(whole.labels, IGNORE)
-    answers = [k for k, m in enumerate(plain.messages[: learned[-1] + 1]) if m.role == "assistant"]
-    spans = dict(zip(answers, collators["qwen3"].encode(plain).answer_spans, strict=False))
-    for k in learned[-1:] if train_on == "last" else learned:
-        expected[slice(*spans[k])] = whole.input_ids[slice(*spans[k])]
-    if train_on == "all":  # where a user's text stands is seen by masking all but it
-        for k in [k for k, m in enumerate(messages) if m.role == "user" and m.learned]:
-            alone = [replace(m, learned=m.role == "assistant" or n == k) for n, m in enumerate(plain.messages)]
-            row = collator.encode(talk(*alone))
-            typed = row.labels.copy()
-            for start, end in row.answer_spans:
-                typed[start:end] = IGNORE
-            expected = np.where(typed != IGNORE, typed, expected)
-    np.testing.assert_array_equal(masked.labels, expected)
-    (row,) = collator.encode_rows(talk(*messages))
-    np.testing.assert_array_equal(row.labels, masked.labels)
-
-
-def test_masked_answer_token_by_token(collators):
-    tokenizer, collator = collators["qwen3"].tokenizer, collators["qwen3"]
-    talked = [user("Say one."), reply("One."), user("Sure?"), reply("Yes."), user("Bye."), reply("Bye.")]
-    for masked, learned in ((1, "Yes.<|im_end|>Bye.<|im_end|>"), (5, "One.<|im_end|>Yes.<|im_end|>")):
-        messages = [replace(m, learned=n != masked) for n, m in enumerate(talked)]
-        sample = collator.encode(talk(*messages))
-        assert sample.targets.tolist() == tokenizer(learned)["input_ids"]
-        assert sample.events == (["left out 2 messages after the last answer"] if masked == 5 else [])
-        assert [tokenizer.decode(sample.input_ids[start:end]) for start, end in sample.answer_spans] == [
-            f"{answer}<|im_end|>" for answer in learned.split("<|im_end|>")[:-1]
-        ]
-    with pytest.raises(NoLabelsError, match=r"t.jsonl:1: every answer is masked, so nothing to learn from"):
-        collator.encode_rows(talk(*(replace(m, learned=False) for m in talked)))
-
-
-def test_masked_answer_with_reasoning_has_no_row(collators):
-    collator = collators["qwen3"]
-    talked = [user("a"), reply("One.", "Hm."), user("b"), reply("Two.", "Ah."), user("c"), reply("Three.")]
-    talked[3] = replace(talked[3], learned=False)
-    texts = [collator.tokenizer.decode(row.targets) for row in collator.encode_rows(talk(*talked))]
-    assert texts == ["<think>\nHm.\n</think>\n\nOne.<|im_end|>", "Three.<|im_end|>"]
-
-
-def test_cut_keeps_to_answers_that_are_learned(collators, frames):
-    tokenizer = collators["qwen3"].tokenizer
-    talked = [
-        user("a"),
-        replace(reply("One."), learned=False),
-        user("b"),
-        reply("Two."),
-        user("c" * 100),
-        reply("Three."),
-    ]
-    whole = collators["qwen3"].encode(talk(*talked))
-
-    def cut(max_length):
-        maker = ConversationCollator(tokenizer, frames, audio_token_id=1, max_length=max_length)
-        row = maker.encode(talk(*talked))
-        return tokenizer.decode(row.targets), row.events
-
-    first = whole.answer_spans[0][1]
-    assert cut(first) == ("Two.<|im_end|>", [f"cut to 2 of 3 turns: {len(whole.input_ids)} > {first} tokens"])
-    # The masked answer alone would fit, but nothing would be learned.
-    learned, (event,) = cut(first - 1)
-    assert learned == "Three.<|im_end|>" and event.startswith("kept the last exchange alone, without the first")
-
-
-@PROPERTY
-@given(data=st.data())
-def test_user_text_brings_no_control_token_into_a_row(collators, recordings, data):
-    conversation = data.draw(dialogues(recordings))
-    ids = collators["qwen3"].encode(conversation).input_ids
-    turns = len(conversation.messages)
-    answers = sum(message.role == "assistant" for message in conversation.messages)
-    counts = [(ids == i).sum() for i in (151644, 151645, 151667, 151668, 151657)]
-    assert counts == [turns, turns, answers, answers, 0]
-
-
-@PROPERTY
-@given(data=st.data())
-def test_reasoning_has_a_row_of_its_own_for_every_answer(collators, recordings, data):
-    collator = collators["qwen3"]
-    conversation = data.draw(dialogues(recordings, reasoning=True))
-    messages = conversation.messages
-    answers = [k for k, message in enumerate(messages) if message.role == "assistant"]
-    assume(any(m.reasoning for m in messages) and len(answers) > 1)
-    rows = collator.encode_rows(conversation)
-    assert [row.id for row in rows] == [f"t#{n}" for n in range(1, len(answers) + 1)]
-    for k, row in zip(answers, rows, strict=True):
-        ((start, stop),) = row.answer_spans
-        prompt = collator.encode_prompt(messages[:k]).input_ids
-        if messages[k].reasoning:  # with thinking on, the prompt has no think block: the model writes it
-            prompt = prompt[:-4]
-            assert collator.tokenizer.decode(row.input_ids[start:stop]).startswith("<think>\n" + messages[k].reasoning)
-            assert row.input_ids[start] == 151667
-        np.testing.assert_array_equal(row.input_ids[:start], prompt)
-        assert row.input_ids[stop - 1] == 151645
-        assert (row.labels[:start] == IGNORE).all()
-    whole = collator.encode(conversation)
-    kept = [k for k in answers if not messages[k].reasoning or k == answers[-1]]
-    assert len(whole.answer_spans) == len(kept)
-    assert any("which have reasoning" in event for event in whole.events) == (len(kept) < len(answers))
-
-
-def test_prompt_and_reply_of_a_single_turn_are_what_the_tokenizer_itself_renders(collators):
-    collator = collators["qwen3"]
-    tokenizer = collator.tokenizer
-    text = [{"role": "user", "content": "Quanto fa 1 + 1?"}, {"role": "assistant", "content": "Due, 两."}]
-    messages = [Message(m["role"], (m["content"],)) for m in text]
-    whole = tokenizer.apply_chat_template(text, tokenize=False)
-    prompt = tokenizer.apply_chat_template(text[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    assert collator.encode(talk(*messages)).input_ids.tolist() == tokenizer(whole)["input_ids"]
-    assert collator.encode_prompt(messages[:1]).input_ids.tolist() == tokenizer(prompt)["input_ids"]
-    begun = collator.encode_prompt(messages[:1], reply_with="Due").input_ids.tolist()
-    assert begun == tokenizer(prompt + "Due")["input_ids"]
-
-
-def test_what_a_prompt_leaves_open_is_for_the_model_to_write(frames):
-    """A thinking-only model's prompt ends inside the think block; its end belongs to the answer."""
-    answer = "{{- '<think>\\n\\n</think>\\n\\n' if message.role == 'assistant' -}}{{- message.content -}}"
-    template = OPEN_THINK.replace(
-        "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}",
-        "{{- '<|im_start|>' + message.role + '\\n' -}}" + answer + "{{- '<|im_end|>\\n' -}}",
-    )
-    tokenizer = byte_tokenizer(template)
-    collator = ConversationCollator(tokenizer, frames, audio_token_id=999)
-    messages = (user("a"), reply("b"), user("c"), reply("d"))
-    sample = collator.encode(talk(*messages))
-    for k, (start, stop) in zip((1, 3), sample.answer_spans, strict=True):
-        assert sample.input_ids[:start].tolist() == collator.encode_prompt(messages[:k]).input_ids.tolist()
-        assert tokenizer.decode(sample.input_ids[start:stop]) == f"\n</think>\n\n{messages[k].text}<|im_end|>"
+from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.dialogue import AudioClip
+from qwhisper.data.encode import NoLabelsError
+from qwhisper.errors import BadClipError, DataError
+from tests.data.conftest import dialogue_of, reply, user
 
 
 @pytest.fixture(scope="session")
 def make(frames, chatml_tokenizer):
-    """A collator whose tokens are bytes, so that lengths can be counted by hand."""
+    """A collator whose tokens are bytes."""
     return lambda **options: ConversationCollator(chatml_tokenizer, frames, audio_token_id=999, **options)
-
-
-def supervised_text(collator, sample):
-    return collator.tokenizer.decode(sample.labels[sample.labels != IGNORE])
-
-
-TWO_TURNS = (Message("system", ("be",)), user("one?"), reply("1"), user("two?"), reply("2"))
-
-
-@pytest.mark.parametrize(
-    ("train_on", "text", "spans"),
-    [
-        ("assistant", "1<|im_end|>2<|im_end|>", 2),
-        ("last", "2<|im_end|>", 1),
-        ("all", "one?1<|im_end|>two?2<|im_end|>", 2),
-    ],
-)
-def test_train_on_chooses_what_is_supervised(make, train_on, text, spans):
-    collator = make(train_on=train_on)
-    sample = collator.encode(talk(*TWO_TURNS))
-    assert supervised_text(collator, sample) == text
-    assert len(sample.answer_spans) == spans
-    thinking = talk(*TWO_TURNS[:2], reply("1", "hm"), *TWO_TURNS[3:])
-    (row,) = collator.encode_rows(thinking)
-    assert row.events == ["left out the reasoning: the chat template has no place for it"]
-    assert supervised_text(collator, row) == text
-
-
-def test_relaxed_mask_counts_no_text_twice_where_reasoning_makes_several_rows(frames, qwen3_tokenizer):
-    collator = ConversationCollator(qwen3_tokenizer, frames, audio_token_id=151669, train_on="all")
-    rows = collator.encode_rows(talk(user("one?"), reply("1", "hm"), user("two?"), reply("2")))
-    assert [supervised_text(collator, row) for row in rows] == [
-        "one?<think>\nhm\n</think>\n\n1<|im_end|>",
-        "two?2<|im_end|>",
-    ]
-
-
-def test_messages_after_the_last_answer_are_left_out(make):
-    sample = make().encode(talk(*TWO_TURNS, user("three?")))
-    np.testing.assert_array_equal(sample.input_ids, make().encode(talk(*TWO_TURNS)).input_ids)
-    assert sample.events == ["left out 1 messages after the last answer"]
-    assert "three?" in make(train_on="all").tokenizer.decode(
-        make(train_on="all").encode(talk(*TWO_TURNS, user("three?"))).input_ids
-    )
-
-
-@settings(PROPERTY, max_examples=150)
-@given(data=st.data(), max_length=st.integers(2, 200), train_on=st.sampled_from(["assistant", "last", "all"]))
-def test_any_length_keeps_whole_turns_whole_clips_and_a_reply(make, frames, recordings, data, max_length, train_on):
-    conversation = data.draw(dialogues(recordings))
-    whole = make(train_on=train_on).encode(conversation)
-    collator = make(train_on=train_on, max_length=max_length)
-    try:
-        sample = collator.encode(conversation)
-    except NoLabelsError as error:
-        assert "t.jsonl:1: no supervised token is left (kept the last reply alone" in str(error)  # noqa: PT017
-        assert max_length < 40
-        return
-    except BadClipError as error:
-        assert "of audio and the reply do not fit into max_length" in str(error)  # noqa: PT017
-        without_text = make().encode(talk(user(*conversation.messages[-2].clips), conversation.messages[-1]))
-        assert without_text.answer_spans[-1][1] > max_length
-        return
-    assert len(sample.input_ids) <= max_length
-    assert sample.num_supervised > 0
-    placeholders = sum(frames.window_tokens(len(window)) for window in sample.windows)
-    assert (sample.input_ids == 999).sum() == placeholders
-    if any(event.startswith("cut to") for event in sample.events) or not sample.events:
-        np.testing.assert_array_equal(sample.input_ids, whole.input_ids[: len(sample.input_ids)])
-        assert sample.answer_spans[-1][1] == len(sample.input_ids) or len(sample.input_ids) >= len(whole.input_ids) - 1
-    else:
-        assert sample.events[0].startswith("kept the last")
-        assert len(sample.answer_spans) == 1
-
-
-def test_long_dialogue_is_cut_after_the_last_turn_that_fits(make):
-    whole = make().encode(talk(*TWO_TURNS))
-    first_end = whole.answer_spans[0][1]
-    for max_length in (first_end, len(whole.input_ids) - 2):
-        sample = make(max_length=max_length).encode(talk(*TWO_TURNS))
-        np.testing.assert_array_equal(sample.input_ids, whole.input_ids[:first_end])
-        assert sample.events == [f"cut to 1 of 2 turns: {len(whole.input_ids)} > {max_length} tokens"]
-    uncut = make(max_length=len(whole.input_ids) - 1).encode(talk(*TWO_TURNS))  # the line break after the end goes
-    assert (len(uncut.answer_spans), uncut.events) == (2, [])
-
-
-def test_where_the_first_exchange_is_too_long_the_last_reply_is_kept(make, recordings, frames):
-    clip = AudioClip(str(recordings[1]))
-    tokens = frames.num_tokens(6_400)
-    conversation = talk(user("x" * 300), reply("1"), user("drop keep", clip), reply("two"))
-    scaffold = len(make().encode(talk(user("_"), reply("_"))).input_ids) - 3  # without both contents and the line break
-
-    def decoded(max_length):
-        collator = make(max_length=max_length)
-        sample = collator.encode(conversation)
-        assert len(sample.windows) == bool((sample.input_ids == 999).sum())
-        text = collator.tokenizer.decode([i for i in sample.input_ids if i != 999])
-        return text.replace("<|im_start|>", "[").replace("<|im_end|>\n", "]"), len(sample.windows), sample.events
-
-    exact = scaffold + len("drop keep") + tokens + len("two")
-    alone = "kept the last exchange alone"
-    assert decoded(exact) == ("[user\ndrop keep][assistant\ntwo<|im_end|>", 1, [alone])
-    text, windows, events = decoded(exact - 5)
-    assert (text, windows) == ("[user\nkeep][assistant\ntwo<|im_end|>", 1)
-    assert events == [f"{alone}, without the first 5 tokens of its prompt's text"]
-    with pytest.raises(BadClipError, match=rf"t\.jsonl:1: .*wav: {tokens} tokens of audio and the reply do not fit"):
-        make(max_length=exact - 10).encode(conversation)
-
-
-def test_where_a_typed_prompt_and_its_reply_are_too_long_the_reply_is_kept(make):
-    scaffold = len(make().encode(talk(user("_"), reply("_"))).input_ids) - 3
-
-    def decoded(max_length):
-        collator = make(max_length=max_length)
-        sample = collator.encode(talk(user("x" * 300), reply("1"), user("drop"), reply("two")))
-        text = collator.tokenizer.decode(sample.input_ids)
-        return text.replace("<|im_start|>", "[").replace("<|im_end|>\n", "]"), sample.events
-
-    assert decoded(scaffold + 3)[0] == "[user\n][assistant\ntwo<|im_end|>"
-    text, events = decoded(scaffold + 1)
-    assert text == "[user\n][assistant\ntw"
-    assert events[1] == f"cut the tail of the reply: {scaffold + 3} > {scaffold + 1} tokens"
-
-
-def test_row_of_a_reasoned_answer_keeps_that_answer_when_it_is_cut(frames, qwen3_tokenizer):
-    collator = ConversationCollator(qwen3_tokenizer, frames, audio_token_id=151669, max_length=40)
-    history = (user("one?"), reply("1"))
-    rows = collator.encode_rows(talk(*history, user("word " * 20 + "two?"), reply("2", "hm")))
-    assert [supervised_text(collator, row) for row in rows] == ["1<|im_end|>", "<think>\nhm\n</think>\n\n2<|im_end|>"]
-    assert rows[1].events == ["kept the last exchange alone"]
-    assert all(len(row.input_ids) <= 40 for row in rows)
 
 
 def test_sample_without_labels_is_rejected_and_counted(make):
     collator = make(max_length=12)
-    short = talk(user("a"), reply("b"))
+    short = dialogue_of(user("a"), reply("b"))
     with pytest.raises(NoLabelsError, match=r"t\.jsonl:1: no supervised token is left"):
-        collator.encode(short)
+        collator.encoder.encode(short)
     with pytest.raises(DataError, match="none of 2 samples"):
         collator([short, short])
     assert len(collator.rejected) == 2
-    ready = make().encode(short)
+    ready = make().encoder.encode(short)
     batch = collator([ready, short])
     assert batch["input_ids"].shape == (1, len(ready.input_ids))
     assert [identity for identity, _ in collator.rejected] == ["t", "t", "t"]
     with pytest.raises(NoLabelsError, match="no assistant message"):
-        make().encode(talk(user("a")))
+        make().encoder.encode(dialogue_of(user("a")))
 
 
 def test_bad_clip_is_rejected_with_dialogue_and_file_named(make, tmp_path):
     path = tmp_path / "silent.wav"
     soundfile.write(path, np.zeros(8_000), 16_000)
-    bad = talk(user(AudioClip(str(path))), reply("b"))
+    bad = dialogue_of(user(AudioClip(str(path))), reply("b"))
     with pytest.raises(BadClipError, match=r"t\.jsonl:1: .*silent\.wav: silent"):
-        make().encode(bad)
+        make().encoder.encode(bad)
     collator = make()
-    assert collator([talk(user("a"), reply("b")), bad])["valid_label_count"] == 2
+    assert collator([dialogue_of(user("a"), reply("b")), bad])["valid_label_count"] == 2
     assert "silent.wav" in collator.rejected[0][1]
 
 
@@ -398,8 +48,8 @@ def test_call_takes_dialogues_records_and_samples_alike(make, recordings, monkey
     collator = make(packed=packed)
     content = [{"type": "audio", "audio": recordings[0].name}, {"type": "text", "text": "?"}]
     record = {"id": "t", "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]}
-    conversation = talk(user(AudioClip(str(recordings[0])), "?"), reply("b"))
-    batch = collator([record, conversation, collator.encode(conversation)])
+    dialogue = dialogue_of(user(AudioClip(str(recordings[0])), "?"), reply("b"))
+    batch = collator([record, dialogue, collator.encoder.encode(dialogue)])
     assert batch["valid_label_count"] == 6
     rows = batch["input_ids"].reshape(3, -1)
     assert (rows == rows[0]).all()
@@ -410,39 +60,3 @@ def test_call_takes_dialogues_records_and_samples_alike(make, recordings, monkey
 def test_fault_of_a_record_is_raised_not_rejected(make):
     with pytest.raises(DataError, match="broken: no `messages` list"):
         make()([{"id": "broken"}])
-
-
-def test_collator_travels_to_a_worker(make):
-    collator = pickle.loads(pickle.dumps(make()))
-    np.testing.assert_array_equal(
-        collator.encode(talk(*TWO_TURNS)).input_ids, make().encode(talk(*TWO_TURNS)).input_ids
-    )
-
-
-def test_wrong_options_are_refused(make, frames, qwen3_tokenizer):
-    with pytest.raises(UsageError, match="train_on is 'user'"):
-        make(train_on="user")
-    with pytest.raises(UsageError, match="max_length is 1"):
-        make(max_length=1)
-    with pytest.raises(UsageError, match="not prefix-stable"):
-        ConversationCollator(
-            qwen3_tokenizer, frames, audio_token_id=151669, chat_template=qwen3_tokenizer.chat_template
-        )
-    assert make(chat_template=CHATML).chat_template == CHATML
-
-
-def test_real_recordings_are_heard_at_their_true_length(collators, shared, frames):
-    folder = shared / "data" / "spoken-digits"
-    names = ("7_george_0.wav", "3_jackson_1.wav")
-    record = {
-        "messages": [
-            {"role": "user", "content": [{"type": "audio", "audio": name} for name in names]},
-            {"role": "assistant", "content": "Seven, three."},
-        ]
-    }
-    collator = collators["qwen3"]
-    sample = collator.encode(parse_dialogue(record, "here", folder))
-    tokens = [frames.num_tokens(len(load_audio(folder / name))) for name in names]
-    audio = np.flatnonzero(sample.input_ids == len(collator.tokenizer))
-    assert len(audio) == sum(tokens) == audio[-1] - audio[0] + 1
-    assert len(sample.windows) == 2

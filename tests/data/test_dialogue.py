@@ -60,14 +60,14 @@ def test_canonical_form_is_read_as_it_stands(write, folder):
         ],
     }
     path = write("", record, "")
-    (conversation,) = read_dialogues(path)
-    assert conversation.id == "a1"
-    assert conversation.source == f"{path}:2"
-    assert conversation.clips == (
+    (parsed,) = read_dialogues(path)
+    assert parsed.id == "a1"
+    assert parsed.source == f"{path}:2"
+    assert parsed.clips == (
         AudioClip(str(folder / "clips" / "a.wav"), None, None, "seven"),
         AudioClip(str(folder / "clips" / "b.wav"), 0.1, 0.3, None),
     )
-    system, first, reply, second, last = conversation.messages
+    system, first, reply, second, last = parsed.messages
     assert (system.role, system.text) == ("system", "You are helpful.")
     assert (first.text, len(first.clips)) == ("Which digit?", 1)
     assert (reply.text, reply.kind, reply.reasoning) == ("Seven.", "digit", None)
@@ -152,8 +152,8 @@ def test_fault_is_named_with_file_and_line(write, name):
 
 
 def test_emoji_escaped_as_surrogate_pairs_is_an_ordinary_text(write):
-    (conversation,) = read_dialogues(write(dialogue(user="Hi \U0001f600")))
-    assert conversation.messages[0].text == "Hi \U0001f600"
+    (parsed,) = read_dialogues(write(dialogue(user="Hi \U0001f600")))
+    assert parsed.messages[0].text == "Hi \U0001f600"
 
 
 @pytest.mark.parametrize(("length", "fits"), [(MAX_LINE_BYTES, True), (MAX_LINE_BYTES + 1, False)])
@@ -162,8 +162,8 @@ def test_line_may_have_sixteen_megabytes_and_the_next_one_is_read(folder, length
     path = folder / "long.jsonl"
     long = json.dumps(dialogue(user="x" * (length - 1 - len(first))))  # 1: the line break
     path.write_text(f"{long}\n{second}\n", "utf-8")
-    conversations, faults = scan_dialogues(path)
-    assert [c.source for c in conversations] == [f"{path}:1", f"{path}:2"][1 - fits :]
+    dialogues, faults = scan_dialogues(path)
+    assert [c.source for c in dialogues] == [f"{path}:1", f"{path}:2"][1 - fits :]
     assert (
         faults == [] if fits else faults == [f"{path}:1: longer than 16777216 bytes; each line should be one dialogue"]
     )
@@ -178,8 +178,8 @@ def test_every_fault_of_a_file_is_named_and_the_twenty_first_only_counted(write)
     assert len(lines) == 21
     assert [line.split(": ")[0] for line in lines[:20]] == [f"{path}:{n}" for n in range(1, 21)]
     assert "5 more" in lines[20]
-    conversations, faults = scan_dialogues(path)
-    assert conversations == []
+    dialogues, faults = scan_dialogues(path)
+    assert dialogues == []
     assert len(faults) == 25
 
 
@@ -216,8 +216,8 @@ def test_missing_file_folder_and_empty_file_are_refused(write, folder):
 def test_bytes_that_are_no_utf8_are_a_fault_of_their_line(folder):
     path = folder / "latin.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(dialogue()).encode() + b"\n" + '{"a": "é"}'.encode("latin-1"))
-    conversations, faults = scan_dialogues(path)
-    assert len(conversations) == 1
+    dialogues, faults = scan_dialogues(path)
+    assert len(dialogues) == 1
     assert faults[0].startswith(f"{path}:2: not UTF-8")
 
 
@@ -230,8 +230,8 @@ def test_data_root_allows_what_the_folder_does_not(write, folder, recordings):
     path = write(dialogue(user=audio_part(audio=str(recordings[0]))))
     with pytest.raises(DataError, match="lies outside"):
         read_dialogues(path)
-    (conversation,) = read_dialogues(path, data_root=recordings[0].parent)
-    assert conversation.clips[0].path == str(recordings[0])
+    (parsed,) = read_dialogues(path, data_root=recordings[0].parent)
+    assert parsed.clips[0].path == str(recordings[0])
 
 
 def test_link_that_leads_outside_is_refused(write, folder, recordings):
@@ -280,9 +280,9 @@ def test_audios_fill_one_mark_and_another_is_still_a_fault(folder):
 def test_metadata_is_counted_with_its_first_place(write):
     first, second = dialogue(speaker="a", lang="de"), dialogue(speaker="b", id=None, chosen=None)
     second["messages"][1]["duration"] = 1.5
-    conversations, faults = scan_dialogues(path := write(dialogue(), first, second, second))
+    dialogues, faults = scan_dialogues(path := write(dialogue(), first, second, second))
     assert faults == []
-    assert unused_notes(conversations) == [
+    assert unused_notes(dialogues) == [
         f"dialogues with the key `speaker`, which is not used: 3; first at {path}:2",
         f"dialogues with the key `lang`, which is not used: 1; first at {path}:2",
         f"dialogues with the key `duration` in a message, which is not used: 2; first at {path}:3",
@@ -328,9 +328,9 @@ def records(draw) -> dict:
 @settings(max_examples=100)
 @given(records())
 def test_every_form_is_written_so_that_the_same_dialogue_is_read(record):
-    conversation = parse_dialogue(record, "here:1", ".")
-    written = json.loads(json.dumps(to_record(conversation, ".")))
-    assert parse_dialogue(written, "here:1", ".") == conversation
+    parsed = parse_dialogue(record, "here:1", ".")
+    written = json.loads(json.dumps(to_record(parsed, ".")))
+    assert parse_dialogue(written, "here:1", ".") == parsed
     assert to_record(parse_dialogue(written, "here:1", "."), ".") == written
 
 
@@ -363,7 +363,7 @@ def test_what_is_written_is_read_back_as_the_same_dialogue(write, folder):
     }
     path = write(sent | {"id": "a1"}, sent, {"audios": ["clips/b.wav"], **dialogue(user="<audio>Say it")})
     before = read_dialogues(path)
-    records = [to_record(conversation, folder) for conversation in before]
+    records = [to_record(parsed, folder) for parsed in before]
     assert read_dialogues(write(*records)) == before
     assert records[0] == sent | {"id": "a1"} and records[1] == sent
     assert [part.get("audio") for part in records[2]["messages"][0]["content"]] == ["clips/b.wav", None]
@@ -375,14 +375,14 @@ def test_dialogue_that_awaits_its_answer_is_read_where_that_is_allowed(write):
     question = {"messages": [text_message("user", "Say one.")]}
     unfit = {"messages": [text_message("user", "Say one."), text_message("system", "Be brief.")]}
     path = write(question, dialogue(), unfit)
-    conversations, faults = scan_dialogues(path, answered=False)
-    assert [len(conversation.messages) for conversation in conversations] == [1, 2]
+    dialogues, faults = scan_dialogues(path, answered=False)
+    assert [len(parsed.messages) for parsed in dialogues] == [1, 2]
     assert [fault.split(": ")[0] for fault in faults] == [f"{path}:3"]
     assert len(scan_dialogues(path)[1]) == 2
 
 
 def test_lines_of_another_form_are_converted_before_they_are_read(write):
     path = write({"say": "Say one."}, "no json", {"say": "Say two."})
-    conversations, faults = scan_dialogues(path, convert=lambda record: dialogue(user=record["say"]))
-    assert [conversation.messages[0].text for conversation in conversations] == ["Say one.", "Say two."]
+    dialogues, faults = scan_dialogues(path, convert=lambda record: dialogue(user=record["say"]))
+    assert [parsed.messages[0].text for parsed in dialogues] == ["Say one.", "Say two."]
     assert len(faults) == 1 and f"{path}:2" in faults[0]

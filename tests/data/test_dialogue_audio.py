@@ -7,9 +7,9 @@ import soundfile
 from qwhisper.data import dialogue_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.data.clips import AudioClip
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue, Message
 from qwhisper.data.dialogue_audio import check_dialogue_seconds
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.errors import BadClipError
 from qwhisper.frames import FrameArithmetic
 from tests.data.test_audio import tone
@@ -38,13 +38,13 @@ def hours(tmp_path):
     return AudioClip(str(path))
 
 
-def talk(*clips, source="talk.jsonl:7"):
+def dialogue_of(*clips, source="talk.jsonl:7"):
     return Dialogue("a", (Message("user", (*clips, "Say it.")), Message("assistant", ("Yes.",))), source)
 
 
-def collator(**options):
+def encoder(**options):
     tokenizer = small_tokenizer()
-    return ConversationCollator(tokenizer, FRAMES, audio_token_id=len(tokenizer), **options)
+    return DialogueEncoder(tokenizer, FRAMES, audio_token_id=len(tokenizer), **options)
 
 
 def test_what_headers_claim_is_refused_before_it_is_decoded(hours):
@@ -52,7 +52,7 @@ def test_what_headers_claim_is_refused_before_it_is_decoded(hours):
     with pytest.raises(
         BadClipError, match=r"^talk.jsonl:7: 1\.152e\+05 s of audio in 8 clips, .* may have 7200: divide"
     ):
-        collator().encode(talk(*[hours] * 8))
+        encoder().encode(dialogue_of(*[hours] * 8))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6
@@ -61,17 +61,17 @@ def test_what_headers_claim_is_refused_before_it_is_decoded(hours):
 def test_what_headers_do_not_tell_is_counted_while_it_is_decoded(clip, monkeypatch):
     monkeypatch.setattr(dialogue_audio, "MAX_DIALOGUE_SECONDS", 2.5)
     others = [AudioClip(clip.path, end=end) for end in (0.9, 0.8, 0.7)]
-    assert len(collator().encode(talk(*others[:3])).windows) == 3
+    assert len(encoder().encode(dialogue_of(*others[:3])).windows) == 3
     with pytest.raises(BadClipError, match=r"talk.jsonl:7: .*\(at most 0\.1\)"):
-        collator().encode(talk(*others, clip))
+        encoder().encode(dialogue_of(*others, clip))
     with pytest.raises(BadClipError, match=r"talk.jsonl:7: 3 s of audio in 3 clips, and a dialogue may have 2\.5"):
-        collator().encode(talk(clip, clip, clip))
+        encoder().encode(dialogue_of(clip, clip, clip))
 
 
 def test_clip_is_decoded_once_however_often_it_is_heard(clip, monkeypatch):
     calls, load = [], dialogue_audio.load_clip
     monkeypatch.setattr(dialogue_audio, "load_clip", lambda *a, **k: calls.append(a) or load(*a, **k))
-    sample = collator().encode(talk(clip, clip, AudioClip(clip.path, end=0.5), clip))
+    sample = encoder().encode(dialogue_of(clip, clip, AudioClip(clip.path, end=0.5), clip))
     assert len(calls) == 2
     assert [len(window) for window in sample.windows] == [16_000 + FRAMES.silence_samples] * 2 + [
         FRAMES.window_lengths(8_000)[0],
@@ -86,9 +86,9 @@ def test_clip_that_no_row_has_room_for_is_not_decoded(hours, clip, monkeypatch):
         dialogue_audio, "load_clip", lambda c, **k: load(c, **k) if c == clip else pytest.fail("decoded")
     )
     with pytest.raises(BadClipError, match="180000 tokens of audio and the reply do not fit into max_length"):
-        collator(max_length=200).encode(talk(hours))
-    messages = (*talk(clip).messages, *talk(hours).messages)
-    sample = collator(max_length=200).encode(Dialogue("a", messages, "talk"))
+        encoder(max_length=200).encode(dialogue_of(hours))
+    messages = (*dialogue_of(clip).messages, *dialogue_of(hours).messages)
+    sample = encoder(max_length=200).encode(Dialogue("a", messages, "talk"))
     assert len(sample.windows) == 1
     assert sample.events[0].startswith("cut to 1 of 2 turns")
 
@@ -98,9 +98,9 @@ def test_running_out_of_memory_names_the_dialogue(clip, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(dialogue_audio, "clip_windows", run_out)
-    made = collator()
+    made = encoder()
     with pytest.raises(BadClipError, match=r"^talk.jsonl:7: out of memory while it was read, with 2 clips"):
-        made.encode(talk(clip, clip))
+        made.encode(dialogue_of(clip, clip))
 
 
 def test_data_check_says_the_same(hours, clip, tmp_path):
@@ -120,7 +120,7 @@ def test_how_a_clip_was_read_is_said_by_sample_and_check(tmp_path):
     path = tmp_path.resolve() / "b.wav"
     soundfile.write(path, np.stack([tone(0.5, 16_000), -tone(0.5, 16_000)], axis=1), 16_000)
     said = f"{path}: its channels cancel each other in their mean: channel 0 alone is read"
-    sample = collator().encode(talk(AudioClip(str(path)), AudioClip(str(path))))
+    sample = encoder().encode(dialogue_of(AudioClip(str(path)), AudioClip(str(path))))
     assert (sample.notes, sample.events) == ([said], [])
     (tmp_path / "t.jsonl").write_text(
         '{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "b.wav"}]}, '

@@ -65,8 +65,8 @@ def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, kind):
 def test_a_jsonl_file_with_a_fault_is_read_line_by_line(tmp_path, start):
     path = tmp_path / "data.jsonl"
     path.write_text(start + LINE, encoding="utf-8")
-    conversations, faults = scan_dialogues(path)
-    assert len(conversations) == 1 and len(faults) == bool(start.strip("\n\ufeff"))
+    dialogues, faults = scan_dialogues(path)
+    assert len(dialogues) == 1 and len(faults) == bool(start.strip("\n\ufeff"))
 
 
 @pytest.mark.parametrize(

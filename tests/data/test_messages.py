@@ -176,9 +176,9 @@ def test_other_forms_of_a_call_are_the_same_call():
     assert parse(USER, calls).messages[1] == expected
     text = {"role": "assistant", "content": "Let me look."}
     swift = {"role": "tool_call", "content": json.dumps(bare)}
-    talk = parse(USER, text, swift, swift, {"role": "tool_response", "content": "7"}, ONE)
-    assert [message.role for message in talk.messages] == ["user", "assistant", "tool", "assistant"]
-    assert talk.messages[1] == expected
+    dialogue = parse(USER, text, swift, swift, {"role": "tool_response", "content": "7"}, ONE)
+    assert [message.role for message in dialogue.messages] == ["user", "assistant", "tool", "assistant"]
+    assert dialogue.messages[1] == expected
     assert parse(USER, swift).messages[1] == Message("assistant", (), tool_calls=(LOOK,))
 
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwhisper.data.encode import IGNORE, Sample
 from qwhisper.data.packing import pack_samples, pad_samples, plan_packs
+from qwhisper.data.rows import IGNORE, Sample
 
 
 def make_sample(length: int, *, labels: int, window_lengths: tuple[int, ...] = ()) -> Sample:

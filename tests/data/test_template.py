@@ -16,7 +16,7 @@ from qwhisper.data.text_tokens import encode_text
 from qwhisper.errors import DataError, UsageError
 from tests.data.conftest import ENDLESS, MOVING_SYSTEM, OPEN_THINK, TEMPLATES, byte_tokenizer
 
-TALK = [
+MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 1 + 1?"},
     {"role": "assistant", "content": "Two."},
@@ -30,26 +30,27 @@ def render(tokenizer, messages, template=None, **options):
     return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
 
 
-def as_messages(talk):
-    return [Message(m["role"], (m["content"],), reasoning=m.get("reasoning_content")) for m in talk]
+def as_messages(messages):
+    return [Message(m["role"], (m["content"],), reasoning=m.get("reasoning_content")) for m in messages]
 
 
 def test_qwen3_template_is_its_own_with_a_think_block_in_every_turn(qwen3_tokenizer):
     template, origin = listening_template(qwen3_tokenizer)
     assert origin == "the tokenizer's own chat template, with its think block in every assistant turn"
-    own = render(qwen3_tokenizer, TALK)
+    own = render(qwen3_tokenizer, MESSAGES)
     assert own.count("<think>\n\n</think>\n\n") == 1
     expected = own.replace("assistant\nTwo.", "assistant\n<think>\n\n</think>\n\nTwo.")
-    assert render(qwen3_tokenizer, TALK, template) == expected
-    assert render(qwen3_tokenizer, TALK[:3], template) == render(qwen3_tokenizer, TALK[:3])  # one turn: nothing to mend
+    assert render(qwen3_tokenizer, MESSAGES, template) == expected
+    # One turn: nothing to fix.
+    assert render(qwen3_tokenizer, MESSAGES[:3], template) == render(qwen3_tokenizer, MESSAGES[:3])
     assert template_fault(qwen3_tokenizer, qwen3_tokenizer.chat_template) is not None
 
 
 def test_qwen3_keeps_reasoning_in_its_own_turn_and_drops_it_from_the_history(qwen3_tokenizer):
     template, _ = listening_template(qwen3_tokenizer)
-    first = [*TALK[:2], {**TALK[2], "reasoning_content": "One and one."}]
+    first = [*MESSAGES[:2], {**MESSAGES[2], "reasoning_content": "One and one."}]
     assert "<think>\nOne and one.\n</think>\n\nTwo.<|im_end|>" in render(qwen3_tokenizer, first, template)
-    assert "One and one." not in render(qwen3_tokenizer, [*first, *TALK[3:]], template)
+    assert "One and one." not in render(qwen3_tokenizer, [*first, *MESSAGES[3:]], template)
     assert supports_reasoning(qwen3_tokenizer, template)
     assert not supports_reasoning(qwen3_tokenizer, TEMPLATES["chatml"])
 
@@ -79,11 +80,11 @@ def test_every_turn_follows_its_generation_prompt(name):
     tokenizer = byte_tokenizer(TEMPLATES[name])
     template, origin = listening_template(tokenizer)
     assert origin == ORIGINS[name]
-    for talk in (TALK, TALK[1:]):
-        whole = render(tokenizer, talk, template)
-        for turn, message in enumerate(talk):
+    for messages in (MESSAGES, MESSAGES[1:]):
+        whole = render(tokenizer, messages, template)
+        for turn, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = render(tokenizer, talk[:turn], template, add_generation_prompt=True)
+                prompt = render(tokenizer, messages[:turn], template, add_generation_prompt=True)
                 assert whole.startswith(prompt + message["content"])
     assert template_fault(tokenizer, template) is None
     tokenizer.chat_template = template
@@ -105,23 +106,23 @@ def test_qwen3_generation_stops_at_im_end(qwen3_tokenizer):
 def test_default_system_prompt_comes_through_where_the_dialogue_has_none():
     tokenizer = byte_tokenizer(TEMPLATES["qwen2.5"])
     template, _ = listening_template(tokenizer)
-    pieces = render_pieces(as_messages(TALK[1:3]), tokenizer, template)
+    pieces = render_pieces(as_messages(MESSAGES[1:3]), tokenizer, template)
     assert pieces[0].kind == "scaffold"
     assert "You are a helpful assistant." in pieces[0].text
-    assert "helpful" not in "".join(p.text for p in render_pieces(as_messages(TALK[:3]), tokenizer, template))
+    assert "helpful" not in "".join(p.text for p in render_pieces(as_messages(MESSAGES[:3]), tokenizer, template))
 
 
 def test_prompt_that_opens_a_think_block_has_it_closed():
     tokenizer = byte_tokenizer(OPEN_THINK)
     template, _ = listening_template(tokenizer)
-    text = render(tokenizer, TALK[1:3], template)
+    text = render(tokenizer, MESSAGES[1:3], template)
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nTwo.<|im_end|>\n")
 
 
 def test_endless_template_gets_an_eos_after_every_answer():
     tokenizer = byte_tokenizer(ENDLESS)
     template, _ = listening_template(tokenizer)
-    assert render(tokenizer, TALK, template).count("<|endoftext|>") == 2
+    assert render(tokenizer, MESSAGES, template).count("<|endoftext|>") == 2
     assert "no special token ends" in template_fault(tokenizer, ENDLESS)
 
 
@@ -137,14 +138,14 @@ def test_dialogue_that_a_template_refuses_is_named():
     with pytest.raises(DataError, match="refuses a dialogue of user, user, assistant: Dialogue roles must"):
         render_pieces(messages, tokenizer, listening_template(tokenizer)[0])
     with pytest.raises(DataError, match="drops, repeats or moves messages"):
-        render_pieces(as_messages(TALK), tokenizer, MOVING_SYSTEM)
+        render_pieces(as_messages(MESSAGES), tokenizer, MOVING_SYSTEM)
 
 
 def test_pieces_joined_are_the_rendered_text(qwen3_tokenizer):
     template, _ = listening_template(qwen3_tokenizer)
-    talk = [*TALK[:4], {**TALK[4], "reasoning_content": "Surely."}]
-    pieces = render_pieces(as_messages(talk), qwen3_tokenizer, template)
-    assert "".join(piece.text for piece in pieces) == render(qwen3_tokenizer, talk, template)
+    messages = [*MESSAGES[:4], {**MESSAGES[4], "reasoning_content": "Surely."}]
+    pieces = render_pieces(as_messages(messages), qwen3_tokenizer, template)
+    assert "".join(piece.text for piece in pieces) == render(qwen3_tokenizer, messages, template)
     own = [(p.kind, p.text) for p in pieces if p.message_index == 4]
     assert own == [("scaffold", "<think>\n"), ("text", "Surely."), ("scaffold", "\n</think>\n\n"), ("text", "Yes.")]
 

@@ -148,15 +148,13 @@ def test_the_written_file_is_canonical(tmp_path):
     for clip in CLIPS:
         soundfile.write(tmp_path / clip.path, np.zeros(1600), 16_000)
     records, _ = spoken_dialogues(CLIPS, len(SCRIPTS), "train", 0)
-    conversations = read_dialogues(write_jsonl(tmp_path / "train.jsonl", records))
+    dialogues = read_dialogues(write_jsonl(tmp_path / "train.jsonl", records))
 
-    assert [c.id for c in conversations] == [record["id"] for record in records]
-    for conversation, script in zip(conversations, SCRIPTS, strict=True):
-        assert tuple(m.kind for m in conversation.messages if m.role == "assistant") == tuple(
-            kind for kind, _ in script
-        )
-        assert [len(m.clips) for m in conversation.messages if m.role == "user"] == [clips for _, clips in script]
-        assert all(clip.transcript in NUMBERS for clip in conversation.clips)
+    assert [c.id for c in dialogues] == [record["id"] for record in records]
+    for dialogue, script in zip(dialogues, SCRIPTS, strict=True):
+        assert tuple(m.kind for m in dialogue.messages if m.role == "assistant") == tuple(kind for kind, _ in script)
+        assert [len(m.clips) for m in dialogue.messages if m.role == "user"] == [clips for _, clips in script]
+        assert all(clip.transcript in NUMBERS for clip in dialogue.clips)
 
 
 def test_text_dialogues_say_the_same_in_words():

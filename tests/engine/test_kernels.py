@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qwhisper.data.collator import pack_samples, pad_samples
+from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.engine.kernels import attentions, check_kernels, kernels_in_use
 from qwhisper.engine.preflight import Attention, first_fault, trials
 from qwhisper.errors import NumericalError

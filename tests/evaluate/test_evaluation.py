@@ -20,7 +20,7 @@ PITCHES = {"low": 200.0, "high": 800.0}
 
 
 @pytest.fixture(scope="module")
-def conversations(tmp_path_factory) -> list[Dialogue]:
+def dialogues(tmp_path_factory) -> list[Dialogue]:
     """16 dialogues: is the tone low or high, in half of them asked about again, and two without audio."""
     folder = tmp_path_factory.mktemp("tones")
     dialogues = []
@@ -45,11 +45,11 @@ def heard(prompt) -> str:
     return "low" if crossings < 500 else "high"
 
 
-def listener(model, collator, prompts, max_new_tokens, batch_size):
+def listener(model, encoder, prompts, max_new_tokens, batch_size):
     """Answers as somebody who hears well."""
     answers = []
     for prompt in prompts:
-        text = collator.tokenizer.decode(prompt.input_ids)
+        text = encoder.tokenizer.decode(prompt.input_ids)
         again = "Was it low?" in text
         answers.append(
             "Hi" if not prompt.windows else heard(prompt) if not again else "yes" if heard(prompt) == "low" else "no"
@@ -57,15 +57,15 @@ def listener(model, collator, prompts, max_new_tokens, batch_size):
     return answers
 
 
-def deaf(model, collator, prompts, max_new_tokens, batch_size):
+def deaf(model, encoder, prompts, max_new_tokens, batch_size):
     """Answers from the text alone: the majority's answer."""
-    texts = [collator.tokenizer.decode(prompt.input_ids) for prompt in prompts]
+    texts = [encoder.tokenizer.decode(prompt.input_ids) for prompt in prompts]
     return ["no" if "Was it low?" in text else "high" if "Pitch?" in text else "Hi" for text in texts]
 
 
-def test_who_listens_is_right_and_follows_swapped_audio(small_model, conversations, monkeypatch):
+def test_who_listens_is_right_and_follows_swapped_audio(small_model, dialogues, monkeypatch):
     monkeypatch.setattr(run_module, "answer_prompts", listener)
-    result = evaluate_model(*small_model, conversations)
+    result = evaluate_model(*small_model, dialogues)
     assert (result["turns"], result["dialogues"], result["turns_swapped"]) == (1.0, 1.0, 0.0)
     assert (result["wer"], result["cer"]) == (0.0, 0.0)
     assert result["counts"] == {
@@ -76,9 +76,9 @@ def test_who_listens_is_right_and_follows_swapped_audio(small_model, conversatio
     ]
 
 
-def test_who_guesses_scores_the_majority_with_any_audio(small_model, conversations, monkeypatch):
+def test_who_guesses_scores_the_majority_with_any_audio(small_model, dialogues, monkeypatch):
     monkeypatch.setattr(run_module, "answer_prompts", deaf)
-    result = evaluate_model(*small_model, conversations)
+    result = evaluate_model(*small_model, dialogues)
     pitch, again, hello = (result["kinds"][kind] for kind in ("pitch", "again", NO_KIND))
     assert pitch == {
         "n": 14, "turns": 9 / 14, "swapped": 9 / 14, "majority": 9 / 14, "text_model": 0.0, "heard": 9 / 14,
@@ -92,11 +92,11 @@ def test_who_guesses_scores_the_majority_with_any_audio(small_model, conversatio
     assert result["dialogues"] < result["turns"]
 
 
-def test_loss_is_that_of_training_and_gain_that_of_the_swap(small_model, conversations):
-    model, collator = small_model
-    result = evaluate_model(model, collator, conversations, max_new_tokens=2)
-    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=collator.pad_token_id)
-    rows = [row for conversation in conversations for row in collator.encode_rows(conversation)]
+def test_loss_is_that_of_training_and_gain_that_of_the_swap(small_model, dialogues):
+    model, encoder = small_model
+    result = evaluate_model(model, encoder, dialogues, max_new_tokens=2)
+    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=encoder.pad_token_id)
+    rows = [row for dialogue in dialogues for row in encoder.encode_rows(dialogue)]
     assert result["loss"] == pytest.approx(executor.evaluate(rows), rel=1e-5)
     spoken = executor.evaluate([row for row in rows if row.windows])  # every turn after audio has a partner here
     assert result["loss_unswapped"] == pytest.approx(spoken, rel=1e-5)
@@ -104,17 +104,17 @@ def test_loss_is_that_of_training_and_gain_that_of_the_swap(small_model, convers
     assert abs(result["listening_gain"]) > 1e-3  # random weights hear, though they understand nothing
 
 
-def test_model_that_hears_nothing_gains_nothing(small_model, conversations):
-    model, collator = small_model
+def test_model_that_hears_nothing_gains_nothing(small_model, dialogues):
+    model, encoder = small_model
     projector = model.model.multi_modal_projector.linear_2
     loud = projector.weight.detach().clone()
     with torch.no_grad():
         projector.weight.zero_()
     # The same number of windows and tokens, or the rows themselves would differ.
-    one_length = [c for c in conversations if c.clips]
-    same = [_of_one_length(conversation) for conversation in one_length]
+    one_length = [c for c in dialogues if c.clips]
+    same = [_of_one_length(dialogue) for dialogue in one_length]
     try:
-        result = evaluate_model(model, collator, same, max_new_tokens=4)
+        result = evaluate_model(model, encoder, same, max_new_tokens=4)
     finally:
         with torch.no_grad():
             projector.weight.copy_(loud)
@@ -122,19 +122,19 @@ def test_model_that_hears_nothing_gains_nothing(small_model, conversations):
     assert all(record["answer"] == record["swapped_answer"] for record in result["answers"])
 
 
-def _of_one_length(conversation: Dialogue) -> Dialogue:
+def _of_one_length(dialogue: Dialogue) -> Dialogue:
     """The dialogue with only the first 0.2 s of its clip."""
-    first, *rest = conversation.messages
+    first, *rest = dialogue.messages
     clip, text = first.content
     cut = Message("user", (AudioClip(clip.path, 0.0, 0.2, clip.transcript), text))
-    return Dialogue(conversation.id, (cut, *rest), conversation.source)
+    return Dialogue(dialogue.id, (cut, *rest), dialogue.source)
 
 
-def test_batches_change_nothing(small_model, conversations, monkeypatch):
+def test_batches_change_nothing(small_model, dialogues, monkeypatch):
     results = []
     for batch_size, at_once in ((1, 256), (5, 256), (3, 7)):
         monkeypatch.setattr(run_module, "DIALOGUES_AT_ONCE", at_once)
-        results.append(evaluate_model(*small_model, conversations, batch_size=batch_size, max_new_tokens=4))
+        results.append(evaluate_model(*small_model, dialogues, batch_size=batch_size, max_new_tokens=4))
     for other in results[1:]:
         assert other["answers"] == results[0]["answers"]
         for name in ("loss", "loss_swapped", "loss_unswapped"):
@@ -142,19 +142,19 @@ def test_batches_change_nothing(small_model, conversations, monkeypatch):
     assert len({record["answer"] for record in results[0]["answers"]}) > 3
 
 
-def test_prompts_are_what_is_served(small_model, conversations, monkeypatch):
-    model, collator = small_model
+def test_prompts_are_what_is_served(small_model, dialogues, monkeypatch):
+    model, encoder = small_model
     seen = []
     monkeypatch.setattr(
         run_module, "answer_prompts", lambda m, c, prompts, n, size: seen.extend(prompts) or [""] * len(prompts)
     )
     thought = Message("assistant", ("Low.",), reasoning="It sounds low.")
-    with_reasoning = Dialogue("r", (*conversations[0].messages[:1], thought, *conversations[1].messages), "file:r")
-    evaluate_model(model, collator, [*conversations, with_reasoning], swap=False)
+    with_reasoning = Dialogue("r", (*dialogues[0].messages[:1], thought, *dialogues[1].messages), "file:r")
+    evaluate_model(model, encoder, [*dialogues, with_reasoning], swap=False)
     served = [
-        collator.encode_prompt(conversation.messages[:index])
-        for conversation in [*conversations, with_reasoning]
-        for index, message in enumerate(conversation.messages)
+        encoder.encode_prompt(dialogue.messages[:index])
+        for dialogue in [*dialogues, with_reasoning]
+        for index, message in enumerate(dialogue.messages)
         if message.role == "assistant"
     ]
     assert len(seen) == len(served)
@@ -163,45 +163,45 @@ def test_prompts_are_what_is_served(small_model, conversations, monkeypatch):
         assert len(prompt.windows) == len(expected.windows)
 
 
-def test_no_swap_no_swapped_numbers(small_model, conversations):
-    result = evaluate_model(*small_model, conversations, swap=False, max_new_tokens=2)
+def test_no_swap_no_swapped_numbers(small_model, dialogues):
+    result = evaluate_model(*small_model, dialogues, swap=False, max_new_tokens=2)
     assert {result[name] for name in ("turns_swapped", "loss_swapped", "loss_unswapped", "listening_gain")} == {None}
     assert not any("swapped_answer" in record for record in result["answers"])
 
 
-def test_kinds_are_untrained_only_beside_known_trained_ones_and_that_is_said(small_model, conversations, monkeypatch):
+def test_kinds_are_untrained_only_beside_known_trained_ones_and_that_is_said(small_model, dialogues, monkeypatch):
     monkeypatch.setattr(run_module, "answer_prompts", listener)
     monkeypatch.setattr(
         run_module, "text_answers", lambda m, c, turns, *_: [t.reference if t.clips else None for t in turns]
     )
     text = [Dialogue("t", (Message("user", (AudioClip("/no.wav"),)), Message("assistant", ("Hi.",))), "t.jsonl:1")]
     for known, retention in (((), None), (("pitch",), 1.0)):
-        result = evaluate_model(*small_model, conversations, swap=False, trained_kinds=known, text=text)
+        result = evaluate_model(*small_model, dialogues, swap=False, trained_kinds=known, text=text)
         table = markdown({"checkpoint": "c", "eval_file": "e", **result})
         assert result["retention"] == retention
         assert ("Retention 1.00" in table) == ("never trained)" in table) == bool(known)
         assert ("training data names no `kind`, so what was never trained on is unknown; give" in table) != bool(known)
         assert "No text shift: no dialogue of the text file can be read in words; the first: t.jsonl:1: a clip" in table
-    without_kind = [conversation for conversation in conversations if not conversation.clips]
-    for few, asked in ((without_kind, True), (conversations, False)):
+    without_kind = [dialogue for dialogue in dialogues if not dialogue.clips]
+    for few, asked in ((without_kind, True), (dialogues, False)):
         assert evaluate_model(*small_model, few, swap=False, text_model=asked)["notes"] == []
 
 
-def test_model_keeps_its_mode(small_model, conversations):
-    model, collator = small_model
+def test_model_keeps_its_mode(small_model, dialogues):
+    model, encoder = small_model
     model.train()
     try:
-        evaluate_model(model, collator, conversations[:1], max_new_tokens=1)
+        evaluate_model(model, encoder, dialogues[:1], max_new_tokens=1)
         assert model.training
     finally:
         model.eval()
 
 
-def test_bad_clip_costs_its_dialogue_and_is_named(small_model, conversations, tmp_path):
+def test_bad_clip_costs_its_dialogue_and_is_named(small_model, dialogues, tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
     question = Message("user", (AudioClip(str(tmp_path / "silent.wav")), "Pitch?"))
     bad = Dialogue("bad", (question, Message("assistant", ("low",))), "file:99")
-    result = evaluate_model(*small_model, [bad, *conversations], max_new_tokens=1)
+    result = evaluate_model(*small_model, [bad, *dialogues], max_new_tokens=1)
     assert [record["id"] for record in result["rejected"]] == ["bad"]
     assert "file:99" in result["rejected"][0]["reason"]
     assert "bad" not in {record["id"] for record in result["answers"]}
@@ -219,8 +219,8 @@ def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
     needed = {*shares, "loss", "loss_swapped", "listening_gain", "answers", "checkpoint", "seconds"}
     assert needed <= result.keys()
     assert result["checkpoint"] == str(finished_run)
-    conversations = read_dialogues(eval_file)
-    turns = [(c.id, m.text) for c in conversations for m in c.messages if m.role == "assistant"]
+    dialogues = read_dialogues(eval_file)
+    turns = [(c.id, m.text) for c in dialogues for m in c.messages if m.role == "assistant"]
     assert [(record["id"], record["reference"]) for record in result["answers"]] == turns
     assert {"id", "turn", "kind", "reference", "answer", "right"} <= result["answers"][0].keys()
     table = (tmp_path / "out/eval.md").read_text(encoding="utf-8")

@@ -25,14 +25,14 @@ def question(draw, number: int) -> Message:
 
 @st.composite
 def files(draw) -> list[Dialogue]:
-    conversations = []
+    dialogues = []
     for number in range(draw(st.integers(1, 8))):
         messages = [Message("system", ("Be brief.",))] if draw(st.booleans()) else []
         for _ in range(draw(st.integers(1, 3))):
             answer = Message("assistant", (draw(st.sampled_from(["One.", "one", "two", "yes"])),))
             messages += [question(draw, number), answer]
-        conversations.append(Dialogue(f"d{number}", tuple(messages), f"f:{number}"))
-    return conversations
+        dialogues.append(Dialogue(f"d{number}", tuple(messages), f"f:{number}"))
+    return dialogues
 
 
 def says_else(clip: AudioClip, other: AudioClip) -> bool:
@@ -62,15 +62,15 @@ def test_masked_answers_and_calls_are_history_and_not_asked_for():
     call = Message("assistant", ("Let me look.",), tool_calls=(ToolCall("look", "{}"),))
     wrong = Message("assistant", ("Two.",), learned=False)
     user, tool, right = Message("user", ("One?",)), Message("tool", ("1",)), Message("assistant", ("One.",))
-    talk = Dialogue("a", (user, wrong, user, call, tool, right), "f:1")
-    (turn,) = turns_of([talk])
+    dialogue = Dialogue("a", (user, wrong, user, call, tool, right), "f:1")
+    (turn,) = turns_of([dialogue])
     assert turn.index == 5 and turn.history == (user, wrong, user, call, tool)
 
 
 @settings(max_examples=150, deadline=None)
 @given(files())
-def test_partner_keeps_the_rules_and_is_found_where_there_is_one(conversations):
-    turns = turns_of(conversations)
+def test_partner_keeps_the_rules_and_is_found_where_there_is_one(dialogues):
+    turns = turns_of(dialogues)
     for turn, swapped in zip(turns, swap_audio(turns), strict=True):
         partners = [other for other in turns if turn.clips and allowed(turn, other)]
         if swapped is None:
@@ -84,8 +84,8 @@ def test_partner_keeps_the_rules_and_is_found_where_there_is_one(conversations):
 
 @settings(max_examples=100, deadline=None)
 @given(files())
-def test_clips_alone_are_exchanged(conversations):
-    turns = turns_of(conversations)
+def test_clips_alone_are_exchanged(dialogues):
+    turns = turns_of(dialogues)
     for turn, swapped in zip(turns, swap_audio(turns), strict=True):
         if swapped is None:
             continue
@@ -103,9 +103,9 @@ def test_clips_alone_are_exchanged(conversations):
 
 @settings(max_examples=50, deadline=None)
 @given(files(), st.integers(0, 3))
-def test_same_seed_same_clips(conversations, seed):
-    turns = turns_of(conversations)
-    assert swap_audio(turns, seed=seed) == swap_audio(turns_of(conversations), seed=seed)
+def test_same_seed_same_clips(dialogues, seed):
+    turns = turns_of(dialogues)
+    assert swap_audio(turns, seed=seed) == swap_audio(turns_of(dialogues), seed=seed)
 
 
 def test_seed_chooses_among_partners():

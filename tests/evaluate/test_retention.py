@@ -24,7 +24,7 @@ from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
 
 @pytest.fixture
 def adapted(small_model):
-    """(model, collator) with a fresh adapter."""
+    """(model, encoder) with a fresh adapter."""
     model = copy.deepcopy(small_model[0])
     add_lora(model)
     return model, small_model[1]
@@ -49,55 +49,55 @@ def dialogues(*clips):
 
 
 def test_the_text_model_reads_what_was_said_without_the_adapter(adapted, monkeypatch):
-    model, collator = adapted
+    model, encoder = adapted
     asked = []
 
-    def answer(model, collator, prompts, max_new_tokens, batch_size):
+    def answer(model, encoder, prompts, max_new_tokens, batch_size):
         off = {m.disable_adapters for m in model.modules() if isinstance(m, LoraLayer)}
-        asked.append((off, [collator.tokenizer.decode(prompt.input_ids) for prompt in prompts]))
+        asked.append((off, [encoder.tokenizer.decode(prompt.input_ids) for prompt in prompts]))
         return ["two" for _ in prompts]
 
     monkeypatch.setattr(module, "answer_prompts", answer)
     turns = turns_of(dialogues("one", "two") + dialogues("one", None) + dialogues())
-    assert text_answers(model, collator, turns, 8, 8) == ["two", None, None]
+    assert text_answers(model, encoder, turns, 8, 8) == ["two", None, None]
     off, prompts = asked[0]
     assert off == {True} and len(prompts) == 1 and "one two Which?" in prompts[0]
 
 
 def test_own_answers_are_what_the_base_says_to_the_shipped_instructions(adapted):
-    model, collator = adapted
-    base_rows = own_answers(model.eval(), collator, 100, seed=3)
+    model, encoder = adapted
+    base_rows = own_answers(model.eval(), encoder, 100, seed=3)
     with torch.no_grad():
         for name, parameter in lora_parameters(model):
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
-    rows = own_answers(model, collator, 100, seed=3)
+    rows = own_answers(model, encoder, 100, seed=3)
     assert [row.input_ids.tolist() for row in rows] == [row.input_ids.tolist() for row in base_rows]
     assert MIN_ANSWERS <= len(rows) <= 100 and len({row.input_ids.tobytes() for row in rows}) == len(rows)
     for row in rows[:3]:
         first = int((row.labels != -100).argmax())
         prompt = replace(row, input_ids=row.input_ids[:first], labels=row.labels[:first])
         with adapter_off(model):
-            said = answer_prompts(model, collator, [prompt], OWN_TOKENS)
-        assert [collator.tokenizer.decode(row.input_ids[first:])] == said
+            said = answer_prompts(model, encoder, [prompt], OWN_TOKENS)
+        assert [encoder.tokenizer.decode(row.input_ids[first:])] == said
         assert (row.labels[first:] == row.input_ids[first:]).all() and row.num_supervised == len(row.labels) - first
 
 
 def test_a_base_that_answers_everything_alike_has_no_text_to_be_moved_from(adapted, monkeypatch):
-    model, collator = adapted
-    executor = Executor(model.eval(), max_tokens_per_pack=None, pad_token_id=collator.pad_token_id)
+    model, encoder = adapted
+    executor = Executor(model.eval(), max_tokens_per_pack=None, pad_token_id=encoder.pad_token_id)
     for different in (MIN_ANSWERS - 1, MIN_ANSWERS):
         monkeypatch.setattr(
             module, "answer_prompts", lambda *args, n=different, **_: [f"a{i % n}" for i in range(len(args[2]))]
         )
-        assert len(own_answers(model, collator)) == (different if different == MIN_ANSWERS else 0)
-        shift, why_not = text_shift(executor, collator, None)
+        assert len(own_answers(model, encoder)) == (different if different == MIN_ANSWERS else 0)
+        shift, why_not = text_shift(executor, encoder, None)
         assert (shift is None) == (different < MIN_ANSWERS) == ("different answers" in (why_not or ""))
 
 
 def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted):
-    model, collator = adapted
-    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=collator.pad_token_id)
+    model, encoder = adapted
+    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=encoder.pad_token_id)
     shifts = []
     for scale in (0.0, 0.05, 0.2):
         torch.manual_seed(0)
@@ -105,22 +105,22 @@ def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted):
             for name, parameter in lora_parameters(model):
                 if "lora_B" in name:
                     parameter.normal_(std=scale) if scale else parameter.zero_()
-        shifts.append(text_shift(executor, collator, dialogues("one", "two"))[0])
+        shifts.append(text_shift(executor, encoder, dialogues("one", "two"))[0])
     assert shifts[0] == pytest.approx(0.0, abs=1e-6) and 0 < shifts[1] < shifts[2]
-    assert text_shift(executor, collator, None)[0] > 0
+    assert text_shift(executor, encoder, None)[0] > 0
 
 
 def test_text_that_cannot_be_read_in_words_is_said_to_be(adapted):
-    model, collator = adapted
-    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=collator.pad_token_id)
+    model, encoder = adapted
+    executor = Executor(model, max_tokens_per_pack=64, pad_token_id=encoder.pad_token_id)
     mute, unanswered = dialogues("one", None)[0], dialogues()[0]
     unanswered = replace(unanswered, messages=unanswered.messages[:1])
-    assert text_shift(executor, collator, [mute, unanswered]) == (
+    assert text_shift(executor, encoder, [mute, unanswered]) == (
         None,
         "no dialogue of the text file can be read in words; the first: d:1: a clip has no `transcript`",
     )
-    assert "the first: d:1: no assistant message" in text_shift(executor, collator, [unanswered])[1]
-    assert text_shift(executor, collator, [mute, *dialogues("one")])[1] is None
+    assert "the first: d:1: no assistant message" in text_shift(executor, encoder, [unanswered])[1]
+    assert text_shift(executor, encoder, [mute, *dialogues("one")])[1] is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwhisper.data.collator import pack_samples
+from qwhisper.data.packing import pack_samples
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.state import CLAMP_BOUND as BOUND
 from qwhisper.guards.state import CLAMP_CLEAN as CLEAN

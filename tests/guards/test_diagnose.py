@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from qwhisper.data.collator import pack_samples, pad_samples
+from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.guards.diagnose import describe, diagnose
 from qwhisper.model.attention import PACKED_ATTENTION, packed_attention_forward
 from qwhisper.model.lora import add_lora

@@ -85,7 +85,7 @@ def told(folder: Path, text_model: str, **values) -> DataAnswerArguments:
 
 
 def answers_in(path: Path) -> list[str]:
-    return [conversation.messages[-1].text for conversation in read_dialogues(path)]
+    return [dialogue.messages[-1].text for dialogue in read_dialogues(path)]
 
 
 @torch.no_grad()
@@ -110,8 +110,8 @@ class Asked:
         self.batches: list[list[int]] = []
         iterate = module.iterate_answers
 
-        def counted(model, collator, prompts, *rest):
-            for batch in iterate(model, collator, prompts, *rest):
+        def counted(model, encoder, prompts, *rest):
+            for batch in iterate(model, encoder, prompts, *rest):
                 if len(self.batches) == dies_after:
                     raise KeyboardInterrupt
                 self.batches.append([len(prompts[index].input_ids) for index in batch])
@@ -349,7 +349,7 @@ def test_every_form_of_audio_is_answered_and_written_so_that_it_is_read_again(fo
     bare = [{"audio": "a.wav"} | stretch, encoded | stretch, {"audio": listed["audio"]} | stretch]
     write(folder / "in.jsonl", [*lines, *bare])
     assert main(told(folder, text_model)) == 0
-    clips = [conversation.clips[0] for conversation in read_dialogues(folder / "out.jsonl")]
+    clips = [dialogue.clips[0] for dialogue in read_dialogues(folder / "out.jsonl")]
     assert [(clip.start, clip.end, clip.channel, clip.transcript) for clip in clips] == [(0.25, 0.5, 0, "low")] * 6
     expected = load_audio(folder / "a.wav", 0.25, 0.5)
     assert all(np.array_equal(load_clip(clip), expected) for clip in clips)

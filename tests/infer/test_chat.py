@@ -117,13 +117,13 @@ def test_conversation_goes_on_after_a_mistake(capsys):
 
 
 def test_history_is_what_was_said(small_model, capsys, monkeypatch):
-    model, collator = small_model
+    model, encoder = small_model
     prompts = []
     generate = chat_module.generate_tokens
     monkeypatch.setattr(
         chat_module, "generate_tokens", lambda m, c, p, n, **k: prompts.extend(p) or generate(m, c, p, n, **k)
     )
-    chat = Chat(model, collator, system="Be brief.", max_new_tokens=4)
+    chat = Chat(model, encoder, system="Be brief.", max_new_tokens=4)
     (clip,), _ = split_line("a.wav")
     first = chat.ask([clip], "Pitch?")
     assert capsys.readouterr().out.strip() == first
@@ -139,13 +139,13 @@ def test_history_is_what_was_said(small_model, capsys, monkeypatch):
 
 
 def test_clips_of_every_form_are_asked_about(small_model, clips, monkeypatch):
-    model, collator = small_model
+    model, encoder = small_model
     prompts = []
     monkeypatch.setattr(
         chat_module, "generate_tokens", lambda m, c, p, n, **k: prompts.extend(p) or torch.zeros(1, 999)
     )
     monkeypatch.setattr(chat_module, "decode_answer", lambda *_: "Low.")
-    chat = Chat(model, collator)
+    chat = Chat(model, encoder)
     samples, rate = soundfile.read("a.wav", dtype="float32")
     (by_url,), _ = split_line(f"{(clips / 'a.wav').as_uri()} Pitch?")
     stretch = {"offset": 0.1, "duration": 0.1}

@@ -5,8 +5,8 @@ import pytest
 import soundfile
 import torch
 
-from qwhisper.data.collator import Sample
 from qwhisper.data.dialogue import AudioClip, Message
+from qwhisper.data.rows import Sample
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import MemoryLimitError, UsageError
 from qwhisper.infer.generate import (
@@ -63,7 +63,7 @@ def test_left_padding_leaves_the_logits_alone(small_model, prompts):
 
 
 def test_memory_that_runs_out_halves_the_batch(small_model, prompts, one_by_one, monkeypatch):
-    model, collator = small_model
+    model, encoder = small_model
     generate, sizes = model.generate, []
 
     def short_of_memory(**batch):
@@ -73,7 +73,7 @@ def test_memory_that_runs_out_halves_the_batch(small_model, prompts, one_by_one,
         return generate(**batch)
 
     monkeypatch.setattr(model, "generate", short_of_memory)
-    assert answer_prompts(model, collator, prompts, NEW_TOKENS, 5) == one_by_one
+    assert answer_prompts(model, encoder, prompts, NEW_TOKENS, 5) == one_by_one
     assert sizes == [5, 2, 1, 1, 1, 1, 1]
 
 
@@ -88,38 +88,38 @@ def test_one_prompt_too_much_is_named(small_model, prompts, monkeypatch):
 
 
 def test_generation_config_of_the_base_does_not_make_answers_random(small_model, prompts, one_by_one, monkeypatch):
-    model, collator = small_model
+    model, encoder = small_model
     changed = type(model.generation_config)(do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0)
     monkeypatch.setattr(model, "generation_config", changed)
-    assert answer_prompts(model, collator, prompts, NEW_TOKENS) == one_by_one
+    assert answer_prompts(model, encoder, prompts, NEW_TOKENS) == one_by_one
 
 
 def test_answer_ends_with_its_turn(small_model):
-    collator = small_model[1]
-    tokenizer = collator.tokenizer
-    end = end_of_turn_ids(tokenizer, collator.chat_template)[0]
+    encoder = small_model[1]
+    tokenizer = encoder.tokenizer
+    end = end_of_turn_ids(tokenizer, encoder.chat_template)[0]
     words = tokenizer(" seven ", add_special_tokens=False)["input_ids"]
     after = tokenizer("eight", add_special_tokens=False)["input_ids"]
-    assert decode_answer(collator, torch.tensor([*words, end, *after])) == "seven"
-    assert decode_answer(collator, torch.tensor([end])) == ""
-    assert decode_answer(collator, torch.tensor(words)) == "seven"
+    assert decode_answer(encoder, torch.tensor([*words, end, *after])) == "seven"
+    assert decode_answer(encoder, torch.tensor([end])) == ""
+    assert decode_answer(encoder, torch.tensor(words)) == "seven"
     special = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert decode_answer(collator, torch.tensor([special, *words])) == "seven"
+    assert decode_answer(encoder, torch.tensor([special, *words])) == "seven"
 
 
 def test_generation_stops_at_the_end_of_the_turn(small_model, prompts, monkeypatch):
     """With every other token suppressed the first token ends the turn, and the rest of the batch's width is padding."""
-    model, collator = small_model
-    ends = end_of_turn_ids(collator.tokenizer, collator.chat_template)
+    model, encoder = small_model
+    ends = end_of_turn_ids(encoder.tokenizer, encoder.chat_template)
     others = [i for i in range(model.config.get_text_config().vocab_size) if i not in ends]
-    generated = generate_tokens(model, collator, prompts[:2], NEW_TOKENS, suppress_tokens=others)
+    generated = generate_tokens(model, encoder, prompts[:2], NEW_TOKENS, suppress_tokens=others)
     assert generated.shape[1] == max(len(prompt.input_ids) for prompt in prompts[:2]) + 1
 
 
 def test_answers_come_batch_by_batch_and_say_whether_they_ended(small_model, prompts, monkeypatch):
-    model, collator = small_model
-    tokenizer = collator.tokenizer
-    end, pad = end_of_turn_ids(tokenizer, collator.chat_template)[0], collator.pad_token_id
+    model, encoder = small_model
+    tokenizer = encoder.tokenizer
+    end, pad = end_of_turn_ids(tokenizer, encoder.chat_template)[0], encoder.pad_token_id
     one, seven = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "seven"))
     written = torch.tensor([[*one, end, pad], seven])
 
@@ -128,7 +128,7 @@ def test_answers_come_batch_by_batch_and_say_whether_they_ended(small_model, pro
 
     monkeypatch.setattr(model, "generate", generate)
     short, longer, longest = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))[-3:]
-    batches = list(iterate_answers(model, collator, [prompts[i] for i in (short, longer, longest)], 5, 2))
+    batches = list(iterate_answers(model, encoder, [prompts[i] for i in (short, longer, longest)], 5, 2))
     assert batches == [{2: Answer("one", True), 1: Answer("seven", False)}, {0: Answer("one", True)}]
 
 
@@ -137,11 +137,11 @@ def test_no_prompts_give_no_answers(small_model):
 
 
 def test_run_folder_loads_its_newest_checkpoint_as_trained(finished_run):
-    model, processor, collator = load_for_inference(finished_run)
+    model, processor, encoder = load_for_inference(finished_run)
     again, _, _ = load_for_inference(finished_run / "checkpoint-2", device="cpu", dtype="fp32")
     older, _, _ = load_for_inference(finished_run / "checkpoint-1", dtype="bf16")
     assert not model.training
-    assert collator.chat_template == processor.chat_template
+    assert encoder.chat_template == processor.chat_template
     # On a GPU "auto" rounds the bases to bf16; what was trained is in fp32 in both.
     pairs = zip(model.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a.cpu(), b.to(a.dtype)) for a, b in pairs)
@@ -163,10 +163,10 @@ def test_base_trained_on_in_4_bits_is_loaded_in_4_bits(finished_run, tmp_path):
     (folder / "manifest.json").unlink()  # which would no longer fit
     told = json.loads((folder / "arguments.json").read_text())
     (folder / "arguments.json").write_text(json.dumps(told | {"load_in_4bit": True}))
-    model, _, collator = load_for_inference(folder)
+    model, _, encoder = load_for_inference(folder)
     assert model.is_loaded_in_4bit
-    prompt = collator.encode_prompt([Message("user", ("Hello",))])
-    generated = generate_tokens(model, collator, [prompt], 2, return_dict_in_generate=True, output_logits=True)
+    prompt = encoder.encode_prompt([Message("user", ("Hello",))])
+    generated = generate_tokens(model, encoder, [prompt], 2, return_dict_in_generate=True, output_logits=True)
     assert generated.logits[0].isfinite().all()
 
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from qwhisper.data.audio import clip_windows
-from qwhisper.data.collator import Sample
+from qwhisper.data.rows import Sample
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config
 
-from qwhisper.data.collator import pack_samples, pad_samples
+from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, attention
 from qwhisper.model.attention import attention_for, packed_attention_forward
 from qwhisper.model.lora import add_lora

@@ -17,7 +17,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from qwhisper.data.collator import pack_samples
+from qwhisper.data.packing import pack_samples
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.model.bases import LoadOptions, fingerprint

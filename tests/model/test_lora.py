@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from qwhisper.data.collator import pack_samples
+from qwhisper.data.packing import pack_samples
 from qwhisper.errors import UsageError
 from qwhisper.model.lora import LoraLinear, add_lora, lm_linear_names, lora_parameters, target_regex
 from tests.model.parts import make_sample, small_model

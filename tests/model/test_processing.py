@@ -8,8 +8,9 @@ import torch
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from qwhisper.data.audio import load_audio
-from qwhisper.data.collator import ConversationCollator, pad_samples
 from qwhisper.data.dialogue import AudioClip, Message, parse_dialogue
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.packing import pad_samples
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
@@ -103,16 +104,16 @@ def test_a_chat_prompt_equals_the_prompt_that_was_trained_on(joined, clip_file):
     inputs = processor.apply_chat_template(
         dialogue({"type": "audio", "audio": clip_file}), add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    collator = collator_of(processor)
+    encoder = encoder_of(processor)
     messages = [
         Message("system", ("Be brief.",)),
         Message("user", (AudioClip(clip_file, None, None, None), "What is it?")),
         Message("assistant", ("A tone.",)),
         Message("user", ("Sure?",)),
     ]
-    sample = collator.encode_prompt(messages)
+    sample = encoder.encode_prompt(messages)
     assert inputs["input_ids"][0].tolist() == sample.input_ids.tolist()
-    batch = pad_samples([sample], collator.pad_token_id, padding_side="left")
+    batch = pad_samples([sample], encoder.pad_token_id, padding_side="left")
     batch = {name: value.to(model.device) for name, value in batch.items()}
     torch.testing.assert_close(model(**inputs.to(model.device)).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
 
@@ -129,13 +130,13 @@ def test_tools_in_a_chat_prompt_are_those_that_were_trained_on(shared, clip_file
         {"role": "tool", "content": '{"seen": "nothing."}'},
     ]
     inputs = processor.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=True)
-    collator = ConversationCollator(
+    encoder = DialogueEncoder(
         tokenizer, processor.frames, audio_token_id=processor.audio_token_id, chat_template=processor.chat_template
     )
     record = {"messages": [*messages, {"role": "assistant", "content": "Nothing."}], "tools": tools}
-    talk = parse_dialogue(record, "here:1", "/", "/")
-    assert inputs[0].tolist() == collator.encode_prompt(talk.messages[:3], tools=talk.tools).input_ids.tolist()
-    row, (_, (start, _)) = collator.encode(talk), collator.encode(talk).answer_spans
+    parsed = parse_dialogue(record, "here:1", "/", "/")
+    assert inputs[0].tolist() == encoder.encode_prompt(parsed.messages[:3], tools=parsed.tools).input_ids.tolist()
+    row, (_, (start, _)) = encoder.encode(parsed), encoder.encode(parsed).answer_spans
     assert inputs[0].tolist() == row.input_ids[:start].tolist()
 
 
@@ -179,8 +180,8 @@ def test_float64_waveforms_are_taken_as_well(processor):
     assert inputs[0].equal(inputs[2])
 
 
-def collator_of(processor) -> ConversationCollator:
-    return ConversationCollator(
+def encoder_of(processor) -> DialogueEncoder:
+    return DialogueEncoder(
         processor.tokenizer,
         processor.frames,
         audio_token_id=processor.audio_token_id,
@@ -209,8 +210,8 @@ STRETCHES = ({}, {"start": 0.3, "end": 0.55, "channel": 0})
 
 @pytest.mark.parametrize("stretch", STRETCHES, ids=["whole", "stretch"])
 def test_every_form_of_audio_is_the_prompt_and_the_features_of_training(processor, tmp_path, stretch):
-    path, collator = write_chirp(tmp_path / "a.wav"), collator_of(processor)
-    expected = collator.encode_prompt(dialogue({"type": "audio", "audio": str(path), **stretch}))
+    path, encoder = write_chirp(tmp_path / "a.wav"), encoder_of(processor)
+    expected = encoder.encode_prompt(dialogue({"type": "audio", "audio": str(path), **stretch}))
     features = trained_features(expected)
     num_samples = 14_400 if not stretch else 4_000
     assert expected.input_ids.tolist().count(processor.audio_token_id) == processor.frames.num_tokens(num_samples)
@@ -301,7 +302,7 @@ def test_a_chats_own_messages_stay_as_they_were_and_metadata_is_named(processor,
         inputs = prompt_of(processor, messages)
     assert messages == before
     with pytest.warns(UserWarning, match="not used: `speaker` in a part"):
-        expected = collator_of(processor).encode_prompt(before)
+        expected = encoder_of(processor).encode_prompt(before)
     assert inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
 
 
@@ -317,7 +318,7 @@ def test_a_chats_own_messages_stay_as_they_were_and_metadata_is_named(processor,
 )
 def test_keys_of_a_message_are_read_as_in_a_file_of_dialogues(processor, message, fault):
     messages = [{"role": "system", "content": "Be brief."}, message]
-    readers = (lambda: prompt_of(processor, messages), lambda: collator_of(processor).encode_prompt(messages))
+    readers = (lambda: prompt_of(processor, messages), lambda: encoder_of(processor).encode_prompt(messages))
     for read in readers:
         if fault is None:
             with pytest.warns(UserWarning, match="not used: `name` in a message"):
@@ -333,6 +334,6 @@ def test_a_prompt_of_the_real_tokenizer_is_the_one_of_training(shared, tmp_path)
     audio = {"type": "audio", "audio": str(write_chirp(tmp_path / "a.wav")), "end": 0.5}
     messages = dialogue("  First:\n", audio, "\n\nthen", audio, {"type": "text", "text": "which was 1. last?  "})
     inputs = prompt_of(processor, messages)
-    expected = collator_of(processor).encode_prompt(messages)
+    expected = encoder_of(processor).encode_prompt(messages)
     assert inputs["input_ids"][0].tolist() == expected.input_ids.tolist()
     assert torch.equal(features_of(inputs), trained_features(expected))

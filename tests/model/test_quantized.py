@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwhisper.data.collator import pack_samples, pad_samples
+from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.loading import build_from_bases, load_trained
 from qwhisper.model.lora import LoraLinear, add_lora, lora_parameters

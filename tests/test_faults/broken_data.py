@@ -146,7 +146,7 @@ def decoder_errors_let_through(monkeypatch) -> None:
 
 def no_rejections(monkeypatch) -> None:
     """A dialogue that can't be encoded raises in the loader."""
-    encoded = lambda self, index: self.collator.encode_rows(self.dialogues[index])  # noqa: E731
+    encoded = lambda self, index: self.encoder.encode_rows(self.dialogues[index])  # noqa: E731
     monkeypatch.setattr(EncodedDialogues, "__getitem__", encoded)
 
 

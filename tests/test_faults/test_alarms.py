@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qwhisper.checksums import changed, checksums
-from qwhisper.data.encode import IGNORE
 from qwhisper.data.loader import StepSamples
+from qwhisper.data.rows import IGNORE
 from qwhisper.guards.alarms import STEPS_UNTIL_MOVED, STEPS_WITHOUT_GRADIENT, Alarm, Alarms, StepFacts
 from qwhisper.guards.gradients import frozen_parameters, group_checksums
 from qwhisper.train.loop import train_step

@@ -19,7 +19,7 @@ from qwhisper.guards import snapshot
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.train import loop
 from qwhisper.train import recovery as rescue
-from qwhisper.train.session import collator_for, save_checkpoint
+from qwhisper.train.session import encoder_for, save_checkpoint
 from tests.test_faults.inject import (
     both_memories,
     device_memory_runs_out,
@@ -214,8 +214,8 @@ def test_a_killer_among_the_held_out(arguments, monkeypatch):
     args = arguments()
     run, _ = make_run(args)
     processor = Qwen3AudioProcessor.from_pretrained(save_checkpoint(run))
-    collator = collator_for(args, processor, run.executor.model)
-    dialogues = EncodedDialogues(read_dialogues(args.train_file), collator)
+    encoder = encoder_for(args, processor, run.executor.model)
+    dialogues = EncodedDialogues(read_dialogues(args.train_file), encoder)
     honest = EncodedDialogues.__getitem__
 
     def read(self, index):

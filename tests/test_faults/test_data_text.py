@@ -8,11 +8,10 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from qwhisper.data import clips, collator, encode, messages, records
-from qwhisper.data import dialogue as conversation
+from qwhisper.data import clips, dialogue, encode, messages, records
 from qwhisper.data.check import check_dataset
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_dialogues, scan_dialogues
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.errors import DataError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.processing_qwen3_audio import add_audio_token
@@ -41,10 +40,10 @@ def says(text: str, reply: str = "low"):
     return change
 
 
-def encoded(change) -> tuple[ConversationCollator, np.ndarray, np.ndarray]:
+def encoded(change) -> tuple[DialogueEncoder, np.ndarray, np.ndarray]:
     """Token ids and labels of a text-only dialogue, and who made them."""
     tokenizer = small_tokenizer()
-    maker = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=add_audio_token(tokenizer))
+    maker = DialogueEncoder(tokenizer, FrameArithmetic(), audio_token_id=add_audio_token(tokenizer))
     record = {"messages": [{"role": "user", "content": [{"type": "text"}, {"type": "text"}]}, answer("low")]}
     record["messages"][0]["content"][0]["text"] = "Listen."
     change(record)
@@ -206,7 +205,7 @@ def test_masked_answer(run):
 
 
 def uncut(monkeypatch) -> None:
-    monkeypatch.setattr(collator, "cut_row", lambda row, max_length: row)
+    monkeypatch.setattr(encode, "cut_row", lambda row, max_length: row)
 
 
 @fault(
@@ -272,7 +271,7 @@ def test_typed_think(run):
     of="data",
     guarantee=REFUSED,
     without=lambda monkeypatch: monkeypatch.setattr(
-        conversation, "place_audios", lambda messages, audios, roots, faults: messages
+        dialogue, "place_audios", lambda messages, audios, roots, faults, unused: messages
     ),
 )
 def test_typed_placeholder(run):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwhisper.data.collator import pack_samples, pad_samples
+from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.engine import kernels
 from qwhisper.model import attention
 from qwhisper.model.lora import add_lora

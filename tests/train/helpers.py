@@ -12,7 +12,7 @@ from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
-from qwhisper.train.session import build_session, collator_for
+from qwhisper.train.session import build_session, encoder_for
 from qwhisper.train.state import TrainState
 
 # Sums of at most a few thousand fp32 products, in another order: 1e-5 of the largest gradient is about 100 roundings.
@@ -47,12 +47,12 @@ def make_run(args, callbacks=()):
     """A `Session` that nobody has started, and all of its samples."""
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    conversations = read_dialogues(args.train_file)
-    plan = resolve(args, num_dialogues=len(conversations))
+    dialogues = read_dialogues(args.train_file)
+    plan = resolve(args, num_dialogues=len(dialogues))
     model, processor = build_model(args, plan, None)
-    run = build_session(args, plan, model, processor, conversations, [], TrainState(), list(callbacks))
+    run = build_session(args, plan, model, processor, dialogues, [], TrainState(), list(callbacks))
     model.train()
-    samples, _ = encode_all(EncodedDialogues(conversations, collator_for(args, processor, model)))
+    samples, _ = encode_all(EncodedDialogues(dialogues, encoder_for(args, processor, model)))
     return run, samples
 
 

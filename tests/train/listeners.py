@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_dialogues
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.loader import StepSamples
-from qwhisper.infer.generate import collator_of
+from qwhisper.infer.generate import encoder_of
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
@@ -73,11 +73,11 @@ def train_and_probe(args: TrainArguments) -> ListeningProbe:
         train_step(run, StepSamples([samples[i] for i in indices], [], 0, 0))
     assert args.eval_file
     probe = make_probe(
-        run.executor, collator(run), read_dialogues(args.eval_file), ProbeState(), first_step=1, seed=args.seed
+        run.executor, encoder(run), read_dialogues(args.eval_file), ProbeState(), first_step=1, seed=args.seed
     )
     assert probe is not None
     return probe
 
 
-def collator(run) -> ConversationCollator:
-    return collator_of(run.hooks.shown["processing_class"])
+def encoder(run) -> DialogueEncoder:
+    return encoder_of(run.hooks.shown["processing_class"])

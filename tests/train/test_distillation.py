@@ -9,7 +9,7 @@ import soundfile
 import torch
 from peft.tuners.lora import LoraLayer
 
-from qwhisper.data.collator import ConversationCollator
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.errors import BadClipError, UsageError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.train.run import main
@@ -146,12 +146,12 @@ def test_a_teacher_reads_all_that_is_heard_and_no_more(tmp_path, monkeypatch, tr
     soundfile.write(tmp_path / "a.wav", tone(300, 0.3), SAMPLE_RATE)
     tokenizer, found = small_tokenizer(), []
     for max_length in range(30, 330, 10):
-        collator = ConversationCollator(
+        encoder = DialogueEncoder(
             tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer), train_on=train_on, max_length=max_length,
             teach=True,
         )  # fmt: skip
         try:
-            heard = collator.encode(heard_and_read(tmp_path, transcript))
+            heard = encoder.encode(heard_and_read(tmp_path, transcript))
         except BadClipError:
             continue
         if heard.teacher is not None:

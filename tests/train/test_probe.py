@@ -13,10 +13,10 @@ import soundfile
 import torch
 
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
-from qwhisper.data.encode import IGNORE
 from qwhisper.data.loader import StepSamples
+from qwhisper.data.rows import IGNORE
 from qwhisper.frames import SAMPLE_RATE
-from qwhisper.infer.generate import collator_of
+from qwhisper.infer.generate import encoder_of
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import (
     MAX_PAIRS,
@@ -33,16 +33,16 @@ from qwhisper.train.probe import (
 from tests.small import write_dialogues
 from tests.test_faults.inject import both_memories
 from tests.train.helpers import make_run, same_bits, trainable
-from tests.train.listeners import collator, listening_arguments, train_and_probe
+from tests.train.listeners import encoder, listening_arguments, train_and_probe
 
 
-def probe_of(run, conversations, **values) -> ListeningProbe | None:
+def probe_of(run, dialogues, **values) -> ListeningProbe | None:
     values = {"state": ProbeState(), "first_step": 1, "seed": 0} | values
-    return make_probe(run.executor, collator(run), conversations, **values)
+    return make_probe(run.executor, encoder(run), dialogues, **values)
 
 
 @pytest.fixture
-def conversations(train_file):
+def dialogues(train_file):
     return read_dialogues(train_file)
 
 
@@ -113,10 +113,10 @@ def test_training_with_the_probe_is_bit_identical_to_training_without(arguments,
     assert probed.executor.max_tokens_per_pack == run.executor.max_tokens_per_pack
 
 
-def test_pairs_differ_in_audio_alone_and_come_from_as_many_dialogues_as_there_are(arguments, conversations):
+def test_pairs_differ_in_audio_alone_and_come_from_as_many_dialogues_as_there_are(arguments, dialogues):
     run, _ = make_run(arguments())
-    pairs = choose_pairs(conversations, collator(run), seed=0)
-    spoken = [c for c in conversations if c.clips]
+    pairs = choose_pairs(dialogues, encoder(run), seed=0)
+    spoken = [c for c in dialogues if c.clips]
     assert len(pairs) >= len(spoken) >= MIN_PAIRS
     assert {pair.true.id for pair in pairs[: len(spoken)]} == {c.id for c in spoken}
     audio = run.executor.model.config.audio_token_id
@@ -132,22 +132,22 @@ def test_pairs_differ_in_audio_alone_and_come_from_as_many_dialogues_as_there_ar
 def test_pairs_are_at_most_so_many_and_the_same_for_the_same_seed(arguments, tmp_path):
     many = read_dialogues(write_dialogues(tmp_path / "many", 60))
     run, _ = make_run(arguments())
-    first, again, other = (choose_pairs(many, collator(run), seed=seed) for seed in (0, 0, 1))
+    first, again, other = (choose_pairs(many, encoder(run), seed=seed) for seed in (0, 0, 1))
     ids = [[pair.true.id for pair in pairs] for pairs in (first, again, other)]
     assert len(first) == MAX_PAIRS == len(set(ids[0])) and ids[0] == ids[1] != ids[2]
 
 
-def test_text_only_and_very_few_dialogues_give_no_probe(arguments, conversations):
+def test_text_only_and_very_few_dialogues_give_no_probe(arguments, dialogues):
     run, _ = make_run(arguments())
     text = [
         Dialogue(f"t{n}", (Message("user", ("Hello",)), Message("assistant", (f"hi {n}",))), "file") for n in range(20)
     ]
     assert probe_of(run, text) is None and probe_of(run, []) is None
-    assert probe_of(run, [c for c in conversations if c.clips][:2]) is None
-    assert probe_of(run, [*text, *conversations]) is not None
+    assert probe_of(run, [c for c in dialogues if c.clips][:2]) is None
+    assert probe_of(run, [*text, *dialogues]) is not None
 
 
-def test_bad_clips_and_cut_dialogues_are_no_pairs(arguments, conversations, tmp_path):
+def test_bad_clips_and_cut_dialogues_are_no_pairs(arguments, dialogues, tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
     bad = [
         Dialogue(
@@ -161,14 +161,14 @@ def test_bad_clips_and_cut_dialogues_are_no_pairs(arguments, conversations, tmp_
         for n in range(3)
     ]
     run, _ = make_run(arguments())
-    good = choose_pairs([*bad, *conversations], collator(run), seed=0)
+    good = choose_pairs([*bad, *dialogues], encoder(run), seed=0)
     assert good and not any("bad" in pair.true.id for pair in good)
-    good = choose_pairs(conversations, collator(run), seed=0)
+    good = choose_pairs(dialogues, encoder(run), seed=0)
     # The line feed behind an answer may go without a word.
     lengths = [(pair.true.id, max(len(pair.true.input_ids), len(pair.swapped.input_ids)) - 1) for pair in good]
     limit = max(length for _, length in lengths) - 1
-    short = collator_of(run.hooks.shown["processing_class"], max_length=limit)
-    kept = [pair.true.id for pair in choose_pairs(conversations, short, seed=0)]
+    short = encoder_of(run.hooks.shown["processing_class"], max_length=limit)
+    kept = [pair.true.id for pair in choose_pairs(dialogues, short, seed=0)]
     assert 0 < len(kept) < len(good)
     assert kept == [name for name, length in lengths if length <= limit]
 
@@ -217,9 +217,9 @@ def test_a_resumed_run_probes_at_the_same_steps(probe_that_takes):
     assert probed(None) == probed(700) == probed(29) and len(probed(None)) == 5
 
 
-def test_time_of_a_probe_is_measured(arguments, conversations):
+def test_time_of_a_probe_is_measured(arguments, dialogues):
     run, _ = make_run(arguments())
-    probe = probe_of(run, conversations)
+    probe = probe_of(run, dialogues)
     assert probe.measure().tokens == sum(pair.true.num_supervised for pair in probe.pairs)
     first = probe.state.last_probe
     probe.measure()
@@ -257,9 +257,9 @@ def test_pairs_are_of_trained_kinds_where_there_are_enough(arguments, tmp_path):
     many = read_dialogues(write_dialogues(tmp_path / "many", 60))
     run, _ = make_run(arguments())
 
-    def kinds(conversations) -> set:
-        by_id = {c.id: c.messages[1].kind for c in conversations}
-        pairs = choose_pairs(conversations, collator(run), seed=0, trained_kinds=["known"])
+    def kinds(dialogues) -> set:
+        by_id = {c.id: c.messages[1].kind for c in dialogues}
+        pairs = choose_pairs(dialogues, encoder(run), seed=0, trained_kinds=["known"])
         assert len(pairs) == MAX_PAIRS
         return {by_id[pair.true.id] for pair in pairs}
 
@@ -267,18 +267,18 @@ def test_pairs_are_of_trained_kinds_where_there_are_enough(arguments, tmp_path):
     assert kinds(of_kinds(4)) == {"known", "new"}
 
 
-def test_what_is_not_finite_is_no_gain(arguments, conversations):
+def test_what_is_not_finite_is_no_gain(arguments, dialogues):
     run, _ = make_run(arguments())
-    probe = probe_of(run, conversations)
+    probe = probe_of(run, dialogues)
     with torch.no_grad():
         run.executor.model.model.language_model.norm.weight[0] = math.nan
     assert probe.measure() is None and probe.state.probed > 0
 
 
 @both_memories
-def test_a_probe_that_does_not_fit_into_memory_changes_nothing(arguments, conversations, monkeypatch, run_out):
+def test_a_probe_that_does_not_fit_into_memory_changes_nothing(arguments, dialogues, monkeypatch, run_out):
     run, samples = make_run(arguments())
-    probe, before = probe_of(run, conversations), run.executor.max_tokens_per_pack
+    probe, before = probe_of(run, dialogues), run.executor.max_tokens_per_pack
 
     with monkeypatch.context() as patch:
         patch.setattr(run.executor.model.model, "forward", run_out)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
-from qwhisper.data.encode import IGNORE
+from qwhisper.data.rows import IGNORE
 from qwhisper.evaluate.forgetting import (
     MAX_QUESTIONS,
     MIN_QUESTIONS,
@@ -29,7 +29,7 @@ from qwhisper.train.monitor import as_facts
 from qwhisper.train.run import main
 from qwhisper.train.state import TrainState
 from tests.train.helpers import make_run, read_lines
-from tests.train.listeners import collator
+from tests.train.listeners import encoder
 from tests.train.thinkers import KINDS, TAUGHT, thinking_arguments, train_and_ask, write_spoken, write_thinking_bases
 
 
@@ -86,9 +86,9 @@ def test_an_answer_is_right_where_greedy_decoding_gives_it_to_its_end(forgetful)
         replace(row, input_ids=row.input_ids[:start], labels=row.labels[:start], answer_spans=[])
         for row, start in zip(rows, starts, strict=True)
     ]
-    tokenizer = collator(run).tokenizer
+    tokenizer = encoder(run).tokenizer
     expected = [tokenizer.decode(row.targets, skip_special_tokens=True) for row in rows]
-    answers = answer_prompts(model, collator(run), prompts, 8, 8)
+    answers = answer_prompts(model, encoder(run), prompts, 8, 8)
     model.train()
     assert right == [answer == reference for answer, reference in zip(answers, expected, strict=True)]
 
@@ -172,14 +172,14 @@ def spoken(tmp_path):
     return read_dialogues(write_spoken(tmp_path / "spoken", "eval", list(KINDS), each=6, seed=1))
 
 
-def kind_counts(conversations, questions) -> Counter:
-    by_id = {c.id: c.messages[-1].kind for c in conversations}
+def kind_counts(dialogues, questions) -> Counter:
+    by_id = {c.id: c.messages[-1].kind for c in dialogues}
     return Counter(by_id[question.heard.id] for question in questions)
 
 
 def test_questions_are_of_all_kinds_alike_and_the_same_for_the_same_seed(arguments, spoken):
     run, _ = make_run(arguments())
-    chosen, again, other = (choose_questions(spoken, collator(run), TAUGHT, seed=seed) for seed in (0, 0, 1))
+    chosen, again, other = (choose_questions(spoken, encoder(run), TAUGHT, seed=seed) for seed in (0, 0, 1))
     assert len(chosen.untrained) == MAX_QUESTIONS and len(chosen.trained) == 24
     assert kind_counts(spoken, chosen.trained) == {"same": 24}
     assert sorted(kind_counts(spoken, chosen.untrained).values()) == [5, 5, 5, 5, 6, 6]
@@ -198,10 +198,10 @@ def test_there_are_no_questions_without_kinds_that_were_not_trained_on(arguments
     without_kind = [replace(c, messages=tuple(replace(m, kind=None) for m in c.messages)) for c in spoken]
     mute = [replace(c, messages=tuple(replace(m, content=without_transcripts(m)) for m in c.messages)) for c in spoken]
     text = [Dialogue(f"t{n}", (Message("user", ("Hi",)), Message("assistant", ("hi",), "new")), "f") for n in range(9)]
-    for conversations in (few, without_kind, mute, text, []):
-        assert len(choose_questions(conversations, collator(run), TAUGHT, seed=0)) == 0
-    assert len(choose_questions(spoken, collator(run), list(KINDS), seed=0)) == 0
-    assert len(choose_questions(spoken, collator(run), [], seed=0)) == 0  # any may have been trained on
+    for dialogues in (few, without_kind, mute, text, []):
+        assert len(choose_questions(dialogues, encoder(run), TAUGHT, seed=0)) == 0
+    assert len(choose_questions(spoken, encoder(run), list(KINDS), seed=0)) == 0
+    assert len(choose_questions(spoken, encoder(run), [], seed=0)) == 0  # any may have been trained on
 
 
 def without_transcripts(message: Message) -> tuple:

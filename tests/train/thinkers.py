@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from qwhisper.data.encoder import ConversationCollator
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.demo.bases import TwoOptimizers
@@ -21,7 +21,7 @@ from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
 from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
-from qwhisper.train.session import Session, build_session, collator_for
+from qwhisper.train.session import Session, build_session, encoder_for
 from qwhisper.train.state import TrainState
 from tests.small import tone, write_small_bases
 from tests.train.listeners import EAR_GAIN
@@ -57,8 +57,8 @@ def write_thinking_bases(folder: Path, *, num_steps: int = 200) -> tuple[Path, P
     """(audio, text) folders; the text model answers all of KINDS."""
     audio, text = write_small_bases(folder, hidden_size=64)
     tokenizer, model = AutoTokenizer.from_pretrained(text), Qwen3ForCausalLM.from_pretrained(text)
-    collator = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
-    batch = collator([dialogue(kind, letter) for kind in KINDS for letter in range(len(LETTERS))])
+    encoder = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
+    batch = encoder([dialogue(kind, letter) for kind in KINDS for letter in range(len(LETTERS))])
     del batch["valid_label_count"]
     torch.manual_seed(0)
     hook = model.get_input_embeddings().register_forward_hook(lambda module, given, found: blurred(found))
@@ -116,29 +116,29 @@ def train_and_ask(args: TrainArguments) -> tuple[Session, ListeningProbe]:
     Path(args.output_dir).mkdir(parents=True)
     torch.manual_seed(args.seed)
     assert args.eval_file
-    conversations, held_out = read_dialogues(args.train_file), read_dialogues(args.eval_file)
-    plan = resolve(args, num_dialogues=len(conversations))
+    dialogues, held_out = read_dialogues(args.train_file), read_dialogues(args.eval_file)
+    plan = resolve(args, num_dialogues=len(dialogues))
     model, processor = build_model(args, plan, None)
-    run = build_session(args, plan, model, processor, conversations, [], TrainState(), [])
+    run = build_session(args, plan, model, processor, dialogues, [], TrainState(), [])
     tower = model.model.audio_tower
     with torch.no_grad():
         tower.conv1.weight.mul_(EAR_GAIN)
         tower.conv2.weight.mul_(EAR_GAIN)
     model.train()
-    collator = collator_for(args, processor, model)
-    samples, _ = encode_all(EncodedDialogues(conversations, collator))
+    encoder = encoder_for(args, processor, model)
+    samples, _ = encode_all(EncodedDialogues(dialogues, encoder))
     order = torch.randperm(len(samples) * 100, generator=torch.Generator().manual_seed(args.seed)) % len(samples)
     for indices in order.split(args.samples_per_step)[: args.max_steps]:
         train_step(run, StepSamples([samples[i] for i in indices], [], 0, 0))
     probe = make_probe(
         run.executor,
-        collator,
+        encoder,
         held_out,
         ProbeState(),
         first_step=1,
         seed=args.seed,
         trained_kinds=TAUGHT,
-        questions=choose_questions(held_out, collator, TAUGHT, seed=args.seed),
+        questions=choose_questions(held_out, encoder, TAUGHT, seed=args.seed),
     )
     assert probe is not None
     return run, probe

@@ -1,0 +1,154 @@
+"""A row of tokens: how the parts of a dialogue are joined and cut to fit, and `Sample`, the row as training takes it.
+
+Where each answer stands is known from the pieces that the dialogue was rendered into; no text is ever searched.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from qwhisper.data.messages import Message
+from qwhisper.data.template import Piece
+from qwhisper.errors import BadClipError
+
+IGNORE = -100  # a position that no loss is taken at
+
+
+@dataclass(eq=False)
+class Sample:
+    """One training row.
+
+    input_ids, labels: int64 [tokens], labels unshifted with -100 where nothing is learned. windows: float32 [samples]
+    each, in the order of their placeholders. answer_spans: (start, end) of every supervised answer with the token that
+    ends its turn; the tokens before start are the generation prompt at that turn. events: what was cut or left out.
+    notes: how its audio was read, where a user should know. teacher: the same dialogue in words, with the same tokens
+    supervised in the same order, or None.
+    """
+
+    id: str
+    source: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    windows: list[np.ndarray] = field(default_factory=list)
+    answer_spans: list[tuple[int, int]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    teacher: "Sample | None" = None
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The tokens that are learned, in their order."""
+        return self.labels[1:][self.labels[1:] != IGNORE]
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions that the loss is taken at, after the shift by one."""
+        return len(self.targets)
+
+
+@dataclass(eq=False)
+class Part:
+    """A piece with its tokens; an audio piece has its windows and their token counts."""
+
+    piece: Piece
+    ids: list[int]
+    windows: list[np.ndarray] = field(default_factory=list)
+    window_tokens: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Row:
+    """Parts joined: tokens, where each assistant message's answer stands, where user text and windows stand."""
+
+    input_ids: list[int]
+    answers: dict[int, tuple[int, int]]  # message index -> (start, end with the end-of-turn token)
+    texts: list[tuple[int, int, int]]  # (message index, start, end) of the text pieces
+    windows: list[tuple[int, np.ndarray]]  # (first placeholder, window)
+    notes: list[str]
+
+
+def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: set[int]) -> Row:
+    """Put parts end to end; an assistant's answer, tool calls included, ends with the first added token of the scaffold
+    after it.
+    """
+    row = Row([], {}, [], [], [])
+    open_answer = None
+    for part in parts:
+        index, start = part.piece.message_index, len(row.input_ids)
+        row.input_ids += part.ids
+        row.notes += [note for note in part.notes if note not in row.notes]
+        end = len(row.input_ids)
+        if index is not None and messages[index].role == "assistant":
+            open_answer = index
+            row.answers[index] = (row.answers.get(index, (start,))[0], end)
+        elif open_answer is not None:
+            closing = next((n for n, i in enumerate(part.ids, 1) if i in added_ids), 0)
+            row.answers[open_answer] = (row.answers[open_answer][0], start + closing)
+            open_answer = None
+        if part.piece.kind == "text" and index is not None:
+            row.texts.append((index, start, end))
+        for window, tokens in zip(part.windows, part.window_tokens, strict=True):
+            row.windows.append((start, window))
+            start += tokens
+    return row
+
+
+def cut_row(row: Row, max_length: int) -> Row | None:
+    """Drop whole turns from the end until the row fits; None if not even the first answer fits."""
+    if len(row.input_ids) <= max_length:
+        return row
+    fitting = [end for _, end in row.answers.values() if end <= max_length]
+    return _cut_at(row, max(fitting)) if fitting else None
+
+
+def fit_last_exchange(
+    parts: Sequence[Part], messages: Sequence[Message], max_length: int, added_ids: set[int], events: list[str]
+) -> Row:
+    """One exchange made to fit: its prompt's text is shortened from the front; if that is not enough, all of the
+    prompt goes; at worst the reply's tail. Raises BadClipError where audio would have to go: a reply that is learned
+    without what it answers teaches the model to invent.
+    """
+
+    def is_prompt(part: Part) -> bool:
+        index = part.piece.message_index
+        return part.piece.kind != "scaffold" and index is not None and messages[index].role != "assistant"
+
+    row = join_parts(parts, messages, added_ids)
+    excess = row.answers[len(messages) - 1][1] - max_length
+    text_tokens = sum(len(part.ids) for part in parts if is_prompt(part) and part.piece.kind == "text")
+    if excess > text_tokens:
+        _refuse_to_drop_audio(part for part in parts if is_prompt(part))
+        events.append("kept the last reply alone")
+        row = join_parts([part for part in parts if not is_prompt(part)], messages, added_ids)
+    elif excess > 0:
+        events.append(f"kept the last exchange alone, without the first {excess} tokens of its prompt's text")
+        shortened = []
+        for part in parts:
+            drop = min(excess, len(part.ids)) if is_prompt(part) and part.piece.kind == "text" else 0
+            shortened.append(replace(part, ids=part.ids[drop:]))
+            excess -= drop
+        row = join_parts(shortened, messages, added_ids)
+    else:
+        events.append("kept the last exchange alone")
+    end = row.answers[len(messages) - 1][1]
+    if end > max_length:
+        events.append(f"cut the tail of the reply: {end} > {max_length} tokens")
+    return _cut_at(row, min(end, max_length))
+
+
+def _refuse_to_drop_audio(parts: Iterable[Part]) -> None:
+    clips = {part.piece.clip.name: len(part.ids) for part in parts if part.piece.clip is not None}
+    if clips:
+        raise BadClipError(
+            f"{', '.join(clips)}: {sum(clips.values())} tokens of audio and the reply do not fit into max_length; "
+            "raise it, or choose a stretch with `start` and `end`"
+        )
+
+
+def _cut_at(row: Row, end: int) -> Row:
+    """The first `end` tokens; an answer that they cut is shortened, one that lies behind is gone."""
+    answers = {index: (start, min(stop, end)) for index, (start, stop) in row.answers.items() if start < end}
+    texts = [text for text in row.texts if text[2] <= end]
+    return Row(row.input_ids[:end], answers, texts, [window for window in row.windows if window[0] < end], row.notes)
