@@ -23,9 +23,10 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from qwhisper.data.audio import clip_windows, load_audio
+from qwhisper.data.audio import load_audio
 from qwhisper.data.collator import ConversationCollator, Sample, pack_samples
 from qwhisper.data.dialogue import parse_dialogue
+from qwhisper.data.windows import clip_windows
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
 from qwhisper.model.encoder import TrueLengthWhisperEncoder

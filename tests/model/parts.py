@@ -13,8 +13,8 @@ from transformers import (
     WhisperConfig,
 )
 
-from qwhisper.data.audio import clip_windows
 from qwhisper.data.collator import Sample
+from qwhisper.data.windows import clip_windows
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
