@@ -21,11 +21,10 @@ from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.gradients import frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.model.bases import LoadOptions, resolve_model
-from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
+from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.model.trained_folder import load_processor
+from qwhisper.model.processor import Qwen3AudioProcessor, load_processor
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, build_from_bases, load_trained
 from qwhisper.report.events import RunLog
 from qwhisper.report.terminal import StepLines
 from qwhisper.train.arguments import TrainArguments

@@ -14,7 +14,7 @@ from qwhisper.errors import UsageError
 from qwhisper.guards.gradients import Groups
 from qwhisper.guards.state import GuardState
 from qwhisper.model.lora import lora_parameters
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.train.arguments import DEFAULT_EARLY_LR_STEPS, DEFAULT_FREEZE_PROJECTOR_STEPS, TrainArguments
 
 

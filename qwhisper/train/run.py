@@ -25,7 +25,7 @@ from qwhisper.engine.kernels import check_kernels
 from qwhisper.errors import CheckpointError, DiskError, MemoryLimitError, UsageError, first_line
 from qwhisper.locks import run_lock
 from qwhisper.memory import is_out_of_memory
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.model.processor import Qwen3AudioProcessor
 from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.arguments import TrainArguments

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from qwhisper.checkpoint import folders as checkpoints
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.model.processor import Qwen3AudioProcessor
 from qwhisper.train.context import Session
 from qwhisper.train.monitor import collect_clamped
 from qwhisper.train.optimizer import parameter_names
