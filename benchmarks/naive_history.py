@@ -41,10 +41,10 @@ from qwhisper.errors import QwhisperError
 from qwhisper.guards.diagnose import diagnose
 from qwhisper.guards.gradients import drop_gradients, step_statistics
 from qwhisper.model.bases import LoadOptions
-from qwhisper.model.loading import build_from_bases
 from qwhisper.model.lora import add_lora
 from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.model.projector import AudioProjection
+from qwhisper.model.qwen3_audio import build_from_bases
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.loop import train

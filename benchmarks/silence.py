@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from common import append_result, recordings
 
-from qwhisper.data.audio import clip_windows, load_audio
+from qwhisper.data.audio import load_audio
+from qwhisper.data.windows import clip_windows
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic, encoder_frames
 from qwhisper.model.loading import load_encoder
 from qwhisper.model.mel import packed_log_mel

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from qwhisper import cli
 from qwhisper.cli import VERBS
 from qwhisper.guards.alarms import Alarm
-from qwhisper.model.loading import build_from_bases
+from qwhisper.model.qwen3_audio import build_from_bases
 from qwhisper.parsing import parse, shipped_recipes
 from qwhisper.report.kinds import KINDS
 from tests.small import write_dialogues, write_small_bases

@@ -5,7 +5,7 @@ import torch
 
 from qwhisper.infer.generate import encoder_of
 from qwhisper.model.bases import LoadOptions
-from qwhisper.model.loading import build_from_bases
+from qwhisper.model.qwen3_audio import build_from_bases
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main as train
 from tests.small import write_dialogues, write_small_bases

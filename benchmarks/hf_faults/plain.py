@@ -19,8 +19,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from qwhisper.data.template import AUDIO_TOKEN
-from qwhisper.model.loading import build_from_bases
 from qwhisper.model.lora import add_lora
+from qwhisper.model.qwen3_audio import build_from_bases
 
 STEPS, SAVE_STEPS, LEARNING_RATE = 6, 2, 1e-3
 MAX_LENGTH = 512

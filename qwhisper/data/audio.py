@@ -1,4 +1,4 @@
-"""Audio files to 16 kHz mono waveforms, and waveforms to the windows that the encoder hears."""
+"""Audio files to 16 kHz mono waveforms."""
 
 import math
 from collections.abc import Callable, Generator, Iterator
@@ -15,7 +15,6 @@ from qwhisper.data.decode import Decoder, UnreadableError, ffmpeg, find_ffmpeg, 
 from qwhisper.data.files import FileBytes, opened
 from qwhisper.data.mono import Mono
 from qwhisper.errors import BadClipError
-from qwhisper.frames import FrameArithmetic
 
 # What a file may have in the stretch that is read: a header that claims more is refused before any of it is decoded,
 # and one that claims too little as soon as there is more.
@@ -78,21 +77,6 @@ def claimed_seconds(
     except (BadClipError, OSError, soundfile.SoundFileError):
         return 0.0  # decoding names the fault
     return max(0.0, min(seconds, seconds if end is None else end) - (start or 0.0))
-
-
-def clip_windows(waveform: np.ndarray, frames: FrameArithmetic) -> list[np.ndarray]:
-    """Windows, float32 [samples] each, of a waveform float32 [samples], with silence around the speech of each.
-
-    Their lengths are `frames.window_lengths(len(waveform))`, their tokens `frames.num_tokens(len(waveform))`.
-    """
-    windows, start = [], 0
-    for length in frames.window_lengths(len(waveform)):
-        piece = waveform[start : start + length - frames.silence_samples]
-        window = np.zeros(length, dtype=np.float32)
-        window[frames.lead_samples : frames.lead_samples + len(piece)] = piece
-        windows.append(window)
-        start += len(piece)
-    return windows
 
 
 class DamagedError(BadClipError):

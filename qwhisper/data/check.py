@@ -210,8 +210,8 @@ def _load_frames(name: str | None, hub: str) -> FrameArithmetic:
 
 
 def _find_model(name: str, hub: str, flag: str) -> str:
+    from qwhisper.model.bases import resolve_model
     from qwhisper.model.kinds import refuse_model
-    from qwhisper.model.loading import resolve_model
 
     if hub != "huggingface":
         return resolve_model(name, hub, flag)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwhisper.data.audio import MAX_SECONDS, TooLongError, claimed_seconds, clip_windows
+from qwhisper.data.audio import MAX_SECONDS, TooLongError, claimed_seconds
 from qwhisper.data.clips import AudioClip, load_clip
+from qwhisper.data.windows import clip_windows
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 
 MAX_DIALOGUE_SECONDS = 2 * 3600  # 0.5 GB of waveform, as much again in windows, 90,000 tokens at 12.5 a second

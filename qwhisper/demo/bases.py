@@ -23,11 +23,12 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from qwhisper.data.audio import clip_windows, load_audio
+from qwhisper.data.audio import load_audio
 from qwhisper.data.dialogue import parse_dialogue
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.packing import pack_samples
 from qwhisper.data.rows import Sample
+from qwhisper.data.windows import clip_windows
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
 from qwhisper.model.encoder import TrueLengthWhisperEncoder

@@ -16,7 +16,7 @@ from qwhisper.demo.prepare import DemoPaths, prepare
 from qwhisper.errors import QwhisperError, UsageError
 from qwhisper.evaluate.evaluation import evaluate_model
 from qwhisper.infer.generate import encoder_of
-from qwhisper.model.loading import build_from_bases
+from qwhisper.model.qwen3_audio import build_from_bases
 from qwhisper.report.events import read_jsonl
 from qwhisper.report.terminal import quieten_transformers
 

@@ -18,7 +18,7 @@ from qwhisper.errors import MemoryLimitError, NumericalError
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.loss import IGNORE_INDEX, MAX_LOGITS_AT_ONCE, head_logits, supervised_loss
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved on the first out-of-memory; a planner will know better
 HOST_KEYS = ("audio_lengths", "valid_label_count")  # read by Python: on the device each would be a wait

@@ -10,7 +10,7 @@ from torch import Tensor
 from qwhisper.engine.preflight import Attention, Fault, Kernel, Layout, first_fault, trials
 from qwhisper.errors import NumericalError
 from qwhisper.model import attention as kernels
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from qwhisper.evaluate.metrics import (
 )
 from qwhisper.evaluate.tables import markdown
 from qwhisper.infer.generate import answer_prompts, load_resolved
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.resume import arguments_where_they_lie
 from qwhisper.train.state import trained_file_sha256, trained_kinds

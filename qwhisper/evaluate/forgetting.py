@@ -22,7 +22,7 @@ from qwhisper.errors import DataError
 from qwhisper.evaluate.listening import Turn, answer_row, turns_of
 from qwhisper.infer.generate import answer_prompts
 from qwhisper.model.lora import adapter_off
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 SOLID = 0.7  # what the text model itself answers less well than this says nothing about what was kept
 OWN_TOKENS = 32  # of an answer to an instruction: where it begins and what it is about

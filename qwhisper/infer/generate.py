@@ -18,10 +18,9 @@ from qwhisper.data.rows import Sample
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import MemoryLimitError
 from qwhisper.memory import is_out_of_memory
-from qwhisper.model.loading import LoadOptions, load_trained
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.model.trained_folder import load_processor
+from qwhisper.model.bases import LoadOptions
+from qwhisper.model.processor import Qwen3AudioProcessor, load_processor
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, load_trained
 from qwhisper.train.resume import ARGUMENTS_FILE, arguments_where_they_lie
 from qwhisper.versions import check_versions
 

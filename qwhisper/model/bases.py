@@ -89,6 +89,9 @@ class LoadOptions:
         return dtype
 
 
+DEFAULT_OPTIONS = LoadOptions()
+
+
 def _refuse_missing_device(name: str | int | torch.device) -> None:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     there = [] if accelerator is None else [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]

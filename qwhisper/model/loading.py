@@ -1,9 +1,10 @@
-"""From bases to one model, and from a folder of trained weights back to it."""
+"""From bases to one model, and from a folder of trained weights back to it. The class of the model is given."""
 
 import os
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -12,10 +13,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from qwhisper.data.template import listening_template
 from qwhisper.errors import CheckpointError, UsageError, first_line
 from qwhisper.model.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from qwhisper.model.bases import (
+    DEFAULT_OPTIONS,
     WEIGHT_FILES,
     LoadOptions,
     find_file,
@@ -29,28 +30,27 @@ from qwhisper.model.bases import (
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
-from qwhisper.model.kinds import refuse_empty_tokenizer, refuse_unpackable
+from qwhisper.model.kinds import refuse_unpackable
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
 from qwhisper.model.saving import ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading
 from qwhisper.model.weights import ENCODER, PROJECTOR, base_record, is_adapters, part, plain_name, plain_weights
 
-DEFAULT_OPTIONS = LoadOptions()
+Model = TypeVar("Model", bound=Qwen3AudioForConditionalGeneration)
 
 
-def assemble(
+def join(
+    cls: type[Model],
     config: Qwen3AudioConfig,
     encoder: TrueLengthWhisperEncoder,
     language_model: PreTrainedModel,
     *,
     projector_fp32: bool = True,
-) -> Qwen3AudioForConditionalGeneration:
+) -> Model:
     """One model of loaded parts and a fresh projector; nothing is copied."""
     with torch.device("meta"):
-        model = Qwen3AudioForConditionalGeneration(config)
+        model = cls(config)
     body = language_model.base_model
     head = language_model.get_output_embeddings()
     model.model.audio_tower = encoder
@@ -69,48 +69,17 @@ def assemble(
     return model.eval()
 
 
-def build_from_bases(
-    audio_model: str,
-    text_model: str,
-    options: LoadOptions = DEFAULT_OPTIONS,
-    *,
-    hub: str = "huggingface",
-    **config_values,
-) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
-    """A model with a fresh projector and its processor, from two folders or hub ids.
-
-    config_values: fields of `Qwen3AudioConfig`, such as audio_lead_silence.
-    """
-    audio_path = resolve_model(audio_model, hub, "--audio_model")
-    text_path = resolve_model(text_model, hub, "--text_model")
-    audio_config = load_config(audio_path)
-    tokenizer = load_tokenizer(text_path, "--text_model")
-    refuse_empty_tokenizer(tokenizer, text_model)
-    config = Qwen3AudioConfig(
-        audio_config=audio_config,
-        text_config=load_config(text_path),
-        audio_base={"name": audio_path, "fingerprint": fingerprint(audio_path)},
-        text_base={"name": text_path, "fingerprint": fingerprint(text_path)},
-        audio_token_id=add_audio_token(tokenizer),
-        **config_values,
-    )
-    extractor = load_feature_extractor(audio_path, "--audio_model")
-    model = _load_and_join(config, audio_path, text_path, options)
-    template, _ = listening_template(tokenizer)
-    processor = Qwen3AudioProcessor.for_model(extractor, tokenizer, model.config, template)
-    return model, processor
-
-
-def _load_and_join(
-    config: Qwen3AudioConfig, audio_path: str, text_path: str, options: LoadOptions
-) -> Qwen3AudioForConditionalGeneration:
+def load_and_join(
+    cls: type[Model], config: Qwen3AudioConfig, audio_path: str, text_path: str, options: LoadOptions
+) -> Model:
+    """One model of both bases, with a record of their weights and a fresh projector."""
     cures = "--load_in_4bit, --whisper_cpu or a smaller --text_model"
     with naming_memory_limit(f"{audio_path} and {text_path} were", cures):
         encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
         language_model = load_language_model(text_path, options)
         refuse_unpackable(text_path, language_model)
     config.audio_config, config.text_config = encoder.config, language_model.config
-    model = assemble(config, encoder, language_model, projector_fp32=options.projector_fp32)
+    model = join(cls, config, encoder, language_model, projector_fp32=options.projector_fp32)
     model.base_record = base_record(plain_weights(model.state_dict()))
     return model
 
@@ -124,12 +93,13 @@ def is_trained_folder(name: str | os.PathLike) -> bool:
 
 
 def load_trained(
+    cls: type[Model],
     name: str | os.PathLike,
     options: LoadOptions = DEFAULT_OPTIONS,
     *,
     audio_model: str | None = None,
     text_model: str | None = None,
-) -> Qwen3AudioForConditionalGeneration:
+) -> Model:
     """The bases that the folder names, then its projector and adapter. LoRA and projector come back trainable.
 
     audio_model, text_model: where the bases lie now, if `find_base` does not find them; their fingerprints must agree.
@@ -139,13 +109,13 @@ def load_trained(
     if is_whole_folder(name):
         if audio_model or text_model:
             warnings.warn(f"{name} holds a whole model: no other bases are loaded into it", stacklevel=2)
-        return _load_whole(name, options)
+        return _load_whole(cls, name, options)
     config = read_config(name)
     audio_path = _same_base(name, "audio", config, audio_model)
     text_path = _same_base(name, "text", config, text_model)
     assert config.audio_base is not None and config.text_base is not None
     config.audio_base["name"], config.text_base["name"] = audio_path, text_path  # what is saved next names these
-    model = _load_and_join(config, audio_path, text_path, options)
+    model = load_and_join(cls, config, audio_path, text_path, options)
     load_trained_weights(model, name)
     if find_file(name, GENERATION_CONFIG_NAME) is not None:
         try:
@@ -162,13 +132,13 @@ def is_whole_folder(name: str | os.PathLike) -> bool:
     return ours and find_file(name, PROJECTOR_FILE) is None and any(find_file(name, file) for file in WEIGHT_FILES)
 
 
-def _load_whole(name: str | os.PathLike, options: LoadOptions) -> Qwen3AudioForConditionalGeneration:
+def _load_whole(cls: type[Model], name: str | os.PathLike, options: LoadOptions) -> Model:
     if options.load_in_4bit:
         raise UsageError(f"{name} holds a whole model, which is not loaded in 4 bits: leave load_in_4bit out")
     with naming_memory_limit(f"{name} was", "--whisper_cpu"):
         keywords = {"dtype": options.compute_dtype, "device_map": options.device_map or {"": options.device}}
         with reading(name, "it can't be loaded"):
-            model = load_whole(Qwen3AudioForConditionalGeneration, name, **keywords)
+            model = load_whole(cls, name, **keywords)
     model.model.audio_tower.to(options.encoder_device)
     projector = model.model.multi_modal_projector
     projector.to(torch.float32 if options.projector_fp32 else options.compute_dtype)
@@ -177,7 +147,7 @@ def _load_whole(name: str | os.PathLike, options: LoadOptions) -> Qwen3AudioForC
     return model.eval()
 
 
-def load_whole(cls: type[Qwen3AudioForConditionalGeneration], name, *args, output_loading_info=False, **kwargs):
+def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwargs):
     """transformers' `from_pretrained` for a whole model, and the adapter beside it. Hashes are not looked at."""
     check_files(name)
     model, info = super(Qwen3AudioForConditionalGeneration, cls).from_pretrained(  # type: ignore[misc]
@@ -188,7 +158,7 @@ def load_whole(cls: type[Qwen3AudioForConditionalGeneration], name, *args, outpu
     return (model, info) if output_loading_info else model
 
 
-def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditionalGeneration:
+def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model:
     """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on.
 
     config: only the folder's own, as the Auto classes pass it. Any other keyword is refused, none is ignored.
@@ -205,7 +175,7 @@ def load_for_user(name: str | os.PathLike, **kwargs) -> Qwen3AudioForConditional
         raise UsageError(
             f"{name} holds trained weights alone; loading it takes {known}, not {', '.join(sorted(unknown))}"
         )
-    return load_trained(name, LoadOptions(**kwargs), **moved)
+    return load_trained(cls, name, LoadOptions(**kwargs), **moved)
 
 
 def refuse_for_whole(name: str | os.PathLike, keywords: dict) -> None:

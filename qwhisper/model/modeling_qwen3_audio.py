@@ -1,26 +1,20 @@
 """Qwen3Audio: a Whisper encoder, an AudioProjection and a causal LM as one Hugging Face model.
 
-Architecture only: nothing here knows of files, dialogues or training.
+Architecture only: nothing here knows of files, dialogues or training. `qwen3_audio` adds what the package needs.
 """
-
-import os
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
 from qwhisper.frames import encoder_frames
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for, packed_row_mask
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
-from qwhisper.model.lora import adapter_off
-from qwhisper.model.loss import IGNORE_INDEX, Lesson, head_logits, reference_loss, supervised_loss
+from qwhisper.model.loss import head_logits, supervised_loss
 from qwhisper.model.mel import packed_log_mel
 from qwhisper.model.projector import AudioProjection, ProjectorLinear
-from qwhisper.model.weights import BaseRecord, following_casts
 
 AUDIO_INPUTS = ("audio_waveforms", "input_features", "audio_features")
 
@@ -199,13 +193,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
 
 
 class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMixin):
-    """The model that is trained and that answers.
-
-    manual_loss: when True, `forward` also computes the loss the plain way into `last_manual_loss` (fp32 scalar), and
-    `last_logits` then holds every position's logits. last_logits: detached logits of the last supervised chunk.
-    last_valid_label_count, last_loss: supervised tokens and loss of the last forward with labels, scalar tensors.
-    last_divergence: from the teacher, in nats, summed over its taught positions; None without one.
-    """
+    """`Qwen3AudioModel` with the language model's head: computes a loss from labels, and answers."""
 
     def __init__(self, config: Qwen3AudioConfig):
         super().__init__(config)
@@ -216,49 +204,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
-        self.base_record: BaseRecord | None = None  # of the weights that came from the bases, see `weights`
-        self.manual_loss = False
-        self.last_logits: Tensor | None = None
-        self.last_manual_loss: Tensor | None = None
-        self.last_valid_label_count: Tensor | None = None
-        self.last_loss: Tensor | None = None
-        self.last_divergence: Tensor | None = None
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads a whole model, or, from a folder of trained weights (projector, adapter), the bases it names and then
-        these.
-
-        Of a run's folder it is the best checkpoint by evaluation, else the newest. Files of a checkpoint must be what
-        its manifest says. For a folder of trained weights the keywords are the fields of `loading.LoadOptions` (dtype,
-        device_map, load_in_4bit …) and audio_model, text_model, where a base has moved. Weights that are missing are an
-        error, not a warning.
-        """
-        from qwhisper.model.loading import is_trained_folder, load_for_user, load_whole, refuse_for_whole
-
-        name = pretrained_model_name_or_path
-        if is_run_folder(name) or (os.path.isdir(name) and is_trained_folder(name)):
-            return read_checkpoint(name, lambda folder: load_for_user(folder, **kwargs))
-        if is_trained_folder(name):  # on the hub
-            return load_for_user(name, **kwargs)
-        refuse_for_whole(name, kwargs)
-        if os.path.isdir(name) and not kwargs.get("subfolder"):
-            return read_checkpoint(name, lambda folder: load_whole(cls, folder, *args, **kwargs))
-        return load_whole(cls, name, *args, **kwargs)
-
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
-        """Trained weights alone where all others are still their bases', the whole model otherwise; see
-        `saving.save_pretrained`.
-        """
-        from qwhisper.model.saving import save_pretrained
-
-        keywords = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
-        save_pretrained(self, save_directory, **keywords)
-
-    def _apply(self, fn, recurse=True):
-        with following_casts(self):
-            return super()._apply(fn, recurse)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -299,9 +245,6 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         audio_lengths: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         valid_label_count: Tensor | None = None,
-        teacher: dict[str, Any] | None = None,
-        taught: Tensor | None = None,
-        distill_weight: float = 0.0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """input_ids: [batch, tokens] int64; audio: see `Qwen3AudioModel.get_audio_features`.
@@ -309,9 +252,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is the loss alone
         (sum over supervised tokens / num_items_in_batch, or their mean), and no full logits exist; without, logits
         [batch, tokens or logits_to_keep, vocabulary]. valid_label_count travels in our batches for whoever reports it,
-        and is not used. teacher: a batch of the same dialogues in words, with the same tokens supervised, which the
-        language model without its adapter reads as the teacher, see `Lesson`; taught: bool [supervised positions] on
-        the CPU, those of dialogues that are in it.
+        and is not used.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -328,46 +269,18 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            lesson = None
-            if teacher is not None and taught is not None:
-                lesson = Lesson(self._teach(**teacher), taught, distill_weight)
-            loss = self._loss(hidden_states, labels.to(hidden_states.device), num_items_in_batch, lesson)
+            loss, _ = supervised_loss(
+                hidden_states,
+                labels.to(hidden_states.device),
+                self.lm_head,
+                num_items_in_batch=num_items_in_batch,
+                softcap=self._softcap,
+            )
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head_logits(hidden_states[:, kept], self.lm_head, self._softcap)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
-
-    @torch.no_grad()
-    def _teach(self, labels: Tensor, **batch) -> Tensor:
-        """[supervised positions, hidden] of the language model as it was before its adapter, in evaluation mode."""
-        batch.pop("valid_label_count", None)
-        language_model, was_training = self.model.language_model, self.training
-        try:
-            language_model.eval()
-            with adapter_off(language_model):
-                hidden_states = self.model(**batch).last_hidden_state
-        finally:
-            language_model.train(was_training)
-        return hidden_states[:, :-1][labels[:, 1:] != IGNORE_INDEX]
-
-    def _loss(
-        self,
-        hidden_states: Tensor,
-        labels: Tensor,
-        num_items_in_batch: int | Tensor | None,
-        lesson: Lesson | None,
-    ) -> Tensor:
-        keywords: dict[str, Any] = {"num_items_in_batch": num_items_in_batch, "softcap": self._softcap}
-        self.last_valid_label_count = (labels[:, 1:] != IGNORE_INDEX).sum()
-        loss, self.last_logits = supervised_loss(hidden_states, labels, self.lm_head, lesson=lesson, **keywords)
-        self.last_loss = loss.detach()
-        self.last_divergence = None if lesson is None else lesson.divergence
-        if self.manual_loss:
-            self.last_manual_loss, self.last_logits = reference_loss(
-                hidden_states, labels, self.lm_head, lesson=lesson, **keywords
-            )
-        return loss
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):

@@ -1,6 +1,8 @@
-"""The processor: text with audio placeholders and clips in, token ids and log-mel features out."""
+"""The processor: text with audio placeholders and waveforms in, token ids and log-mel features out.
 
-from collections.abc import Iterator, Mapping, Sequence
+Arrays at 16 kHz and a chat template that is given; `processor` adds all other forms of audio and their checks.
+"""
+
 from typing import Any
 
 import numpy as np
@@ -8,25 +10,11 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
-from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
-from qwhisper.data.audio import clip_windows
-from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, quoted, raise_or_warn, read_own_audio
-from qwhisper.data.keys import unknown_keys
-from qwhisper.data.messages import KNOWN as MESSAGE_KEYS
-from qwhisper.data.messages import ROLES, parse_reasoning
-from qwhisper.data.template import AUDIO_TOKEN, listening_template, refuse_costly
-from qwhisper.data.tools import parse_tool_calls
-from qwhisper.data.waveform import is_one_clip, whole_rate
-from qwhisper.errors import UsageError
+from qwhisper.data.template_texts import AUDIO_TOKEN
+from qwhisper.data.windows import clip_windows
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.mel import packed_log_mel
-
-# Arguments of a call, which transformers takes among those of the chat template as well.
-CALL_KEYWORDS = (
-    "sampling_rate", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of",
-    "return_attention_mask", "text_kwargs", "audio_kwargs", "common_kwargs",
-)  # fmt: skip
 
 
 def add_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -42,14 +30,9 @@ def add_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
 class Qwen3AudioProcessor(ProcessorMixin):
     """Feature extractor + tokenizer + the lengths that the model was trained with.
 
-    `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and as many clips of any length: files,
-    data URLs, bytes, arrays (at 16 kHz, or at `sampling_rate`, or as a pair with their rate) or what else
-    `qwhisper.data.clips` reads. It returns input_ids, attention_mask (left-padded), input_features [windows, mel bins,
-    frames] and input_features_mask [windows, frames]. `apply_chat_template` takes messages whose parts are read, and
-    refused, as those of a file of dialogues are, except that paths start in the current folder and lead anywhere. It
-    trusts its texts, as transformers does: a `<|im_end|>` in them becomes that token (DialogueEncoder's does not).
-
-    Both raise DataError for what is no audio, and BadClipError for sound that can't be used, naming its place.
+    `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and as many clips of any length, as
+    arrays at 16 kHz. It returns input_ids, attention_mask (left-padded), input_features [windows, mel bins, frames] and
+    input_features_mask [windows, frames].
     """
 
     def __init__(
@@ -68,10 +51,6 @@ class Qwen3AudioProcessor(ProcessorMixin):
         self.max_encoder_frames = max_encoder_frames
         self.audio_lead_silence = audio_lead_silence
         self.audio_tail_silence = audio_tail_silence
-        if chat_template is None:
-            chat_template, _ = listening_template(tokenizer)
-        else:
-            refuse_costly(chat_template)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -88,25 +67,6 @@ class Qwen3AudioProcessor(ProcessorMixin):
             audio_lead_silence=config.audio_lead_silence,
             audio_tail_silence=config.audio_tail_silence,
         )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; of a run's folder it is the best checkpoint's, see the model's `from_pretrained`.
-
-        Never runs code from the folder, and never asks on stdin.
-        """
-        from qwhisper.model.trained_folder import check_processor
-
-        kwargs["trust_remote_code"] = False
-        inherited = super().from_pretrained
-
-        def load(folder, *args, **kwargs):
-            check_processor(folder)
-            return inherited(folder, *args, **kwargs)
-
-        if is_run_folder(pretrained_model_name_or_path):
-            return read_checkpoint(pretrained_model_name_or_path, lambda folder: load(folder, *args, **kwargs))
-        return load(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
     def frames(self) -> FrameArithmetic:
@@ -125,37 +85,17 @@ class Qwen3AudioProcessor(ProcessorMixin):
         kwargs.setdefault("padding", True)
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("return_tensors", "pt")
-        rate = _taken_rate(kwargs)
-        clips = [read_own_audio(clip, f"audio {n}", rate) for n, clip in enumerate(_each_clip(audio), 1)]
-        return super().__call__(text=text, audio=[load_clip(clip) for clip in clips] or None, **kwargs)
+        return super().__call__(text=text, audio=audio, **kwargs)
 
-    def apply_chat_template(
-        self,
-        conversation,
-        *,
-        tokenize: bool = False,
-        return_dict: bool = False,
-        processor_kwargs: dict | None = None,
-        **kwargs,
-    ):
-        """Text, or with `tokenize` input_ids, or with `return_dict` as well all that the model takes.
-
-        Arguments as in transformers, whose own way of reading audio parts knows no stretches and no silence. A prompt
-        has the empty think block that every answer was trained behind.
-        """
-        return_tensors = kwargs.pop("return_tensors", "pt")
+    def apply_chat_template(self, conversation, *, processor_kwargs: dict[str, Any] | None = None, **kwargs):
+        """As in transformers. A prompt has the empty think block that every answer was trained behind."""
         kwargs.setdefault("enable_thinking", False)
-        call = {name: kwargs.pop(name) for name in CALL_KEYWORDS if name in kwargs} | (processor_kwargs or {})
-        is_batch = isinstance(conversation[0], list | tuple)
-        dialogues, clips = _read_dialogues(conversation if is_batch else [conversation], is_batch, _taken_rate(call))
-        text = super().apply_chat_template(dialogues if is_batch else dialogues[0], tokenize=False, **kwargs)
-        if not tokenize:
-            return text
-        defaults = {"return_tensors": return_tensors, "add_special_tokens": False}
-        inputs = self(text=text, audio=clips, **(defaults | call))
-        return inputs if return_dict else inputs["input_ids"]
+        call = {"add_special_tokens": False, **(processor_kwargs or {})}
+        return super().apply_chat_template(conversation, processor_kwargs=call, **kwargs)
 
-    def _process_audio(self, audio, **kwargs) -> tuple[dict, list[str]]:
+    def _process_audio(self, audio, sampling_rate: int = SAMPLE_RATE, **kwargs) -> tuple[dict, list[str]]:
+        if sampling_rate != SAMPLE_RATE:
+            raise ValueError(f"arrays at {sampling_rate} Hz: resample them to {SAMPLE_RATE} Hz first")
         windows = [window for waveform in audio for window in clip_windows(waveform, self.frames)]
         waveforms = torch.from_numpy(np.concatenate(windows))
         mel, lengths = packed_log_mel(waveforms, [len(w) for w in windows], self.feature_extractor.feature_size)
@@ -163,66 +103,3 @@ class Qwen3AudioProcessor(ProcessorMixin):
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         replacements = [AUDIO_TOKEN * self.frames.num_tokens(len(waveform)) for waveform in audio]
         return {"input_features": features, "input_features_mask": mask.long()}, replacements
-
-
-def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[list[list[dict]], list[AudioClip]]:
-    """(dialogues with bare audio parts, as a chat template takes them; their clips). Raises DataError."""
-    faults: list[str] = []
-    unused: list[str] = []
-    clips: list[AudioClip] = []
-
-    def read(message: Any, where: str) -> dict:
-        if not isinstance(message, Mapping):
-            faults.append(f"{where} is not an object with `role` and `content`")
-            return {}
-        wrong_keys, others = unknown_keys(message, MESSAGE_KEYS, where)
-        faults.extend(wrong_keys)
-        unused.extend(f"`{key}` in a message" for key in others)
-        known: dict[str, Any] = {"role": ROLES.get(str(message.get("role")), message.get("role"))}
-        if known["role"] not in ROLES.values() and not wrong_keys:
-            faults.append(f"{where}: unknown role {quoted.repr(known['role'])}; known are {', '.join(ROLES)}")
-        if calls := parse_tool_calls(message.get("tool_calls"), where, faults):
-            known["tool_calls"] = [call.record for call in calls]
-        if reasoning := parse_reasoning(message, where, faults):
-            known["reasoning_content"] = reasoning
-        content = message.get("content")
-        if content is None:
-            if not (wrong_keys or calls or known["role"] == "tool"):
-                faults.append(f"{where} has no `content`")
-            return {**message, **known}
-        parts = parse_content(content, where, own_roots(), faults, unused, rate)
-        clips.extend(part for part in parts if isinstance(part, AudioClip))
-        bare = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "audio"} for part in parts]
-        return {**message, **known, "content": content if isinstance(content, str) else bare}
-
-    def place(dialogue: int, message: int) -> str:
-        return f"dialogue {dialogue}, message {message}" if is_batch else f"message {message}"
-
-    read_dialogues = [
-        [read(message, place(d, m)) for m, message in enumerate(dialogue, 1)] for d, dialogue in enumerate(dialogues, 1)
-    ]
-    raise_or_warn(faults, unused)
-    return read_dialogues, clips
-
-
-def _taken_rate(keywords: dict) -> int:
-    """Takes the sampling rate of bare arrays out of keywords, which may be transformers' nested ones."""
-    nested = dict(keywords.get("audio_kwargs") or {})
-    rates = [rate for rate in (nested.pop("sampling_rate", None), keywords.pop("sampling_rate", None)) if rate]
-    if "audio_kwargs" in keywords:
-        keywords["audio_kwargs"] = nested
-    try:
-        return whole_rate(rates[-1]) if rates else SAMPLE_RATE
-    except ValueError as error:
-        raise UsageError(f"the audio {error}") from error
-
-
-def _each_clip(audio: Any) -> Iterator:
-    """One clip, several, or transformers' list of a list for each text, as one clip after another."""
-    if audio is None:
-        return
-    if isinstance(audio, list | tuple) and not is_one_clip(audio):
-        for clip in audio:
-            yield from _each_clip(clip)
-    else:
-        yield audio

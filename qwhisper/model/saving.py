@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -26,12 +26,10 @@ from transformers.utils.hub import convert_file_size_to_int
 
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.adapter_config import ADAPTER_CONFIG, is_target, read_adapter_config
+from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.projector import AudioProjection
-from qwhisper.model.weights import ENCODER, PROJECTOR, differing, is_adapters, part, plain_weights
-
-if TYPE_CHECKING:
-    from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
-    from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.weights import ENCODER, PROJECTOR, BaseRecord, differing, is_adapters, part, plain_weights
 
 PROJECTOR_FILE = "projector.safetensors"
 ENCODER_FILE = "encoder.safetensors"
@@ -54,7 +52,8 @@ class Adapter:
 
 
 def save_pretrained(
-    model: "Qwen3AudioForConditionalGeneration",
+    model: Qwen3AudioForConditionalGeneration,
+    base_record: BaseRecord | None,
     save_directory: str | os.PathLike,
     *,
     is_main_process: bool = True,
@@ -68,6 +67,7 @@ def save_pretrained(
 ) -> None:
     """Writes all that is needed to load the model again; raises UsageError where a weight would be lost.
 
+    base_record: of the weights that came from the model's bases; None where they are not known.
     state_dict: weights that are saved instead of the model's, as Trainer and Accelerate gather them; the model's stand
     in for what it lacks. Nothing is written unless `is_main_process`. max_shard_size, variant,
     save_original_format: as in transformers, for a whole model; trained weights have one file each.
@@ -89,7 +89,7 @@ def save_pretrained(
     before = model._get_files_timestamps(folder)
     state = _state_with(model, state_dict)
     weights, adapter = plain_weights(state), find_adapter(model, state)
-    record = None if model.config.text_base is None else model.base_record
+    record = None if model.config.text_base is None else base_record
     changed = differing(record, weights) if record is not None else []
     if record is None or any(not name.startswith(ENCODER) or name not in record for name in changed):
         options = {"variant": variant, "save_original_format": save_original_format}
@@ -117,7 +117,7 @@ def _has_default(name: str, value: Any) -> bool:
     )
 
 
-def _refuse_folder(config: "Qwen3AudioConfig", folder: Path) -> None:
+def _refuse_folder(config: Qwen3AudioConfig, folder: Path) -> None:
     if folder.is_file():
         raise UsageError(f"{folder} is a file: give a folder to save to")
     for base in (config.audio_base, config.text_base):
@@ -134,7 +134,7 @@ def _state_with(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[st
     return state | dict(given or {})
 
 
-def find_adapter(model: "Qwen3AudioForConditionalGeneration", state: Mapping[str, Tensor]) -> Adapter | None:
+def find_adapter(model: Qwen3AudioForConditionalGeneration, state: Mapping[str, Tensor]) -> Adapter | None:
     """LoRA that is attached to the model and not merged into its weights. Raises UsageError for more than one."""
     own = [key for key in state if is_adapters(key)]
     if not own:
@@ -160,7 +160,7 @@ def find_adapter(model: "Qwen3AudioForConditionalGeneration", state: Mapping[str
 
 
 def _save_trained(
-    model: "Qwen3AudioForConditionalGeneration",
+    model: Qwen3AudioForConditionalGeneration,
     folder: Path,
     weights: Mapping[str, Tensor],
     adapter: Adapter | None,
@@ -192,7 +192,7 @@ def _save_trained(
 
 
 def _save_whole(
-    model: "Qwen3AudioForConditionalGeneration",
+    model: Qwen3AudioForConditionalGeneration,
     folder: Path,
     weights: Mapping[str, Tensor],
     adapter: Adapter | None,
@@ -229,7 +229,7 @@ def _save_whole(
 
 
 @contextmanager
-def _as_whole(model: "Qwen3AudioForConditionalGeneration", config: "Qwen3AudioConfig") -> Iterator[None]:
+def _as_whole(model: Qwen3AudioForConditionalGeneration, config: Qwen3AudioConfig) -> Iterator[None]:
     """While the library saves all weights: with another configuration, and without its mark of an adapter."""
     own = {"config": model.config, "_hf_peft_config_loaded": getattr(model, "_hf_peft_config_loaded", False)}
     model.config, model._hf_peft_config_loaded = config, False

@@ -17,14 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from qwhisper.data.template import template_fault
 from qwhisper.errors import CheckpointError, first_line
 from qwhisper.files import files_of, read_json_object
 from qwhisper.frames import FrameArithmetic
 from qwhisper.memory import is_of_the_machine
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.pretrained import check_config_numbers
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 
 CONFIG, PROCESSOR_CONFIG = "config.json", "processor_config.json"
 MAX_STACK = 64  # encoder frames in a token: 1.28 s
@@ -89,30 +87,8 @@ def _check_config(config: Qwen3AudioConfig, file: str) -> None:
     _ = config.frames  # raises ValueError for lengths that fit no encoder
 
 
-def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
-    """The processor of a folder of trained weights, which must have the lengths of its model.
-
-    Raises CheckpointError, also for a chat template that can't be rendered, or not in a reasonable time.
-    """
-    folder = Path(folder)
-    files = files_of(folder)
-    for needed in (CONFIG, PROCESSOR_CONFIG):
-        if needed not in files:
-            raise CheckpointError(f"{folder}: {needed} is missing")
-    config = read_json_object(files[CONFIG])
-    with reading(folder, "its processor can't be loaded"):
-        processor = Qwen3AudioProcessor.from_pretrained(folder)
-        lengths = (processor.frames, processor.audio_token_id)
-        expected = (_frames_of(config), config["audio_token_id"])
-        fault = template_fault(processor.tokenizer, processor.chat_template)
-    if lengths != expected:
-        raise CheckpointError(f"{folder}: its processor counts {lengths}, its model {expected}")
-    if fault is not None:
-        raise CheckpointError(f"{folder}: its chat template can't be used ({fault})")
-    return processor
-
-
-def _frames_of(config: dict[str, Any]) -> FrameArithmetic:
+def frames_of(config: dict[str, Any]) -> FrameArithmetic:
+    """The lengths that the values of a `config.json` give."""
     return FrameArithmetic(
         stack=config["projector_stack"],
         max_encoder_frames=config["audio_config"]["max_source_positions"],

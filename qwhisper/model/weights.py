@@ -8,15 +8,12 @@ when it is saved.
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qwhisper.checksums import changed, checksums
-
-if TYPE_CHECKING:
-    from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 
 PROJECTOR = "model.multi_modal_projector."
 ENCODER = "model.audio_tower."
@@ -81,8 +78,11 @@ def _is_widened(tensor: Tensor, before: tuple[int, ...] | None) -> bool:
 
 
 @contextmanager
-def following_casts(model: "Qwen3AudioForConditionalGeneration") -> Iterator[None]:
-    """While the whole model is moved or cast: what was its bases' before is its bases' afterwards, in the new dtype."""
+def following_casts(model: PreTrainedModel) -> Iterator[None]:
+    """While the whole model is moved or cast: what was its bases' before is its bases' afterwards, in the new dtype.
+
+    model: one with a `base_record`.
+    """
     record = model.base_record
     if record is None:
         yield

@@ -29,7 +29,7 @@ from qwhisper.guards.diagnose import describe
 from qwhisper.guards.gradients import drop_gradients, scale_gradients, step_statistics
 from qwhisper.guards.state import GuardState
 from qwhisper.model.lora import lora_parameters
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.optimizer import parameter_groups
 from qwhisper.train.plan import Plan, careful_steps

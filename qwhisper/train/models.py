@@ -9,11 +9,10 @@ from pathlib import Path
 from qwhisper.checkpoint.places import BASES, absolute
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.model.bases import LoadOptions, resolve_model
-from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
+from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
-from qwhisper.model.trained_folder import load_processor
+from qwhisper.model.processor import Qwen3AudioProcessor, load_processor
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, build_from_bases, load_trained
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.plan import Plan
 from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments

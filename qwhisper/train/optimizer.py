@@ -10,7 +10,7 @@ from torch import nn
 from qwhisper.guards.gradients import Groups
 from qwhisper.guards.state import GuardState
 from qwhisper.model.lora import lora_parameters
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.plan import Plan
 

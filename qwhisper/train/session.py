@@ -21,8 +21,8 @@ from qwhisper.evaluate.forgetting import choose_questions
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.gradients import Groups, frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.model.processor import Qwen3AudioProcessor
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.events import RunLog
 from qwhisper.report.kinds import Event, WeightsNotFinite
 from qwhisper.report.terminal import StepLines, say

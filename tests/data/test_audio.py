@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwhisper.data import audio
-from qwhisper.data.audio import LOUDEST_PEAK, clip_windows, load_audio
+from qwhisper.data.audio import LOUDEST_PEAK, load_audio
 from qwhisper.data.clips import AudioClip, load_clip
+from qwhisper.data.windows import clip_windows
 from qwhisper.errors import BadClipError
 from qwhisper.frames import FrameArithmetic
 

@@ -16,7 +16,7 @@ from qwhisper.demo import bases
 from qwhisper.demo.dialogues import text_dialogues
 from qwhisper.demo.prepare import DemoPaths, DemoSize, prepare
 from qwhisper.demo.speech import draw_utterances, write_clips
-from qwhisper.model.loading import build_from_bases
+from qwhisper.model.qwen3_audio import build_from_bases
 
 TINY = DemoSize(
     train_clips=48, eval_clips=20, train_dialogues=34, eval_dialogues=17, encoder_steps=3, lm_steps=3, unseen_texts=20

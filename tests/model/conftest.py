@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qwhisper.model.loading import build_from_bases
+from qwhisper.model.qwen3_audio import build_from_bases
 from tests.small import write_small_bases
 
 

@@ -13,13 +13,13 @@ from transformers import (
     WhisperConfig,
 )
 
-from qwhisper.data.audio import clip_windows
 from qwhisper.data.rows import Sample
+from qwhisper.data.windows import clip_windows
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
-from qwhisper.model.loading import assemble
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.loading import join
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 VOCABULARY = 96
 SPECIAL = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
@@ -79,7 +79,7 @@ def small_model(
         audio_tail_silence=0.0,
         **config_values,
     )
-    return assemble(config, encoder.eval(), language_model)
+    return join(Qwen3AudioForConditionalGeneration, config, encoder.eval(), language_model)
 
 
 def noise(num_samples: int, seed: int = 0) -> np.ndarray:

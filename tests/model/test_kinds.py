@@ -27,7 +27,7 @@ from qwhisper.errors import UsageError
 from qwhisper.infer.answer import main as answer
 from qwhisper.model.bases import resolve_model
 from qwhisper.model.kinds import refuse_model, refuse_unpackable
-from qwhisper.model.loading import build_from_bases
+from qwhisper.model.qwen3_audio import build_from_bases
 from tests.model.parts import text_config
 from tests.small import write_dialogues
 

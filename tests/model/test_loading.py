@@ -21,8 +21,9 @@ from qwhisper.data.packing import pack_samples
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.model.bases import LoadOptions, fingerprint
-from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
+from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora, lora_parameters
+from qwhisper.model.qwen3_audio import build_from_bases, load_trained
 from tests.model.parts import SHAPE, make_sample, small_model, whisper_config
 
 

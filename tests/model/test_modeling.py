@@ -5,8 +5,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from qwhisper.data.audio import clip_windows
 from qwhisper.data.packing import pack_samples, pad_samples
+from qwhisper.data.windows import clip_windows
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.lora import add_lora
 from qwhisper.model.mel import packed_log_mel

@@ -13,7 +13,8 @@ from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.packing import pad_samples
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.model.mel import packed_log_mel
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
+from qwhisper.model.processing_qwen3_audio import add_audio_token
+from qwhisper.model.processor import Qwen3AudioProcessor
 from tests.audio_parts import parts_of, write_chirp
 from tests.small import tone
 

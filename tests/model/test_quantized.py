@@ -6,8 +6,8 @@ from torch import nn
 
 from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.model.bases import LoadOptions
-from qwhisper.model.loading import build_from_bases, load_trained
 from qwhisper.model.lora import LoraLinear, add_lora, lora_parameters
+from qwhisper.model.qwen3_audio import build_from_bases, load_trained
 from tests.model.parts import gradients, make_sample
 from tests.small import write_small_bases
 

@@ -16,8 +16,9 @@ from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
 from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.model.bases import LoadOptions
-from qwhisper.model.loading import build_from_bases, load_trained, load_trained_weights
+from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora
+from qwhisper.model.qwen3_audio import build_from_bases, load_trained
 from qwhisper.model.weights import differing, plain_weights
 from tests.model.parts import gradients, small_model
 from tests.model.test_loading import logits, trained

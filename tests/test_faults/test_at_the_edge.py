@@ -16,7 +16,7 @@ from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.engine.executor import Executor
 from qwhisper.guards import snapshot
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
+from qwhisper.model.processor import Qwen3AudioProcessor
 from qwhisper.train import loop
 from qwhisper.train import recovery as rescue
 from qwhisper.train.session import encoder_for, save_checkpoint

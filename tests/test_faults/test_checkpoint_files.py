@@ -18,7 +18,8 @@ from qwhisper.checkpoint import folders as checkpoint
 from qwhisper.checkpoint.folders import MANIFEST, check_manifest, newest_valid, resolve_checkpoint
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import loading, trained_folder
-from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
+from qwhisper.model.processing_qwen3_audio import add_audio_token
+from qwhisper.model.processor import Qwen3AudioProcessor
 from qwhisper.train import session, start, state
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main

@@ -22,7 +22,7 @@ from qwhisper.data import loader as dataset
 from qwhisper.data import loader as workers
 from qwhisper.data.loader import EncodedDialogues
 from qwhisper.errors import UsageError
-from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.train.run import main
 from qwhisper.train.signals import StopSignals
 from tests.test_faults.inject import outcome_of
