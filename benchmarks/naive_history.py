@@ -28,9 +28,9 @@ import torch
 from common import DIGITS, append_result, audio_part, pick, recordings
 from nan_kernel import cudnn_attention
 from peft.tuners.lora import LoraLayer
-from qwhisper.data.encoder import ConversationCollator
 from torch import Tensor, nn
 
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import Dialogue, parse_dialogue
 from qwhisper.data.loader import StepSamples
 from qwhisper.data.packing import pad_samples
@@ -84,14 +84,14 @@ class Setting:
     dialogues: list[Dialogue]
     rows: list[list[Sample]]
     pairs: list[Pair]
-    encoder: ConversationCollator
+    collator: ConversationCollator
     bases: dict
 
     def batch(self, samples: Sequence[Sample]) -> dict:
         """Padded on the right to a multiple of --pad_to_multiple_of tokens, on the models' device."""
-        batch = pad_samples(samples, self.encoder.encoder.pad_token_id)
+        batch = pad_samples(samples, self.collator.encoder.pad_token_id)
         missing = -batch["input_ids"].shape[1] % self.args.pad_to_multiple_of
-        fill = {"input_ids": self.encoder.encoder.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+        fill = {"input_ids": self.collator.encoder.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
         batch |= {name: nn.functional.pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
         device = next(iter(self.bases.values()))[0].lm_head.weight.device
         return {name: x if name in HOST_KEYS else x.to(device) for name, x in batch.items()}
@@ -114,7 +114,7 @@ def prepare(args: argparse.Namespace) -> Setting:
         for dtype in ("fp16", "bf16")
     }
     _, processor = bases["fp16"]
-    encoder = ConversationCollator(
+    collator = ConversationCollator(
         processor.tokenizer, processor.frames, audio_token_id=processor.audio_token_id,
         chat_template=processor.chat_template,
     )  # fmt: skip
@@ -122,12 +122,12 @@ def prepare(args: argparse.Namespace) -> Setting:
     *heard, unheard = [files[speaker] for speaker in sorted(files)]
     taught = dialogues(heard, args.steps * args.batch, generator, args.data)
     held_out = dialogues([unheard], 64 * args.probes, generator, args.data)
-    samples = [encoder.encoder.encode(dialogue) for dialogue in taught]
+    samples = [collator.encoder.encode(dialogue) for dialogue in taught]
     rows = [samples[i : i + args.batch] for i in range(0, len(samples), args.batch)]
     pairs = [
-        pair for i in range(args.probes) for pair in choose_pairs(held_out[i :: args.probes], encoder.encoder, seed=0)
+        pair for i in range(args.probes) for pair in choose_pairs(held_out[i :: args.probes], collator.encoder, seed=0)
     ]
-    return Setting(args, taught, rows, pairs, encoder, bases)
+    return Setting(args, taught, rows, pairs, collator, bases)
 
 
 def masked_by_padded_prompt(setting: Setting, sample: Sample) -> Sample:
@@ -271,16 +271,8 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
     model, processor = fresh(setting, on)
     with tempfile.TemporaryDirectory() as folder:
         told = arguments(setting, on, Path(folder))
-        run = build_session(
-            told,
-            resolve(told, num_dialogues=len(setting.dialogues)),
-            model,
-            processor,
-            setting.dialogues,
-            [],
-            TrainState(),
-            [],
-        )
+        plan = resolve(told, num_dialogues=len(setting.dialogues))
+        run = build_session(told, plan, model, processor, setting.dialogues, [], TrainState(), [])
         run.executor.packing = "kernel" in on
         if not run.executor.packing:
             run.executor.batch = setting.batch
@@ -288,7 +280,7 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
         if "labels" not in on:
             rows = [[masked_by_padded_prompt(setting, sample) for sample in samples] for samples in rows]
         try:
-            setting.encoder(rows[0])  # what a user's samples come through
+            setting.collator(rows[0])  # what a user's samples come through
             train(run, iter([StepSamples(samples, [], 0, (i + 1) * batch) for i, samples in enumerate(rows)]))
         except QwhisperError as error:
             ended = f"exit code {error.exit_code}: {re.split(r'[.;] | [(]samples', str(error))[0]}"
@@ -325,7 +317,7 @@ def listening(setting: Setting, model: nn.Module) -> dict:
     """Held-out loss with the true audio, and what swapped audio adds to it, of a speaker that was not trained on."""
     if non_finite_weights(model):
         return {}
-    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=setting.encoder.encoder.pad_token_id)
+    executor = Executor(model, max_tokens_per_pack=None, pad_token_id=setting.collator.encoder.pad_token_id)
     pairs = setting.pairs
     losses = executor.sample_losses([pair.true for pair in pairs] + [pair.swapped for pair in pairs])
     tokens = [pair.true.num_supervised for pair in pairs]
