@@ -1,18 +1,20 @@
 """`TrainArguments`: everything a training run is told. Checks itself; knows no files, models or tensors.
 
-The flags themselves, with defaults and reasons, are in `flags.py`; HF's names that are no flags here in `hf_names.py`.
+The flags themselves, with defaults and reasons, are in `flag_sections.py`; HF's names that are no flags here in
+`hf_names.py`.
 """
 
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from qwhisper.errors import UsageError
-from qwhisper.flags import LARGEST, check_values
+from qwhisper.flags import LARGEST, Arguments
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
 from qwhisper.guards.state import CLAMP_BOUND as BOUND
 from qwhisper.train import flag_sections as flags
+from qwhisper.train import hf_names
 
 DEFAULT_AUDIO_MODELS = {  # by hub: the same weights
     "huggingface": "openai/whisper-large-v3-turbo",
@@ -36,6 +38,7 @@ class TrainArguments(
     flags.ProjectorFlags,
     flags.ModelFlags,
     flags.DataFlags,
+    Arguments,
 ):
     """One training run. Raises UsageError for a value or a combination that can't be meant.
 
@@ -46,8 +49,11 @@ class TrainArguments(
     default.
     """
 
+    NO_FLAGS: ClassVar = hf_names.NO_FLAGS
+
     def __post_init__(self) -> None:
         self._normalise()
+        super().__post_init__()
         self._check_numbers()
         self._check_silence()
         self._check_combinations()
@@ -93,7 +99,6 @@ class TrainArguments(
         self._set("activation_clamp", "off" if clamp == "false" else clamp)  # YAML reads a bare off as false
 
     def _check_numbers(self) -> None:
-        check_values(self)
         if self.max_tokens_per_pack != "auto" and not (
             self.max_tokens_per_pack.isascii()
             and self.max_tokens_per_pack.isdigit()

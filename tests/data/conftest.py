@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwhisper.frames import FrameArithmetic
+from tests.dialogue_files import write  # noqa: F401
 from tests.train.conftest import arguments, bases, train_file  # noqa: F401
 
 CHATML = (
