@@ -6,13 +6,15 @@ The command line gives every flag the type of its field; from Python a value may
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from qwhisper.errors import UsageError
 from qwhisper.typed_json import checked
 
 LARGEST = 2**63 - 1  # torch's integers hold no more
+MOST_SAMPLES = 2**20  # at once, or in one optimizer step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +71,28 @@ def required(help: str) -> Any:
     return field(metadata={"help": help})
 
 
-def check_values(arguments: object) -> None:
-    """Raises UsageError for the first field of a dataclass whose value lies outside its `bounds`, or is not of its
-    type; None passes where it is the default. Paths become strings.
-    """
-    hints = get_type_hints(type(arguments))
-    for f in dataclasses.fields(arguments):  # type: ignore[arg-type]
-        bounds, value = f.metadata.get("bounds"), getattr(arguments, f.name)
-        if value is None and f.default is None:
-            continue
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-            object.__setattr__(arguments, f.name, value)  # they may be frozen
-        if bounds is not None and isinstance(value, int | float) and (fault := bounds.fault(value)):
-            raise UsageError(f"--{f.name} {value}: {fault}")
-        try:
-            checked(hints[f.name], value, f"--{f.name}")
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Base of every verb's arguments. Construction checks each value."""
+
+    # Why a name is no flag of this verb, though another program has it: what follows the name in a sentence.
+    NO_FLAGS: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for the first field whose value lies outside its `bounds`, or is not of its type; None
+        passes where it is the default. Paths become strings.
+        """
+        hints = get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            bounds, value = f.metadata.get("bounds"), getattr(self, f.name)
+            if value is None and f.default is None:
+                continue
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, f.name, value)  # the dataclass is frozen
+            if bounds is not None and isinstance(value, int | float) and (fault := bounds.fault(value)):
+                raise UsageError(f"--{f.name} {value}: {fault}")
+            try:
+                checked(hints[f.name], value, f"--{f.name}")
+            except ValueError as error:
+                raise UsageError(str(error)) from None

@@ -8,34 +8,32 @@ import argparse
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from qwhisper.checkpoint.places import found_again, run_of_config
+from qwhisper.commands import Verb
 from qwhisper.errors import UsageError
+from qwhisper.flags import Arguments
 from qwhisper.nearest_flag import nearest_flag
-from qwhisper.train.hf_names import NOT_TAKEN, REMOVED
-
-if TYPE_CHECKING:
-    from qwhisper.cli import Verb
 
 RECIPES = Path(__file__).parent / "recipes"
 _OWN = ("help", "config")  # flags of every verb that are no field
 
 
-def parse(name: str, verb: "Verb", arguments_class: type, argv: list[str]) -> Any:
+def parse(name: str, verb: Verb, arguments_class: type[Arguments], argv: list[str]) -> Any:
     """The arguments of `qwhisper NAME argv…`, or None after printing help. Raises UsageError."""
     parser = make_parser(name, verb, arguments_class)
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         return None
     flags = flag_names(arguments_class, verb.positionals)
-    _check_flags(argv, flags, hf_names=name == "train")
-    recipe = Recipe.find(_config_of(argv), flags, hf_names=name == "train")
+    _check_flags(argv, flags, arguments_class.NO_FLAGS)
+    recipe = Recipe.find(_config_of(argv), flags, arguments_class.NO_FLAGS)
     try:
         namespace, rest = parser.parse_known_args(recipe.argv + argv)
         if rest and re.match("-[a-zA-Z]", rest[0]):
@@ -52,7 +50,7 @@ def parse(name: str, verb: "Verb", arguments_class: type, argv: list[str]) -> An
         raise UsageError(recipe.locate(str(error), argv)) from None
 
 
-def make_parser(name: str, verb: "Verb", arguments_class: type) -> "Parser":
+def make_parser(name: str, verb: Verb, arguments_class: type[Arguments]) -> "Parser":
     """A parser with one group of flags for every section of the dataclass."""
     sections = []
     for title, fields in sections_of(arguments_class):
@@ -80,7 +78,7 @@ def make_parser(name: str, verb: "Verb", arguments_class: type) -> "Parser":
     return parser
 
 
-def sections_of(arguments_class: type) -> list[tuple[str, list[dataclasses.Field]]]:
+def sections_of(arguments_class: type[Arguments]) -> list[tuple[str, list[dataclasses.Field]]]:
     """Title and fields of every section: the bases that name an `_argument_group_name`, else the class itself."""
     by_name = {f.name: f for f in dataclasses.fields(arguments_class)}
     bases = [base for base in reversed(arguments_class.__mro__) if "_argument_group_name" in vars(base)]
@@ -89,7 +87,7 @@ def sections_of(arguments_class: type) -> list[tuple[str, list[dataclasses.Field
     return [(vars(base)["_argument_group_name"], [by_name[f.name] for f in dataclasses.fields(base)]) for base in bases]
 
 
-def flag_names(arguments_class: type, positionals: Iterable[str] = ()) -> list[str]:
+def flag_names(arguments_class: type[Arguments], positionals: Iterable[str] = ()) -> list[str]:
     """Every name that may follow "--", the `no_` form of flags that are on by default included."""
     fields = [f for f in dataclasses.fields(arguments_class) if f.name not in positionals]
     return [f.name for f in fields] + [f"no_{f.name}" for f in fields if f.default is True]
@@ -141,22 +139,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _check_flags(argv: list[str], flags: list[str], *, hf_names: bool) -> None:
+def _check_flags(argv: list[str], flags: list[str], no_flags: Mapping[str, str]) -> None:
     for name in _flags_in(argv):
         if name not in flags and name not in _OWN:
-            raise UsageError(_explain(name, flags, dashes="--", hf_names=hf_names))
+            raise UsageError(_explain(name, flags, no_flags, dashes="--"))
 
 
 def _flags_in(argv: Iterable[str]) -> list[str]:
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--") and word != "--"]
 
 
-def _explain(name: str, flags: list[str], *, dashes: str, hf_names: bool) -> str:
+def _explain(name: str, flags: list[str], no_flags: Mapping[str, str], *, dashes: str) -> str:
     """Why this name is no flag, in one sentence, with what to do."""
-    if hf_names and name in REMOVED:
-        return f"{dashes}{name} is no longer a flag: {REMOVED[name]}"
-    if hf_names and name in NOT_TAKEN:
-        return f"{dashes}{name} of HF's TrainingArguments is not taken: {NOT_TAKEN[name]}"
+    if name in no_flags:
+        return f"{dashes}{name} {no_flags[name]}"
     nearest = nearest_flag(name, flags)
     return f"unknown flag {dashes}{name}" + (f"; did you mean {dashes}{nearest}?" if nearest else "; --help lists all")
 
@@ -185,7 +181,7 @@ class Recipe:
     lines: dict[str, int]
 
     @classmethod
-    def find(cls, config: str | None, flags: list[str], *, hf_names: bool) -> "Recipe":
+    def find(cls, config: str | None, flags: list[str], no_flags: Mapping[str, str]) -> "Recipe":
         """The recipe that --config names: a file, or one that is shipped. Without --config an empty one."""
         if config is None:
             return cls(None, [], {})
@@ -197,10 +193,10 @@ class Recipe:
                 hint = f"did you mean {nearest[0]}?" if nearest else f"shipped: {', '.join(shipped_recipes())}"
                 raise UsageError(f"--config {config}: no such file, and no recipe of that name is shipped; {hint}")
             path = RECIPES / f"{name}.yaml"
-        return cls._read(path, flags, hf_names=hf_names)
+        return cls._read(path, flags, no_flags)
 
     @classmethod
-    def _read(cls, path: Path, flags: list[str], *, hf_names: bool) -> "Recipe":
+    def _read(cls, path: Path, flags: list[str], no_flags: Mapping[str, str]) -> "Recipe":
         try:
             text = path.read_text(encoding="utf-8")
             node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
@@ -216,7 +212,7 @@ class Recipe:
             if key.value in lines:
                 raise UsageError(f"{path}:{line}: {key.value} stands in line {lines[key.value]} already; keep one")
             if key.value not in flags:
-                raise UsageError(f"{path}:{line}: {_explain(key.value, flags, dashes='', hf_names=hf_names)}")
+                raise UsageError(f"{path}:{line}: {_explain(key.value, flags, no_flags, dashes='')}")
             if key.value.startswith("no_"):
                 raise UsageError(
                     f"{path}:{line}: write `{key.value.removeprefix('no_')}: false` instead of {key.value}"

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from qwhisper import __version__, cli
-from qwhisper.arguments import ChatArguments, EvalArguments, flag
-from qwhisper.cli import VERBS, main
+from qwhisper.cli import main
+from qwhisper.commands import VERBS
+from qwhisper.commands.chat import ChatArguments
+from qwhisper.commands.evaluate import EvalArguments
 from qwhisper.errors import CheckpointError, DataError, UsageError
+from qwhisper.flags import Arguments, flag
 from qwhisper.parsing import parse
 
 ROOT = Path(__file__).parents[1]
@@ -20,17 +23,17 @@ TRAIN = ["train", "--train_file", "data.jsonl", "--output_dir", "run"]
 
 
 def run(monkeypatch, argv, outcome=None):
-    """Exit code of `argv` and the arguments its handler got; the handler returns or raises `outcome`."""
+    """Exit code of `argv` and the arguments its command got; the command returns or raises `outcome`."""
     received = []
 
-    def handler(arguments):
+    def command(arguments):
         received.append(arguments)
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
     load = cli.load
-    monkeypatch.setattr(cli, "load", lambda reference: handler if reference.endswith(":main") else load(reference))
+    monkeypatch.setattr(cli, "load", lambda reference: load(reference) if reference.endswith("Arguments") else command)
     return main(argv), received
 
 
@@ -215,7 +218,7 @@ def test_a_faulty_flag_is_not_blamed_on_the_recipe(tmp_path, capsys):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PercentArguments:
+class PercentArguments(Arguments):
     share: float = flag(0.5, "A share, 50 % by default.")
 
 

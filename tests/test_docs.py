@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainingArguments
 
 from qwhisper import cli
-from qwhisper.cli import VERBS
+from qwhisper.commands import VERBS
 from qwhisper.guards.alarms import Alarm
 from qwhisper.model.qwen3_audio import build_from_bases
 from qwhisper.parsing import parse, shipped_recipes

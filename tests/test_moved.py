@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
 from qwhisper.checkpoint.folders import write_checkpoint
-from qwhisper.cli import VERBS
 from qwhisper.cli import main as cli
+from qwhisper.commands import VERBS
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor

@@ -1,7 +1,8 @@
 import pytest
 
-from qwhisper.arguments import ChatArguments, EvalArguments
 from qwhisper.cli import main
+from qwhisper.commands.chat import ChatArguments
+from qwhisper.commands.evaluate import EvalArguments
 from qwhisper.nearest_flag import ELSEWHERE, nearest_flag
 from qwhisper.parsing import flag_names
 from qwhisper.train.arguments import TrainArguments

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from qwhisper.cli import VERBS
+from qwhisper.commands import VERBS
 from qwhisper.parsing import RECIPES, parse, shipped_recipes
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.plan import resolve

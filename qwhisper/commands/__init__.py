@@ -1,1 +1,69 @@
-"""The verbs of the command line, one module each: its arguments and `main`. Heavy imports stand inside `main`."""
+"""The verbs: which there are, and what runs each. A command's module is imported only when its verb runs.
+
+A command is `main(arguments) -> int | None`, its arguments a dataclass whose fields are the verb's flags. It reads,
+prints and writes; the work is done by the libraries, which know no command.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One line of the table: `command` and `arguments` are "module:name", `positionals` the fields without a flag."""
+
+    summary: str
+    command: str
+    arguments: str
+    positionals: tuple[str, ...] = ()
+    example: str
+
+
+VERBS = {
+    "demo": Verb(
+        summary="the whole path offline on this computer, with synthesised speech and small models",
+        command="qwhisper.commands.demo:main",
+        arguments="qwhisper.commands.demo:DemoArguments",
+        example="qwhisper demo --output_dir demo-output",
+    ),
+    "data check": Verb(
+        summary="validate dialogues and audio before a run",
+        command="qwhisper.commands.data:check",
+        arguments="qwhisper.commands.data:DataCheckArguments",
+        positionals=("file",),
+        example="qwhisper data check data.jsonl --text_model Qwen/Qwen3-8B",
+    ),
+    "data answer": Verb(
+        summary="have the text model answer transcripts: training data from audio and its words",
+        command="qwhisper.commands.data:answer",
+        arguments="qwhisper.commands.data:DataAnswerArguments",
+        positionals=("in_file", "out_file"),
+        example="qwhisper data answer in.jsonl out.jsonl --text_model Qwen/Qwen3-8B",
+    ),
+    "train": Verb(
+        summary="fine-tune projector and LoRA; the stable recipe is the default",
+        command="qwhisper.commands.train:main",
+        arguments="qwhisper.train.arguments:TrainArguments",
+        example="qwhisper train --train_file data.jsonl --output_dir run",
+    ),
+    "verify": Verb(
+        summary="reload a checkpoint, run one step and one generation, prove that no number is NaN",
+        command="qwhisper.commands.verify:main",
+        arguments="qwhisper.commands.verify:VerifyArguments",
+        positionals=("checkpoint",),
+        example="qwhisper verify run/checkpoint-200",
+    ),
+    "eval": Verb(
+        summary="exact match, WER/CER and loss, beside the same with swapped audio",
+        command="qwhisper.commands.evaluate:main",
+        arguments="qwhisper.commands.evaluate:EvalArguments",
+        positionals=("checkpoint",),
+        example="qwhisper eval run --eval_file test.jsonl --output_json eval.json",
+    ),
+    "chat": Verb(
+        summary="talk to a trained model: text and audio files, several turns",
+        command="qwhisper.commands.chat:main",
+        arguments="qwhisper.commands.chat:ChatArguments",
+        positionals=("checkpoint",),
+        example="qwhisper chat run --audio question.wav",
+    ),
+}

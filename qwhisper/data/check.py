@@ -1,11 +1,11 @@
-"""`qwhisper data check FILE`: every fault of a data set in one pass, before a run would meet the first of them."""
+"""The check of a data set: every fault in one pass, before a run would meet the first of them."""
 
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwhisper.data.audio import TooLongError
 from qwhisper.data.clips import AudioClip, load_clip
@@ -15,28 +15,10 @@ from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.faults import grouped
 from qwhisper.data.template import listening_template
 from qwhisper.data.text_tokens import typed_tokens
-from qwhisper.errors import BadClipError, DataError, UsageError
+from qwhisper.errors import BadClipError, DataError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 
-if TYPE_CHECKING:
-    from qwhisper.arguments import DataCheckArguments
-
 MAX_BAD_FRACTION = 0.01  # what training puts up with by default
-
-
-def main(arguments: "DataCheckArguments") -> int:
-    """Print what is in a file and what is wrong with it; 3 if a run on it would end with 3."""
-    if arguments.max_length is not None and arguments.text_model is None:
-        raise UsageError("--max_length counts tokens: give --text_model as well")
-    if arguments.audio_model is not None and arguments.text_model is None:
-        raise UsageError("--audio_model decides how many tokens a clip has: give --text_model as well")
-    tokenizer = _load_tokenizer(arguments.text_model, arguments.hub) if arguments.text_model else None
-    frames = _load_frames(arguments.audio_model, arguments.hub) if tokenizer is not None else None
-    report = check_dataset(
-        arguments.file, arguments.data_root, tokenizer=tokenizer, frames=frames, max_length=arguments.max_length
-    )
-    print("\n".join(report_lines(report)))
-    return 0 if report["ok"] else DataError.exit_code
 
 
 def check_dataset(
@@ -185,35 +167,3 @@ def _typed_tokens(dialogues: Sequence[Dialogue], tokenizer) -> list[str]:
         if message.is_answer and message.learned
         for token in typed_tokens(tokenizer, message.text)
     ]
-
-
-def _load_tokenizer(name: str, hub: str):
-    from qwhisper.model.kinds import refuse_empty_tokenizer
-    from qwhisper.model.pretrained import load_tokenizer
-
-    tokenizer = load_tokenizer(_find_model(name, hub, "--text_model"), "--text_model")
-    refuse_empty_tokenizer(tokenizer, name)
-    return tokenizer
-
-
-def _load_frames(name: str | None, hub: str) -> FrameArithmetic:
-    """The lengths that a new model would have on this encoder, or on Whisper in its default form."""
-    from transformers import WhisperConfig
-
-    from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
-    from qwhisper.model.pretrained import load_config
-
-    if name is None:
-        return Qwen3AudioConfig(audio_config=WhisperConfig()).frames
-    config = load_config(_find_model(name, hub, "--audio_model"), "--audio_model")
-    return Qwen3AudioConfig(audio_config=config).frames
-
-
-def _find_model(name: str, hub: str, flag: str) -> str:
-    from qwhisper.model.bases import resolve_model
-    from qwhisper.model.kinds import refuse_model
-
-    if hub != "huggingface":
-        return resolve_model(name, hub, flag)
-    refuse_model(name, flag)  # a folder with a tokenizer alone will do here
-    return name

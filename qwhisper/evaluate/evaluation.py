@@ -1,26 +1,19 @@
-"""`qwhisper eval`: answers every turn of a file of dialogues, once with its own audio and once with swapped audio.
+"""The evaluation of a model in memory: it answers every turn of dialogues, with true and with swapped audio."""
 
-`evaluate_model` does it for any model in memory and returns the numbers; `main` reads, prints and writes.
-"""
-
-import json
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from qwhisper.checkpoint.reading import read_checkpoint
-from qwhisper.data import leakage
-from qwhisper.data.dialogue import Dialogue, read_dialogues, scan_dialogues, unused_notes
+from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder, NoLabelsError
 from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
-from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
+from qwhisper.errors import BadClipError, DataError
 from qwhisper.evaluate.forgetting import NO_KIND, retention, text_answers, text_shift
-from qwhisper.evaluate.listening import Turn, answer_row, swap_audio, turns_of
+from qwhisper.evaluate.listening import swap_audio
 from qwhisper.evaluate.metrics import (
     character_error_rate,
     majority_share,
@@ -30,78 +23,54 @@ from qwhisper.evaluate.metrics import (
     whole_dialogue_share,
     word_error_rate,
 )
-from qwhisper.evaluate.tables import markdown
-from qwhisper.infer.generate import answer_prompts, load_resolved
+from qwhisper.evaluate.turns import Turn, answer_row, turns_of
+from qwhisper.infer.generate import answer_prompts
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.report.terminal import quieten_transformers
-from qwhisper.train.resume import arguments_where_they_lie
-from qwhisper.train.state import trained_file_sha256, trained_kinds
-
-if TYPE_CHECKING:
-    from qwhisper.arguments import EvalArguments
 
 DIALOGUES_AT_ONCE = 256  # whose audio is in memory together
 
 
-def main(arguments: "EvalArguments") -> None:
-    """Evaluate a checkpoint, print the table, write the files asked for."""
-    quieten_transformers()
-    dialogues = read_dialogues(arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples)
-    text = read_dialogues(arguments.text_file, data_root=arguments.data_root) if arguments.text_file else None
-    for note in unused_notes([*dialogues, *(text or [])]):
-        print(f"note: {note}")
-    (model, _, encoder), kinds, shared = read_checkpoint(
-        arguments.checkpoint, lambda folder: _load(folder, arguments, dialogues)
-    )
-    result = evaluate_model(
-        model,
-        encoder,
-        dialogues,
-        swap=arguments.swap_audio,
-        text_model=arguments.ask_text_model,
-        text=text,
-        trained_kinds=kinds,
-        batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
-    )
-    result = {"checkpoint": str(arguments.checkpoint), "eval_file": str(arguments.eval_file), **result}
-    result["notes"] += shared
-    table = markdown(result)
-    print(table)
-    if arguments.output_json:
-        _write(arguments.output_json, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    if arguments.output_md:
-        _write(arguments.output_md, table + "\n")
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All numbers of a model on dialogues. Shares run from 0 to 1; None: there is nothing to share or to measure.
 
-
-def _load(folder: Path, arguments: "EvalArguments", dialogues: Sequence[Dialogue]):
-    """What a checkpoint's folder holds for an evaluation: (model, processor, encoder), kinds of trained questions, and
-    notes on what of the evaluation data it was trained on.
+    turns, dialogues: exactly right. turns_swapped: answers under swapped audio that still are the original's reference;
+    no turn without a clip before it is among them. majority: what a guesser that knows each question's kind gets.
+    text_model: what the language model without its adapter gets right of the answers after a clip, where it is asked
+    the same in words; heard: the share of these that are right on speech. wer, cer: of all answers. kinds: {kind: n,
+    turns, swapped, majority, text_model, heard}.
+    loss: nats a supervised token, as in training; loss_swapped, loss_unswapped: of the swapped turns' reference
+    answers, with swapped and with true audio; listening_gain: their difference.
+    retention: of the kinds that are not among `trained_kinds`; text_shift: in nats a token, on text alone. See
+    forgetting.py. notes: sentences, among them why there is no retention or no text shift, though it was asked for.
+    rejected: dialogues with a bad clip (id, reason). answers: one a turn.
     """
-    bases = {"audio_model": arguments.audio_model, "text_model": arguments.text_model}
-    loaded = load_resolved(folder, arguments.device, arguments.dtype, **bases)
-    return loaded, trained_kinds(folder), _leakage(folder, arguments.eval_file, dialogues)
 
+    turns: float | None
+    dialogues: float | None
+    turns_swapped: float | None
+    majority: float | None
+    text_model: float | None
+    heard: float | None
+    wer: float
+    cer: float
+    kinds: dict[str, dict[str, Any]]
+    loss: float
+    loss_unswapped: float | None
+    loss_swapped: float | None
+    listening_gain: float | None
+    retention: float | None
+    text_shift: float | None
+    notes: list[str]
+    trained_kinds: list[str]
+    counts: dict[str, int]
+    seconds: float
+    rejected: list[dict[str, str]]
+    answers: list[dict[str, Any]]
 
-def _leakage(folder: Path, eval_file: str, dialogues: Sequence[Dialogue]) -> list[str]:
-    """Sentences on what of the evaluation data the checkpoint was trained on, as far as that can be found out."""
-    train_file_sha256 = trained_file_sha256(folder)
-    if train_file_sha256 is None:  # no run of ours has saved it
-        return []
-    if train_file_sha256 == leakage.file_digest(eval_file):
-        return [f"{eval_file} is what {folder.name} was trained on: its scores say what was learned by heart."]
-    try:
-        trained_on = arguments_where_they_lie(folder)
-        train_file = str(trained_on["train_file"])
-        trained, faults = scan_dialogues(
-            train_file, data_root=trained_on.get("data_root"), max_samples=trained_on.get("max_samples")
-        )
-    except (QwhisperError, OSError, KeyError, TypeError, ValueError) as error:
-        return [f"Whether {eval_file} shares dialogues with the training data was not checked: {first_line(error)}."]
-    notes = leakage.notes(eval_file, dialogues, train_file, trained)
-    if faults:
-        notes.append(f"not compared with what can't be read of {train_file} any more ({faults[0]})")
-    return [f"{note[0].upper()}{note[1:]}." for note in notes]
+    def to_json(self) -> dict[str, Any]:
+        """By field, in their order; what `json` writes."""
+        return asdict(self)
 
 
 def evaluate_model(
@@ -116,20 +85,11 @@ def evaluate_model(
     batch_size: int = 8,
     max_new_tokens: int = 128,
     seed: int = 0,
-) -> dict[str, Any]:
-    """All numbers of a model on dialogues, each answer asked for with the reference answers as history.
+) -> Evaluation:
+    """Evaluate a model in memory, each answer asked for with the reference answers as history.
 
-    Shares from 0 to 1 (None where there is nothing to share): `turns` and `dialogues` exactly right, `majority` (what a
-    guesser that knows each question's kind gets), `turns_swapped` (answers under swapped audio that still are the
-    original's reference; no turn without a clip before it is among them), `kinds` {kind: n, turns, swapped, majority}.
-    `loss`: nats a supervised token, as in training; `loss_swapped`, `loss_unswapped`: of the swapped turns' reference
-    answers, with swapped and with true audio; `listening_gain`: their difference. `wer`, `cer`: of all answers.
-    With `text_model`, the language model without its adapter is asked the same in words, where there are transcripts:
-    its share `text_model` of the answers after a clip, beside `heard`, the share of these that are right on speech, for
-    each kind as well; `retention` of the kinds that are not among `trained_kinds`; `text_shift` on `text` (None: what
-    the base answers to the instructions that qwhisper ships), in nats a token. See retention.py. `notes`: why there is
-    no retention or no text shift, though it was asked for.
-    `counts`, `rejected` (dialogues with a bad clip: id, reason), `answers` (one a turn), `seconds`.
+    swap: ask again with swapped audio. text_model: ask the language model without its adapter as well, and measure its
+    shift on `text` (None: on what the base answers to the instructions that qwhisper ships). The model keeps its mode.
     Raises DataError if no dialogue can be used.
     """
     started = time.perf_counter()
@@ -146,12 +106,7 @@ def evaluate_model(
     for rows in _rows(encoder, turns):
         answers += answer_prompts(model, encoder, [_prompt(row) for row in rows], max_new_tokens, batch_size)
     records = [_record(turn, answer) for turn, answer in zip(turns, answers, strict=True)]
-    losses: dict[str, float | None] = {
-        "loss": loss,
-        "loss_unswapped": None,
-        "loss_swapped": None,
-        "listening_gain": None,
-    }
+    losses: dict[str, Any] = dict.fromkeys(("loss_unswapped", "loss_swapped", "listening_gain"))
     if swap:
         losses |= _with_swapped_audio(model, encoder, executor, turns, records, batch_size, max_new_tokens, seed)
     shift, no_shift = None, None
@@ -160,18 +115,19 @@ def evaluate_model(
         shift, no_shift = text_shift(executor, encoder, text)
     model.train(was_training)
     scores = _scores(records)
-    return {
+    return Evaluation(
         **scores,
+        loss=loss,
         **losses,
-        "retention": retention(scores["kinds"], trained_kinds),
-        "text_shift": shift,
-        "notes": _notes(scores, trained_kinds, no_shift) + _not_asked(usable),
-        "trained_kinds": sorted(trained_kinds),
-        "counts": _counts(usable, turns, records),
-        "seconds": round(time.perf_counter() - started, 2),
-        "rejected": rejected,
-        "answers": records,
-    }
+        retention=retention(scores["kinds"], trained_kinds),
+        text_shift=shift,
+        notes=_notes(scores, trained_kinds, no_shift) + _not_asked(usable),
+        trained_kinds=sorted(trained_kinds),
+        counts=_counts(usable, turns, records),
+        seconds=round(time.perf_counter() - started, 2),
+        rejected=rejected,
+        answers=records,
+    )
 
 
 def _dialogue_loss(
@@ -333,8 +289,3 @@ def _counts(dialogues: Sequence[Dialogue], turns: Sequence[Turn], records: list[
         "without_audio": without_audio,
         "not_swapped": len(turns) - without_audio - len(swapped),
     }
-
-
-def _write(path: str, text: str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text, encoding="utf-8")

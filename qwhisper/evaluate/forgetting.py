@@ -19,7 +19,7 @@ from qwhisper.data.instructions import instruction_pool
 from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
-from qwhisper.evaluate.listening import Turn, answer_row, turns_of
+from qwhisper.evaluate.turns import Turn, answer_row, turns_of
 from qwhisper.infer.generate import answer_prompts
 from qwhisper.model.lora import adapter_off
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
@@ -115,7 +115,7 @@ def own_answers(
 def retention(kinds: dict[str, dict[str, Any]], trained: Collection[str]) -> float | None:
     """The mean score on speech over the text model's on the words, of the kinds that were never trained on and that the
     text model answers well (SOLID); None where there are none, and where no trained kind is known, since any may have
-    been trained on then. kinds: as `evaluate_model` returns them.
+    been trained on then. kinds: as in `Evaluation`.
     """
     if not trained:
         return None

@@ -9,34 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qwhisper.data.dialogue import AudioClip, Dialogue, Message
-from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.rows import IGNORE, Sample
+from qwhisper.data.dialogue import AudioClip
 from qwhisper.evaluate.metrics import normalise
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One answer to give: `dialogue.messages[index]`, asked by the messages before it."""
-
-    dialogue: Dialogue
-    index: int
-
-    @property
-    def answer(self) -> Message:
-        return self.dialogue.messages[self.index]
-
-    @property
-    def reference(self) -> str:
-        return self.answer.text
-
-    @property
-    def history(self) -> tuple[Message, ...]:
-        return self.dialogue.messages[: self.index]
-
-    @property
-    def clips(self) -> tuple[AudioClip, ...]:
-        return tuple(clip for message in self.history for clip in message.clips)
+from qwhisper.evaluate.turns import Turn
 
 
 @dataclass(frozen=True)
@@ -46,16 +21,6 @@ class SwappedTurn:
     turn: Turn
     partner: Turn
     same_question: bool
-
-
-def turns_of(dialogues: Sequence[Dialogue]) -> list[Turn]:
-    """Every answer to ask for, in their order: it follows a question, is not masked, and calls no tool."""
-    return [
-        Turn(dialogue, index)
-        for dialogue in dialogues
-        for index, message in enumerate(dialogue.messages)
-        if index and message.is_answer and message.learned and not message.tool_calls
-    ]
 
 
 def swap_audio(turns: Sequence[Turn], *, seed: int = 0) -> list[SwappedTurn | None]:
@@ -82,20 +47,6 @@ def swap_audio(turns: Sequence[Turn], *, seed: int = 0) -> list[SwappedTurn | No
         return None
 
     return [swap(position) for position in range(len(turns))]
-
-
-def answer_row(encoder: DialogueEncoder, turn: Turn) -> Sample:
-    """A turn as a row that ends with its answer, which alone is supervised.
-
-    The answer's reasoning is left out: the prompt is the one that is served, which leaves no room for it. Raises as
-    `DialogueEncoder.encode` does.
-    """
-    messages = (*turn.history, replace(turn.answer, reasoning=None))
-    row = encoder.encode(replace(turn.dialogue, messages=messages))
-    start, end = row.answer_spans[-1]
-    labels = np.full_like(row.labels, IGNORE)
-    labels[start:end] = row.input_ids[start:end]
-    return replace(row, labels=labels, answer_spans=[(start, end)])
 
 
 def _question(turn: Turn) -> Hashable:

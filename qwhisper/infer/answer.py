@@ -1,4 +1,4 @@
-"""`qwhisper data answer`: the text model reads what was said and writes the answers that audio will be taught with.
+"""Answer-writing: the text model reads what was said and writes the answers that audio will be taught with.
 
 Its prompts are those of training, with each clip's transcript where the audio would be. Every batch of answers is on
 disk, in OUT.cache.jsonl, before the next is asked for; OUT itself is written when all are there. An answer is found
@@ -10,21 +10,18 @@ import fcntl
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qwhisper.checkpoint.folders import write_whole
-from qwhisper.data.dialogue import Dialogue, in_words, scan_dialogues, to_record, unused_notes
+from qwhisper.data.dialogue import Dialogue, in_words, scan_dialogues, to_record
 from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.faults import grouped
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
 from qwhisper.data.messages import THINK_MARKS, Message
 from qwhisper.data.records import MAX_LINE_BYTES
@@ -34,14 +31,10 @@ from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.generate import Answer, iterate_answers
 from qwhisper.locks import hold
-from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit, resolve_model
+from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit
 from qwhisper.model.kinds import refuse_empty_tokenizer
 from qwhisper.model.pretrained import load_tokenizer
 from qwhisper.report.events import ends_in_half_a_line, read_jsonl
-from qwhisper.report.terminal import quieten_transformers
-
-if TYPE_CHECKING:
-    from qwhisper.arguments import DataAnswerArguments
 
 # Prompts that are in memory together, and among which the longest go first. Windows are cut from all questions, those
 # that were answered before a kill included, so that the same ones share a batch afterwards: bf16 rounds by the batch.
@@ -56,38 +49,63 @@ class Question:
     prompt: Sample
 
 
-def main(arguments: "DataAnswerArguments") -> int:
-    """Answer a file and name what could not be answered; 3 if nothing was left to write."""
-    quieten_transformers()
-    out_file = Path(arguments.out_file)
-    cache = _cache_of(Path(arguments.in_file), out_file)
-    dialogues, faults = _read(arguments)
-    for note in unused_notes(dialogues):
-        print(f"note: {note}")
-    path = resolve_model(arguments.text_model, arguments.hub, "--text_model")
-    options = LoadOptions(
-        dtype=arguments.dtype,
-        device_map={"": arguments.device} if arguments.device else None,
-        load_in_4bit=arguments.load_in_4bit,
-    )
-    encoder = encoder_for_text(path)
-    settings = [fingerprint(path), str(options.compute_dtype), options.load_in_4bit, arguments.max_new_tokens]
+@dataclass(frozen=True)
+class Answered:
+    """What became of a file of dialogues.
+
+    dialogues: those that have their answers, in their order; given: how many of them were answered by the text model;
+    asked: how many prompts it read now, the rest being in the cache; cut: how many answers were left out because they
+    had too many tokens; faults: why dialogues were not answered.
+    """
+
+    dialogues: list[Dialogue]
+    given: int
+    asked: int
+    cut: int
+    faults: list[str]
+
+
+def read_unanswered(
+    in_file: str | Path, *, data_root: str | Path | None, instructions: str | None, language: str, seed: int
+) -> tuple[list[Dialogue], list[str]]:
+    """Dialogues and faults of a file in which dialogues may end with a question, and lines may be a clip alone, which
+    is given an instruction: of the file `instructions`, or of those that qwhisper ships in a language.
+    """
+    pool = instruction_pool(language) if instructions is None else read_instructions(instructions)
+    convert = partial(as_question, instructions=pool, seed=seed)
+    return scan_dialogues(in_file, data_root=data_root, answered=False, convert=convert)
+
+
+def answer_dialogues(
+    dialogues: Sequence[Dialogue],
+    text_model: str,
+    options: LoadOptions,
+    out_file: Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Answered:
+    """Have a text model answer the dialogues, and write those that have answers to `out_file`, if there are any.
+
+    text_model: its folder. The cache lies beside `out_file`, and is held for this process.
+    """
+    encoder = encoder_for_text(text_model)
+    settings = [fingerprint(text_model), str(options.compute_dtype), options.load_in_4bit, max_new_tokens]
     questions, unread = find_questions(dialogues, encoder, settings)
+    cache = _cache_beside(out_file)
     with _held(cache):
         answers, asked = answer_all(
             list(questions.values()),
             encoder,
-            partial(_load, path, options),
+            partial(_load, text_model, options),
             cache,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
         )
         answered, silent, cut = with_answers(dialogues, questions, answers)
         if answered:
             _write(out_file, answered)
-    given, faults = len(questions) - len(silent) - cut, [*faults, *unread, *silent]
-    _report(arguments, answered, given, asked, cut, faults)
-    return 0 if answered else DataError.exit_code
+    return Answered(answered, len(questions) - len(silent) - cut, asked, cut, [*unread, *silent])
 
 
 def encoder_for_text(path: str) -> DialogueEncoder:
@@ -198,11 +216,11 @@ def _is_open(dialogue: Dialogue) -> bool:
     return dialogue.messages[-1].role in ("user", "tool")
 
 
-def _cache_of(in_file: Path, out_file: Path) -> Path:
-    """The file of answers beside OUT. Refuses an OUT that this command has not written."""
+def refuse_foreign_output(in_file: Path, out_file: Path) -> None:
+    """Raises UsageError for an output that is the input, or that this module has not written."""
     if out_file.is_dir():
         raise UsageError(f"{out_file} is a folder: give a file for the output")
-    cache = out_file.with_name(f"{out_file.name}.cache.jsonl")
+    cache = _cache_beside(out_file)
     for taken in (out_file, cache):
         if taken.resolve() == in_file.resolve():
             raise UsageError(f"{taken} is the input as well: give another file for the output")
@@ -211,7 +229,11 @@ def _cache_of(in_file: Path, out_file: Path) -> Path:
             f"{out_file} exists, and beside it no {cache.name} with answers, so it may not be of `data answer`: give "
             "another file, or move it away"
         )
-    return cache
+
+
+def _cache_beside(out_file: Path) -> Path:
+    """The file of the answers so far."""
+    return out_file.with_name(f"{out_file.name}.cache.jsonl")
 
 
 @contextmanager
@@ -245,40 +267,12 @@ def _held(cache: Path) -> Iterator[None]:
                         folder.rmdir()
 
 
-def _read(arguments: "DataAnswerArguments") -> tuple[list[Dialogue], list[str]]:
-    own = arguments.instructions
-    pool = instruction_pool(arguments.language) if own is None else read_instructions(own)
-    convert = partial(as_question, instructions=pool, seed=arguments.seed)
-    return scan_dialogues(arguments.in_file, data_root=arguments.data_root, answered=False, convert=convert)
-
-
 def _load(path: str, options: LoadOptions) -> PreTrainedModel:
     with naming_memory_limit(f"{path} was", "--load_in_4bit"):
         return load_language_model(path, options)
 
 
-def _report(
-    arguments: "DataAnswerArguments",
-    dialogues: Sequence[Dialogue],
-    given: int,
-    asked: int,
-    cut: int,
-    faults: Sequence[str],
-) -> None:
-    for line in grouped(faults):
-        print(line)
-    print(
-        f"{arguments.out_file}: {len(dialogues)} dialogues; {given} of them answered by {arguments.text_model} "
-        f"({asked} prompts now, the rest from the cache), {len(dialogues) - given} had their answers; "
-        f"{len(faults)} faults"
-    )
-    if cut:
-        print(f"left out, cut at {arguments.max_new_tokens} tokens: {cut}; --max_new_tokens gives them more")
-    if root := _folder_of_far_audio(dialogues, Path(arguments.out_file).parent):
-        print(f"its audio lies in another folder: `train` and `data check` need --data_root {shlex.quote(root)}")
-
-
-def _folder_of_far_audio(dialogues: Sequence[Dialogue], folder: Path) -> str | None:
+def folder_of_far_audio(dialogues: Sequence[Dialogue], folder: Path) -> str | None:
     """The folder of all files that don't lie below `folder`, whose paths are absolute; None where there are none."""
     clips = {clip.path for dialogue in dialogues for clip in dialogue.clips if clip.sound is None}
     root = os.path.realpath(folder)

@@ -1,55 +1,26 @@
-"""`qwhisper chat`: a conversation in the terminal over text and audio files; with --audio or --text a single answer.
+"""A conversation in the terminal, over text and audio files.
 
 > question.wav                     attaches a file; an empty line then sends it
 > a.wav b.wav Which came first?    attaches two and sends them with the text
 """
 
-import contextlib
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import TextStreamer
 
 from qwhisper.data.clips import URL, AudioClip, load_clip, read_own_audio
 from qwhisper.data.dialogue import Message
 from qwhisper.errors import BadClipError, DataError
-from qwhisper.infer.generate import decode_answer, generate_tokens, load_for_inference
-from qwhisper.report.terminal import quieten_transformers
-
-if TYPE_CHECKING:
-    from qwhisper.arguments import ChatArguments
+from qwhisper.infer.generate import decode_answer, generate_tokens
 
 FIRST_WORD = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|((?:\\.|\S)*))\s*(.*)""", re.DOTALL)
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff", ".aif")
 HELP = """A line is sent as text. A line that begins with audio files (`a.wav b.wav Which came first?`) or with
 /audio PATH attaches them; if nothing follows, an empty line sends them.
 /reset forgets the conversation, /quit (or Ctrl-D) ends it."""
-
-
-def main(arguments: "ChatArguments") -> None:
-    """One answer to --audio and --text, or a conversation until the input ends."""
-    quieten_transformers()
-    clips = [_clip(path) for path in arguments.audio]
-    model, _, encoder = load_for_inference(
-        arguments.checkpoint,
-        arguments.device,
-        arguments.dtype,
-        audio_model=arguments.audio_model,
-        text_model=arguments.text_model,
-    )
-    chat = Chat(model, encoder, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
-    if clips or arguments.text is not None:
-        chat.ask(clips, arguments.text or "")
-        return
-    if sys.stdin.isatty():
-        print(HELP)
-        with contextlib.suppress(ImportError):  # not every Python has it
-            import readline  # noqa: F401  (input() then edits lines and remembers them)
-    converse(chat, lambda: input("> " if sys.stdin.isatty() else ""))
 
 
 class Chat:
@@ -123,7 +94,7 @@ def split_line(line: str) -> tuple[list[AudioClip], str]:
         is_path = word.lower().endswith(AUDIO_SUFFIXES) or ("/" in word and os.path.isfile(os.path.expanduser(word)))
         if not told and not is_path:
             break
-        clips.append(_clip(word))
+        clips.append(read_clip(word))
         line = after
     if line.startswith("/") and not clips:
         raise DataError(f"{line.split()[0]}: no such command or file. {HELP}")
@@ -138,8 +109,8 @@ def _first_word(text: str) -> tuple[str, str]:
     return double or single or re.sub(r"\\(.)", r"\1", plain), rest
 
 
-def _clip(path: str) -> AudioClip:
-    """A file as a clip, read once so that what is wrong with it is said now."""
+def read_clip(path: str) -> AudioClip:
+    """A file as a clip, decoded once so that a fault is reported now. Raises BadClipError."""
     location = os.path.expanduser(path)
     if not URL.match(path) and not os.path.isfile(location):
         raise BadClipError(f"{path}: no such file; give the path of an audio file")

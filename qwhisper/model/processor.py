@@ -39,7 +39,7 @@ class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
     `qwhisper.data.clips` reads. It returns input_ids, attention_mask (left-padded), input_features [windows, mel bins,
     frames] and input_features_mask [windows, frames]. `apply_chat_template` takes messages whose parts are read, and
     refused, as those of a file of dialogues are, except that paths start in the current folder and lead anywhere. It
-    trusts its texts, as transformers does: a `<|im_end|>` in them becomes that token (the encoder of dialogues makes none).
+    trusts its texts, as transformers does: a `<|im_end|>` in them becomes that token (`DialogueEncoder` makes none).
 
     Both raise DataError for what is no audio, and BadClipError for sound that can't be used, naming its place.
     """

@@ -7,12 +7,13 @@ The flags themselves, with defaults and reasons, are in `flag_sections.py`; HF's
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from qwhisper.errors import UsageError
-from qwhisper.flags import LARGEST, check_values
+from qwhisper.flags import LARGEST, Arguments
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
 from qwhisper.train import flag_sections as flags
+from qwhisper.train import hf_names
 
 LEAST_CLAMP, MOST_CLAMP = 0.1, 1e4  # what a layer reads comes out of a norm: most of it is around 1
 LEAST_LORA_SCALE, MOST_LORA_SCALE = 1e-3, 1e3
@@ -28,14 +29,18 @@ class TrainArguments(
     flags.ProjectorFlags,
     flags.ModelFlags,
     flags.DataFlags,
+    Arguments,
 ):
     """One training run. Raises UsageError for a value or a combination that can't be meant.
 
     None, and `auto`, mean that something else decides: `plan.resolve` says what.
     """
 
+    NO_FLAGS: ClassVar = hf_names.NO_FLAGS
+
     def __post_init__(self) -> None:
         self._normalise()
+        super().__post_init__()
         self._check_numbers()
         self._check_silence()
         self._check_combinations()
@@ -73,7 +78,6 @@ class TrainArguments(
         self._set("activation_clamp", "off" if clamp == "false" else clamp)  # YAML reads a bare off as false
 
     def _check_numbers(self) -> None:
-        check_values(self)
         if self.max_tokens_per_pack != "auto" and not (
             self.max_tokens_per_pack.isascii()
             and self.max_tokens_per_pack.isdigit()

@@ -8,7 +8,7 @@ A default of None means "decided by something else"; the help text says how, and
 from dataclasses import dataclass
 from typing import Literal
 
-from qwhisper.arguments import MOST_SAMPLES, flag, required
+from qwhisper.flags import MOST_SAMPLES, flag, required
 
 MOST_STEPS = 10**9  # a year has 3 * 10**7 seconds
 LEAST_RATE = 1e-9  # AdamW moves a weight by about the rate; fp32 rounds less than that away beside a weight of 0.01

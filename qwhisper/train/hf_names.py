@@ -1,7 +1,8 @@
 """Names of HF's TrainingArguments that `qwhisper train` does not take: what to use instead, or why there is none.
 
 REMOVED: names that transformers itself removed or renamed. NOT_TAKEN: names that it has. Both are compared with the
-installed transformers by a test, so that a new release can't add one unnoticed. Plain data, no import.
+installed transformers by a test, so that a new release can't add one unnoticed. NO_FLAGS: both, as the command line
+says it. Plain data, no import.
 """
 
 REMOVED = {
@@ -145,4 +146,8 @@ NOT_TAKEN = {
     "use_cache": "training needs no KV cache, and `chat` always uses one",
     "use_cpu": "use --device_map cpu",
     "use_liger_kernel": _COMPILE,
+}
+
+NO_FLAGS = {name: f"is no longer a flag: {reason}" for name, reason in REMOVED.items()} | {
+    name: f"of HF's TrainingArguments is not taken: {reason}" for name, reason in NOT_TAKEN.items()
 }

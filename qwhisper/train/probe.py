@@ -25,7 +25,8 @@ from qwhisper.evaluate.forgetting import (
     own_answers,
     scores_by_ear,
 )
-from qwhisper.evaluate.listening import SwappedTurn, Turn, answer_row, swap_audio, turns_of
+from qwhisper.evaluate.listening import SwappedTurn, swap_audio
+from qwhisper.evaluate.turns import Turn, answer_row, turns_of
 from qwhisper.memory import is_out_of_memory
 from qwhisper.train.learning import SHORTEST
 

@@ -1,4 +1,4 @@
-"""`qwhisper verify`: proves that a checkpoint can be resumed (断点恢复校验). Nothing is written.
+"""The proof that a checkpoint can be resumed. Nothing is written.
 
 Hashes, every saved number finite, reload, one answer, one optimizer step on the model in memory, and the checks of a
 resume: each must hold, and a CheckpointError names the first that does not.
@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -28,12 +27,8 @@ from qwhisper.files import files_of
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.infer.generate import decode_answer, encoder_of, generate_tokens, load_resolved, training_arguments
 from qwhisper.model.pretrained import UntrustedCodeError
-from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.resumable import check_resumable, saved_parameters
 from qwhisper.train.state import TrainState
-
-if TYPE_CHECKING:
-    from qwhisper.arguments import VerifyArguments
 
 LOOKED_AT = 100  # dialogues of the training file among which one with audio is sought
 STEP_LEARNING_RATE = 1e-3
@@ -63,19 +58,6 @@ class Proof:
             f"with finite logits; one step on {self.dialogue}: loss {self.loss:.4f}, gradients finite, "
             f"{self.moved} of {self.trainable} trainable tensors moved"
         )
-
-
-def main(arguments: "VerifyArguments") -> None:
-    """Print what was proved; raises CheckpointError otherwise."""
-    quieten_transformers()
-    proof = verify(
-        arguments.checkpoint,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        audio_model=arguments.audio_model,
-        text_model=arguments.text_model,
-    )
-    print(proof)
 
 
 def verify(

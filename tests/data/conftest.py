@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwhisper.data.dialogue import Dialogue, Message
 from qwhisper.frames import FrameArithmetic
+from tests.dialogue_files import write  # noqa: F401
 from tests.train.conftest import arguments, bases, train_file  # noqa: F401
 
 CHATML = (

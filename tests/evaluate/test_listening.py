@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message
 from qwhisper.data.tools import ToolCall
 from qwhisper.data.waveform import sound_of_bytes
-from qwhisper.evaluate.listening import Turn, swap_audio, turns_of
+from qwhisper.evaluate.listening import swap_audio
 from qwhisper.evaluate.metrics import normalise
+from qwhisper.evaluate.turns import Turn, turns_of
 
 WORDS = ("one", "two", "three")
 QUESTIONS = ("Which?", "The last one?", "")

@@ -17,7 +17,7 @@ from qwhisper.evaluate.forgetting import (
     text_answers,
     text_shift,
 )
-from qwhisper.evaluate.listening import turns_of
+from qwhisper.evaluate.turns import turns_of
 from qwhisper.infer.generate import answer_prompts
 from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
 

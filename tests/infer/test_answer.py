@@ -11,8 +11,9 @@ import soundfile
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
-from qwhisper.arguments import DataAnswerArguments
 from qwhisper.cli import main as cli
+from qwhisper.commands.data import DataAnswerArguments
+from qwhisper.commands.data import answer as main
 from qwhisper.data.audio import load_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.data.clips import load_clip
@@ -20,7 +21,6 @@ from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.instructions import instruction_pool
 from qwhisper.errors import DataError, MemoryLimitError, QwhisperError, UsageError
 from qwhisper.infer import answer as module
-from qwhisper.infer.answer import main
 from qwhisper.infer.generate import Answer
 from tests.audio_parts import parts_of, write_chirp
 from tests.small import tone, write_small_bases

@@ -1,4 +1,3 @@
-import io
 import os
 
 import numpy as np
@@ -6,10 +5,9 @@ import pytest
 import soundfile
 import torch
 
-from qwhisper.arguments import ChatArguments
 from qwhisper.errors import BadClipError, DataError
 from qwhisper.infer import chat as chat_module
-from qwhisper.infer.chat import Chat, converse, main, split_line
+from qwhisper.infer.chat import Chat, converse, split_line
 from tests.small import tone
 
 
@@ -180,38 +178,6 @@ def test_turn_that_cannot_be_heard_leaves_no_trace(small_model):
     with pytest.raises(BadClipError):
         chat.ask([type(clip)("gone.wav")], "Pitch?")
     assert chat.messages == []
-
-
-def test_one_question_one_answer(finished_run, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("not read\n"))
-    asked = []
-    monkeypatch.setattr(Chat, "ask", lambda self, found, text: asked.append(([clip.path for clip in found], text)))
-    main(ChatArguments(checkpoint=str(finished_run), audio=["a.wav"], text="Pitch?"))
-    assert asked == [([str((chat_module.Path("a.wav")).resolve())], "Pitch?")]
-
-
-def test_piped_lines_are_a_conversation(finished_run, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\na.wav Pitch?\n"))
-    asked = []
-    monkeypatch.setattr(Chat, "ask", lambda self, found, text: asked.append((len(found), text)))
-    main(ChatArguments(checkpoint=str(finished_run)))
-    assert asked == [(0, "hello"), (1, "Pitch?")]
-    assert "> " not in capsys.readouterr().out
-
-
-def test_missing_file_is_found_before_a_model_is_loaded(monkeypatch):
-    monkeypatch.setattr(chat_module, "load_for_inference", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(BadClipError, match=r"nope\.wav: no such file") as caught:
-        main(ChatArguments(checkpoint="run", audio=["nope.wav"]))
-    assert caught.value.exit_code == 3
-
-
-@pytest.mark.parametrize("path", ["~nosuchuser/x.wav", "~/nosuch.wav", "", ".", "a\0.wav", "x" * 5000, "\udcff.wav"])
-def test_a_path_that_leads_to_no_file_is_one_sentence(monkeypatch, path):
-    monkeypatch.setattr(chat_module, "load_for_inference", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(BadClipError) as error:
-        main(ChatArguments(checkpoint="run", audio=[path]))
-    assert str(error.value) == f"{path}: no such file; give the path of an audio file"
 
 
 def test_a_path_may_begin_with_the_home_folder(monkeypatch):

@@ -21,10 +21,8 @@ from transformers import (
     WhisperConfig,
 )
 
-from qwhisper.arguments import DataAnswerArguments, DataCheckArguments
-from qwhisper.data.check import main as check
+from qwhisper.commands.data import DataAnswerArguments, DataCheckArguments, answer, check
 from qwhisper.errors import UsageError
-from qwhisper.infer.answer import main as answer
 from qwhisper.model.bases import resolve_model
 from qwhisper.model.kinds import refuse_model, refuse_unpackable
 from qwhisper.model.qwen3_audio import build_from_bases

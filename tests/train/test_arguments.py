@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainingArguments
 
-from qwhisper.cli import VERBS, load
+from qwhisper.cli import load
+from qwhisper.commands import VERBS
 from qwhisper.errors import UsageError
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.parsing import flag_names, sections_of

@@ -46,8 +46,8 @@ def test_swapped_audio_ends_up_costing_more_than_the_true_audio(arguments, tmp_p
     assert main(args) == 0
     model, _, encoder = load_for_inference(args.output_dir, "cpu")
     result = evaluate_model(model, encoder, read_dialogues(held_out), max_new_tokens=2)
-    assert result["counts"]["swapped_same_question"] > 0
-    assert result["loss_swapped"] > result["loss_unswapped"] + 1.0
+    assert result.counts["swapped_same_question"] > 0
+    assert result.loss_swapped > result.loss_unswapped + 1.0
 
 
 def test_a_base_in_4_bits_trains_evaluates_and_resumes(arguments):
@@ -62,7 +62,7 @@ def test_a_base_in_4_bits_trains_evaluates_and_resumes(arguments):
     model, _, encoder = load_for_inference(args.output_dir, "cpu")
     assert model.is_loaded_in_4bit
     result = evaluate_model(model, encoder, read_dialogues(args.train_file)[:3], swap=False, max_new_tokens=2)
-    assert 0 < result["loss"] < 20
+    assert 0 < result.loss < 20
 
 
 def test_trackers_are_fed_through_transformers_own_callbacks(arguments):

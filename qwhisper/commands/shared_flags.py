@@ -1,0 +1,19 @@
+"""What the flags of several verbs have in common: help texts, types and limits. Imports nothing heavy."""
+
+from typing import Literal
+
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Hub = Literal["huggingface", "modelscope"]
+CHECKPOINT_HELP = "Folder of a checkpoint, or of a run (its best checkpoint, or else its newest)."
+AUDIO_MODEL_HELP = (
+    "Where the Whisper that it was trained on lies now: hub id or folder (default: where it was, or by the name of its "
+    "folder beside the checkpoint)."
+)
+TEXT_MODEL_HELP = "Where the language model that it was trained on lies now, in the same way."
+DATA_ROOT_HELP = (
+    "Folder that absolute audio paths must lie in (default: the file's own folder). Nothing outside it is read."
+)
+HUB_HELP = "Where hub ids are fetched from."
+DEVICE_HELP = "cpu, cuda, cuda:1 and so on (default: the first GPU if there is one)."
+DTYPE_HELP = "Number format of the two base models (auto: bf16 on a GPU, fp32 on a CPU)."
+MOST_NEW_TOKENS = 2**20  # no language model has positions for more

@@ -1,0 +1,31 @@
+"""What of the evaluation data a checkpoint was trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwhisper.data import leakage
+from qwhisper.data.dialogue import Dialogue, scan_dialogues
+from qwhisper.errors import QwhisperError, first_line
+from qwhisper.train.resume import arguments_where_they_lie
+from qwhisper.train.state import trained_file_sha256
+
+
+def shared_with_training(folder: Path, eval_file: str, dialogues: Sequence[Dialogue]) -> list[str]:
+    """Sentences on what of the evaluation data the checkpoint was trained on, as far as that can be found out."""
+    train_file_sha256 = trained_file_sha256(folder)
+    if train_file_sha256 is None:  # no run of ours has saved it
+        return []
+    if train_file_sha256 == leakage.file_digest(eval_file):
+        return [f"{eval_file} is what {folder.name} was trained on: its scores say what was learned by heart."]
+    try:
+        trained_on = arguments_where_they_lie(folder)
+        train_file = str(trained_on["train_file"])
+        trained, faults = scan_dialogues(
+            train_file, data_root=trained_on.get("data_root"), max_samples=trained_on.get("max_samples")
+        )
+    except (QwhisperError, OSError, KeyError, TypeError, ValueError) as error:
+        return [f"Whether {eval_file} shares dialogues with the training data was not checked: {first_line(error)}."]
+    notes = leakage.notes(eval_file, dialogues, train_file, trained)
+    if faults:
+        notes.append(f"not compared with what can't be read of {train_file} any more ({faults[0]})")
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
