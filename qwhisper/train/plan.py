@@ -6,6 +6,7 @@ Values that other verbs decide in the same way have one place outside `train/`: 
 configuration.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -103,9 +104,12 @@ def defaults_from_flags(args: TrainArguments) -> dict[str, Any]:
 
 
 def with_values(args: TrainArguments, values: Mapping[str, Any]) -> TrainArguments:
-    """The arguments, with `values` in the place of None."""
-    missing = {name: value for name, value in values.items() if getattr(args, name, 0) is None}
-    return dataclasses.replace(args, **missing)
+    """The arguments, with `values` in the place of None. Checks nothing again: a callback may go beyond the bounds."""
+    filled = copy.copy(args)
+    for name, value in values.items():
+        if getattr(args, name, 0) is None:
+            object.__setattr__(filled, name, value)  # the dataclass is frozen for everybody else
+    return filled
 
 
 def all_steps(args: TrainArguments, num_dialogues: int) -> int:
