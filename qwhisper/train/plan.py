@@ -6,6 +6,7 @@ Values that other verbs decide in the same way have one place outside `train/`: 
 configuration.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -76,10 +77,10 @@ def resolve(args: TrainArguments, *, num_dialogues: int, saved: Mapping[str, Any
             f"at {total_steps / args.warmup_steps:.2g} of --learning_rate; a number below 1 is a share of all steps"
         )
     careful, notes = _careful_steps_of(args, total_steps, saved or {})
-    known = with_values(args, defaults_from_flags(args) | careful)
+    decided = defaults_from_flags(args) | careful
     bounds = {"off": None, "auto": CLAMP_BOUND}
     return Plan(
-        **{name: getattr(known, name) for name in DECIDED_FLAGS},
+        **{name: _first_known(getattr(args, name), decided[name]) for name in DECIDED_FLAGS},
         total_steps=total_steps,
         num_warmup_steps=_share_or_count(args.warmup_steps, total_steps),
         clamp_bound=bounds[args.activation_clamp] if args.activation_clamp in bounds else float(args.activation_clamp),
@@ -103,9 +104,12 @@ def defaults_from_flags(args: TrainArguments) -> dict[str, Any]:
 
 
 def with_values(args: TrainArguments, values: Mapping[str, Any]) -> TrainArguments:
-    """The arguments, with `values` in the place of None."""
-    missing = {name: value for name, value in values.items() if getattr(args, name, 0) is None}
-    return dataclasses.replace(args, **missing)
+    """The arguments, with `values` in the place of None. Checks nothing again: a callback may go beyond the bounds."""
+    filled = copy.copy(args)
+    for name, value in values.items():
+        if getattr(args, name, 0) is None:
+            object.__setattr__(filled, name, value)  # the dataclass is frozen for everybody else
+    return filled
 
 
 def all_steps(args: TrainArguments, num_dialogues: int) -> int:
@@ -131,8 +135,7 @@ def _careful_steps_of(
     values: dict[str, int] = {}
     notes = []
     for name, (default, percent) in CAREFUL_STEPS.items():
-        known = (getattr(args, name), defaults_from_flags(args).get(name), saved.get(name))
-        value = next((value for value in known if value is not None), None)
+        value = _first_known(getattr(args, name), defaults_from_flags(args).get(name), saved.get(name))
         if value is None:
             value = careful_steps(name, total_steps)
             if value < default:
@@ -141,6 +144,10 @@ def _careful_steps_of(
                 )
         values[name] = value
     return values, notes
+
+
+def _first_known(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def _share_or_count(steps: float, total_steps: int) -> int:
