@@ -48,7 +48,7 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
         these.
 
         Of a run's folder it is the best checkpoint by evaluation, else the newest. Files of a checkpoint must be what
-        its manifest says. For a folder of trained weights the keywords are the fields of `loading.LoadOptions` (dtype,
+        its manifest says. For a folder of trained weights the keywords are the fields of `bases.LoadOptions` (dtype,
         device_map, load_in_4bit …) and audio_model, text_model, where a base has moved. Weights that are missing are an
         error, not a warning.
         """
