@@ -16,7 +16,9 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 import qwhisper
 from qwhisper import files as untrusted
-from qwhisper.checkpoint.folders import MANIFEST, _write_manifest, check_manifest, resolve_checkpoint
+from qwhisper.checkpoint.manifest import check_manifest, write_manifest
+from qwhisper.checkpoint.names import MANIFEST
+from qwhisper.checkpoint.reading import resolve_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.data import try_template
 from qwhisper.errors import CheckpointError, UsageError
@@ -81,7 +83,7 @@ def edit(file: Path, change) -> None:
 def sign(folder: Path) -> None:
     """A manifest that fits what is there now, as an attacker writes it."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    _write_manifest(folder, int(folder.name.split("-")[1]), True)
+    write_manifest(folder, int(folder.name.split("-")[1]), True)
 
 
 MAPS = {
@@ -390,7 +392,7 @@ def test_sparse_file_is_not_hashed(checkpoint):
 
 
 def test_file_of_another_size_is_not_hashed(checkpoint, monkeypatch):
-    monkeypatch.setattr("qwhisper.checkpoint.folders.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("qwhisper.checkpoint.manifest.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     edit(checkpoint / MANIFEST, lambda v: [entry.update(bytes=entry["bytes"] + 1) for entry in v["files"].values()])
     with pytest.raises(CheckpointError, match="is not what was written"):
         check_manifest(checkpoint)

@@ -1,21 +1,123 @@
-"""Reading a checkpoint of a run that may be in training: a trainer deletes older ones meanwhile."""
+"""Choose and read a checkpoint of a run that may be in training: a trainer saves and deletes others meanwhile."""
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from qwhisper.checkpoint.folders import ATTEMPTS, checkpoints, resolve_checkpoint
-from qwhisper.errors import CheckpointError, QwhisperError
+from qwhisper.checkpoint.facts import best_checkpoint
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.manifest import check_usable
+from qwhisper.checkpoint.names import MANIFEST, MODEL_CONFIG, PREFIX, PROJECTOR_FILE, STATE_FILE
+from qwhisper.errors import CheckpointError, QwhisperError, UsageError
+from qwhisper.files import files_of, read_json_object
 
 Read = TypeVar("Read")
+ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes meanwhile
 
 
 def is_run_folder(name: str | os.PathLike) -> bool:
     """Whether this is a folder with checkpoints in it that is no model itself."""
     return (
-        os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")) and bool(checkpoints(Path(name)))
+        os.path.isdir(name) and not os.path.exists(os.path.join(name, MODEL_CONFIG)) and bool(checkpoints(Path(name)))
     )
+
+
+def _seen(run_folder: Path) -> set[tuple[str, int]]:
+    """Name and inode of each checkpoint. Another set later: a trainer has saved or deleted one meanwhile."""
+    seen = set()
+    for folder in run_folder.glob(f"*{PREFIX}*"):
+        with suppress(OSError):
+            seen.add((folder.name, folder.stat().st_ino))
+    return seen
+
+
+def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole and finite, or None; and what was wrong with each newer one.
+
+    Looks again where a trainer saves or deletes checkpoints at the same time, a few times at most.
+    """
+    for _ in range(ATTEMPTS):
+        before = _seen(run_folder)
+        newest, passed_over = _newest_valid(run_folder)
+        if (newest and not passed_over) or _seen(run_folder) == before:
+            break
+    return newest, passed_over
+
+
+def _newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
+    passed_over: list[str] = []
+    for folder in reversed(checkpoints(run_folder)):
+        try:
+            check_usable(folder)
+            return folder, passed_over
+        except CheckpointError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def resolve_checkpoint(path: str | os.PathLike) -> Path:
+    """A checkpoint folder from itself, or from its run folder.
+
+    Of a run it is the best one by evaluation, else the newest that is whole and finite. Raises UsageError where there
+    is neither, CheckpointError where what there is is damaged or not finite. A trainer may save and delete checkpoints
+    of the run at the same time.
+    """
+    folder = Path(path)
+    for _ in range(ATTEMPTS):
+        before = _seen(folder)
+        try:
+            return _resolve(folder)
+        except (QwhisperError, OSError) as error:
+            failed = error
+        if _seen(folder) == before:
+            break
+    if isinstance(failed, OSError):
+        raise CheckpointError(f"{path}: it can't be read ({failed})") from failed
+    raise failed
+
+
+def _resolve(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; {_instead(folder)}")
+    if os.path.lexists(folder / MANIFEST):
+        check_usable(folder)
+        return folder
+    by_a_run = folder.name.startswith(PREFIX) and os.path.lexists(folder / STATE_FILE)
+    if _holds_model(folder) and not by_a_run:  # saved by `save_pretrained`, without a run around it
+        files_of(folder)
+        return folder
+    if not checkpoints(folder):
+        if folder.name.startswith(PREFIX):
+            raise CheckpointError(f"{folder}: {MANIFEST} is missing, so nothing in it can be relied on")
+        raise UsageError(f"{folder}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
+    newest, passed_over = newest_valid(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no checkpoint can be used: {'; '.join(passed_over)}")
+    best = best_checkpoint(newest)
+    if best and best != newest.name and (folder / best).is_dir():
+        check_usable(folder / best)
+        return folder / best
+    return newest
+
+
+def _instead(missing: Path) -> str:
+    """What to give in the place of a folder that is not there."""
+    others = checkpoints(missing.parent) if missing.name.startswith(PREFIX) else []
+    if others:
+        return f"the newest checkpoint of {missing.parent} is {others[-1].name}"
+    return f"give a run folder or one of its {PREFIX}N folders"
+
+
+def _holds_model(folder: Path) -> bool:
+    """Trained weights, or a whole model of ours."""
+    if (folder / PROJECTOR_FILE).is_file():
+        return True
+    try:
+        return read_json_object(folder / MODEL_CONFIG).get("model_type") == "qwen3_audio"
+    except CheckpointError:
+        return False
 
 
 def read_checkpoint(path: str | os.PathLike, read: Callable[[Path], Read]) -> Read:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwhisper.checkpoint.facts import run_arguments, trained_file_sha256, trained_kinds
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data import leakage
 from qwhisper.data.collator import ConversationCollator, NoLabelsError, Sample
 from qwhisper.data.dialogue import Dialogue, read_dialogues, scan_dialogues, unused_notes
 from qwhisper.data.encode import IGNORE
+from qwhisper.disk import file_sha256
 from qwhisper.engine.executor import Executor
-from qwhisper.errors import BadClipError, DataError, QwhisperError, first_line
+from qwhisper.errors import BadClipError, CheckpointError, DataError, QwhisperError, first_line
 from qwhisper.evaluate.forgetting import NO_KIND, retention, text_answers, text_shift
 from qwhisper.evaluate.listening import Turn, answer_row, swap_audio, turns_of
 from qwhisper.evaluate.metrics import (
@@ -34,8 +36,6 @@ from qwhisper.evaluate.tables import markdown
 from qwhisper.infer.generate import answer_prompts, load_resolved
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import quieten_transformers
-from qwhisper.train.resume import arguments_where_they_lie
-from qwhisper.train.state import trained_file_sha256, trained_kinds
 
 if TYPE_CHECKING:
     from qwhisper.arguments import EvalArguments
@@ -88,10 +88,12 @@ def _leakage(folder: Path, eval_file: str, dialogues: Sequence[Dialogue]) -> lis
     train_file_sha256 = trained_file_sha256(folder)
     if train_file_sha256 is None:  # no run of ours has saved it
         return []
-    if train_file_sha256 == leakage.file_digest(eval_file):
+    if train_file_sha256 == file_sha256(eval_file):
         return [f"{eval_file} is what {folder.name} was trained on: its scores say what was learned by heart."]
     try:
-        trained_on = arguments_where_they_lie(folder)
+        trained_on = run_arguments(folder)
+        if "train_file" not in trained_on:
+            raise CheckpointError(f"{folder} does not name its training file")
         train_file = str(trained_on["train_file"])
         trained, faults = scan_dialogues(
             train_file, data_root=trained_on.get("data_root"), max_samples=trained_on.get("max_samples")

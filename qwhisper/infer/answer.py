@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qwhisper.checkpoint.folders import write_whole
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import Dialogue, in_words, scan_dialogues, to_record, unused_notes
 from qwhisper.data.faults import grouped
@@ -29,6 +28,7 @@ from qwhisper.data.instructions import as_question, instruction_pool, read_instr
 from qwhisper.data.messages import THINK_MARKS, Message
 from qwhisper.data.records import MAX_LINE_BYTES
 from qwhisper.data.tools import CALL_MARKS
+from qwhisper.disk import write_whole
 from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.generate import Answer, iterate_answers

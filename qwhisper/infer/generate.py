@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from qwhisper.checkpoint.facts import run_arguments
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data.collator import ConversationCollator, Sample, pad_samples
 from qwhisper.data.template import end_of_turn_ids
@@ -20,7 +21,6 @@ from qwhisper.model.loading import LoadOptions, load_trained
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.model.trained_folder import load_processor
-from qwhisper.train.resume import ARGUMENTS_FILE, arguments_where_they_lie
 from qwhisper.versions import check_versions
 
 # Spelled out: what is left open comes from the base's generation_config.json, and Qwen's samples and penalises.
@@ -65,7 +65,7 @@ def load_resolved(
     text_model: str | None = None,
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, ConversationCollator]:
     """The same of a checkpoint's own folder, whose files were found to be what its manifest says."""
-    trained_as = training_arguments(folder)
+    trained_as = run_arguments(folder)
     in_4bit = trained_as.get("load_in_4bit", False)
     check_versions(quantized=in_4bit)
     options = LoadOptions(
@@ -77,11 +77,6 @@ def load_resolved(
     model = load_trained(folder, options, audio_model=audio_model, text_model=text_model)
     processor = load_processor(folder)
     return model.eval(), processor, collator_of(processor)
-
-
-def training_arguments(folder: Path) -> dict:
-    """What the run that wrote a checkpoint was told; empty where the folder does not say."""
-    return arguments_where_they_lie(folder) if (folder / ARGUMENTS_FILE).is_file() else {}
 
 
 def collator_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -> ConversationCollator:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from qwhisper.checkpoint.names import ARGUMENTS_FILE
 from qwhisper.checkpoint.places import BASES, absolute
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.checksums import checksums
@@ -33,7 +34,7 @@ from qwhisper.train.context import Session
 from qwhisper.train.hf import Hooks, hf_arguments
 from qwhisper.train.optimizer import all_steps, guarded_factor, make_optimizer, parameter_groups, settled
 from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe, shortest_probed
-from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
+from qwhisper.train.resume import saved_arguments
 from qwhisper.train.saving import save_checkpoint
 from qwhisper.train.state import TrainState
 

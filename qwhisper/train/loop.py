@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.reading import newest_valid
 from qwhisper.data.loader import StepSamples
 from qwhisper.engine.executor import generators_as_now
 from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalError, first_line

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.reading import newest_valid
 from qwhisper.data.collator import Sample
 from qwhisper.errors import MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.decide import Decision, StepStatistics

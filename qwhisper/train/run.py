@@ -15,9 +15,13 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint import folders as checkpoints
+from qwhisper import disk
+from qwhisper.checkpoint import folders
+from qwhisper.checkpoint.facts import trained_kinds
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.manifest import check_usable
 from qwhisper.checkpoint.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
-from qwhisper.checkpoint.reading import read_checkpoint
+from qwhisper.checkpoint.reading import newest_valid, read_checkpoint
 from qwhisper.data import leakage
 from qwhisper.data.dialogue import Dialogue, in_words, read_dialogues, unused_notes
 from qwhisper.data.loader import EncodedDialogues, step_samples
@@ -38,7 +42,7 @@ from qwhisper.train.loop import train
 from qwhisper.train.optimizer import all_steps, settled, warmup_steps
 from qwhisper.train.resume import changed_arguments, output_dir_of, refuse_missing_data, saved_arguments
 from qwhisper.train.saving import restore
-from qwhisper.train.state import TrainState, trained_kinds
+from qwhisper.train.state import TrainState
 
 DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "train_on", "distill_weight"}
 
@@ -72,7 +76,7 @@ def configure_and_go(
         if not is_out_of_memory(error):
             raise
         folder = Path(args.output_dir)
-        go_on = f", then go on with: {resume_command(folder)}" if checkpoints.checkpoints(folder) else ""
+        go_on = f", then go on with: {resume_command(folder)}" if checkpoints(folder) else ""
         raise MemoryLimitError(
             f"out of memory outside of a forward and backward pass, where a smaller pack is no help: "
             f"{first_line(error)}. Use --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a smaller "
@@ -107,7 +111,7 @@ def prepare_and_go(
     for note in notes:
         print(f"note: {note}")
     set_up_torch(args)
-    train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))
+    train_file_sha256 = disk.file_sha256(args.train_file)
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
     if resumed:
         adopt_changes(args, resumed, state, train_file_sha256)
@@ -144,7 +148,7 @@ def go(session: Session, processor: Qwen3AudioProcessor, dialogues: list[Dialogu
     )
     code = train(session, steps)
     if code:
-        saved = bool(checkpoints.checkpoints(session.log.folder))  # not before the first step
+        saved = bool(checkpoints(session.log.folder))  # not before the first step
         go_on = resume_command(session.log.folder) if saved else start_command(session.log.folder)
         print(f"stopped by a signal after step {state.step}; go on with: {go_on}", file=sys.stderr)
     else:
@@ -156,7 +160,7 @@ def go(session: Session, processor: Qwen3AudioProcessor, dialogues: list[Dialogu
 def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run, which must not overwrite another."""
     if not args.resume_from_checkpoint:
-        if checkpoints.checkpoints(folder):
+        if checkpoints(folder):
             raise UsageError(
                 f"--output_dir {folder} holds another run. To go on with it: {resume_command(folder)}. "
                 "For a new run give another folder; nothing was changed"
@@ -169,7 +173,7 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
         return None
     if args.resume_from_checkpoint != "latest":
         return given_checkpoint(Path(args.resume_from_checkpoint), folder)
-    newest, passed_over = checkpoints.newest_valid(folder)
+    newest, passed_over = newest_valid(folder)
     for line in passed_over:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
     if newest is None and passed_over:
@@ -201,12 +205,12 @@ def given_checkpoint(path: Path, folder: Path) -> Path:
     another run.
     """
     path = path.resolve()  # its name and its parent are asked for, and `.` and links have others
-    if not path.is_dir() or checkpoints.checkpoints(path):
+    if not path.is_dir() or checkpoints(path):
         raise UsageError(
             f"--resume_from_checkpoint {path}: no checkpoint-N folder. Without a value it takes the newest of "
             f"--output_dir {folder}"
         )
-    checkpoints.check_usable(path)
+    check_usable(path)
     own, saved_by = folder.resolve(), output_dir_of(path).resolve()
     if own not in (path.parent, saved_by) and holds_run(folder) and saved_by not in former_places(folder):
         raise UsageError(
@@ -221,13 +225,13 @@ def holds_run(folder: Path) -> bool:
     a run that ended before its first checkpoint may be started anew.
     """
     config = folder / CONFIG_FILE
-    return bool(checkpoints.checkpoints(folder)) or (config.exists() and not written_by_a_run(config))
+    return bool(checkpoints(folder)) or (config.exists() and not written_by_a_run(config))
 
 
 def former_places(folder: Path) -> set[Path]:
     """Where a run that has moved to `folder` lay when it saved its checkpoints."""
     places = set()
-    for path in checkpoints.checkpoints(folder):
+    for path in checkpoints(folder):
         with suppress(CheckpointError):
             places.add(output_dir_of(path).resolve())
     return places
@@ -235,7 +239,7 @@ def former_places(folder: Path) -> set[Path]:
 
 def put_later_aside(folder: Path, resumed: Path) -> None:
     """Renames the checkpoints after the one that is resumed, and says so."""
-    for path in checkpoints.put_aside_later(folder, resumed):
+    for path in folders.put_aside_later(folder, resumed):
         print(f"a checkpoint of a later step is put aside: {path}")
 
 
@@ -281,7 +285,7 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
     values = {name: value for name, value in values.items() if value is not None and name != "resume_from_checkpoint"}
     text = f"{HEADING}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
     try:
-        checkpoints.write_whole(folder / CONFIG_FILE, text)
+        disk.write_whole(folder / CONFIG_FILE, text)
     except OSError as error:
         if resumed is None or not (folder / CONFIG_FILE).exists():
             raise DiskError(

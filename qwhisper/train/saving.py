@@ -5,13 +5,14 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from qwhisper.checkpoint import folders as checkpoints
+from qwhisper.checkpoint import folders
+from qwhisper.checkpoint.names import SNAPSHOT_FILE
+from qwhisper.disk import file_sha256
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.train.context import Session
 from qwhisper.train.monitor import collect_clamped
 from qwhisper.train.optimizer import parameter_names
-from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable
-from qwhisper.train.resume import save_arguments
+from qwhisper.train.resume import check_resumable, save_arguments
 from qwhisper.train.state import load_generators, load_optimizer, read_tensors, save_generators, save_optimizer
 
 
@@ -34,13 +35,13 @@ def save_checkpoint(session: Session, processor: Qwen3AudioProcessor) -> Path:
         if session.snapshots.kept and session.snapshots.kept[-1].step != state.step:
             save_file(session.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
         tensor_files = sorted(folder.rglob("*.safetensors"))
-        state.saved_with = {str(path.relative_to(folder)): checkpoints.file_sha256(path) for path in tensor_files}
+        state.saved_with = {str(path.relative_to(folder)): file_sha256(path) for path in tensor_files}
         state.save(folder)
 
-    folder = checkpoints.write_checkpoint(session.log.folder, state.step, fill, finite=finite)
+    folder = folders.write_checkpoint(session.log.folder, state.step, fill, finite=finite)
     if finite:
         protected = {name for name in (folder.name, state.best_checkpoint) if name}
-        checkpoints.rotate(session.log.folder, session.args.save_total_limit, protected)
+        folders.rotate(session.log.folder, session.args.save_total_limit, protected)
     else:
         session.log.event("weights_not_finite", step=state.step, checkpoint=folder.name)
         print(f"{folder.name}: a trained weight is not finite; no older checkpoint will be deleted", file=sys.stderr)

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qwhisper.checkpoint.folders import MANIFEST, is_checkpoint_name, read_manifest
+from qwhisper.checkpoint.facts import refuse_another_step
+from qwhisper.checkpoint.names import GENERATOR_FILE, OPTIMIZER_FILE, STATE_FILE, is_checkpoint_name
 from qwhisper.errors import CheckpointError
 from qwhisper.files import read_json
 from qwhisper.guards.alarms import Alarms
@@ -22,10 +23,6 @@ from qwhisper.guards.state import GuardState
 from qwhisper.train.learning import Learning
 from qwhisper.train.probe import ProbeState
 from qwhisper.typed_json import ADDED_LATER, from_json
-
-STATE_FILE = "state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
-GENERATOR_FILE = "generators.safetensors"
 
 
 @dataclass
@@ -77,8 +74,7 @@ class TrainState:
                 state.guards.clamp.told = state.guards.clamp.clamped
         except ValueError as error:
             raise CheckpointError(f"{path}: not as this version of qwhisper writes it ({error})") from error
-        if (folder / MANIFEST).exists() and (written := read_manifest(folder)["step"]) != state.step:
-            raise CheckpointError(f"{path}: is of step {state.step}, its {MANIFEST} of step {written}")
+        refuse_another_step(folder, state.step)
         return state
 
     def _check(self) -> None:
@@ -102,16 +98,6 @@ class TrainState:
             raise ValueError(f"guards.loss_scale.scale is {self.guards.loss_scale.scale}")
         if self.best_checkpoint is not None and not is_checkpoint_name(self.best_checkpoint):
             raise ValueError(f"best_checkpoint is {self.best_checkpoint!r:.80}, no checkpoint's name")
-
-
-def trained_kinds(folder: Path) -> list[str]:
-    """The kinds of question that a checkpoint's run had in its training data; empty where it does not say."""
-    return TrainState.load(folder).kinds if (folder / STATE_FILE).is_file() else []
-
-
-def trained_file_sha256(folder: Path) -> str | None:
-    """Of the file that a checkpoint's run was trained on; None where it does not say."""
-    return TrainState.load(folder).train_file_sha256 if (folder / STATE_FILE).is_file() else None
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qwhisper.checkpoint.folders import MANIFEST, check_manifest, checkpoints
+from qwhisper.checkpoint.facts import run_arguments
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.manifest import check_manifest
+from qwhisper.checkpoint.names import MANIFEST, STATE_FILE
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data.collator import ConversationCollator, Sample
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
@@ -25,10 +28,10 @@ from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.files import files_of
 from qwhisper.frames import SAMPLE_RATE
-from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_resolved, training_arguments
+from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_resolved
 from qwhisper.model.pretrained import UntrustedCodeError
 from qwhisper.report.terminal import quieten_transformers
-from qwhisper.train.resumable import check_resumable, saved_parameters
+from qwhisper.train.resume import check_resumable, saved_parameters
 from qwhisper.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -111,7 +114,7 @@ def _prove(
         if any(bases.values()):
             raise
         raise CheckpointError(f"{folder}: its base can't be loaded ({error})") from error
-    collator = collator_of(processor, max_length=training_arguments(folder).get("max_length"))
+    collator = collator_of(processor, max_length=run_arguments(folder).get("max_length"))
     with tempfile.TemporaryDirectory() as scratch:
         sample, prompt, dialogue = _first_dialogue(folder, collator, Path(scratch))
     answer = _answer(folder, model, collator, prompt)
@@ -135,7 +138,7 @@ def _check_all_files(given: Path) -> dict[Path, int | None]:
 
 def _check_files(folder: Path) -> int | None:
     """Number of files that are what the manifest says; None for weights saved without one."""
-    if not (folder / MANIFEST).exists() and not (folder / "state.json").exists():
+    if not (folder / MANIFEST).exists() and not (folder / STATE_FILE).exists():
         return None
     return len(check_manifest(folder)["files"])
 
@@ -157,7 +160,7 @@ def _check_saved_numbers(folder: Path) -> int:
 
 def _first_dialogue(folder: Path, collator: ConversationCollator, scratch: Path) -> tuple[Sample, Sample, str]:
     """(training row, prompt of an answer, their source) of the run's first dialogue with audio, or of a made one."""
-    told = training_arguments(folder)
+    told = run_arguments(folder)
     try:
         found = read_dialogues(told["train_file"], data_root=told.get("data_root"), max_samples=LOOKED_AT)
         dialogue = next(dialogue for dialogue in found if dialogue.clips)

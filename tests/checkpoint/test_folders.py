@@ -1,4 +1,3 @@
-import errno
 import json
 import shutil
 import subprocess
@@ -6,20 +5,11 @@ import sys
 
 import pytest
 
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import (
-    check_manifest,
-    check_usable,
-    checkpoints,
-    newest_valid,
-    put_aside_later,
-    resolve_checkpoint,
-    rotate,
-    write_checkpoint,
-    write_whole,
-)
+from qwhisper.checkpoint import folders, manifest
+from qwhisper.checkpoint.folders import checkpoints, put_aside_later, rotate, write_checkpoint
+from qwhisper.checkpoint.manifest import check_manifest, check_usable
+from qwhisper.checkpoint.reading import newest_valid, resolve_checkpoint
 from qwhisper.errors import CheckpointError, UsageError
-from tests.test_faults.kill_shim import fail
 
 
 def fill(folder, best=None):
@@ -149,21 +139,6 @@ def test_files_in_subfolders_are_checked_too(tmp_path):
         check_manifest(folder)
 
 
-def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):
-    for text in ("one", "two"):
-        write_whole(tmp_path / "config.yaml", text)
-        assert (tmp_path / "config.yaml").read_text() == text
-    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
-
-
-def test_write_whole_leaves_what_was_there_where_the_disk_is_full(tmp_path, monkeypatch):
-    write_whole(tmp_path / "config.yaml", "one")
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: fail(errno.ENOSPC)())
-    with pytest.raises(OSError, match="No space"):
-        write_whole(tmp_path / "config.yaml", "two")
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "one")]
-
-
 def test_one_under_another_steps_name_is_not_taken_for_it(tmp_path):
     write_checkpoint(tmp_path, 3, fill)
     shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-100")
@@ -192,7 +167,7 @@ def test_one_that_lies_elsewhere_and_is_linked_is_rotated_away_alone(tmp_path):
 
 
 def test_what_the_disk_does_not_let_go_of_is_in_no_saves_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: None)
+    monkeypatch.setattr(folders.shutil, "rmtree", lambda path, ignore_errors: None)
     for step in (1, 2, 3):
         (tmp_path / f".checkpoint-{step}.writing").mkdir()
         (tmp_path / f".checkpoint-{step}.deleting").mkdir()
@@ -214,8 +189,8 @@ def test_later_ones_than_a_copy_are_put_aside(tmp_path):
 def test_a_checkpoint_is_hashed_once(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 1, lambda folder: fill(folder, best="checkpoint-1"))
     hashed = []
-    honest = checkpoint.file_sha256
-    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: hashed.append(path.name) or honest(path))
+    honest = manifest.file_sha256
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: hashed.append(path.name) or honest(path))
     assert resolve_checkpoint(tmp_path).name == "checkpoint-1"
     assert sorted(hashed) == ["a.bin", "state.json"]
 

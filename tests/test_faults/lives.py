@@ -18,8 +18,9 @@ from unittest import mock
 import torch
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint.folders import checkpoints, newest_valid
+from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.checkpoint.places import CONFIG_FILE
+from qwhisper.checkpoint.reading import newest_valid
 from qwhisper.cli import main as command_line
 from qwhisper.report.events import read_jsonl
 from qwhisper.train import assemble

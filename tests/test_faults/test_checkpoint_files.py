@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import MANIFEST, check_manifest, newest_valid, resolve_checkpoint
+from qwhisper.checkpoint import manifest, reading
+from qwhisper.checkpoint.folders import write_checkpoint
+from qwhisper.checkpoint.manifest import check_manifest, write_manifest
+from qwhisper.checkpoint.names import MANIFEST, step_in_name
+from qwhisper.checkpoint.reading import newest_valid, resolve_checkpoint
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import loading, trained_folder
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
@@ -63,13 +66,13 @@ def files_of(folder: Path) -> list[str]:
 def without_manifest(monkeypatch) -> None:
     """Whatever is there is taken, as in a plain trainer."""
     for name in ("check_manifest", "read_manifest"):
-        monkeypatch.setattr(checkpoint, name, lambda folder: {"finite": True, "step": checkpoint._step_in_name(folder)})
+        monkeypatch.setattr(manifest, name, lambda folder: {"finite": True, "step": step_in_name(folder)})
 
 
 def sign_again(folder: Path) -> None:
     """A manifest that fits what is there now, as somebody would make it who wants the files to be taken."""
     (folder / MANIFEST).unlink()
-    checkpoint._write_manifest(folder, int(folder.name.split("-")[1]), True)
+    write_manifest(folder, int(folder.name.split("-")[1]), True)
 
 
 def truncated(path: Path) -> None:
@@ -135,14 +138,14 @@ def test_missing_file(folder):
     without=without_manifest,
 )
 def test_file_that_cannot_be_read(folder, monkeypatch):
-    honest = checkpoint.file_sha256
+    honest = manifest.file_sha256
 
     def failing(path):
         if path == folder / "checkpoint-4/optimizer.safetensors":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return honest(path)
 
-    monkeypatch.setattr(checkpoint, "file_sha256", failing)
+    monkeypatch.setattr(manifest, "file_sha256", failing)
     found, passed_over = newest_valid(folder)
     assert found == folder / "checkpoint-2" and "optimizer.safetensors" in passed_over[0]
 
@@ -156,7 +159,7 @@ def lenient_manifest(monkeypatch) -> None:
         except ValueError:
             return {"finite": True, "files": {}}
 
-    monkeypatch.setattr(checkpoint, "read_manifest", read)
+    monkeypatch.setattr(manifest, "read_manifest", read)
 
 
 @fault(
@@ -170,7 +173,7 @@ def test_damaged_manifest(tmp_path):
         (each / "weights.safetensors").write_bytes(b"weights")
         (each / "state.json").write_bytes(b"{}")
 
-    made = checkpoint.write_checkpoint(tmp_path, 1, fill, finite=False)
+    made = write_checkpoint(tmp_path, 1, fill, finite=False)
     whole = (made / MANIFEST).read_bytes()
     changed = [whole[:cut] for cut in range(len(whole))]
     changed += [whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :] for at in range(len(whole)) for bit in (1, 32)]
@@ -181,7 +184,7 @@ def test_damaged_manifest(tmp_path):
             check_manifest(made)
         except CheckpointError:
             continue
-        read = checkpoint.read_manifest(made)
+        read = manifest.read_manifest(made)
         assert (read["files"], read["finite"]) == (honest["files"], False), content
 
 
@@ -189,7 +192,7 @@ def test_damaged_manifest(tmp_path):
     "a file that was put into a checkpoint",
     of="disk",
     guarantee="one that could be loaded is named and the checkpoint passed over; any other is harmless",
-    without=lambda monkeypatch: monkeypatch.setattr(checkpoint, "LOADED_SUFFIXES", ()),
+    without=lambda monkeypatch: monkeypatch.setattr(manifest, "LOADED_SUFFIXES", ()),
 )
 def test_added_file(folder):
     (folder / "checkpoint-4/notes.txt").write_text("the good one")
@@ -273,7 +276,7 @@ def test_pickle_is_never_loaded(folder, tmp_path):
 
 
 def resumed_as_they_are(monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "check_usable", check_manifest)
+    monkeypatch.setattr(reading, "check_usable", check_manifest)
 
 
 @fault(

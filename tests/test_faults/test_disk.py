@@ -12,8 +12,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import check_manifest, checkpoints, resolve_checkpoint
+from qwhisper.checkpoint import folders, manifest
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.manifest import check_manifest
+from qwhisper.checkpoint.reading import resolve_checkpoint
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DiskError
 from qwhisper.train import loop, state
@@ -78,13 +80,13 @@ def test_full_disk_in_a_save(arguments, monkeypatch, capsys):
 
 
 def errors_of_fsync_are_ignored(monkeypatch) -> None:
-    honest = checkpoint._flush
+    honest = manifest.flush
 
     def flush(path):
         with contextlib.suppress(OSError):
             honest(path)
 
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(manifest, "flush", flush)
 
 
 @fault(
@@ -129,7 +131,7 @@ def test_read_only_disk(arguments, monkeypatch, capsys):
     "a file limit or quota is reached, enforced by the kernel, in whichever library writes",
     of="disk",
     guarantee="it is an error of the disk, whoever reports it: the run goes on",
-    without=lambda monkeypatch: monkeypatch.setattr(checkpoint, "FOREIGN_OS_ERROR", re.compile("never")),
+    without=lambda monkeypatch: monkeypatch.setattr(folders, "FOREIGN_OS_ERROR", re.compile("never")),
 )
 def test_quota(arguments, monkeypatch):
     run, samples = make_run(arguments(**SAVES))
@@ -155,7 +157,7 @@ def test_quota(arguments, monkeypatch):
     "the disk is full at any write, fsync or rename of a save",
     of="disk",
     guarantee="an error of the disk; the older checkpoint stays, nothing is left of the new one",
-    without=lambda monkeypatch: monkeypatch.setattr(checkpoint, "shutil", Mock()),
+    without=lambda monkeypatch: monkeypatch.setattr(folders, "shutil", Mock()),
 )
 def test_full_disk_anywhere_in_a_save(arguments):
     run, samples = make_run(arguments(**SAVES))

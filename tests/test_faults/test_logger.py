@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.reading import newest_valid
 from qwhisper.errors import UsageError
 from qwhisper.report import events, streams
 from qwhisper.report.events import RunLog, read_jsonl

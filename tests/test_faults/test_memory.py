@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.reading import newest_valid
 from qwhisper.engine.executor import Executor
 from qwhisper.model import bases, loading
 from qwhisper.train import loop, saving

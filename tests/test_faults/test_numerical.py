@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.checkpoint.folders import resolve_checkpoint
+from qwhisper.checkpoint.reading import resolve_checkpoint
 from qwhisper.engine.executor import Executor
 from qwhisper.guards import decide as averages
 from qwhisper.guards import snapshot

@@ -16,8 +16,9 @@ import torch
 from transformers import TrainerCallback
 
 from qwhisper import locks
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import checkpoints, newest_valid
+from qwhisper.checkpoint import folders, reading
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.reading import newest_valid
 from qwhisper.data import loader as dataset
 from qwhisper.data import loader as workers
 from qwhisper.data.loader import EncodedDialogues
@@ -107,13 +108,13 @@ def test_waiting_for_data_is_left_at_a_signal(arguments, monkeypatch):
 )
 def test_second_signal_in_the_save(arguments, monkeypatch):
     args = arguments(max_steps=6, save_steps=100)
-    honest = checkpoint._write_manifest
+    honest = folders.write_manifest
 
     def interrupted(*values):
         os.kill(os.getpid(), signal.SIGINT)
         honest(*values)
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", interrupted)
+    monkeypatch.setattr(folders, "write_manifest", interrupted)
     with contextlib.suppress(KeyboardInterrupt):
         code = None
         code = main(args, [At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
@@ -285,10 +286,11 @@ def test_two_trainers_in_one_folder(arguments):
 
 
 def by_time(monkeypatch) -> None:
-    honest = checkpoint.checkpoints
-    monkeypatch.setattr(
-        checkpoint, "checkpoints", lambda folder: sorted(honest(folder), key=lambda p: p.stat().st_mtime)
-    )
+    honest = folders.checkpoints
+    for module in (folders, reading):
+        monkeypatch.setattr(
+            module, "checkpoints", lambda folder: sorted(honest(folder), key=lambda p: p.stat().st_mtime)
+        )
 
 
 @fault(

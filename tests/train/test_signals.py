@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.names import SNAPSHOT_FILE
+from qwhisper.checkpoint.reading import newest_valid
 from qwhisper.data.sampler import GlobalBatches
 from qwhisper.engine.executor import Executor
 from qwhisper.report.events import acts, read_jsonl
 from qwhisper.train import signals
-from qwhisper.train.resumable import SNAPSHOT_FILE
 from qwhisper.train.run import main
 from qwhisper.train.signals import GRACE_SECONDS, Stopped, StopSignals
 from tests.small import write_dialogues
