@@ -18,7 +18,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def flush(path: Path) -> None:
-    """Makes sure a file's content, or a folder's list of names, is on the disk and not only promised."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -27,7 +27,7 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A text file that is there with all of `text`, or as it was before."""
+    """Write a text file. Whatever happens, it then holds all of `text` or what it held before."""
     aside = path.with_name(f".{path.name}{WRITING}")
     try:
         aside.write_text(text, encoding="utf-8")
@@ -40,7 +40,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, folder or link; as much of it as the disk lets go."""
+    """Delete a file, folder or link, as far as the disk allows."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

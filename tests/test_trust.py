@@ -18,7 +18,7 @@ import qwhisper
 from qwhisper import files as untrusted
 from qwhisper.checkpoint.manifest import check_manifest, write_manifest
 from qwhisper.checkpoint.names import MANIFEST
-from qwhisper.checkpoint.reading import resolve_checkpoint
+from qwhisper.checkpoint.reading import choose_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.data import try_template
 from qwhisper.errors import CheckpointError, UsageError
@@ -370,7 +370,7 @@ FILES = (
 def test_pipe_or_device_in_a_checkpoint_is_refused_at_once(checkpoint, name, change):
     change(checkpoint / name)
     with pytest.raises(CheckpointError, match=f"{checkpoint.name}.*(no regular file|{MANIFEST})"):
-        resolve_checkpoint(checkpoint)
+        choose_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
@@ -410,7 +410,7 @@ def test_best_checkpoint_lies_in_the_run(checkpoint, best):
     edit(checkpoint / "state.json", lambda v: v.update(best_checkpoint=best))
     sign(checkpoint)
     with pytest.raises(CheckpointError, match=r"best.checkpoint is"):
-        resolve_checkpoint(checkpoint.parent)
+        choose_checkpoint(checkpoint.parent)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "state.json", "config.json"])

@@ -25,11 +25,10 @@ FOREIGN_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None], *, finite: bool = True) -> Path:
-    """Writes `run_folder`/checkpoint-`step`, which appears whole or not at all.
+    """Write `run_folder`/checkpoint-`step`, which appears whole or not at all; replace an earlier one of this step.
 
-    One that stood there before is replaced. fill: writes all files into the folder that it is given. finite: whether
-    all weights are; a checkpoint without is never gone on from. Raises OSError where the disk does not take it, and
-    leaves all checkpoints as they were.
+    fill: writes all files into the folder that it is given. finite: whether all weights are; if not, no run resumes
+    from this checkpoint. Raises OSError if the disk does not take it, and leaves all checkpoints as they were.
     """
     _clear_leftovers(run_folder)
     final = run_folder / f"{PREFIX}{step}"
@@ -52,13 +51,13 @@ def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None], 
 
 
 def _free(parent: Path, name: str, suffix: str = "") -> Path:
-    """`name` or, where there is such a file already, the first of `name`-1, `name`-2, … that there is not."""
+    """The first of `name`, `name`-1, `name`-2, … that does not exist yet, each with `suffix`."""
     paths = (parent / f"{name}{f'-{n}' if n else ''}{suffix}" for n in count())
     return next(path for path in paths if not os.path.lexists(path))
 
 
 def _clear_leftovers(run_folder: Path) -> None:
-    """Puts away what a killed save left behind."""
+    """Delete what a killed save left behind, or rename it back."""
     for folder in run_folder.glob(f".{PREFIX}*"):
         replaced = folder.with_name(folder.stem.removeprefix("."))
         if folder.suffix == OLD and not replaced.exists():
@@ -68,7 +67,7 @@ def _clear_leftovers(run_folder: Path) -> None:
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
-    """checkpoint-N folders, oldest first; N alone says which is older, not the clock."""
+    """A run's checkpoint-N folders, oldest first: N decides which is older, not the clock."""
     found = _by_step(run_folder)
     return [found[step] for step in sorted(found)]
 
@@ -80,10 +79,10 @@ def _by_step(run_folder: Path) -> dict[int, Path]:
 
 
 def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
-    """Renames the checkpoints of later steps than `resumed`, oldest first, and returns their new names.
+    """Rename the checkpoints of later steps than `resumed`, oldest first, and return their new names.
 
-    They belong to another course of the run: they must neither count among the newest that are kept nor be gone on
-    from. `resumed` may lie elsewhere, as a copy does.
+    They belong to another course of the run: they must neither count among the newest that are kept nor be resumed.
+    `resumed` may lie elsewhere, as a copy does.
     """
     resumed_step = read_manifest(resumed)["step"]
     later = [(step, folder) for step, folder in sorted(_by_step(run_folder).items()) if step > resumed_step]
@@ -91,9 +90,8 @@ def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
 
 
 def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:
-    """Deletes all but the newest `keep_last` checkpoints.
-
-    Those named in `protected` stay whatever their age, and so does the newest one whose weights are finite.
+    """Delete all but the newest `keep_last` checkpoints, those named in `protected`, and the newest whose weights are
+    finite.
     """
     found = checkpoints(run_folder)
     healthy = next((folder.name for folder in reversed(found) if says_finite(folder)), None)

@@ -17,7 +17,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def write_manifest(folder: Path, step: int, finite: bool) -> None:
-    """Hashes what is there, and brings all of it to the disk."""
+    """Hash all files, write the manifest, and flush everything to the disk."""
     files = _files(folder)
     entries = {name: {"sha256": file_sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
     manifest = {"step": step, "finite": finite, "files": entries}
@@ -34,7 +34,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError where there is none that can be read."""
+    """Raises CheckpointError if there is no readable manifest."""
     try:
         manifest = read_json(folder / MANIFEST)
         entries = manifest["files"].values()
@@ -49,7 +49,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, with every file as it says.
+    """Return the manifest after comparing every file with it.
 
     Raises CheckpointError naming the first file that is missing, not what was written, or not of this checkpoint.
     """
@@ -75,8 +75,8 @@ def _sha256_or_error(path: Path) -> str:
 
 
 def check_usable(folder: Path) -> None:
-    """Raises CheckpointError where a file is not what was written, a weight was not finite when it was, or the name is
-    another checkpoint's.
+    """Raises CheckpointError if a file is not what was written, if a weight was not finite then, or if the folder has
+    another checkpoint's name.
     """
     try:
         manifest = check_manifest(folder)

@@ -25,12 +25,12 @@ WHOLE_WEIGHTS = "model*.safetensors"
 
 
 def is_checkpoint_name(name: Any) -> bool:
-    """Whether it names a folder beside the one that mentions it."""
+    """Whether this is checkpoint-N and nothing else, so that it names a folder beside the one that mentions it."""
     return isinstance(name, str) and re.fullmatch(rf"{PREFIX}[0-9]+", name) is not None
 
 
 def step_in_name(folder: Path) -> int | None:
-    """The N of checkpoint-N, also under the hidden name that it has where a kill came in a replacement."""
+    """The N of checkpoint-N, also under the hidden name that a kill during its replacement leaves; else None."""
     found = re.fullmatch(rf"{PREFIX}([0-9]+)|\.{PREFIX}([0-9]+){re.escape(OLD)}", folder.name)
     return int(found[1] or found[2]) if found else None
 

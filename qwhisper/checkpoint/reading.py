@@ -25,7 +25,7 @@ def is_run_folder(name: str | os.PathLike) -> bool:
 
 
 def _seen(run_folder: Path) -> set[tuple[str, int]]:
-    """Name and inode of each checkpoint. Another set later: a trainer has saved or deleted one meanwhile."""
+    """Name and inode of each checkpoint. If it differs later, a trainer has saved or deleted one meanwhile."""
     seen = set()
     for folder in run_folder.glob(f"*{PREFIX}*"):
         with suppress(OSError):
@@ -33,20 +33,20 @@ def _seen(run_folder: Path) -> set[tuple[str, int]]:
     return seen
 
 
-def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole and finite, or None; and what was wrong with each newer one.
+def newest_usable(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole and finite, or None; and what is wrong with each newer one.
 
-    Looks again where a trainer saves or deletes checkpoints at the same time, a few times at most.
+    If a trainer saves or deletes checkpoints at the same time, look again, at most ATTEMPTS times.
     """
     for _ in range(ATTEMPTS):
         before = _seen(run_folder)
-        newest, passed_over = _newest_valid(run_folder)
+        newest, passed_over = _newest_usable(run_folder)
         if (newest and not passed_over) or _seen(run_folder) == before:
             break
     return newest, passed_over
 
 
-def _newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
+def _newest_usable(run_folder: Path) -> tuple[Path | None, list[str]]:
     passed_over: list[str] = []
     for folder in reversed(checkpoints(run_folder)):
         try:
@@ -57,18 +57,17 @@ def _newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def resolve_checkpoint(path: str | os.PathLike) -> Path:
-    """A checkpoint folder from itself, or from its run folder.
+def choose_checkpoint(path: str | os.PathLike) -> Path:
+    """The checkpoint that `path` names: itself, or of a run the best by evaluation, else the newest usable one.
 
-    Of a run it is the best one by evaluation, else the newest that is whole and finite. Raises UsageError where there
-    is neither, CheckpointError where what there is is damaged or not finite. A trainer may save and delete checkpoints
-    of the run at the same time.
+    Raises UsageError if there is no checkpoint, CheckpointError if what there is is damaged or not finite. A trainer
+    may save and delete checkpoints of the run at the same time.
     """
     folder = Path(path)
     for _ in range(ATTEMPTS):
         before = _seen(folder)
         try:
-            return _resolve(folder)
+            return _choose(folder)
         except (QwhisperError, OSError) as error:
             failed = error
         if _seen(folder) == before:
@@ -78,7 +77,7 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
     raise failed
 
 
-def _resolve(folder: Path) -> Path:
+def _choose(folder: Path) -> Path:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; {_instead(folder)}")
     if os.path.lexists(folder / MANIFEST):
@@ -92,7 +91,7 @@ def _resolve(folder: Path) -> Path:
         if folder.name.startswith(PREFIX):
             raise CheckpointError(f"{folder}: {MANIFEST} is missing, so nothing in it can be relied on")
         raise UsageError(f"{folder}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
-    newest, passed_over = newest_valid(folder)
+    newest, passed_over = newest_usable(folder)
     if newest is None:
         raise CheckpointError(f"{folder}: no checkpoint can be used: {'; '.join(passed_over)}")
     best = best_checkpoint(newest)
@@ -103,7 +102,7 @@ def _resolve(folder: Path) -> Path:
 
 
 def _instead(missing: Path) -> str:
-    """What to give in the place of a folder that is not there."""
+    """What a user can give instead of a folder that does not exist."""
     others = checkpoints(missing.parent) if missing.name.startswith(PREFIX) else []
     if others:
         return f"the newest checkpoint of {missing.parent} is {others[-1].name}"
@@ -121,18 +120,18 @@ def _holds_model(folder: Path) -> bool:
 
 
 def read_checkpoint(path: str | os.PathLike, read: Callable[[Path], Read]) -> Read:
-    """`read(folder)` for the checkpoint that `path` names, see `resolve_checkpoint`. The folder's path is absolute.
+    """`read(folder)` for the checkpoint that `path` names, see `choose_checkpoint`. The folder's path is absolute.
 
     What is returned was read from one whole checkpoint. If a trainer deletes it meanwhile, the best or newest one that
     the run has then is read, at most ATTEMPTS times. Raises CheckpointError if that is not enough, or if `path` names
-    the deleted checkpoint itself; otherwise as `resolve_checkpoint` and `read` do.
+    the deleted checkpoint itself; otherwise as `choose_checkpoint` and `read` do.
     """
     # A relative path that is no longer there would be taken for the name of a repository on the hub.
     given = Path(os.path.abspath(path))
     existed = given.is_dir()
     for _ in range(ATTEMPTS):
         try:
-            folder = resolve_checkpoint(given)
+            folder = choose_checkpoint(given)
             identity = _identity(folder)
         except QwhisperError:
             if existed and not given.is_dir():

@@ -33,7 +33,7 @@ from qwhisper.evaluate.metrics import (
     word_error_rate,
 )
 from qwhisper.evaluate.tables import markdown
-from qwhisper.infer.generate import answer_prompts, load_resolved
+from qwhisper.infer.generate import answer_prompts, load_chosen
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import quieten_transformers
 
@@ -79,7 +79,7 @@ def _load(folder: Path, arguments: "EvalArguments", dialogues: Sequence[Dialogue
     notes on what of the evaluation data it was trained on.
     """
     bases = {"audio_model": arguments.audio_model, "text_model": arguments.text_model}
-    loaded = load_resolved(folder, arguments.device, arguments.dtype, **bases)
+    loaded = load_chosen(folder, arguments.device, arguments.dtype, **bases)
     return loaded, trained_kinds(folder), _leakage(folder, arguments.eval_file, dialogues)
 
 

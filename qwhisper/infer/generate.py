@@ -52,11 +52,11 @@ def load_for_inference(
     """
     return read_checkpoint(
         checkpoint,
-        lambda folder: load_resolved(folder, device, dtype, audio_model=audio_model, text_model=text_model),
+        lambda folder: load_chosen(folder, device, dtype, audio_model=audio_model, text_model=text_model),
     )
 
 
-def load_resolved(
+def load_chosen(
     folder: Path,
     device: str | None = None,
     dtype: str | torch.dtype = "auto",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.checkpoint.reading import newest_valid
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data.loader import StepSamples
 from qwhisper.engine.executor import generators_as_now
 from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalError, first_line
@@ -92,7 +92,7 @@ def train(session: Session, steps: Iterator[StepSamples]) -> int:
         saved = take_steps(session, steps, signals)
     session.fire("on_train_end")
     if not saved:
-        newest, _ = newest_valid(session.log.folder)
+        newest, _ = newest_usable(session.log.folder)
         raise DiskError(
             f"step {session.state.step} could not be saved (events.jsonl says why); {last_whole(newest)}. Make room on "
             f"the disk or repair it, then {'resume' if newest else 'start again'}"
@@ -307,7 +307,7 @@ def save(session: Session, *, stopped: bool = False) -> bool:
         if not (isinstance(error, OSError) or is_out_of_memory(error)):
             raise
         torch.cuda.empty_cache()
-        newest, _ = newest_valid(session.log.folder)
+        newest, _ = newest_usable(session.log.folder)
         kept = TrainState.load(newest) if newest else TrainState()
         session.state.best_loss, session.state.best_checkpoint = kept.best_loss, kept.best_checkpoint
         session.log.event("save_failed", step=step, error=first_line(error), last_whole=newest and newest.name)

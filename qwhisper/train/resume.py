@@ -59,7 +59,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's
 STEP_KEY = re.compile(r"(\d{1,19})\|(\d{1,9})\|(\w+)")
 
 
-def save_arguments(args: TrainArguments, folder: Path) -> None:
+def write_arguments(args: TrainArguments, folder: Path) -> None:
     """With absolute paths: what is loaded from another current folder finds the same files."""
     text = json.dumps(absolute(dataclasses.asdict(args)), indent=1)
     (folder / ARGUMENTS_FILE).write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ from qwhisper.checkpoint.facts import trained_kinds
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.checkpoint.manifest import check_usable
 from qwhisper.checkpoint.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
-from qwhisper.checkpoint.reading import newest_valid, read_checkpoint
+from qwhisper.checkpoint.reading import newest_usable, read_checkpoint
 from qwhisper.data import leakage
 from qwhisper.data.dialogue import Dialogue, in_words, read_dialogues, unused_notes
 from qwhisper.data.loader import EncodedDialogues, step_samples
@@ -173,7 +173,7 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
         return None
     if args.resume_from_checkpoint != "latest":
         return given_checkpoint(Path(args.resume_from_checkpoint), folder)
-    newest, passed_over = newest_valid(folder)
+    newest, passed_over = newest_usable(folder)
     for line in passed_over:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
     if newest is None and passed_over:

@@ -12,8 +12,8 @@ from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor
 from qwhisper.train.context import Session
 from qwhisper.train.monitor import collect_clamped
 from qwhisper.train.optimizer import parameter_names
-from qwhisper.train.resume import check_resumable, save_arguments
-from qwhisper.train.state import load_generators, load_optimizer, read_tensors, save_generators, save_optimizer
+from qwhisper.train.resume import check_resumable, write_arguments
+from qwhisper.train.state import load_generators, load_optimizer, read_tensors, write_generators, write_optimizer
 
 
 def save_checkpoint(session: Session, processor: Qwen3AudioProcessor) -> Path:
@@ -29,14 +29,14 @@ def save_checkpoint(session: Session, processor: Qwen3AudioProcessor) -> Path:
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        save_optimizer(session.optimizer, parameter_names(model), folder)
-        save_generators(folder)
-        save_arguments(session.args, folder)
+        write_optimizer(session.optimizer, parameter_names(model), folder)
+        write_generators(folder)
+        write_arguments(session.args, folder)
         if session.snapshots.kept and session.snapshots.kept[-1].step != state.step:
             save_file(session.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
         tensor_files = sorted(folder.rglob("*.safetensors"))
         state.saved_with = {str(path.relative_to(folder)): file_sha256(path) for path in tensor_files}
-        state.save(folder)
+        state.write(folder)
 
     folder = folders.write_checkpoint(session.log.folder, state.step, fill, finite=finite)
     if finite:

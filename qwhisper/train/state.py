@@ -57,7 +57,7 @@ class TrainState:
         """Steps in which the optimizer stepped."""
         return self.step - self.skipped_steps
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
@@ -108,7 +108,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: no readable safetensors file ({error})") from error
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
+def write_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
     """Each parameter's moments and step count under "name|moment"; parameters never stepped have none."""
     tensors = {}
     for parameter, moments in optimizer.state.items():
@@ -128,7 +128,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, s
         optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
 
 
-def save_generators(folder: Path) -> None:
+def write_generators(folder: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

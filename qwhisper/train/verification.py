@@ -28,7 +28,7 @@ from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.files import files_of
 from qwhisper.frames import SAMPLE_RATE
-from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_resolved
+from qwhisper.infer.generate import collator_of, decode_answer, generate_tokens, load_chosen
 from qwhisper.model.pretrained import UntrustedCodeError
 from qwhisper.report.terminal import quieten_transformers
 from qwhisper.train.resume import check_resumable, saved_parameters
@@ -107,7 +107,7 @@ def _prove(
 ) -> Proof:
     tensors = _check_saved_numbers(folder)
     try:
-        model, processor, _ = load_resolved(folder, device, dtype, **bases)
+        model, processor, _ = load_chosen(folder, device, dtype, **bases)
     except UntrustedCodeError:
         raise
     except UsageError as error:  # one of its bases

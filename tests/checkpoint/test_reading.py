@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from qwhisper.checkpoint import folders, manifest, reading
 from qwhisper.checkpoint.folders import rotate, write_checkpoint
-from qwhisper.checkpoint.reading import newest_valid, read_checkpoint, resolve_checkpoint
+from qwhisper.checkpoint.reading import choose_checkpoint, newest_usable, read_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
@@ -121,7 +121,7 @@ def test_the_path_that_is_read_is_absolute(tmp_path, monkeypatch):
     assert read_checkpoint("run", lambda folder: folder) == tmp_path / "run/checkpoint-1"
 
 
-@pytest.mark.parametrize("find", [resolve_checkpoint, lambda run: newest_valid(run)[0]])
+@pytest.mark.parametrize("find", [choose_checkpoint, lambda run: newest_usable(run)[0]])
 @pytest.mark.parametrize("place", ["check_manifest", "file_sha256"])
 def test_a_run_that_is_saved_while_it_is_looked_through_is_looked_through_again(tmp_path, monkeypatch, find, place):
     save(tmp_path, 1)
@@ -150,7 +150,7 @@ def test_the_best_one_may_go_as_well(tmp_path, monkeypatch):
         honest(folder)
 
     monkeypatch.setattr(reading, "check_usable", check)
-    assert resolve_checkpoint(tmp_path).name == "checkpoint-3"
+    assert choose_checkpoint(tmp_path).name == "checkpoint-3"
 
 
 def test_a_replacement_between_its_two_renames_is_waited_for(tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_replacement_between_its_two_renames_is_waited_for(tmp_path, monkeypat
         return honest(run)
 
     monkeypatch.setattr(folders, "_by_step", between)
-    assert resolve_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert choose_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 @pytest.fixture

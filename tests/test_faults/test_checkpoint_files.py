@@ -18,7 +18,7 @@ from qwhisper.checkpoint import manifest, reading
 from qwhisper.checkpoint.folders import write_checkpoint
 from qwhisper.checkpoint.manifest import check_manifest, write_manifest
 from qwhisper.checkpoint.names import MANIFEST, step_in_name
-from qwhisper.checkpoint.reading import newest_valid, resolve_checkpoint
+from qwhisper.checkpoint.reading import choose_checkpoint, newest_usable
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import loading, trained_folder
 from qwhisper.model.processing_qwen3_audio import Qwen3AudioProcessor, add_audio_token
@@ -93,12 +93,12 @@ def assert_passed_over_with_any_file(folder: Path, damage: Damage) -> None:
     for name in names:
         whole = (newest / name).read_bytes()
         damage(newest / name)
-        found, passed_over = newest_valid(folder)
+        found, passed_over = newest_usable(folder)
         assert found == folder / "checkpoint-2", f"{name} is damaged, and nobody noticed"
         assert len(passed_over) == 1 and "checkpoint-4" in passed_over[0]
         assert name in passed_over[0] or name == MANIFEST  # whose hashes may be what is damaged
         (newest / name).write_bytes(whole)
-    assert newest_valid(folder)[0] == newest
+    assert newest_usable(folder)[0] == newest
 
 
 @fault(
@@ -146,7 +146,7 @@ def test_file_that_cannot_be_read(folder, monkeypatch):
         return honest(path)
 
     monkeypatch.setattr(manifest, "file_sha256", failing)
-    found, passed_over = newest_valid(folder)
+    found, passed_over = newest_usable(folder)
     assert found == folder / "checkpoint-2" and "optimizer.safetensors" in passed_over[0]
 
 
@@ -196,10 +196,10 @@ def test_damaged_manifest(tmp_path):
 )
 def test_added_file(folder):
     (folder / "checkpoint-4/notes.txt").write_text("the good one")
-    assert newest_valid(folder)[0] == folder / "checkpoint-4"
+    assert newest_usable(folder)[0] == folder / "checkpoint-4"
     for name in ("encoder.safetensors", "pytorch_model.bin", "added_tokens.json"):
         (folder / "checkpoint-4" / name).write_bytes(b"")
-        found, passed_over = newest_valid(folder)
+        found, passed_over = newest_usable(folder)
         assert found == folder / "checkpoint-2" and name in passed_over[0]
         (folder / "checkpoint-4" / name).unlink()
 
@@ -293,11 +293,11 @@ def test_newest_is_not_finite(arguments, capsys):
             with torch.no_grad():
                 run.groups["lora"][0].view(-1)[0] = float("nan")
         run.save(run)
-    found, passed_over = newest_valid(run.log.folder)
+    found, passed_over = newest_usable(run.log.folder)
     assert found is not None and found.name == "checkpoint-1" and "not finite" in passed_over[0]
-    assert resolve_checkpoint(run.log.folder).name == "checkpoint-1"
+    assert choose_checkpoint(run.log.folder).name == "checkpoint-1"
     with pytest.raises(CheckpointError, match="not finite"):
-        resolve_checkpoint(run.log.folder / "checkpoint-2")
+        choose_checkpoint(run.log.folder / "checkpoint-2")
 
 
 @fault(

@@ -15,7 +15,7 @@ from qwhisper import disk
 from qwhisper.checkpoint import folders
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.checkpoint.manifest import check_manifest, write_manifest
-from qwhisper.checkpoint.reading import newest_valid
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError
 from qwhisper.train import loop, saving
@@ -79,7 +79,7 @@ def assert_only_whole_ones(folder: Path, where: str) -> None:
             check_manifest(each)
         except CheckpointError as error:
             broken.append(str(error))
-    assert not broken and newest_valid(folder)[0] is not None, f"killed at {where}: {broken or 'no checkpoint left'}"
+    assert not broken and newest_usable(folder)[0] is not None, f"killed at {where}: {broken or 'no checkpoint left'}"
 
 
 def small_files(folder: Path) -> None:
@@ -157,7 +157,7 @@ def run_killed_then_resumed(args, tmp_path, killing) -> None:
     assert in_child(killing) == -signal.SIGKILL
     folder = Path(args.output_dir)
     reached = max(line["step"] for line in read_lines(folder / "metrics.jsonl"))
-    newest, _ = newest_valid(folder)
+    newest, _ = newest_usable(folder)
     assert newest is not None and reached - int(newest.name.split("-")[1]) <= args.save_steps
     assert in_child(lambda: main(dataclasses.replace(args, resume_from_checkpoint="latest"))) == 0
     assert same_bits(end_state(tmp_path / "whole", args.max_steps), end_state(folder, args.max_steps)) == []

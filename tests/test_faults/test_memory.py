@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.checkpoint.reading import newest_valid
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.engine.executor import Executor
 from qwhisper.model import bases, loading
 from qwhisper.train import loop, saving
@@ -145,7 +145,7 @@ def test_a_sample_too_long(arguments, monkeypatch, run_out):
 )
 @both_memories
 def test_save(arguments, monkeypatch, run_out):
-    honest, calls = saving.save_optimizer, []
+    honest, calls = saving.write_optimizer, []
 
     def planted(*args):
         calls.append(1)
@@ -153,7 +153,7 @@ def test_save(arguments, monkeypatch, run_out):
             run_out()
         return honest(*args)
 
-    monkeypatch.setattr(saving, "save_optimizer", planted)
+    monkeypatch.setattr(saving, "write_optimizer", planted)
     args = arguments(**VALUES | {"max_steps": 3, "save_steps": 1})
     outcome = outcome_of(args)
     assert outcome.code == 0 and outcome.finite
@@ -205,5 +205,5 @@ def test_optimizer(arguments, monkeypatch, run_out):
     args = arguments(**VALUES | {"max_steps": 3, "save_steps": 1})
     outcome = outcome_of(args)
     assert outcome.code == 4 and "--resume_from_checkpoint" in outcome.message
-    newest, passed_over = newest_valid(Path(args.output_dir))
+    newest, passed_over = newest_usable(Path(args.output_dir))
     assert newest.name == "checkpoint-2" and passed_over == []

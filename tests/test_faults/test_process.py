@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from qwhisper import locks
 from qwhisper.checkpoint import folders, reading
 from qwhisper.checkpoint.folders import checkpoints
-from qwhisper.checkpoint.reading import newest_valid
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data import loader as dataset
 from qwhisper.data import loader as workers
 from qwhisper.data.loader import EncodedDialogues
@@ -64,7 +64,7 @@ def test_evaluation_is_left_at_a_signal(arguments, train_file, monkeypatch):
     monkeypatch.setattr(Qwen3AudioForConditionalGeneration, "forward", forward)
     assert outcome_of(args).code == 128 + signal.SIGTERM
     assert len(packs) == 1, "the evaluation went on"
-    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-2"
+    assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-2"
     assert main(dataclasses.replace(args, resume_from_checkpoint="latest")) == 0
 
 
@@ -96,7 +96,7 @@ def test_waiting_for_data_is_left_at_a_signal(arguments, monkeypatch):
     monkeypatch.setattr(workers._Worker, "answer", answer)
     monkeypatch.setattr(EncodedDialogues, "items", items)
     assert outcome_of(args).code == 128 + signal.SIGINT
-    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-3", "it waited for the samples"
+    assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-3", "it waited for the samples"
     assert not multiprocessing.active_children()
 
 
@@ -119,7 +119,7 @@ def test_second_signal_in_the_save(arguments, monkeypatch):
         code = None
         code = main(args, [At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
     assert code == 128 + signal.SIGTERM
-    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-2"
+    assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-2"
 
 
 def worker_pids() -> list[int]:
@@ -316,7 +316,7 @@ def test_clock_jumps(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: honest() + now["jump"])
     assert main(args, [Jumps()]) == 0
     jump()
-    assert newest_valid(folder)[0].name == "checkpoint-6"
+    assert newest_usable(folder)[0].name == "checkpoint-6"
     assert all(line["seconds"] >= 0 for line in read_lines(folder / "metrics.jsonl"))
     monkeypatch.undo()
     assert same_bits(end_state(folder, 6), whole_run(args, tmp_path)) == []
