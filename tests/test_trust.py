@@ -16,7 +16,9 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 import qwhisper
 from qwhisper import files as untrusted
-from qwhisper.checkpoint.folders import MANIFEST, _write_manifest, check_manifest, resolve_checkpoint
+from qwhisper.checkpoint.manifest import check_manifest, write_manifest
+from qwhisper.checkpoint.names import MANIFEST
+from qwhisper.checkpoint.reading import choose_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.data import try_template
 from qwhisper.errors import CheckpointError, UsageError
@@ -82,7 +84,7 @@ def edit(file: Path, change) -> None:
 def sign(folder: Path) -> None:
     """A manifest that fits what is there now, as an attacker writes it."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    _write_manifest(folder, int(folder.name.split("-")[1]), True)
+    write_manifest(folder, int(folder.name.split("-")[1]), True)
 
 
 MAPS = {
@@ -366,7 +368,7 @@ FILES = (
 def test_pipe_or_device_in_a_checkpoint_is_refused_at_once(checkpoint, name, change):
     change(checkpoint / name)
     with pytest.raises(CheckpointError, match=f"{checkpoint.name}.*(no regular file|{MANIFEST})"):
-        resolve_checkpoint(checkpoint)
+        choose_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
@@ -388,7 +390,7 @@ def test_sparse_file_is_not_hashed(checkpoint):
 
 
 def test_file_of_another_size_is_not_hashed(checkpoint, monkeypatch):
-    monkeypatch.setattr("qwhisper.checkpoint.folders.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("qwhisper.checkpoint.manifest.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     edit(checkpoint / MANIFEST, lambda v: [entry.update(bytes=entry["bytes"] + 1) for entry in v["files"].values()])
     with pytest.raises(CheckpointError, match="is not what was written"):
         check_manifest(checkpoint)
@@ -406,7 +408,7 @@ def test_best_checkpoint_lies_in_the_run(checkpoint, best):
     edit(checkpoint / "state.json", lambda v: v.update(best_checkpoint=best))
     sign(checkpoint)
     with pytest.raises(CheckpointError, match=r"best.checkpoint is"):
-        resolve_checkpoint(checkpoint.parent)
+        choose_checkpoint(checkpoint.parent)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "state.json", "config.json"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwhisper.checkpoint.folders import MANIFEST, write_checkpoint
+from qwhisper.checkpoint.folders import write_checkpoint
+from qwhisper.checkpoint.names import MANIFEST
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor

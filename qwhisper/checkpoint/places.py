@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwhisper.checkpoint.folders import MANIFEST, checkpoints
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.names import MANIFEST
 from qwhisper.locks import LOCK_FILE
 
 CONFIG_FILE = "config.yaml"

@@ -1,36 +1,137 @@
-"""Reading a checkpoint of a run that may be in training: a trainer deletes older ones meanwhile."""
+"""Choose and read a checkpoint of a run that may be in training: a trainer saves and deletes others meanwhile."""
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from qwhisper.checkpoint.folders import ATTEMPTS, checkpoints, resolve_checkpoint
-from qwhisper.errors import CheckpointError, QwhisperError
+from qwhisper.checkpoint.facts import best_checkpoint
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.manifest import check_usable
+from qwhisper.checkpoint.names import MANIFEST, MODEL_CONFIG, PREFIX, PROJECTOR_FILE, STATE_FILE
+from qwhisper.errors import CheckpointError, QwhisperError, UsageError
+from qwhisper.files import files_of, read_json_object
 
 Read = TypeVar("Read")
+ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes meanwhile
 
 
 def is_run_folder(name: str | os.PathLike) -> bool:
     """Whether this is a folder with checkpoints in it that is no model itself."""
     return (
-        os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")) and bool(checkpoints(Path(name)))
+        os.path.isdir(name) and not os.path.exists(os.path.join(name, MODEL_CONFIG)) and bool(checkpoints(Path(name)))
     )
 
 
+def _seen(run_folder: Path) -> set[tuple[str, int]]:
+    """Name and inode of each checkpoint. If it differs later, a trainer has saved or deleted one meanwhile."""
+    seen = set()
+    for folder in run_folder.glob(f"*{PREFIX}*"):
+        with suppress(OSError):
+            seen.add((folder.name, folder.stat().st_ino))
+    return seen
+
+
+def newest_usable(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole and finite, or None; and what is wrong with each newer one.
+
+    If a trainer saves or deletes checkpoints at the same time, look again, at most ATTEMPTS times.
+    """
+    for _ in range(ATTEMPTS):
+        before = _seen(run_folder)
+        newest, passed_over = _newest_usable(run_folder)
+        if (newest and not passed_over) or _seen(run_folder) == before:
+            break
+    return newest, passed_over
+
+
+def _newest_usable(run_folder: Path) -> tuple[Path | None, list[str]]:
+    passed_over: list[str] = []
+    for folder in reversed(checkpoints(run_folder)):
+        try:
+            check_usable(folder)
+            return folder, passed_over
+        except CheckpointError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def choose_checkpoint(path: str | os.PathLike) -> Path:
+    """The checkpoint that `path` names: itself, or of a run the best by evaluation, else the newest usable one.
+
+    Raises UsageError if there is no checkpoint, CheckpointError if what there is is damaged or not finite. A trainer
+    may save and delete checkpoints of the run at the same time.
+    """
+    folder = Path(path)
+    for _ in range(ATTEMPTS):
+        before = _seen(folder)
+        try:
+            return _choose(folder)
+        except (QwhisperError, OSError) as error:
+            failed = error
+        if _seen(folder) == before:
+            break
+    if isinstance(failed, OSError):
+        raise CheckpointError(f"{path}: it can't be read ({failed})") from failed
+    raise failed
+
+
+def _choose(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; {_instead(folder)}")
+    if os.path.lexists(folder / MANIFEST):
+        check_usable(folder)
+        return folder
+    by_a_run = folder.name.startswith(PREFIX) and os.path.lexists(folder / STATE_FILE)
+    if _holds_model(folder) and not by_a_run:  # saved by `save_pretrained`, without a run around it
+        files_of(folder)
+        return folder
+    if not checkpoints(folder):
+        if folder.name.startswith(PREFIX):
+            raise CheckpointError(f"{folder}: {MANIFEST} is missing, so nothing in it can be relied on")
+        raise UsageError(f"{folder}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
+    newest, passed_over = newest_usable(folder)
+    if newest is None:
+        raise CheckpointError(f"{folder}: no checkpoint can be used: {'; '.join(passed_over)}")
+    best = best_checkpoint(newest)
+    if best and best != newest.name and (folder / best).is_dir():
+        check_usable(folder / best)
+        return folder / best
+    return newest
+
+
+def _instead(missing: Path) -> str:
+    """What a user can give instead of a folder that does not exist."""
+    others = checkpoints(missing.parent) if missing.name.startswith(PREFIX) else []
+    if others:
+        return f"the newest checkpoint of {missing.parent} is {others[-1].name}"
+    return f"give a run folder or one of its {PREFIX}N folders"
+
+
+def _holds_model(folder: Path) -> bool:
+    """Trained weights, or a whole model of ours."""
+    if (folder / PROJECTOR_FILE).is_file():
+        return True
+    try:
+        return read_json_object(folder / MODEL_CONFIG).get("model_type") == "qwen3_audio"
+    except CheckpointError:
+        return False
+
+
 def read_checkpoint(path: str | os.PathLike, read: Callable[[Path], Read]) -> Read:
-    """`read(folder)` for the checkpoint that `path` names, see `resolve_checkpoint`. The folder's path is absolute.
+    """`read(folder)` for the checkpoint that `path` names, see `choose_checkpoint`. The folder's path is absolute.
 
     What is returned was read from one whole checkpoint. If a trainer deletes it meanwhile, the best or newest one that
     the run has then is read, at most ATTEMPTS times. Raises CheckpointError if that is not enough, or if `path` names
-    the deleted checkpoint itself; otherwise as `resolve_checkpoint` and `read` do.
+    the deleted checkpoint itself; otherwise as `choose_checkpoint` and `read` do.
     """
     # A relative path that is no longer there would be taken for the name of a repository on the hub.
     given = Path(os.path.abspath(path))
     existed = given.is_dir()
     for _ in range(ATTEMPTS):
         try:
-            folder = resolve_checkpoint(given)
+            folder = choose_checkpoint(given)
             identity = _identity(folder)
         except QwhisperError:
             if existed and not given.is_dir():

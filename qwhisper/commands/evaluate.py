@@ -52,14 +52,14 @@ class EvalArguments(Arguments):
 
 def main(arguments: EvalArguments) -> None:
     """Evaluate a checkpoint, print the table, write the files asked for."""
+    from qwhisper.checkpoint.facts import trained_kinds
     from qwhisper.checkpoint.reading import read_checkpoint
     from qwhisper.data.dialogue import read_dialogues, unused_notes
     from qwhisper.evaluate.evaluation import evaluate_model
     from qwhisper.evaluate.tables import markdown
     from qwhisper.evaluate.trained_on import shared_with_training
-    from qwhisper.infer.generate import load_resolved
+    from qwhisper.infer.generate import load_chosen
     from qwhisper.report.terminal import quieten_transformers
-    from qwhisper.train.state import trained_kinds
 
     quieten_transformers()
     dialogues = read_dialogues(arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples)
@@ -69,7 +69,7 @@ def main(arguments: EvalArguments) -> None:
 
     def read(folder: Path):
         bases = {"audio_model": arguments.audio_model, "text_model": arguments.text_model}
-        loaded = load_resolved(folder, arguments.device, arguments.dtype, **bases)
+        loaded = load_chosen(folder, arguments.device, arguments.dtype, **bases)
         return loaded, trained_kinds(folder), shared_with_training(folder, arguments.eval_file, dialogues)
 
     (model, _, encoder), kinds, shared = read_checkpoint(arguments.checkpoint, read)

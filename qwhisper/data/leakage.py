@@ -4,7 +4,6 @@ Audio is the same where both clips are of one file and overlap, also if the file
 are compared by their bytes. The same recording in another format, or cut anew, is not recognised.
 """
 
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from qwhisper.data.clips import AudioClip
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.waveform import sound_of_bytes
+from qwhisper.disk import file_sha256
 
 OVERLAP = 0.5  # of the shorter clip; sentences that were cut out overlap less, by the margins around them
 MAX_FILES_READ = 20_000  # of the training data, to be compared by their bytes; a few minutes on a slow disk
@@ -33,14 +33,9 @@ def same_file(a: str | Path, b: str | Path) -> bool:
     if os.path.realpath(a) == os.path.realpath(b):
         return True
     try:
-        return os.path.getsize(a) == os.path.getsize(b) and file_digest(a) == file_digest(b)
+        return os.path.getsize(a) == os.path.getsize(b) and file_sha256(a) == file_sha256(b)
     except OSError:
         return False
-
-
-def file_digest(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def overlap_notes(held_out: Sequence[Dialogue], trained: Sequence[Dialogue]) -> list[str]:

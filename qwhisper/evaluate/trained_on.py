@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwhisper.checkpoint.facts import run_arguments, trained_file_sha256
 from qwhisper.data import leakage
 from qwhisper.data.dialogue import Dialogue, scan_dialogues
-from qwhisper.errors import QwhisperError, first_line
-from qwhisper.train.resume import arguments_where_they_lie
-from qwhisper.train.state import trained_file_sha256
+from qwhisper.disk import file_sha256
+from qwhisper.errors import CheckpointError, QwhisperError, first_line
 
 
 def shared_with_training(folder: Path, eval_file: str, dialogues: Sequence[Dialogue]) -> list[str]:
@@ -15,10 +15,12 @@ def shared_with_training(folder: Path, eval_file: str, dialogues: Sequence[Dialo
     train_file_sha256 = trained_file_sha256(folder)
     if train_file_sha256 is None:  # no run of ours has saved it
         return []
-    if train_file_sha256 == leakage.file_digest(eval_file):
+    if train_file_sha256 == file_sha256(eval_file):
         return [f"{eval_file} is what {folder.name} was trained on: its scores say what was learned by heart."]
     try:
-        trained_on = arguments_where_they_lie(folder)
+        trained_on = run_arguments(folder)
+        if "train_file" not in trained_on:
+            raise CheckpointError(f"{folder} does not name its training file")
         train_file = str(trained_on["train_file"])
         trained, faults = scan_dialogues(
             train_file, data_root=trained_on.get("data_root"), max_samples=trained_on.get("max_samples")

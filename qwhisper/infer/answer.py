@@ -19,7 +19,6 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qwhisper.checkpoint.folders import write_whole
 from qwhisper.data.dialogue import Dialogue, in_words, scan_dialogues, to_record
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.instructions import as_question, instruction_pool, read_instructions
@@ -27,6 +26,7 @@ from qwhisper.data.messages import THINK_MARKS, Message
 from qwhisper.data.records import MAX_LINE_BYTES
 from qwhisper.data.rows import Sample
 from qwhisper.data.tools import CALL_MARKS
+from qwhisper.disk import write_whole
 from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.generate import Answer, iterate_answers

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from qwhisper.checkpoint.facts import run_arguments
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.packing import pad_samples
@@ -21,7 +22,6 @@ from qwhisper.memory import is_out_of_memory
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.processor import Qwen3AudioProcessor, load_processor
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, load_trained
-from qwhisper.train.resume import ARGUMENTS_FILE, arguments_where_they_lie
 from qwhisper.versions import check_versions
 
 # Spelled out: what is left open comes from the base's generation_config.json, and Qwen's samples and penalises.
@@ -53,11 +53,11 @@ def load_for_inference(
     """
     return read_checkpoint(
         checkpoint,
-        lambda folder: load_resolved(folder, device, dtype, audio_model=audio_model, text_model=text_model),
+        lambda folder: load_chosen(folder, device, dtype, audio_model=audio_model, text_model=text_model),
     )
 
 
-def load_resolved(
+def load_chosen(
     folder: Path,
     device: str | None = None,
     dtype: str | torch.dtype = "auto",
@@ -66,7 +66,7 @@ def load_resolved(
     text_model: str | None = None,
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, DialogueEncoder]:
     """The same of a checkpoint's own folder, whose files were found to be what its manifest says."""
-    trained_as = training_arguments(folder)
+    trained_as = run_arguments(folder)
     in_4bit = trained_as.get("load_in_4bit", False)
     check_versions(quantized=in_4bit)
     options = LoadOptions(
@@ -78,11 +78,6 @@ def load_resolved(
     model = load_trained(folder, options, audio_model=audio_model, text_model=text_model)
     processor = load_processor(folder)
     return model.eval(), processor, encoder_of(processor)
-
-
-def training_arguments(folder: Path) -> dict:
-    """What the run that wrote a checkpoint was told; empty where the folder does not say."""
-    return arguments_where_they_lie(folder) if (folder / ARGUMENTS_FILE).is_file() else {}
 
 
 def encoder_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -> DialogueEncoder:

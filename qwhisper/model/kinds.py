@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
+from qwhisper.checkpoint.names import PREFIX, PROJECTOR_FILE
 from qwhisper.errors import UsageError
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.adapter_config import ADAPTER_CONFIG
@@ -28,8 +29,8 @@ TAKES = {
 OTHER_FORMATS = (
     ("model_index.json", "a diffusers pipeline"),
     (ADAPTER_CONFIG, "an adapter without its model (merge it into its model first)"),
-    ("projector.safetensors", "a folder of qwhisper's trained weights (--init_from takes it)"),
-    ("checkpoint-*/projector.safetensors", "a qwhisper run (--init_from takes it)"),
+    (PROJECTOR_FILE, "a folder of qwhisper's trained weights (--init_from takes it)"),
+    (f"{PREFIX}*/{PROJECTOR_FILE}", "a qwhisper run (--init_from takes it)"),
     ("modules.json", "a sentence-transformer"),
     ("*.gguf", "a GGUF model of llama.cpp"),
     ("ggml*.bin", "a GGML model of whisper.cpp"),

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from qwhisper.checkpoint.names import ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.errors import CheckpointError, UsageError, first_line
 from qwhisper.model.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from qwhisper.model.bases import (
@@ -33,7 +34,6 @@ from qwhisper.model.find_base import find_base
 from qwhisper.model.kinds import refuse_unpackable
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.model.saving import ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading
 from qwhisper.model.weights import ENCODER, PROJECTOR, base_record, is_adapters, part, plain_name, plain_weights
 

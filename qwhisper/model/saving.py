@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
+from qwhisper.checkpoint.names import ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE, WHOLE_WEIGHTS
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.adapter_config import ADAPTER_CONFIG, is_target, read_adapter_config
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
@@ -31,11 +32,7 @@ from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGenerati
 from qwhisper.model.projector import AudioProjection
 from qwhisper.model.weights import ENCODER, PROJECTOR, BaseRecord, differing, is_adapters, part, plain_weights
 
-PROJECTOR_FILE = "projector.safetensors"
-ENCODER_FILE = "encoder.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_FOLDER = "adapter"  # of a whole model: beside its config.json, transformers would load it in its own way
-WHOLE_FILES = ("model*.safetensors", "model*.safetensors.index.json")
+WHOLE_FILES = (WHOLE_WEIGHTS, f"{WHOLE_WEIGHTS}.index.json")
 
 PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 SAVE_KEYWORDS = (
@@ -100,11 +97,6 @@ def save_pretrained(
         _save_trained(model, folder, weights, adapter, bool(changed), max_shard_size)
     if push_to_hub:  # last, so that without a network the weights are at least here
         _upload(model, folder, before, token, kwargs)
-
-
-def adapter_folder(folder: Path) -> Path:
-    """Where the adapter of a saved folder lies, if it has one: beside trained weights, below a whole model."""
-    return folder if (folder / PROJECTOR_FILE).is_file() else folder / ADAPTER_FOLDER
 
 
 def _has_default(name: str, value: Any) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data.loader import StepSamples
 from qwhisper.engine.executor import generators_as_now
 from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalError, first_line
@@ -103,7 +103,7 @@ def train(session: Session, steps: Iterator[StepSamples]) -> int:
         saved = take_steps(session, steps, signals)
     session.fire("on_train_end")
     if not saved:
-        newest, _ = newest_valid(session.log.folder)
+        newest, _ = newest_usable(session.log.folder)
         raise DiskError(
             f"step {session.state.step} could not be saved (events.jsonl says why); {last_whole(newest)}. Make room on "
             f"the disk or repair it, then {'resume' if newest else 'start again'}"
@@ -310,7 +310,7 @@ def try_to_save(session: Session, *, stopped: bool = False) -> bool:
         if not (isinstance(error, OSError) or is_out_of_memory(error)):
             raise
         torch.cuda.empty_cache()
-        newest, _ = newest_valid(session.log.folder)
+        newest, _ = newest_usable(session.log.folder)
         kept = TrainState.load(newest) if newest else TrainState()
         session.state.best_loss, session.state.best_checkpoint = kept.best_loss, kept.best_checkpoint
         name = newest.name if newest else None

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from qwhisper.checkpoint.names import ARGUMENTS_FILE
 from qwhisper.checkpoint.places import BASES, absolute
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.model.bases import LoadOptions, resolve_model
@@ -15,7 +16,7 @@ from qwhisper.model.processor import Qwen3AudioProcessor, load_processor
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, build_from_bases, load_trained
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.plan import Plan
-from qwhisper.train.resume import ARGUMENTS_FILE, saved_arguments
+from qwhisper.train.resume import saved_arguments
 
 
 def build_model(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data.rows import Sample
 from qwhisper.errors import MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.decide import Decision, StepStatistics
@@ -191,7 +191,7 @@ def go_back(session: Session, why: str, samples: Sequence[str]) -> None:
     guards, step = session.state.guards, session.state.step
     weight = bad_weight(session.executor.model)
     if guards.rewinds >= session.args.max_rewinds:
-        newest, _ = newest_valid(session.log.folder)
+        newest, _ = newest_usable(session.log.folder)
         cure = "with a lower --learning_rate, --lora_grad_clip or --projector_scale"
         raise NumericalError(
             f"numerically dead at step {step} after {guards.rewinds} rewinds: {why} (samples "

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint import folders as checkpoints
+from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.data import leakage
 from qwhisper.data.dialogue import Dialogue, in_words, read_dialogues, unused_notes
 from qwhisper.data.loader import EncodedDialogues, step_samples
@@ -70,7 +70,7 @@ def configure_and_go(
         if not is_out_of_memory(error):
             raise
         folder = Path(args.output_dir)
-        go_on = f", then go on with: {resume_command(folder)}" if checkpoints.checkpoints(folder) else ""
+        go_on = f", then go on with: {resume_command(folder)}" if checkpoints(folder) else ""
         raise MemoryLimitError(
             f"out of memory outside of a forward and backward pass, where a smaller pack is no help: "
             f"{first_line(error)}. Use --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a smaller "
@@ -138,7 +138,7 @@ def go(session: Session, dialogues: list[Dialogue]) -> int:
     )
     code = train(session, steps)
     if code:
-        saved = bool(checkpoints.checkpoints(session.log.folder))  # not before the first step
+        saved = bool(checkpoints(session.log.folder))  # not before the first step
         go_on = resume_command(session.log.folder) if saved else start_command(session.log.folder)
         print(f"stopped by a signal after step {state.step}; go on with: {go_on}", file=sys.stderr)
     else:

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint import folders as checkpoints
+from qwhisper.checkpoint import folders
+from qwhisper.checkpoint.names import SNAPSHOT_FILE
 from qwhisper.checksums import checksums
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.loader import EncodedDialogues, encode_all, how_it_dies
 from qwhisper.data.rows import Sample
+from qwhisper.disk import file_sha256
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.forgetting import choose_questions
@@ -31,15 +33,14 @@ from qwhisper.train.hf import Hooks, hf_arguments
 from qwhisper.train.optimizer import guarded_factor, make_optimizer, parameter_groups, parameter_names
 from qwhisper.train.plan import Plan, longest_dialogue, with_values
 from qwhisper.train.probe import ListeningProbe, first_probe_step, first_questions_step, make_probe, shortest_probed
-from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable
-from qwhisper.train.resume import save_arguments
+from qwhisper.train.resume import check_resumable, write_arguments
 from qwhisper.train.state import (
     TrainState,
     load_generators,
     load_optimizer,
     read_tensors,
-    save_generators,
-    save_optimizer,
+    write_generators,
+    write_optimizer,
 )
 
 
@@ -266,19 +267,19 @@ def save_checkpoint(session: Session) -> Path:
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         session.processor.save_pretrained(folder)
-        save_optimizer(session.optimizer, parameter_names(model), folder)
-        save_generators(folder)
-        save_arguments(with_values(session.args, vars(session.plan)), folder)
+        write_optimizer(session.optimizer, parameter_names(model), folder)
+        write_generators(folder)
+        write_arguments(with_values(session.args, vars(session.plan)), folder)
         if session.snapshots.kept and session.snapshots.kept[-1].step != state.step:
             save_file(session.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
         tensor_files = sorted(folder.rglob("*.safetensors"))
-        state.saved_with = {str(path.relative_to(folder)): checkpoints.file_sha256(path) for path in tensor_files}
-        state.save(folder)
+        state.saved_with = {str(path.relative_to(folder)): file_sha256(path) for path in tensor_files}
+        state.write(folder)
 
-    folder = checkpoints.write_checkpoint(session.log.folder, state.step, fill, finite=finite)
+    folder = folders.write_checkpoint(session.log.folder, state.step, fill, finite=finite)
     if finite:
         protected = {name for name in (folder.name, state.best_checkpoint) if name}
-        checkpoints.rotate(session.log.folder, session.args.save_total_limit, protected)
+        folders.rotate(session.log.folder, session.args.save_total_limit, protected)
     else:
         session.report(WeightsNotFinite(checkpoint=folder.name))
     return folder

@@ -13,16 +13,20 @@ from pathlib import Path
 
 import yaml
 
-from qwhisper.checkpoint import folders as checkpoints
+from qwhisper import disk
+from qwhisper.checkpoint import folders
+from qwhisper.checkpoint.facts import trained_kinds
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.manifest import check_usable
 from qwhisper.checkpoint.places import CONFIG_FILE, HEADING, absolute, written_by_a_run
-from qwhisper.checkpoint.reading import read_checkpoint
+from qwhisper.checkpoint.reading import newest_usable, read_checkpoint
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.errors import CheckpointError, DiskError, UsageError
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.learning import Learning
 from qwhisper.train.plan import Plan, defaults_from_flags, with_values
 from qwhisper.train.resume import changed_arguments, output_dir_of
-from qwhisper.train.state import TrainState, trained_kinds
+from qwhisper.train.state import TrainState
 
 DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "train_on", "distill_weight"}
 
@@ -30,7 +34,7 @@ DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "trai
 def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
     """The checkpoint to go on from, or None for a new run, which must not overwrite another."""
     if not args.resume_from_checkpoint:
-        if checkpoints.checkpoints(folder):
+        if checkpoints(folder):
             raise UsageError(
                 f"--output_dir {folder} holds another run. To go on with it: {resume_command(folder)}. "
                 "For a new run give another folder; nothing was changed"
@@ -43,7 +47,7 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
         return None
     if args.resume_from_checkpoint != "latest":
         return given_checkpoint(Path(args.resume_from_checkpoint), folder)
-    newest, passed_over = checkpoints.newest_valid(folder)
+    newest, passed_over = newest_usable(folder)
     for line in passed_over:
         print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
     if newest is None and passed_over:
@@ -75,12 +79,12 @@ def given_checkpoint(path: Path, folder: Path) -> Path:
     another run.
     """
     path = path.resolve()  # its name and its parent are asked for, and `.` and links have others
-    if not path.is_dir() or checkpoints.checkpoints(path):
+    if not path.is_dir() or checkpoints(path):
         raise UsageError(
             f"--resume_from_checkpoint {path}: no checkpoint-N folder. Without a value it takes the newest of "
             f"--output_dir {folder}"
         )
-    checkpoints.check_usable(path)
+    check_usable(path)
     own, saved_by = folder.resolve(), output_dir_of(path).resolve()
     if own not in (path.parent, saved_by) and holds_run(folder) and saved_by not in former_places(folder):
         raise UsageError(
@@ -95,13 +99,13 @@ def holds_run(folder: Path) -> bool:
     a run that ended before its first checkpoint may be started anew.
     """
     config = folder / CONFIG_FILE
-    return bool(checkpoints.checkpoints(folder)) or (config.exists() and not written_by_a_run(config))
+    return bool(checkpoints(folder)) or (config.exists() and not written_by_a_run(config))
 
 
 def former_places(folder: Path) -> set[Path]:
     """Where a run that has moved to `folder` lay when it saved its checkpoints."""
     places = set()
-    for path in checkpoints.checkpoints(folder):
+    for path in checkpoints(folder):
         with suppress(CheckpointError):
             places.add(output_dir_of(path).resolve())
     return places
@@ -109,13 +113,13 @@ def former_places(folder: Path) -> set[Path]:
 
 def put_later_aside(folder: Path, resumed: Path) -> None:
     """Renames the checkpoints after the one that is resumed, and says so."""
-    for path in checkpoints.put_aside_later(folder, resumed):
+    for path in folders.put_aside_later(folder, resumed):
         print(f"a checkpoint of a later step is put aside: {path}")
 
 
 def state_at_start(args: TrainArguments, plan: Plan, dialogues: Sequence[Dialogue], resumed: Path | None) -> TrainState:
     """Step 0, or where the checkpoint that is resumed stands."""
-    train_file_sha256 = checkpoints.file_sha256(Path(args.train_file))
+    train_file_sha256 = disk.file_sha256(Path(args.train_file))
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
     if resumed:
         adopt_changes(with_values(args, vars(plan)), resumed, state, train_file_sha256)
@@ -161,7 +165,7 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
     values = {name: value for name, value in values.items() if value is not None and name != "resume_from_checkpoint"}
     text = f"{HEADING}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
     try:
-        checkpoints.write_whole(folder / CONFIG_FILE, text)
+        disk.write_whole(folder / CONFIG_FILE, text)
     except OSError as error:
         if resumed is None or not (folder / CONFIG_FILE).exists():
             raise DiskError(

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qwhisper.checkpoint.folders import MANIFEST, is_checkpoint_name, read_manifest
+from qwhisper.checkpoint.facts import refuse_another_step
+from qwhisper.checkpoint.names import GENERATOR_FILE, OPTIMIZER_FILE, STATE_FILE, is_checkpoint_name
 from qwhisper.errors import CheckpointError
 from qwhisper.files import read_json
 from qwhisper.guards.alarms import Alarms
@@ -22,10 +23,6 @@ from qwhisper.guards.state import GuardState
 from qwhisper.train.learning import Learning
 from qwhisper.train.probe import ProbeState
 from qwhisper.typed_json import ADDED_LATER, from_json
-
-STATE_FILE = "state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
-GENERATOR_FILE = "generators.safetensors"
 
 
 @dataclass
@@ -60,7 +57,7 @@ class TrainState:
         """Steps in which the optimizer stepped."""
         return self.step - self.skipped_steps
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         (folder / STATE_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
@@ -77,8 +74,7 @@ class TrainState:
                 state.guards.clamp.told = state.guards.clamp.clamped
         except ValueError as error:
             raise CheckpointError(f"{path}: not as this version of qwhisper writes it ({error})") from error
-        if (folder / MANIFEST).exists() and (written := read_manifest(folder)["step"]) != state.step:
-            raise CheckpointError(f"{path}: is of step {state.step}, its {MANIFEST} of step {written}")
+        refuse_another_step(folder, state.step)
         return state
 
     def _check(self) -> None:
@@ -104,16 +100,6 @@ class TrainState:
             raise ValueError(f"best_checkpoint is {self.best_checkpoint!r:.80}, no checkpoint's name")
 
 
-def trained_kinds(folder: Path) -> list[str]:
-    """The kinds of question that a checkpoint's run had in its training data; empty where it does not say."""
-    return TrainState.load(folder).kinds if (folder / STATE_FILE).is_file() else []
-
-
-def trained_file_sha256(folder: Path) -> str | None:
-    """Of the file that a checkpoint's run was trained on; None where it does not say."""
-    return TrainState.load(folder).train_file_sha256 if (folder / STATE_FILE).is_file() else None
-
-
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file's content, on the CPU. Raises CheckpointError where it is missing or anything else."""
     try:
@@ -122,7 +108,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: no readable safetensors file ({error})") from error
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
+def write_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
     """Each parameter's moments and step count under "name|moment"; parameters never stepped have none."""
     tensors = {}
     for parameter, moments in optimizer.state.items():
@@ -142,7 +128,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, s
         optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
 
 
-def save_generators(folder: Path) -> None:
+def write_generators(folder: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

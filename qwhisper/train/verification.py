@@ -16,7 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qwhisper.checkpoint.folders import MANIFEST, check_manifest, checkpoints
+from qwhisper.checkpoint.facts import run_arguments
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.manifest import check_manifest
+from qwhisper.checkpoint.names import MANIFEST, STATE_FILE
 from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
 from qwhisper.data.encode import DialogueEncoder
@@ -25,9 +28,9 @@ from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.files import files_of
 from qwhisper.frames import SAMPLE_RATE
-from qwhisper.infer.generate import decode_answer, encoder_of, generate_tokens, load_resolved, training_arguments
+from qwhisper.infer.generate import decode_answer, encoder_of, generate_tokens, load_chosen
 from qwhisper.model.pretrained import UntrustedCodeError
-from qwhisper.train.resumable import check_resumable, saved_parameters
+from qwhisper.train.resume import check_resumable, saved_parameters
 from qwhisper.train.state import TrainState
 
 LOOKED_AT = 100  # dialogues of the training file among which one with audio is sought
@@ -87,14 +90,14 @@ def _prove(
 ) -> Proof:
     tensors = _check_saved_numbers(folder)
     try:
-        model, processor, _ = load_resolved(folder, device, dtype, **bases)
+        model, processor, _ = load_chosen(folder, device, dtype, **bases)
     except UntrustedCodeError:
         raise
     except UsageError as error:  # one of its bases
         if any(bases.values()):
             raise
         raise CheckpointError(f"{folder}: its base can't be loaded ({error})") from error
-    encoder = encoder_of(processor, max_length=training_arguments(folder).get("max_length"))
+    encoder = encoder_of(processor, max_length=run_arguments(folder).get("max_length"))
     with tempfile.TemporaryDirectory() as scratch:
         sample, prompt, dialogue = _first_dialogue(folder, encoder, Path(scratch))
     answer = _answer(folder, model, encoder, prompt)
@@ -118,7 +121,7 @@ def _check_all_files(given: Path) -> dict[Path, int | None]:
 
 def _check_files(folder: Path) -> int | None:
     """Number of files that are what the manifest says; None for weights saved without one."""
-    if not (folder / MANIFEST).exists() and not (folder / "state.json").exists():
+    if not (folder / MANIFEST).exists() and not (folder / STATE_FILE).exists():
         return None
     return len(check_manifest(folder)["files"])
 
@@ -140,7 +143,7 @@ def _check_saved_numbers(folder: Path) -> int:
 
 def _first_dialogue(folder: Path, encoder: DialogueEncoder, scratch: Path) -> tuple[Sample, Sample, str]:
     """(training row, prompt of an answer, their source) of the run's first dialogue with audio, or of a made one."""
-    told = training_arguments(folder)
+    told = run_arguments(folder)
     try:
         found = read_dialogues(told["train_file"], data_root=told.get("data_root"), max_samples=LOOKED_AT)
         dialogue = next(dialogue for dialogue in found if dialogue.clips)

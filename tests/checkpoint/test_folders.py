@@ -1,4 +1,3 @@
-import errno
 import json
 import shutil
 import subprocess
@@ -6,20 +5,11 @@ import sys
 
 import pytest
 
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import (
-    check_manifest,
-    check_usable,
-    checkpoints,
-    newest_valid,
-    put_aside_later,
-    resolve_checkpoint,
-    rotate,
-    write_checkpoint,
-    write_whole,
-)
+from qwhisper.checkpoint import folders, manifest
+from qwhisper.checkpoint.folders import checkpoints, put_aside_later, rotate, write_checkpoint
+from qwhisper.checkpoint.manifest import check_manifest, check_usable
+from qwhisper.checkpoint.reading import choose_checkpoint, newest_usable
 from qwhisper.errors import CheckpointError, UsageError
-from tests.test_faults.kill_shim import fail
 
 
 def fill(folder, best=None):
@@ -92,7 +82,7 @@ def test_newest_valid_passes_over_damaged_ones(tmp_path):
     for step in (2, 10, 9):
         write_checkpoint(tmp_path, step, fill)
     (tmp_path / "checkpoint-10/manifest.json").write_text("{")
-    folder, damaged = newest_valid(tmp_path)
+    folder, damaged = newest_usable(tmp_path)
     assert folder.name == "checkpoint-9" and len(damaged) == 1 and "checkpoint-10" in damaged[0]
 
 
@@ -113,7 +103,7 @@ def test_rotation_keeps_the_newest_finite_one(tmp_path):
 def test_one_that_is_not_finite_is_passed_over_and_said_so(tmp_path):
     for step in (1, 2):
         write_checkpoint(tmp_path, step, fill, finite=step < 2)
-    folder, passed_over = newest_valid(tmp_path)
+    folder, passed_over = newest_usable(tmp_path)
     assert folder.name == "checkpoint-1" and len(passed_over) == 1 and "not finite" in passed_over[0]
     check_manifest(tmp_path / "checkpoint-2")
     with pytest.raises(CheckpointError, match="not finite"):
@@ -131,8 +121,8 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared_by_the_next(tmp
 
 def test_one_that_was_about_to_be_replaced_counts_until_it_is(tmp_path):
     write_checkpoint(tmp_path, 1, fill).rename(tmp_path / ".checkpoint-1.old")
-    assert newest_valid(tmp_path) == (tmp_path / ".checkpoint-1.old", [])
-    assert resolve_checkpoint(tmp_path) == tmp_path / ".checkpoint-1.old"
+    assert newest_usable(tmp_path) == (tmp_path / ".checkpoint-1.old", [])
+    assert choose_checkpoint(tmp_path) == tmp_path / ".checkpoint-1.old"
     write_checkpoint(tmp_path, 2, fill)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
 
@@ -149,28 +139,13 @@ def test_files_in_subfolders_are_checked_too(tmp_path):
         check_manifest(folder)
 
 
-def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):
-    for text in ("one", "two"):
-        write_whole(tmp_path / "config.yaml", text)
-        assert (tmp_path / "config.yaml").read_text() == text
-    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
-
-
-def test_write_whole_leaves_what_was_there_where_the_disk_is_full(tmp_path, monkeypatch):
-    write_whole(tmp_path / "config.yaml", "one")
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: fail(errno.ENOSPC)())
-    with pytest.raises(OSError, match="No space"):
-        write_whole(tmp_path / "config.yaml", "two")
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "one")]
-
-
 def test_one_under_another_steps_name_is_not_taken_for_it(tmp_path):
     write_checkpoint(tmp_path, 3, fill)
     shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-100")
-    folder, passed_over = newest_valid(tmp_path)
+    folder, passed_over = newest_usable(tmp_path)
     assert folder == tmp_path / "checkpoint-3" and "of step 3, not 100" in passed_over[0]
     with pytest.raises(CheckpointError, match="call it checkpoint-3 again"):
-        resolve_checkpoint(tmp_path / "checkpoint-100")
+        choose_checkpoint(tmp_path / "checkpoint-100")
 
 
 @pytest.mark.parametrize("name", ["checkpoint-²", "checkpoint-3.old", "checkpoint-", "checkpoint-3b"])
@@ -192,7 +167,7 @@ def test_one_that_lies_elsewhere_and_is_linked_is_rotated_away_alone(tmp_path):
 
 
 def test_what_the_disk_does_not_let_go_of_is_in_no_saves_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors: None)
+    monkeypatch.setattr(folders.shutil, "rmtree", lambda path, ignore_errors: None)
     for step in (1, 2, 3):
         (tmp_path / f".checkpoint-{step}.writing").mkdir()
         (tmp_path / f".checkpoint-{step}.deleting").mkdir()
@@ -214,20 +189,20 @@ def test_later_ones_than_a_copy_are_put_aside(tmp_path):
 def test_a_checkpoint_is_hashed_once(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 1, lambda folder: fill(folder, best="checkpoint-1"))
     hashed = []
-    honest = checkpoint.file_sha256
-    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: hashed.append(path.name) or honest(path))
-    assert resolve_checkpoint(tmp_path).name == "checkpoint-1"
+    honest = manifest.file_sha256
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: hashed.append(path.name) or honest(path))
+    assert choose_checkpoint(tmp_path).name == "checkpoint-1"
     assert sorted(hashed) == ["a.bin", "state.json"]
 
 
 def test_run_folder_resolves_to_its_best_checkpoint_else_its_newest(tmp_path):
     for step in (1, 2):
         write_checkpoint(tmp_path, step, fill)
-    assert resolve_checkpoint(tmp_path).name == "checkpoint-2"
+    assert choose_checkpoint(tmp_path).name == "checkpoint-2"
     write_checkpoint(tmp_path, 3, lambda p: fill(p, best="checkpoint-1"))
-    assert resolve_checkpoint(tmp_path).name == "checkpoint-1"
+    assert choose_checkpoint(tmp_path).name == "checkpoint-1"
     with pytest.raises(UsageError, match="no such folder"):
-        resolve_checkpoint(tmp_path / "nowhere")
+        choose_checkpoint(tmp_path / "nowhere")
 
 
 def test_a_damaged_checkpoint_is_not_resolved(tmp_path):
@@ -235,12 +210,12 @@ def test_a_damaged_checkpoint_is_not_resolved(tmp_path):
     write_checkpoint(tmp_path, 2, lambda p: fill(p, best="checkpoint-1"))
     (tmp_path / "checkpoint-1/a.bin").write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"a\.bin"):
-        resolve_checkpoint(tmp_path)
+        choose_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"a\.bin"):
-        resolve_checkpoint(tmp_path / "checkpoint-1")
+        choose_checkpoint(tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-2/manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
-        resolve_checkpoint(tmp_path / "checkpoint-2")
+        choose_checkpoint(tmp_path / "checkpoint-2")
 
 
 def test_checkpoint_without_its_manifest_is_not_taken_for_a_saved_model(tmp_path):
@@ -248,4 +223,4 @@ def test_checkpoint_without_its_manifest_is_not_taken_for_a_saved_model(tmp_path
     (folder / "projector.safetensors").touch()
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
-        resolve_checkpoint(folder)
+        choose_checkpoint(folder)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import newest_valid, resolve_checkpoint, rotate, write_checkpoint
-from qwhisper.checkpoint.reading import read_checkpoint
+from qwhisper.checkpoint import folders, manifest, reading
+from qwhisper.checkpoint.folders import rotate, write_checkpoint
+from qwhisper.checkpoint.reading import choose_checkpoint, newest_usable, read_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
@@ -89,10 +89,10 @@ def test_a_trainer_that_is_always_faster_ends_the_reading_with_an_advice(tmp_pat
 def test_a_given_checkpoint_that_is_deleted_is_an_error_that_names_the_newest(tmp_path, monkeypatch, when):
     given = save(tmp_path, 1)
     if when == "hashing":
-        honest = checkpoint.file_sha256
+        honest = manifest.file_sha256
         left = [2]
         monkeypatch.setattr(
-            checkpoint, "file_sha256", lambda path: (left and save(tmp_path, left.pop()) and None) or honest(path)
+            manifest, "file_sha256", lambda path: (left and save(tmp_path, left.pop()) and None) or honest(path)
         )
     read, _ = saving_before(weights, tmp_path, 1)
     told = f"{given}: it was deleted while it was read; the newest of its run is checkpoint-2. .* {tmp_path}"
@@ -121,11 +121,11 @@ def test_the_path_that_is_read_is_absolute(tmp_path, monkeypatch):
     assert read_checkpoint("run", lambda folder: folder) == tmp_path / "run/checkpoint-1"
 
 
-@pytest.mark.parametrize("find", [resolve_checkpoint, lambda run: newest_valid(run)[0]])
+@pytest.mark.parametrize("find", [choose_checkpoint, lambda run: newest_usable(run)[0]])
 @pytest.mark.parametrize("place", ["check_manifest", "file_sha256"])
 def test_a_run_that_is_saved_while_it_is_looked_through_is_looked_through_again(tmp_path, monkeypatch, find, place):
     save(tmp_path, 1)
-    honest = getattr(checkpoint, place)
+    honest = getattr(manifest, place)
     left = [4, 3, 2]
 
     def saving_meanwhile(path: Path):
@@ -133,7 +133,7 @@ def test_a_run_that_is_saved_while_it_is_looked_through_is_looked_through_again(
             save(tmp_path, left.pop())
         return honest(path)
 
-    monkeypatch.setattr(checkpoint, place, saving_meanwhile)
+    monkeypatch.setattr(manifest, place, saving_meanwhile)
     assert find(tmp_path).name == "checkpoint-4"
 
 
@@ -142,21 +142,21 @@ def test_the_best_one_may_go_as_well(tmp_path, monkeypatch):
         write_checkpoint(
             tmp_path, step, lambda folder: (folder / "state.json").write_text('{"best_checkpoint": "checkpoint-1"}')
         )
-    honest = checkpoint.check_usable
+    honest = reading.check_usable
 
     def check(folder: Path) -> None:
         if folder.name == "checkpoint-1" and folder.exists():
             save(tmp_path, 3, best="checkpoint-3")
         honest(folder)
 
-    monkeypatch.setattr(checkpoint, "check_usable", check)
-    assert resolve_checkpoint(tmp_path).name == "checkpoint-3"
+    monkeypatch.setattr(reading, "check_usable", check)
+    assert choose_checkpoint(tmp_path).name == "checkpoint-3"
 
 
 def test_a_replacement_between_its_two_renames_is_waited_for(tmp_path, monkeypatch):
     """The only checkpoint has neither name in the lists of both, which are read one after the other."""
     save(tmp_path, 1)
-    honest = checkpoint._by_step
+    honest = folders._by_step
     calls = []
 
     def between(run: Path):
@@ -168,8 +168,8 @@ def test_a_replacement_between_its_two_renames_is_waited_for(tmp_path, monkeypat
             shutil.copytree(run / ".checkpoint-1.old", run / "checkpoint-1")
         return honest(run)
 
-    monkeypatch.setattr(checkpoint, "_by_step", between)
-    assert resolve_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    monkeypatch.setattr(folders, "_by_step", between)
+    assert choose_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 @pytest.fixture

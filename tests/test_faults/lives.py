@@ -18,8 +18,9 @@ from unittest import mock
 import torch
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint.folders import checkpoints, newest_valid
+from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.checkpoint.places import CONFIG_FILE
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.cli import main as command_line
 from qwhisper.report.events import read_jsonl
 from qwhisper.train import loop
@@ -166,7 +167,7 @@ class Qwhisper:
         return max((record["step"] for record in read_jsonl(folder / "metrics.jsonl")), default=0)
 
     def saved(self, folder: Path) -> int:
-        newest, _ = newest_valid(folder)
+        newest, _ = newest_usable(folder)
         return int(newest.name.split("-")[-1].removesuffix(".old")) if newest else 0
 
     def end_state(self, folder: Path) -> dict[str, torch.Tensor]:
@@ -177,7 +178,7 @@ class Qwhisper:
         return checkpoint_tensors(folder / f"checkpoint-{self.args.max_steps}") | {"losses": computed}
 
     def give_up(self, folder: Path) -> None:
-        newest, _ = newest_valid(folder)
+        newest, _ = newest_usable(folder)
         shutil.rmtree(newest or folder)
 
 

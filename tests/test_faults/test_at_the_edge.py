@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint import folders as checkpoint
+from qwhisper.checkpoint import folders
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import EncodedDialogues, encode_all
@@ -189,7 +189,7 @@ def test_no_memory_for_a_snapshot(arguments, monkeypatch, told):
     "a run that is resumed from an older checkpoint than its newest",
     of="disk",
     guarantee="later ones are put aside by name: what is written now is kept, and is what the next resume finds",
-    without=lambda monkeypatch: monkeypatch.setattr(checkpoint, "put_aside_later", lambda folder, resumed: []),
+    without=lambda monkeypatch: monkeypatch.setattr(folders, "put_aside_later", lambda folder, resumed: []),
 )
 def test_resumed_from_an_older_one(arguments, capsys):
     args = arguments(**VALUES | {"max_steps": 8}, save_total_limit=4)

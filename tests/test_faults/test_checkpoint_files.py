@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import MANIFEST, check_manifest, newest_valid, resolve_checkpoint
+from qwhisper.checkpoint import manifest, reading
+from qwhisper.checkpoint.folders import write_checkpoint
+from qwhisper.checkpoint.manifest import check_manifest, write_manifest
+from qwhisper.checkpoint.names import MANIFEST, step_in_name
+from qwhisper.checkpoint.reading import choose_checkpoint, newest_usable
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model import loading, trained_folder
 from qwhisper.model.processing_qwen3_audio import add_audio_token
@@ -64,13 +67,13 @@ def files_of(folder: Path) -> list[str]:
 def without_manifest(monkeypatch) -> None:
     """Whatever is there is taken, as in a plain trainer."""
     for name in ("check_manifest", "read_manifest"):
-        monkeypatch.setattr(checkpoint, name, lambda folder: {"finite": True, "step": checkpoint._step_in_name(folder)})
+        monkeypatch.setattr(manifest, name, lambda folder: {"finite": True, "step": step_in_name(folder)})
 
 
 def sign_again(folder: Path) -> None:
     """A manifest that fits what is there now, as somebody would make it who wants the files to be taken."""
     (folder / MANIFEST).unlink()
-    checkpoint._write_manifest(folder, int(folder.name.split("-")[1]), True)
+    write_manifest(folder, int(folder.name.split("-")[1]), True)
 
 
 def truncated(path: Path) -> None:
@@ -91,12 +94,12 @@ def assert_passed_over_with_any_file(folder: Path, damage: Damage) -> None:
     for name in names:
         whole = (newest / name).read_bytes()
         damage(newest / name)
-        found, passed_over = newest_valid(folder)
+        found, passed_over = newest_usable(folder)
         assert found == folder / "checkpoint-2", f"{name} is damaged, and nobody noticed"
         assert len(passed_over) == 1 and "checkpoint-4" in passed_over[0]
         assert name in passed_over[0] or name == MANIFEST  # whose hashes may be what is damaged
         (newest / name).write_bytes(whole)
-    assert newest_valid(folder)[0] == newest
+    assert newest_usable(folder)[0] == newest
 
 
 @fault(
@@ -136,15 +139,15 @@ def test_missing_file(folder):
     without=without_manifest,
 )
 def test_file_that_cannot_be_read(folder, monkeypatch):
-    honest = checkpoint.file_sha256
+    honest = manifest.file_sha256
 
     def failing(path):
         if path == folder / "checkpoint-4/optimizer.safetensors":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return honest(path)
 
-    monkeypatch.setattr(checkpoint, "file_sha256", failing)
-    found, passed_over = newest_valid(folder)
+    monkeypatch.setattr(manifest, "file_sha256", failing)
+    found, passed_over = newest_usable(folder)
     assert found == folder / "checkpoint-2" and "optimizer.safetensors" in passed_over[0]
 
 
@@ -157,7 +160,7 @@ def lenient_manifest(monkeypatch) -> None:
         except ValueError:
             return {"finite": True, "files": {}}
 
-    monkeypatch.setattr(checkpoint, "read_manifest", read)
+    monkeypatch.setattr(manifest, "read_manifest", read)
 
 
 @fault(
@@ -171,7 +174,7 @@ def test_damaged_manifest(tmp_path):
         (each / "weights.safetensors").write_bytes(b"weights")
         (each / "state.json").write_bytes(b"{}")
 
-    made = checkpoint.write_checkpoint(tmp_path, 1, fill, finite=False)
+    made = write_checkpoint(tmp_path, 1, fill, finite=False)
     whole = (made / MANIFEST).read_bytes()
     changed = [whole[:cut] for cut in range(len(whole))]
     changed += [whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :] for at in range(len(whole)) for bit in (1, 32)]
@@ -182,7 +185,7 @@ def test_damaged_manifest(tmp_path):
             check_manifest(made)
         except CheckpointError:
             continue
-        read = checkpoint.read_manifest(made)
+        read = manifest.read_manifest(made)
         assert (read["files"], read["finite"]) == (honest["files"], False), content
 
 
@@ -190,14 +193,14 @@ def test_damaged_manifest(tmp_path):
     "a file that was put into a checkpoint",
     of="disk",
     guarantee="one that could be loaded is named and the checkpoint passed over; any other is harmless",
-    without=lambda monkeypatch: monkeypatch.setattr(checkpoint, "LOADED_SUFFIXES", ()),
+    without=lambda monkeypatch: monkeypatch.setattr(manifest, "LOADED_SUFFIXES", ()),
 )
 def test_added_file(folder):
     (folder / "checkpoint-4/notes.txt").write_text("the good one")
-    assert newest_valid(folder)[0] == folder / "checkpoint-4"
+    assert newest_usable(folder)[0] == folder / "checkpoint-4"
     for name in ("encoder.safetensors", "pytorch_model.bin", "added_tokens.json"):
         (folder / "checkpoint-4" / name).write_bytes(b"")
-        found, passed_over = newest_valid(folder)
+        found, passed_over = newest_usable(folder)
         assert found == folder / "checkpoint-2" and name in passed_over[0]
         (folder / "checkpoint-4" / name).unlink()
 
@@ -274,7 +277,7 @@ def test_pickle_is_never_loaded(folder, tmp_path):
 
 
 def resumed_as_they_are(monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "check_usable", check_manifest)
+    monkeypatch.setattr(reading, "check_usable", check_manifest)
 
 
 @fault(
@@ -291,11 +294,11 @@ def test_newest_is_not_finite(arguments, capsys):
             with torch.no_grad():
                 run.groups["lora"][0].view(-1)[0] = float("nan")
         save_checkpoint(run)
-    found, passed_over = newest_valid(run.log.folder)
+    found, passed_over = newest_usable(run.log.folder)
     assert found is not None and found.name == "checkpoint-1" and "not finite" in passed_over[0]
-    assert resolve_checkpoint(run.log.folder).name == "checkpoint-1"
+    assert choose_checkpoint(run.log.folder).name == "checkpoint-1"
     with pytest.raises(CheckpointError, match="not finite"):
-        resolve_checkpoint(run.log.folder / "checkpoint-2")
+        choose_checkpoint(run.log.folder / "checkpoint-2")
 
 
 @fault(

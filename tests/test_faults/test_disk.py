@@ -12,8 +12,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import check_manifest, checkpoints, resolve_checkpoint
+from qwhisper.checkpoint import folders, manifest
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.manifest import check_manifest
+from qwhisper.checkpoint.reading import choose_checkpoint
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DiskError
 from qwhisper.train import loop, state
@@ -41,16 +43,16 @@ SAVES = {"max_steps": 6, "save_steps": 2, "freeze_projector_steps": 0}
 
 def run_with_failing_save(arguments, monkeypatch, failing: Callable[[], None], *, at_step: int = 4, **values):
     """Of a run whose save at `at_step` meets `failing` in the middle, and the terminal's lines about it."""
-    honest = state.TrainState.save
+    honest = state.TrainState.write
     met = []
 
-    def save(self, folder):
+    def write(self, folder):
         honest(self, folder)
         if self.step == at_step:
             met.append(folder)
             failing()
 
-    monkeypatch.setattr(state.TrainState, "save", save)
+    monkeypatch.setattr(state.TrainState, "write", write)
     outcome = outcome_of(arguments(**SAVES | values))
     assert met
     return outcome
@@ -79,13 +81,13 @@ def test_full_disk_in_a_save(arguments, monkeypatch, capsys):
 
 
 def errors_of_fsync_are_ignored(monkeypatch) -> None:
-    honest = checkpoint._flush
+    honest = manifest.flush
 
     def flush(path):
         with contextlib.suppress(OSError):
             honest(path)
 
-    monkeypatch.setattr(checkpoint, "_flush", flush)
+    monkeypatch.setattr(manifest, "flush", flush)
 
 
 @fault(
@@ -130,7 +132,7 @@ def test_read_only_disk(arguments, monkeypatch, capsys):
     "a file limit or quota is reached, enforced by the kernel, in whichever library writes",
     of="disk",
     guarantee="it is an error of the disk, whoever reports it: the run goes on",
-    without=lambda monkeypatch: monkeypatch.setattr(checkpoint, "FOREIGN_OS_ERROR", re.compile("never")),
+    without=lambda monkeypatch: monkeypatch.setattr(folders, "FOREIGN_OS_ERROR", re.compile("never")),
 )
 def test_quota(arguments, monkeypatch):
     run, samples = make_run(arguments(**SAVES))
@@ -156,7 +158,7 @@ def test_quota(arguments, monkeypatch):
     "the disk is full at any write, fsync or rename of a save",
     of="disk",
     guarantee="an error of the disk; the older checkpoint stays, nothing is left of the new one",
-    without=lambda monkeypatch: monkeypatch.setattr(checkpoint, "shutil", Mock()),
+    without=lambda monkeypatch: monkeypatch.setattr(folders, "shutil", Mock()),
 )
 def test_full_disk_anywhere_in_a_save(arguments):
     run, samples = make_run(arguments(**SAVES))
@@ -199,7 +201,7 @@ def test_the_only_save_of_a_run_fails(arguments, monkeypatch, capsys):
     "the save of the best checkpoint fails",
     of="disk",
     guarantee="the best one before stays the best, and is not rotated away",
-    without=lambda monkeypatch: monkeypatch.setattr(loop, "newest_valid", lambda folder: (None, [])),
+    without=lambda monkeypatch: monkeypatch.setattr(loop, "newest_usable", lambda folder: (None, [])),
 )
 def test_best_save_fails(arguments, monkeypatch, train_file):
     losses = iter([4.0, 3.0, 2.0, 3.5])  # the first is of before the first step
@@ -210,4 +212,4 @@ def test_best_save_fails(arguments, monkeypatch, train_file):
     )
     assert outcome.code == 0, outcome.message
     assert [path.name for path in checkpoints(Path(args.output_dir))] == ["checkpoint-2", "checkpoint-6"]
-    assert resolve_checkpoint(args.output_dir).name == "checkpoint-2"
+    assert choose_checkpoint(args.output_dir).name == "checkpoint-2"

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import check_manifest, checkpoints, newest_valid
+from qwhisper import disk
+from qwhisper.checkpoint import folders
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.manifest import check_manifest, write_manifest
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError
 from qwhisper.train import loop, session, start
@@ -38,19 +41,19 @@ def written_in_place(monkeypatch) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         fill(folder)
-        checkpoint._write_manifest(folder, step, finite)
+        write_manifest(folder, step, finite)
         return folder
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
+    monkeypatch.setattr(folders, "write_checkpoint", write)
 
 
 def text_written_in_place(monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "write_whole", lambda path, text: path.write_text(text, encoding="utf-8"))
+    monkeypatch.setattr(disk, "write_whole", lambda path, text: path.write_text(text, encoding="utf-8"))
 
 
 def deleted_in_place(monkeypatch) -> None:
     monkeypatch.setattr(
-        checkpoint, "rotate", lambda folder, keep, protected: [shutil.rmtree(f) for f in checkpoints(folder)[:-keep]]
+        folders, "rotate", lambda folder, keep, protected: [shutil.rmtree(f) for f in checkpoints(folder)[:-keep]]
     )
 
 
@@ -76,7 +79,7 @@ def assert_only_whole_ones(folder: Path, where: str) -> None:
             check_manifest(each)
         except CheckpointError as error:
             broken.append(str(error))
-    assert not broken and newest_valid(folder)[0] is not None, f"killed at {where}: {broken or 'no checkpoint left'}"
+    assert not broken and newest_usable(folder)[0] is not None, f"killed at {where}: {broken or 'no checkpoint left'}"
 
 
 def small_files(folder: Path) -> None:
@@ -88,8 +91,8 @@ def kill_everywhere(save, folder: Path, newest: int) -> None:
     """After each kill only whole checkpoints are there, and the next save clears what was left behind."""
     for where in killed_everywhere(save, folder):
         assert_only_whole_ones(folder, where)
-        checkpoint.write_checkpoint(folder, newest, small_files)
-        checkpoint.rotate(folder, 1, set())
+        folders.write_checkpoint(folder, newest, small_files)
+        folders.rotate(folder, 1, set())
         assert [path.name for path in folder.glob("*checkpoint-*")] == [f"checkpoint-{newest}"], where
 
 
@@ -114,8 +117,8 @@ def test_a_save_killed_anywhere(arguments):
     without=written_in_place,
 )
 def test_a_replacement_killed_anywhere(tmp_path):
-    checkpoint.write_checkpoint(tmp_path / "run", 1, small_files)
-    kill_everywhere(lambda: checkpoint.write_checkpoint(tmp_path / "run", 1, small_files), tmp_path / "run", newest=1)
+    folders.write_checkpoint(tmp_path / "run", 1, small_files)
+    kill_everywhere(lambda: folders.write_checkpoint(tmp_path / "run", 1, small_files), tmp_path / "run", newest=1)
 
 
 @fault(
@@ -126,8 +129,8 @@ def test_a_replacement_killed_anywhere(tmp_path):
 )
 def test_a_deletion_killed_anywhere(tmp_path):
     for number in (1, 2, 3):
-        checkpoint.write_checkpoint(tmp_path / "run", number, small_files)
-    kill_everywhere(lambda: checkpoint.rotate(tmp_path / "run", 1, set()), tmp_path / "run", newest=4)
+        folders.write_checkpoint(tmp_path / "run", number, small_files)
+    kill_everywhere(lambda: folders.rotate(tmp_path / "run", 1, set()), tmp_path / "run", newest=4)
 
 
 @fault(
@@ -154,7 +157,7 @@ def run_killed_then_resumed(args, tmp_path, killing) -> None:
     assert in_child(killing) == -signal.SIGKILL
     folder = Path(args.output_dir)
     reached = max(line["step"] for line in read_lines(folder / "metrics.jsonl"))
-    newest, _ = newest_valid(folder)
+    newest, _ = newest_usable(folder)
     assert newest is not None and reached - int(newest.name.split("-")[1]) <= args.save_steps
     assert in_child(lambda: main(dataclasses.replace(args, resume_from_checkpoint="latest"))) == 0
     assert same_bits(end_state(tmp_path / "whole", args.max_steps), end_state(folder, args.max_steps)) == []

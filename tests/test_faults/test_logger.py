@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.errors import UsageError
 from qwhisper.report import events, streams
 from qwhisper.report.events import RunLog, read_jsonl
@@ -212,7 +212,7 @@ def test_a_signal_while_a_reader_has_stopped(arguments):
         assert main(args, [At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))]) == 128 + signal.SIGTERM
 
     assert with_a_reader_that_has_stopped(work) == 0
-    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-2"
+    assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-2"
 
 
 @fault(

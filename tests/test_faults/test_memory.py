@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.engine.executor import Executor
 from qwhisper.model import bases, loading
 from qwhisper.train import loop, session
@@ -146,7 +146,7 @@ def test_a_sample_too_long(arguments, monkeypatch, run_out):
 )
 @both_memories
 def test_save(arguments, monkeypatch, run_out):
-    honest, calls = session.save_optimizer, []
+    honest, calls = session.write_optimizer, []
 
     def planted(*args):
         calls.append(1)
@@ -154,7 +154,7 @@ def test_save(arguments, monkeypatch, run_out):
             run_out()
         return honest(*args)
 
-    monkeypatch.setattr(session, "save_optimizer", planted)
+    monkeypatch.setattr(session, "write_optimizer", planted)
     args = arguments(**VALUES | {"max_steps": 3, "save_steps": 1})
     outcome = outcome_of(args)
     assert outcome.code == 0 and outcome.finite
@@ -206,5 +206,5 @@ def test_optimizer(arguments, monkeypatch, run_out):
     args = arguments(**VALUES | {"max_steps": 3, "save_steps": 1})
     outcome = outcome_of(args)
     assert outcome.code == 4 and "--resume_from_checkpoint" in outcome.message
-    newest, passed_over = newest_valid(Path(args.output_dir))
+    newest, passed_over = newest_usable(Path(args.output_dir))
     assert newest.name == "checkpoint-2" and passed_over == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qwhisper.checkpoint.folders import resolve_checkpoint
+from qwhisper.checkpoint.reading import choose_checkpoint
 from qwhisper.engine.executor import Executor
 from qwhisper.guards import decide as averages
 from qwhisper.guards import snapshot
@@ -368,7 +368,7 @@ def test_the_guards_memory_survives_a_resume(arguments, tmp_path):
     run, samples = make_run(arguments(**ONE_EPOCH))
     step(run, samples[:4])
     run.state.guards.rewound()
-    run.state.save(tmp_path)
+    run.state.write(tmp_path)
     assert type(run.state).load(tmp_path) == run.state
 
 
@@ -383,4 +383,4 @@ def test_nan_is_never_the_best_loss(arguments, monkeypatch, train_file):
     monkeypatch.setattr(Executor, "evaluate", lambda self, samples: next(losses))
     args = arguments(max_steps=6, save_steps=2, save_total_limit=1, eval_file=str(train_file))
     assert outcome_of(args).code == 0
-    assert resolve_checkpoint(args.output_dir).name == "checkpoint-4"
+    assert choose_checkpoint(args.output_dir).name == "checkpoint-4"

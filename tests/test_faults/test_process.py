@@ -16,8 +16,9 @@ import torch
 from transformers import TrainerCallback
 
 from qwhisper import locks
-from qwhisper.checkpoint import folders as checkpoint
-from qwhisper.checkpoint.folders import checkpoints, newest_valid
+from qwhisper.checkpoint import folders, reading
+from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data import loader as dataset
 from qwhisper.data import loader as workers
 from qwhisper.data.loader import EncodedDialogues
@@ -63,7 +64,7 @@ def test_evaluation_is_left_at_a_signal(arguments, train_file, monkeypatch):
     monkeypatch.setattr(Qwen3AudioForConditionalGeneration, "forward", forward)
     assert outcome_of(args).code == 128 + signal.SIGTERM
     assert len(packs) == 1, "the evaluation went on"
-    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-2"
+    assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-2"
     assert main(dataclasses.replace(args, resume_from_checkpoint="latest")) == 0
 
 
@@ -95,7 +96,7 @@ def test_waiting_for_data_is_left_at_a_signal(arguments, monkeypatch):
     monkeypatch.setattr(workers._Worker, "answer", answer)
     monkeypatch.setattr(EncodedDialogues, "items", items)
     assert outcome_of(args).code == 128 + signal.SIGINT
-    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-3", "it waited for the samples"
+    assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-3", "it waited for the samples"
     assert not multiprocessing.active_children()
 
 
@@ -107,18 +108,18 @@ def test_waiting_for_data_is_left_at_a_signal(arguments, monkeypatch):
 )
 def test_second_signal_in_the_save(arguments, monkeypatch):
     args = arguments(max_steps=6, save_steps=100)
-    honest = checkpoint._write_manifest
+    honest = folders.write_manifest
 
     def interrupted(*values):
         os.kill(os.getpid(), signal.SIGINT)
         honest(*values)
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", interrupted)
+    monkeypatch.setattr(folders, "write_manifest", interrupted)
     with contextlib.suppress(KeyboardInterrupt):
         code = None
         code = main(args, [At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))])
     assert code == 128 + signal.SIGTERM
-    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-2"
+    assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-2"
 
 
 def worker_pids() -> list[int]:
@@ -285,10 +286,11 @@ def test_two_trainers_in_one_folder(arguments):
 
 
 def by_time(monkeypatch) -> None:
-    honest = checkpoint.checkpoints
-    monkeypatch.setattr(
-        checkpoint, "checkpoints", lambda folder: sorted(honest(folder), key=lambda p: p.stat().st_mtime)
-    )
+    honest = folders.checkpoints
+    for module in (folders, reading):
+        monkeypatch.setattr(
+            module, "checkpoints", lambda folder: sorted(honest(folder), key=lambda p: p.stat().st_mtime)
+        )
 
 
 @fault(
@@ -314,7 +316,7 @@ def test_clock_jumps(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: honest() + now["jump"])
     assert main(args, [Jumps()]) == 0
     jump()
-    assert newest_valid(folder)[0].name == "checkpoint-6"
+    assert newest_usable(folder)[0].name == "checkpoint-6"
     assert all(line["seconds"] >= 0 for line in read_lines(folder / "metrics.jsonl"))
     monkeypatch.undo()
     assert same_bits(end_state(folder, 6), whole_run(args, tmp_path)) == []

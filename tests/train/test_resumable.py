@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwhisper.checkpoint.folders import MANIFEST, _write_manifest
+from qwhisper.checkpoint.manifest import write_manifest
+from qwhisper.checkpoint.names import GENERATOR_FILE, MANIFEST, OPTIMIZER_FILE, SNAPSHOT_FILE, STATE_FILE
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError
-from qwhisper.infer.generate import load_resolved
+from qwhisper.infer.generate import load_chosen
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.learning import Learning
-from qwhisper.train.resumable import SNAPSHOT_FILE, check_resumable, saved_parameters
+from qwhisper.train.resume import check_resumable, saved_parameters
 from qwhisper.train.run import main
-from qwhisper.train.state import GENERATOR_FILE, OPTIMIZER_FILE, STATE_FILE, TrainState
+from qwhisper.train.state import TrainState
 from tests.train.helpers import checkpoint_tensors, same_bits
 from tests.trained import finished_run  # noqa: F401
 
@@ -41,7 +42,7 @@ OLD_STATE = json.loads(
 
 @pytest.fixture(scope="module")
 def model(finished_run):  # noqa: F811
-    return load_resolved(finished_run / "checkpoint-2")[0]
+    return load_chosen(finished_run / "checkpoint-2")[0]
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def folder(finished_run, tmp_path) -> Path:  # noqa: F811
 
 def sign(folder: Path) -> None:
     (folder / MANIFEST).unlink()
-    _write_manifest(folder, 2, True)
+    write_manifest(folder, 2, True)
 
 
 def edit_json(file: Path, change) -> None:

@@ -226,7 +226,7 @@ def test_a_full_disk_refuses_a_new_run_and_leaves_a_resumed_ones_config(argument
     args = arguments(max_steps=3)
     main(args)
     config = (Path(args.output_dir) / "config.yaml").read_text()
-    monkeypatch.setattr("qwhisper.checkpoint.folders.write_whole", lambda path, text: fail(errno.ENOSPC)())
+    monkeypatch.setattr("qwhisper.disk.write_whole", lambda path, text: fail(errno.ENOSPC)())
     assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=4)) == 0
     assert (Path(args.output_dir) / "config.yaml").read_text() == config
     assert "is left as it was" in capsys.readouterr().out

@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qwhisper.checkpoint.folders import newest_valid
+from qwhisper.checkpoint.names import SNAPSHOT_FILE
+from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data.sampler import GlobalBatches
 from qwhisper.engine.executor import Executor
 from qwhisper.report.events import acts, read_jsonl
 from qwhisper.train import signals
-from qwhisper.train.resumable import SNAPSHOT_FILE
 from qwhisper.train.run import main
 from qwhisper.train.signals import GRACE_SECONDS, Stopped, StopSignals
 from tests.small import write_dialogues
@@ -155,7 +155,7 @@ def test_a_step_that_was_given_up_leaves_no_trace(make_arguments, monkeypatch, c
     assert packs.signalled == len(packs.seen), "it went on"
     assert packs.gradients_left == []
     folder, whole_folder = Path(parts.output_dir), Path(whole.output_dir)
-    assert newest_valid(folder)[0].name == f"checkpoint-{STEP}"
+    assert newest_usable(folder)[0].name == f"checkpoint-{STEP}"
     assert_same(folder, whole_folder, STEP)
 
     packs.at = lambda seen: False
@@ -176,7 +176,7 @@ def test_a_step_is_finished_within_its_grace(make_arguments, monkeypatch):
     packs = Packs(monkeypatch, at=lambda seen: len(seen) == 1)
     assert main(args, [packs]) == 128 + signal.SIGTERM
     assert len(packs.seen) == NUM_PACKS
-    assert newest_valid(Path(args.output_dir))[0].name == f"checkpoint-{STEP + 1}"
+    assert newest_usable(Path(args.output_dir))[0].name == f"checkpoint-{STEP + 1}"
 
 
 def test_the_grace_begins_with_the_last_pack_before_the_signal(monkeypatch):
@@ -196,7 +196,7 @@ def test_the_grace_begins_with_the_last_pack_before_the_signal(monkeypatch):
 def test_a_connection_that_drops_leaves_a_checkpoint(arguments):
     args = arguments(max_steps=9, save_steps=100)
     assert main(args, [At(3, lambda: os.kill(os.getpid(), signal.SIGHUP))]) == 128 + signal.SIGHUP
-    assert newest_valid(Path(args.output_dir))[0].name == "checkpoint-3"
+    assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-3"
 
 
 def test_processes_that_read_data_leave_a_connection_that_drops_to_the_trainer(arguments):
