@@ -287,9 +287,9 @@ def compare(case: str, old: Quantities, new: Quantities, settings: dict, record:
 def measure(case: str, trees: dict[str, Path], inputs: Inputs, steps: int, folder: Path) -> list[Quantities]:
     """The case's quantities by each tree's code."""
     way = case.split("/")[1]
-    if way == "data":
-        return [{"data check": check_data(tree, inputs)} for tree in trees.values()]
     with ThreadPoolExecutor(len(trees)) as pool:
+        if way == "data":
+            return [{"data check": found} for found in pool.map(lambda tree: check_data(tree, inputs), trees.values())]
         runs = [pool.submit(run_case, tree, inputs, way, steps, folder / name) for name, tree in trees.items()]
         old, new = (run.result() for run in runs)
     if steps > 1:
