@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import soundfile
 
 from qwhisper.data import audio, dialogue_audio
 from qwhisper.data.check import check_dataset
-from qwhisper.data.loader import EncodedDialogues
-from qwhisper.errors import BadClipError
-from tests.small import tone
+from qwhisper.data.dialogue import read_dialogues
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.errors import BadClipError, QwhisperError
+from qwhisper.frames import FrameArithmetic
+from tests.small import small_tokenizer, tone
 from tests.test_faults.inject import Outcome, outcome_of
 from tests.train.helpers import read_lines
 
@@ -66,13 +70,50 @@ def answer(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
+@dataclass
+class Reading(Outcome):
+    """What a training reads of its file, in the place of what a run wrote."""
+
+    quarantined: dict[str, str] = field(default_factory=dict)
+    tokens: int = 0
+
+    @property
+    def finite(self) -> bool:
+        return True  # nothing was trained
+
+
 class BrokenRun:
-    """Trains on dialogues of which one is broken, and tells what became of it."""
+    """Dialogues of which one is broken, read as a training reads them or trained on, and what became of it.
+
+    Reading takes milliseconds and shows each fault; a few of every verdict go through a whole training.
+    """
 
     def __init__(self, arguments, folder: Path):
         """arguments: the fixture. folder: an empty one."""
         self.arguments, self.data, self.output = arguments, folder / "data", folder / "run"
         self.train_file = self.data / "train.jsonl"
+        self.reading: Reading | None = None
+
+    def read(self, write=write_tone, *, clip="d3.wav", change=unchanged, line=None, max_length=None) -> Reading:
+        """As `train`, up to the tokens that are learned from."""
+        write_dialogues(self.data, clip=clip, write=write, change=change, line=line)
+        tokenizer = small_tokenizer()
+        encoder = DialogueEncoder(
+            tokenizer,
+            FrameArithmetic(lead_silence_s=0.0, tail_silence_s=0.1),
+            audio_token_id=len(tokenizer),
+            max_length=max_length,
+        )
+        try:
+            samples, rejections = encode_all(EncodedDialogues(read_dialogues(self.train_file), encoder))
+        except QwhisperError as error:
+            self.reading = Reading(error.exit_code, str(error))
+        except Exception as error:  # a crash is an outcome, and no guarantee allows it
+            self.reading = Reading(None, repr(error))
+        else:
+            reasons = {rejection.id: rejection.reason for rejection in rejections}
+            self.reading = Reading(0, "", quarantined=reasons, tokens=sum(sample.num_supervised for sample in samples))
+        return self.reading
 
     def train(self, write=write_tone, *, clip="d3.wav", change=unchanged, line=None, callbacks=(), **values) -> Outcome:
         """An epoch of two steps; half of the dialogues may be bad. The first four are `write_dialogues`'s."""
@@ -83,11 +124,15 @@ class BrokenRun:
     @property
     def quarantined(self) -> dict[str, str]:
         """The reason by id."""
+        if self.reading:
+            return self.reading.quarantined
         path = self.output / "quarantine.jsonl"
         return {line["id"]: line["reason"] for line in read_lines(path)} if path.exists() else {}
 
     @property
     def trained_tokens(self) -> int:
+        if self.reading:
+            return self.reading.tokens
         path = self.output / "metrics.jsonl"
         return sum(line.get("valid_label_count", 0) for line in read_lines(path)) if path.exists() else 0
 

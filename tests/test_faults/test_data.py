@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soxr
 
-from qwhisper.data import audio, dialogue_audio, encode, mono
+from qwhisper.data import audio, dialogue_audio, mono, rows
 from qwhisper.data.audio import load_audio
 from qwhisper.frames import FrameArithmetic
 from tests.small import tone
@@ -75,12 +75,12 @@ def test_cut_wav(run):
 
 @fault("an MP3 cut in half", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
 def test_cut_mp3(run):
-    run.named(run.train(cut_in_half(lambda path: write_tone(path, 2.0)), clip="d3.mp3"), "cut short")
+    run.named(run.read(cut_in_half(lambda path: write_tone(path, 2.0)), clip="d3.mp3"), "cut short")
 
 
 @fault("a FLAC cut in half", of="data", guarantee=NAMED, without=broken.decoder_errors_let_through)
 def test_cut_flac(run):
-    run.named(run.train(cut_in_half(write_tone), clip="d3.flac"), "unreadable", "its header claims 0.300 s")
+    run.named(run.read(cut_in_half(write_tone), clip="d3.flac"), "unreadable", "its header claims 0.300 s")
 
 
 @fault("a file of zero bytes", of="data", guarantee=NAMED, without=broken.silence_stands_in)
@@ -90,17 +90,17 @@ def test_empty_file(run):
 
 @fault("a header without a sample after it", of="data", guarantee=NAMED, without=broken.no_rejections)
 def test_header_alone(run):
-    run.named(run.train(lambda path: write_float(path, np.zeros(0))), "empty, no samples in it")
+    run.named(run.read(lambda path: write_float(path, np.zeros(0))), "empty, no samples in it")
 
 
 @fault("a WAV header that claims hours", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
 def test_wav_claims_hours(run):
-    run.named(run.train(patched(write_tone, 40, "<I", 2 * HOUR * 32_000)), "should go on to 7200.000 s")
+    run.named(run.read(patched(write_tone, 40, "<I", 2 * HOUR * 32_000)), "should go on to 7200.000 s")
 
 
 @fault("a FLAC header that claims an hour", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
 def test_flac_claims_an_hour(run):
-    run.named(run.train(flac_claiming(HOUR * 16_000), clip="d3.flac"), "ends at 0.300 s and should go on to 3600.000 s")
+    run.named(run.read(flac_claiming(HOUR * 16_000), clip="d3.flac"), "ends at 0.300 s and should go on to 3600.000 s")
 
 
 @fault(
@@ -110,7 +110,7 @@ def test_flac_claims_an_hour(run):
     without=unchecked(audio, "_check_header"),
 )
 def test_flac_claims_all_memory(run):
-    run.named(run.train(flac_claiming(2**36 - 1), clip="d3.flac"), "its header claims", "s to read (at most 7200)")
+    run.named(run.read(flac_claiming(2**36 - 1), clip="d3.flac"), "its header claims", "s to read (at most 7200)")
 
 
 @fault(
@@ -121,7 +121,7 @@ def test_flac_claims_all_memory(run):
 )
 def test_thousand_channels(run):
     run.named(
-        run.train(lambda path: write_float(path, np.repeat(tone(440, 0.1)[:, None], 1000, axis=1))), "1000 channels"
+        run.read(lambda path: write_float(path, np.repeat(tone(440, 0.1)[:, None], 1000, axis=1))), "1000 channels"
     )
 
 
@@ -133,7 +133,7 @@ def test_thousand_channels(run):
 )
 def test_absurd_rate(run):
     run.named(
-        run.train(patched(lambda path: write_tone(path, 20.0), 24, "<I", 4_000_000)), "4000000 Hz (1000 to 768000)"
+        run.read(patched(lambda path: write_tone(path, 20.0), 24, "<I", 4_000_000)), "4000000 Hz (1000 to 768000)"
     )
 
 
@@ -142,17 +142,17 @@ def test_absurd_rate(run):
 
 @fault("a clip of NaN", of="data", guarantee=NAMED, without=unchecked(audio, "_check_samples"))
 def test_all_nan(run):
-    run.named(run.train(lambda path: write_float(path, np.full(4_800, np.nan))), "NaN or Inf among the samples")
+    run.named(run.read(lambda path: write_float(path, np.full(4_800, np.nan))), "NaN or Inf among the samples")
 
 
 @fault("a clip with Inf in it", of="data", guarantee=NAMED, without=unchecked(audio, "_check_samples"))
 def test_inf(run):
-    run.named(run.train(lambda path: write_float(path, np.r_[tone(440, 0.2), np.inf, -np.inf])), "NaN or Inf")
+    run.named(run.read(lambda path: write_float(path, np.r_[tone(440, 0.2), np.inf, -np.inf])), "NaN or Inf")
 
 
 @fault("one NaN sample in a clip", of="data", guarantee=NAMED, without=unchecked(audio, "_check_samples"))
 def test_one_nan(run):
-    run.named(run.train(lambda path: write_float(path, np.r_[tone(440, 0.2), np.nan, tone(440, 0.1)])), "NaN or Inf")
+    run.named(run.read(lambda path: write_float(path, np.r_[tone(440, 0.2), np.nan, tone(440, 0.1)])), "NaN or Inf")
 
 
 def only_finite(monkeypatch) -> None:
@@ -166,13 +166,13 @@ def only_finite(monkeypatch) -> None:
 @fault("samples of 1e30, finite but of no use", of="data", guarantee=NAMED, without=only_finite)
 def test_absurd_amplitude(run):
     run.named(
-        run.train(lambda path: write_float(path, 1e30 * tone(440, 0.3))), "samples up to 3.0e+29, where full scale is 1"
+        run.read(lambda path: write_float(path, 1e30 * tone(440, 0.3))), "samples up to 3.0e+29, where full scale is 1"
     )
 
 
 @fault("silence", of="data", guarantee=NAMED, without=unchecked(audio, "_check_audible"))
 def test_silence(run):
-    run.named(run.train(lambda path: write_float(path, np.full(4_800, 5e-5))), "silent")
+    run.named(run.read(lambda path: write_float(path, np.full(4_800, 5e-5))), "silent")
 
 
 def loud_enough(waveform, wanted) -> None:
@@ -187,7 +187,7 @@ def loud_enough(waveform, wanted) -> None:
     without=lambda monkeypatch: monkeypatch.setattr(audio, "_check_audible", loud_enough),
 )
 def test_offset(run):
-    run.named(run.train(lambda path: write_float(path, np.full(4_800, 0.5))), "silent")
+    run.named(run.read(lambda path: write_float(path, np.full(4_800, 0.5))), "silent")
 
 
 # Sound that only looks wrong.
@@ -222,7 +222,7 @@ class NoResampler:
 )
 @pytest.mark.parametrize("rate", [8_000, 44_100, 192_000])
 def test_rates(run, rate):
-    outcome = run.train(lambda path: write_tone(path, 0.3, rate))
+    outcome = run.read(lambda path: write_tone(path, 0.3, rate))
     run.right(outcome)
     waveform = load_audio(run.data / "d3.wav")
     assert abs(len(waveform) - 4_800) <= 1
@@ -260,7 +260,7 @@ def stretch(start: float, end: float):
 
 @fault("a stretch that begins after the file has ended", of="data", guarantee=NAMED, without=broken.silence_stands_in)
 def test_start_beyond(run):
-    run.named(run.train(change=stretch(2.0, 3.0)), "nothing from 2 s to 3 s, the file ends at 0.300 s")
+    run.named(run.read(change=stretch(2.0, 3.0)), "nothing from 2 s to 3 s, the file ends at 0.300 s")
 
 
 @fault(
@@ -271,7 +271,7 @@ def test_start_beyond(run):
 )
 def test_end_beyond(run):
     run.named(
-        run.train(change=stretch(0.1, 3.0)), "the sound ends at 0.300 s and should go on to 3.000 s", "correct `end`"
+        run.read(change=stretch(0.1, 3.0)), "the sound ends at 0.300 s and should go on to 3.000 s", "correct `end`"
     )
 
 
@@ -279,7 +279,7 @@ def test_end_beyond(run):
     "more audio than --max_length has room for",
     of="data",
     guarantee="the dialogue is quarantined and named; no answer is learned without what it answers",
-    without=unchecked(encode, "_refuse_to_drop_audio"),
+    without=unchecked(rows, "_refuse_to_drop_audio"),
 )
 def test_audio_longer_than_a_row(run):
     outcome = run.train(lambda path: write_tone(path, 10.0), max_length=60)
@@ -300,6 +300,4 @@ def write_fifty_minutes(path) -> None:
 )
 def test_hours_in_one_dialogue(run):
     repeat = lambda record: record["messages"][0].update(content=[*record["messages"][0]["content"][:1] * 8, "Pitch?"])  # noqa: E731
-    run.named(
-        run.train(write_fifty_minutes, change=repeat), "24000 s of audio in 8 clips, and a dialogue may have 7200"
-    )
+    run.named(run.read(write_fifty_minutes, change=repeat), "24000 s of audio in 8 clips, and a dialogue may have 7200")

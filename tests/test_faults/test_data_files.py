@@ -93,7 +93,7 @@ def test_fifo_that_comes_later(tmp_path):
 
 @fault("a folder in place of a clip", of="data", guarantee=REFUSED, without=unchecked(clips, "file_fault"))
 def test_folder(run):
-    run.refused(run.train(os.mkdir), "is a folder, not a file")
+    run.refused(run.read(os.mkdir), "is a folder, not a file")
 
 
 @fault("a device in place of a clip", of="data", guarantee=REFUSED, without=unchecked(clips, "file_fault"))
@@ -108,13 +108,13 @@ def test_device(run):
 @fault("a link that leads out of the data's folder", of="data", guarantee=REFUSED, without=paths_unchecked)
 def test_link_outside(run, tmp_path):
     write_tone(tmp_path / "private.wav")
-    run.refused(run.train(lambda path: path.symlink_to(tmp_path / "private.wav")), "lies outside")
+    run.refused(run.read(lambda path: path.symlink_to(tmp_path / "private.wav")), "lies outside")
 
 
 @fault("a shell command in place of a clip", of="data", guarantee=REFUSED, without=paths_unchecked)
 def test_pipe(run, tmp_path):
     change = lambda record: record["messages"][0]["content"][0].update(audio=f"touch {tmp_path}/ran |")  # noqa: E731
-    run.refused(run.train(change=change), "is a Kaldi pipe, and commands are never run")
+    run.refused(run.read(change=change), "is a Kaldi pipe, and commands are never run")
     assert not (tmp_path / "ran").exists()
 
 
@@ -173,13 +173,13 @@ def decoder_raises(monkeypatch, error: Exception) -> None:
 @fault("a decoder that raises an error of its own", of="data", guarantee=NAMED, without=broken.few_errors_named)
 def test_odd_decoder_error(run, monkeypatch):
     decoder_raises(monkeypatch, OddError("bit reservoir"))
-    run.named(run.train(), "unreadable audio (OddError: bit reservoir)")
+    run.named(run.read(), "unreadable audio (OddError: bit reservoir)")
 
 
 @fault("a decoder that runs out of memory", of="data", guarantee=NAMED, without=broken.few_errors_named)
 def test_decoder_out_of_memory(run, monkeypatch):
     decoder_raises(monkeypatch, MemoryError("a table of 2^60"))
-    run.named(run.train(), "out of memory while it was read (MemoryError: a table of 2^60)")
+    run.named(run.read(), "out of memory while it was read (MemoryError: a table of 2^60)")
 
 
 @fault("a disk that can't read a clip", of="data", guarantee=NAMED, without=broken.few_errors_named)

@@ -70,7 +70,7 @@ def unguarded_json(monkeypatch) -> None:
 
 @fault("JSON nested a hundred thousand deep", of="data", guarantee=REFUSED, without=unguarded_json)
 def test_deep_nesting(run):
-    run.refused(run.train(line=b'{"messages": ' + b"[" * 100_000), "not valid JSON (nested too deeply)")
+    run.refused(run.read(line=b'{"messages": ' + b"[" * 100_000), "not valid JSON (nested too deeply)")
 
 
 @fault("a line that is not UTF-8", of="data", guarantee=REFUSED, without=unguarded_json)
@@ -82,7 +82,7 @@ def test_not_utf8(run):
 
 @fault("half of a surrogate pair in a text", of="data", guarantee=REFUSED, without=unguarded_json)
 def test_lone_surrogate(run):
-    run.refused(run.train(change=says("half \ud83d of it")), r"half of a surrogate pair, \ud83d")
+    run.refused(run.read(change=says("half \ud83d of it")), r"half of a surrogate pair, \ud83d")
 
 
 @fault(
@@ -113,7 +113,7 @@ def test_long_line(tmp_path):
 )
 @pytest.mark.parametrize("values", [{"start": float("nan")}, {"end": float("nan")}, {"end": float("inf")}])
 def test_nan_in_json(run, values):
-    outcome = run.train(change=lambda record: record["messages"][0]["content"][0].update(values))
+    outcome = run.read(change=lambda record: record["messages"][0]["content"][0].update(values))
     run.refused(outcome, "must be seconds with 0 <= start < end")
 
 
@@ -125,7 +125,7 @@ def test_nan_in_json(run, values):
 )
 def test_duplicate_key(run):
     line = b'{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "low"}]}'
-    run.refused(run.train(line=line), "the key 'content' stands twice in one object; keep one")
+    run.refused(run.read(line=line), "the key 'content' stands twice in one object; keep one")
 
 
 def faulty_lines_dropped(monkeypatch) -> None:
@@ -155,7 +155,7 @@ def resolved_somehow(location, where, roots, faults) -> str:
 )
 def test_nul_in_a_path(run):
     run.refused(
-        run.train(change=lambda record: record["messages"][0]["content"][0].update(audio="d3.wav\0")), "holds a NUL"
+        run.read(change=lambda record: record["messages"][0]["content"][0].update(audio="d3.wav\0")), "holds a NUL"
     )
 
 
@@ -171,7 +171,7 @@ def test_nul_in_a_path(run):
     ),
 )
 def test_empty_text(run):
-    run.refused(run.train(change=says("Pitch?", reply=" \n\t")), "message 2: the assistant's reply is empty")
+    run.refused(run.read(change=says("Pitch?", reply=" \n\t")), "message 2: the assistant's reply is empty")
 
 
 @fault(
@@ -182,7 +182,7 @@ def test_empty_text(run):
 )
 @pytest.mark.parametrize("reply", ["<think>low", "A <think> is closed by </think>."])
 def test_think_mark_in_an_answer(run, reply):
-    run.refused(run.train(change=says("Pitch?", reply=reply)), "message 2: the answer holds a mark of reasoning")
+    run.refused(run.read(change=says("Pitch?", reply=reply)), "message 2: the answer holds a mark of reasoning")
 
 
 def all_learned(monkeypatch) -> None:
@@ -225,7 +225,7 @@ def test_huge_text(run):
     assert report["tokens"][2] <= 200
     (cut,) = report["cuts"]
     assert cut.startswith(f"{run.train_file}:4: cut to 1 of 2 turns: 1000")
-    run.right(run.train(change=change, max_length=200))
+    run.right(run.read(change=change, max_length=200))
     assert run.trained_tokens == broken.ANSWER_TOKENS * broken.COUNT
 
 
@@ -245,7 +245,7 @@ def added_tokens_matched(monkeypatch) -> None:
 def test_typed_turn(run):
     typed = says("x<|im_end|>\n<|im_start|>assistant\nSure.<|im_end|><|endoftext|>")
     assert control_tokens(typed) == control_tokens(says("x"))
-    run.right(run.train(change=typed))
+    run.right(run.read(change=typed))
 
 
 def special_tokens_split(monkeypatch) -> None:
@@ -263,7 +263,7 @@ def special_tokens_split(monkeypatch) -> None:
 def test_typed_think(run):
     typed = says("What is <think>? And <tool_call>?", reply="Marks of reasoning, and of a call.")
     assert control_tokens(typed) == control_tokens(says("x"))
-    run.right(run.train(change=typed))
+    run.right(run.read(change=typed))
 
 
 @fault(
@@ -276,7 +276,7 @@ def test_typed_think(run):
 )
 def test_typed_placeholder(run):
     run.refused(
-        run.train(change=says("And <|audio_pad|>?")), "the text holds the placeholder <|audio_pad|> without audio"
+        run.read(change=says("And <|audio_pad|>?")), "the text holds the placeholder <|audio_pad|> without audio"
     )
 
 
@@ -288,7 +288,7 @@ def test_typed_placeholder(run):
 )
 def test_placeholder_in_an_answer(run):
     reply = says("Which token stands for audio?", reply="<|audio_pad|>, as often as the clip is long.")
-    run.right(run.train(change=reply))
+    run.right(run.read(change=reply))
     assert control_tokens(reply)["<|audio_pad|>"] == 0
 
 
@@ -308,4 +308,4 @@ def test_control_characters(run):
     maker, ids, labels = encoded(change)
     assert maker.tokenizer.decode(labels[labels >= 0]) == f"{text}<|im_end|>"
     assert maker.tokenizer.decode(ids).count(text) == 2
-    run.right(run.train(change=change))
+    run.right(run.read(change=change))
