@@ -87,7 +87,7 @@ def test_too_many_are_not_told_as_dialogues_that_there_are_not(arguments, tmp_pa
 
 @pytest.mark.parametrize("spoil", [
     lambda events: (events.unlink(), events.mkdir()),
-    lambda events: events.write_text("null\n5\n{}\n"),
+    lambda events: events.write_text("null\n5\n[]\n"),
 ])  # fmt: skip
 def test_a_finished_run_says_so_whatever_became_of_its_events(arguments, capsys, spoil):
     args = arguments()

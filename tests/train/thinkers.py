@@ -10,8 +10,8 @@ import soundfile
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_dialogues
-from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.demo.bases import TwoOptimizers
 from qwhisper.evaluate.forgetting import choose_questions
@@ -57,8 +57,8 @@ def write_thinking_bases(folder: Path, *, num_steps: int = 200) -> tuple[Path, P
     """(audio, text) folders; the text model answers all of KINDS."""
     audio, text = write_small_bases(folder, hidden_size=64)
     tokenizer, model = AutoTokenizer.from_pretrained(text), Qwen3ForCausalLM.from_pretrained(text)
-    encoder = DialogueEncoder(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
-    batch = encoder([dialogue(kind, letter) for kind in KINDS for letter in range(len(LETTERS))])
+    collator = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
+    batch = collator([dialogue(kind, letter) for kind in KINDS for letter in range(len(LETTERS))])
     del batch["valid_label_count"]
     torch.manual_seed(0)
     hook = model.get_input_embeddings().register_forward_hook(lambda module, given, found: blurred(found))
