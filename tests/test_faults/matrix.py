@@ -13,16 +13,25 @@ CLASSES = ("numerical", "data", "process", "disk", "memory", "logger")
 WithoutGuard = Callable[[pytest.MonkeyPatch], None]
 
 
-def fault(name: str, *, of: str, guarantee: str, without: WithoutGuard, slow: bool = False):
+def fault(
+    name: str,
+    *,
+    of: str,
+    guarantee: str,
+    without: WithoutGuard,
+    slow: bool = False,
+    slow_without: bool = False,
+):
     """Marks a test of one fault.
 
     name: the fault, as a user would say it. of: one of CLASSES. guarantee: what the user may rely on. without: patches
-    the guard out. slow: `make test-all` alone runs it.
+    the guard out. slow: `make test-all` alone runs it; slow_without: `make test-all` alone tries it without its guard.
     """
     assert of in CLASSES, of
 
     def decorate(test):
-        off = pytest.param("off", marks=pytest.mark.xfail(strict=True, raises=AssertionError))
+        marks = [pytest.mark.xfail(strict=True, raises=AssertionError), *([pytest.mark.slow] if slow_without else [])]
+        off = pytest.param("off", marks=marks)
         test = pytest.mark.parametrize("guard", ["on", off], indirect=True)(test)
         test = pytest.mark.fault(name=name, of=of, guarantee=guarantee, without=without)(test)
         return pytest.mark.slow(test) if slow else test

@@ -3,12 +3,15 @@ benchmarks/chaos.py, short."""
 
 from pathlib import Path
 
+import pytest
+
 from tests.test_faults.inject import RandomFaults, outcome_of, spoil_clips
 from tests.train.helpers import read_lines
 
 SHARE = 0.05
 
 
+@pytest.mark.slow
 def test_nothing_crashes_all_stays_finite_and_what_is_logged_is_what_was_injected(
     arguments, train_file, tmp_path, monkeypatch
 ):

@@ -207,6 +207,7 @@ def test_killed_in_an_evaluation(arguments, tmp_path, train_file, monkeypatch):
     of="process",
     guarantee="every resume works and loses at most one save interval; the end is that of an uninterrupted run",
     without=without_generators,
+    slow=True,
 )
 def test_twenty_kills(arguments, tmp_path, train_file):
     args = arguments(

@@ -27,6 +27,7 @@ def test_the_loss_falls_at_the_stable_recipes_rate(run_training):
     assert sum(losses[-12:]) < sum(losses[:12])
 
 
+@pytest.mark.slow
 def test_swapped_audio_ends_up_costing_more_than_the_true_audio(arguments, tmp_path, shared):
     _, text = write_small_bases(tmp_path, hidden_size=64)
     teach_to_read(text, ["low", "high"])
