@@ -17,8 +17,7 @@ class Mono:
 
     def __init__(self, channel: int | None):
         self._channel = channel
-        self._waveform = np.empty(0, dtype=np.float32)
-        self._filled = 0
+        self._waveform = bytearray()  # grows in place; NumPy 2.5 copies an array that is resized
         self._rate = SAMPLE_RATE
         self._resampler: soxr.ResampleStream | None = None
         self._covariances: dict[int, Covariance] = {}  # by number of channels
@@ -63,8 +62,7 @@ class Mono:
 
     def finish(self) -> np.ndarray:
         self._flush()
-        self._waveform.resize(self._filled, refcheck=False)
-        return self._waveform
+        return np.frombuffer(self._waveform, dtype=np.float32)
 
     def _flush(self) -> None:
         if self._resampler is not None:
@@ -72,12 +70,7 @@ class Mono:
             self._resampler = None
 
     def _append(self, samples: np.ndarray) -> None:
-        filled = self._filled + len(samples)
-        if filled > len(self._waveform):
-            # Grown in place: what the header claims is no reason to ask for memory.
-            self._waveform.resize(max(filled, len(self._waveform) * 9 // 8), refcheck=False)
-        self._waveform[self._filled : filled] = samples
-        self._filled = filled
+        self._waveform += samples.astype(np.float32, copy=False).tobytes()
 
 
 class Covariance:
