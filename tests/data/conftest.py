@@ -36,7 +36,7 @@ GEMMA = """{{ bos_token }}
 {%- endif -%}
 {%- for message in loop_messages -%}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception("Dialogue roles must alternate user/assistant/user/assistant/...") }}
+        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
     {%- endif -%}
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
     {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else '') }}

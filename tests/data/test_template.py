@@ -135,7 +135,7 @@ def test_tokenizer_that_no_template_helps_is_refused():
 def test_dialogue_that_a_template_refuses_is_named():
     tokenizer = byte_tokenizer(TEMPLATES["gemma"])
     messages = [Message("user", ("a",)), Message("user", ("b",)), Message("assistant", ("c",))]
-    with pytest.raises(DataError, match="refuses a dialogue of user, user, assistant: Dialogue roles must"):
+    with pytest.raises(DataError, match="refuses a dialogue of user, user, assistant: Conversation roles must"):
         render_pieces(messages, tokenizer, listening_template(tokenizer)[0])
     with pytest.raises(DataError, match="drops, repeats or moves messages"):
         render_pieces(as_messages(MESSAGES), tokenizer, MOVING_SYSTEM)

@@ -17,7 +17,7 @@ from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.errors import BadClipError, QwhisperError
 from qwhisper.frames import FrameArithmetic
 from tests.small import small_tokenizer, tone
-from tests.test_faults.inject import Outcome, outcome_of
+from tests.test_faults.inject import Outcome, outcome_of, raise_if_a_patch_is_stale
 from tests.train.helpers import read_lines
 
 COUNT = 8
@@ -109,6 +109,7 @@ class BrokenRun:
         except QwhisperError as error:
             self.reading = Reading(error.exit_code, str(error))
         except Exception as error:  # a crash is an outcome, and no guarantee allows it
+            raise_if_a_patch_is_stale(error)
             self.reading = Reading(None, repr(error))
         else:
             reasons = {rejection.id: rejection.reason for rejection in rejections}

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,19 @@ def host_memory_runs_out(*args, **kwargs) -> None:
 both_memories = pytest.mark.parametrize("run_out", [device_memory_runs_out, host_memory_runs_out])
 
 
+OTHER_ARGUMENTS = re.compile("unexpected keyword argument|positional argument|keyword-only argument|multiple values")
+
+
+def raise_if_a_patch_is_stale(error: Exception) -> None:
+    """Raise an error that says that the code and a patch do not fit: other arguments, or a name that is missing.
+
+    Taken for an outcome, it would pass for a fault without its guard, and prove nothing about the guard.
+    """
+    missing = isinstance(error, AttributeError | NameError | ImportError)
+    if missing or (isinstance(error, TypeError) and OTHER_ARGUMENTS.search(str(error))):
+        raise error
+
+
 def outcome_of(args, callbacks=()) -> Outcome:
     """Runs a training to its end, whatever that is."""
     try:
@@ -68,6 +82,7 @@ def outcome_of(args, callbacks=()) -> Outcome:
     except QwhisperError as error:
         code, message = error.exit_code, str(error)
     except Exception as error:  # a crash is an outcome, and no guarantee allows it
+        raise_if_a_patch_is_stale(error)
         code, message = None, repr(error)
     folder = Path(args.output_dir)
     events = acts(read_jsonl(folder / "events.jsonl"))

@@ -46,7 +46,7 @@ class Moment(TrainerCallback):
 
 
 def saves_as_it_is(monkeypatch) -> None:
-    monkeypatch.setattr(loop, "keep_sound", lambda run: None)
+    monkeypatch.setattr(loop, "keep_sound", lambda run, *, copy: None)
 
 
 @fault(
@@ -77,7 +77,7 @@ def test_an_infinite_moment(arguments):
     of="numerical",
     guarantee="no snapshot is taken there: a rewind finds weights of before the streak",
     without=lambda monkeypatch: monkeypatch.setattr(
-        loop, "keep_sound", lambda run, samples=(): run.snapshots.take(run.state.step)
+        loop, "keep_sound", lambda run, *, copy: run.snapshots.take(run.state.step)
     ),
 )
 def test_saves_in_a_bad_streak(arguments, monkeypatch):

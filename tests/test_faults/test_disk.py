@@ -31,7 +31,7 @@ Damage = Callable[[Path], None]
 
 
 def disk_errors_are_let_through(monkeypatch) -> None:
-    def save(run):
+    def save(run, *, stopped=False):
         save_checkpoint(run)
         return True
 

@@ -142,7 +142,9 @@ def test_a_sample_too_long(arguments, monkeypatch, run_out):
     "out of memory in a save",
     of="memory",
     guarantee="the run goes on, an event names the last whole checkpoint, and the next save is tried",
-    without=lambda monkeypatch: monkeypatch.setattr(loop, "try_to_save", lambda run: bool(save_checkpoint(run))),
+    without=lambda monkeypatch: monkeypatch.setattr(
+        loop, "try_to_save", lambda run, *, stopped=False: bool(save_checkpoint(run))
+    ),
 )
 @both_memories
 def test_save(arguments, monkeypatch, run_out):

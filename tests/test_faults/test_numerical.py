@@ -45,7 +45,7 @@ def without_rewind(monkeypatch) -> None:
 def without_any_check(monkeypatch) -> None:
     without_finite_check(monkeypatch)
     without_rewind(monkeypatch)
-    monkeypatch.setattr(loop, "keep_sound", lambda run: None)
+    monkeypatch.setattr(loop, "keep_sound", lambda run, *, copy: None)
 
 
 SAMPLE_FAULTS = {

@@ -128,11 +128,15 @@ def worker_pids() -> list[int]:
 
 def deaths_are_let_through(monkeypatch) -> None:
     """A dead worker is an error of the run, as in torch's DataLoader."""
+    honest = workers._Worker.answer
 
-    class NeverRaised(Exception):
-        pass
+    def answer(self):
+        try:
+            return honest(self)
+        except workers.WorkerDied as death:
+            raise RuntimeError(f"data worker: {death.how}") from None
 
-    monkeypatch.setattr(dataset, "WorkerDied", NeverRaised)
+    monkeypatch.setattr(workers._Worker, "answer", answer)
 
 
 def whole_run(args, tmp_path, **values) -> dict[str, torch.Tensor]:
