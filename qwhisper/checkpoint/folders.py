@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from qwhisper.checkpoint.manifest import read_manifest, says_finite, write_manifest
-from qwhisper.checkpoint.names import OLD, PREFIX, step_in_name
+from qwhisper.checkpoint.names import OLD, PREFIX, checkpoint_name, step_in_name
 from qwhisper.disk import WRITING, flush, remove
 
 DELETING = ".deleting"
@@ -31,7 +31,7 @@ def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None], 
     from this checkpoint. Raises OSError if the disk does not take it, and leaves all checkpoints as they were.
     """
     _clear_leftovers(run_folder)
-    final = run_folder / f"{PREFIX}{step}"
+    final = run_folder / checkpoint_name(step)
     aside, old = _free(run_folder, f".{final.name}", WRITING), final.with_name(f".{final.name}{OLD}")
     try:
         aside.mkdir(parents=True)
@@ -86,7 +86,7 @@ def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
     """
     resumed_step = read_manifest(resumed)["step"]
     later = [(step, folder) for step, folder in sorted(_by_step(run_folder).items()) if step > resumed_step]
-    return [folder.rename(_free(run_folder, f"{ASIDE}{PREFIX}{step}")) for step, folder in later]
+    return [folder.rename(_free(run_folder, f"{ASIDE}{checkpoint_name(step)}")) for step, folder in later]
 
 
 def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:

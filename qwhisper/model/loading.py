@@ -13,9 +13,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from qwhisper.checkpoint.names import ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
+from qwhisper.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.errors import CheckpointError, UsageError, first_line
-from qwhisper.model.adapter_config import ADAPTER_CONFIG, read_adapter_config
+from qwhisper.model.adapter_config import read_adapter_config
 from qwhisper.model.bases import (
     DEFAULT_OPTIONS,
     WEIGHT_FILES,

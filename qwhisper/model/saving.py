@@ -24,9 +24,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
-from qwhisper.checkpoint.names import ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE, WHOLE_WEIGHTS
+from qwhisper.checkpoint.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    ENCODER_FILE,
+    PROJECTOR_FILE,
+    WHOLE_WEIGHTS,
+)
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.model.adapter_config import ADAPTER_CONFIG, is_target, read_adapter_config
+from qwhisper.model.adapter_config import is_target, read_adapter_config
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.projector import AudioProjection

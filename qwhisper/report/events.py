@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,11 @@ class RunLog:
     def quarantine(self, *, id: str, source: str, reason: str, step: int) -> None:
         self.quarantined[source] = reason
         self._append("quarantine.jsonl", {"id": id, "source": source, "reason": reason, "step": step})
+
+
+def readable(statistics: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN: non-finite numbers become their names."""
+    return {name: value if abs(value) < float("inf") else str(value) for name, value in statistics.items()}
 
 
 def acts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from qwhisper import __version__
+from qwhisper.checkpoint.names import checkpoint_name
 from qwhisper.errors import (
     DataError,
     MemoryLimitError,
@@ -170,7 +171,7 @@ def in_words(session: Session) -> str:
 
 
 def saved_in(session: Session) -> str:
-    folder = session.log.folder / (session.state.best_checkpoint or f"checkpoint-{session.state.step}")
+    folder = session.log.folder / (session.state.best_checkpoint or checkpoint_name(session.state.step))
     return str(folder) if folder.exists() else "nothing was saved"
 
 

@@ -13,7 +13,6 @@ rewinding, retrying after out-of-memory and an exact resume need our own loop (`
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from qwhisper.guards.gradients import drop_gradients, scale_gradients, step_stat
 from qwhisper.guards.state import GuardState
 from qwhisper.model.lora import lora_parameters
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.report.terminal import say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.optimizer import parameter_groups
 from qwhisper.train.plan import Plan, careful_steps
@@ -107,10 +107,10 @@ class Tracker:
                 return handler(*shown, **values)
             except (Exception, SystemExit) as error:
                 self.is_down = True
-                print(
+                say(
                     f"--report_to: {type(self.callback).__name__} failed in {event} ({type(error).__name__}: {error}) "
                     "and is left out from now on; metrics.jsonl has everything",
-                    file=sys.stderr,
+                    to_stderr=True,
                 )
                 return None
 

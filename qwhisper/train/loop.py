@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from qwhisper.checkpoint.names import checkpoint_name
 from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data.loader import StepSamples
 from qwhisper.engine.executor import generators_as_now
@@ -19,6 +20,7 @@ from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalErr
 from qwhisper.guards.decide import Decision, decide
 from qwhisper.guards.gradients import drop_gradients, group_checksums, scale_gradients
 from qwhisper.memory import is_out_of_memory
+from qwhisper.report.events import readable
 from qwhisper.report.kinds import (
     ActivationClampTurned,
     GradientSpike,
@@ -30,7 +32,7 @@ from qwhisper.report.kinds import (
     WorkerDied,
 )
 from qwhisper.report.terminal import say
-from qwhisper.train.monitor import log_clamped, log_step, log_window, readable, watch
+from qwhisper.train.monitor import log_clamped, log_step, log_window, watch
 from qwhisper.train.recovery import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
 from qwhisper.train.session import Session, StepReport, save_checkpoint
 from qwhisper.train.signals import Stopped, StopSignals
@@ -195,7 +197,7 @@ def at_end(session: Session) -> bool:
 
 
 def is_best(session: Session) -> bool:
-    return session.state.best_checkpoint == f"checkpoint-{session.state.step}"
+    return session.state.best_checkpoint == checkpoint_name(session.state.step)
 
 
 def evaluation_is_due(session: Session) -> bool:
@@ -267,7 +269,7 @@ def evaluate(session: Session, signals: StopSignals) -> None:
     state.learning.evaluated(loss, before_first_step=False)
     best = improves(loss, state.best_loss)
     if best:
-        state.best_loss, state.best_checkpoint = loss, f"checkpoint-{state.step}"
+        state.best_loss, state.best_checkpoint = loss, checkpoint_name(state.step)
     report_held_out(session, loss, " (best so far)" if best else "")
 
 
@@ -282,8 +284,7 @@ def held_out_loss(session: Session, signals: StopSignals) -> float | None:
 
 
 def report_held_out(session: Session, loss: float, remark: str) -> None:
-    session.log.metric(step=session.state.step, **readable({"eval_loss": loss}))
-    say(f"step {session.state.step}: held-out loss {loss:.4f}{remark}")
+    session.measured({"eval_loss": loss}, f"held-out loss {loss:.4f}{remark}")
     session.fire("on_evaluate", metrics={"eval_loss": loss})
     session.fire("on_log", logs={"eval_loss": loss})
 
