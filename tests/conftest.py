@@ -1,4 +1,4 @@
-"""What tests of every room may ask for."""
+"""Fixtures for tests of every package."""
 
 import logging
 import os

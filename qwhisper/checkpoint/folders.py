@@ -86,7 +86,7 @@ def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
     """
     resumed_step = read_manifest(resumed)["step"]
     later = [(step, folder) for step, folder in sorted(_by_step(run_folder).items()) if step > resumed_step]
-    return [folder.rename(_free(run_folder, f"{ASIDE}{checkpoint_name(step)}")) for step, folder in later]
+    return [folder.rename(_free(run_folder, f"{ASIDE}{PREFIX}{step}")) for step, folder in later]
 
 
 def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:

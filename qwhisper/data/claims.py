@@ -32,7 +32,7 @@ def short_of(claimed: int, there: int) -> str:
     return f"cut short, its header claims {claimed} bytes of sound, {there} are there"
 
 
-# Each of these gives (where the sound begins, how many bytes it has by the header), or (0, 0) where that isn't told.
+# Each of these gives (where the sound begins, how many bytes it has by the header), or (0, 0) if it does not say.
 
 
 def _w64_sound(data: FileBytes, start: int) -> tuple[int, int]:

@@ -122,7 +122,7 @@ class DialogueEncoder:
 
     def _encode(self, dialogue: Dialogue, supervised: set[int], first_own: int, events: list[str]) -> Sample:
         """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
-        told = len(events)
+        num_before = len(events)
         try:
             row, offset = self._fitting_row(dialogue, supervised, events)
         except (BadClipError, NoLabelsError) as error:
@@ -148,7 +148,7 @@ class DialogueEncoder:
         windows = [window for _, window in row.windows]
         sample = Sample(dialogue.id, dialogue.source, ids, labels, windows, sorted(spans.values()), events, row.notes)
         if self.teach:
-            sample.teacher = self._in_words(dialogue, supervised, first_own, sample, cut=len(events) > told)
+            sample.teacher = self._in_words(dialogue, supervised, first_own, sample, cut=len(events) > num_before)
         return require_labels(sample)
 
     def _in_words(

@@ -124,7 +124,7 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
             f"{where}: only an assistant's message can be learned by itself; --train_on all learns users' text"
         )
     message = Message(role, parts, None if kind is None else str(kind), None, calls, learned is not False)
-    if len(faults) > faults_before:  # what is missing because of them is no fault of its own
+    if len(faults) > faults_before:  # what is missing because of them is no second fault
         return message
     if role == "assistant":
         return _parse_answer(message, raw, where, faults)

@@ -149,7 +149,7 @@ class _Call:
 class _Trace:
     """The hooks of one forward and backward pass, and the first bad place.
 
-    A module's input is handed to it as a view of its own: the gradient of that view is what this module alone produced,
+    A module's input is handed to it as a separate view: the gradient of that view is what this module alone produced,
     while the tensor's gradient sums over all that read it. Tensors hold the hooks, never the other way round, so no
     activation lives longer for it. Under gradient checkpointing a module's second run is watched as the first one is.
     """

@@ -174,7 +174,7 @@ def with_answers(
     dialogues: Sequence[Dialogue], questions: dict[int, Question], answers: dict[str, Answer]
 ) -> tuple[list[Dialogue], list[str], int]:
     """The dialogues that have an answer now or had one, in their order, what was wrong with an answer, and how many
-    were cut, for want of tokens, which are left out.
+    were left out because they reached the limit of tokens.
     """
     answered, faults, cut = [], [], 0
     for position, dialogue in enumerate(dialogues):

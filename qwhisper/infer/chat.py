@@ -54,7 +54,7 @@ class Chat:
 
 
 def converse(chat: Chat, read_line: Callable[[], str]) -> None:
-    """Lines to turns until /quit or the end of the input; a mistake is explained and the conversation goes on."""
+    """Lines to turns until /quit or the end of the input; a mistake is explained and the conversation continues."""
     attached: list[AudioClip] = []
     while True:
         try:
@@ -88,11 +88,11 @@ def split_line(line: str) -> tuple[list[AudioClip], str]:
     """
     clips = []
     while line:
-        told = line.startswith("/audio ")
-        rest = line.removeprefix("/audio ").lstrip() if told else line
+        is_command = line.startswith("/audio ")
+        rest = line.removeprefix("/audio ").lstrip() if is_command else line
         word, after = _first_word(rest)
         is_path = word.lower().endswith(AUDIO_SUFFIXES) or ("/" in word and os.path.isfile(os.path.expanduser(word)))
-        if not told and not is_path:
+        if not is_command and not is_path:
             break
         clips.append(read_clip(word))
         line = after

@@ -163,7 +163,7 @@ def packed_attention_forward(
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. query [batch, heads, tokens, head_dim]; key and value have heads of their own.
+    """transformers' attention interface. query [batch, heads, tokens, head_dim]; key and value have their own heads.
 
     cu_seq_lens_q: [segments + 1] int32 borders of the segments of a packed row (batch 1); None for an ordinary batch.
     Returns ([batch, tokens, heads, head_dim], None).

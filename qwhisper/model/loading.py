@@ -163,7 +163,7 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model:
 
     config: only the folder's own, as the Auto classes pass it. Any other keyword is refused, none is ignored.
     """
-    # The Auto classes add keywords of their own, such as _from_auto, and adapter_kwargs with what a user gave.
+    # The Auto classes add keywords such as _from_auto, and adapter_kwargs with what a user gave.
     kwargs |= kwargs.pop("adapter_kwargs", None) or {}
     kwargs = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
     _refuse_other_config(name, kwargs.pop("config", None))

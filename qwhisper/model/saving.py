@@ -125,7 +125,7 @@ def _refuse_folder(config: Qwen3AudioConfig, folder: Path) -> None:
 
 
 def _state_with(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The model's state dict, with the given tensors in the places of its own."""
+    """The model's state dict, with the given tensors in place of its own."""
     state = dict(model.state_dict())
     unknown = sorted((given or {}).keys() - state.keys())
     if unknown:

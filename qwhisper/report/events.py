@@ -20,7 +20,7 @@ COURSE = frozenset(event.kind for event in KINDS if event.is_course)
 class RunLog:
     """Appends one JSON object a line; a line is complete on disk as soon as it is written.
 
-    A log that can't be written is said once and given up for the moment: no run ends for want of its log.
+    A log that can't be written is reported once, and its line is lost: no run ends because of its log.
     kinds: how many events there were of each but COURSE. quarantined: the reason by the source of each bad dialogue,
     however often it came up. Both of the whole run, as far as the files of the part before a resume can be read.
     """

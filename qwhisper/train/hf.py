@@ -34,7 +34,7 @@ from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.optimizer import parameter_groups
 from qwhisper.train.plan import Plan, careful_steps
 
-TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio goes on with the run of the same name by itself
+TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio continues the run of the same name by itself
 
 
 def hf_arguments(args: TrainArguments, plan: Plan) -> TrainingArguments:
@@ -72,7 +72,7 @@ class OneBoard(TensorBoardCallback):
 
 @contextmanager
 def tracked_as(run_id: str) -> Iterator[None]:
-    """While it lasts, trackers that know a run by its id go on with the one of that id, or begin it.
+    """While it lasts, trackers that know a run by its id continue the one of that id, or begin it.
 
     They read it from their environment variables, of which those that are set stay as they are.
     """

@@ -34,7 +34,7 @@ class Learning:
     weights: each group's checksum before the first step; empty for a run that was not followed from its beginning.
     first, last: losses of the first and of the last WINDOW steps that were taken, nats a supervised token. steps: how
     many were taken. first_pass, last_pass: mean loss of the first and of the last whole pass over the data; pass_loss,
-    pass_tokens: sums of the one that goes on. first_held_out, last_held_out: held-out loss before the first step and
+    pass_tokens: sums of the pass in progress. first_held_out, last_held_out: held-out loss before the first step and
     lately; held_out_broke: the last one was not finite. gain, noise: of the last listening probe, at step `probed`.
     """
 

@@ -44,7 +44,7 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
 
     Samples whose loss or gradient is not finite are left out and named. A step that is skipped, because no sample is
     left or the sum of their gradients is not finite, leaves parameters, moments and Adam's step counts untouched;
-    learning rate and data go on. Raises Stopped where a signal ends it between two packs, half done.
+    learning rate and data continue. Raises Stopped if a signal ends it between two packs, half done.
     """
     args, guards, samples, frozen = session.args, session.state.guards, fetched.samples, session.frozen_groups
 
@@ -117,7 +117,7 @@ def train(session: Session, steps: Iterator[StepSamples]) -> int:
 def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSignals) -> bool:
     """Whether what was reached is saved."""
     args, state = session.args, session.state
-    # A skipped first step is meant: the schedule goes on, the optimizer does not.
+    # A skipped first step is meant: the schedule advances, the optimizer does not.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     session.executor.model.train()
     session.executor.before_pack = signals.between_packs
@@ -299,7 +299,7 @@ def last_whole(newest: Path | None) -> str:
 
 
 def try_to_save(session: Session, *, stopped: bool = False) -> bool:
-    """Save a checkpoint. Return whether the disk took it; if not, the run goes on and older checkpoints are unchanged.
+    """Save a checkpoint. Return whether the disk took it; if not, the run continues with the older checkpoints.
 
     Weights that are not finite are not saved: the run rewinds first. Takes a snapshot as well, but not when stopping
     early: an uninterrupted run would not, and a later rewind must land on the same weights.

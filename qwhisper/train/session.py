@@ -299,7 +299,7 @@ def collect_clamped(session: Session) -> None:
 def restore(session: Session, folder: Path) -> None:
     """Optimizer, schedule, generators and snapshots as they were; the weights are loaded already.
 
-    Raises CheckpointError where one of them is not what this run can go on with.
+    Raises CheckpointError if this run can not continue with one of them.
     """
     names = parameter_names(session.executor.model)
     check_resumable(folder, {names[parameter]: parameter for parameter in session.snapshots.parameters}, session.state)

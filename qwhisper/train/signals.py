@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """No Exception, as KeyboardInterrupt is none: code that is left by it must not take it for a fault of its own."""
+    """No Exception, as KeyboardInterrupt is none: no `except Exception` that it passes may take it for a fault."""
 
 
 class StopSignals:

@@ -1,4 +1,4 @@
-"""Where a training starts: a new run in a folder of its own, or a checkpoint that is resumed, with what changed since.
+"""Where a training starts: a new run in its own folder, or a checkpoint that is resumed, with what changed since.
 
 A folder that holds another run is refused; nothing in it is overwritten.
 """
@@ -32,7 +32,7 @@ DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "trai
 
 
 def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run, which must not overwrite another."""
+    """The checkpoint to resume, or None for a new run, which must not overwrite another."""
     if not args.resume_from_checkpoint:
         if checkpoints(folder):
             raise UsageError(
@@ -75,8 +75,8 @@ def nothing_to_resume(folder: Path) -> UsageError:
 
 
 def given_checkpoint(path: Path, folder: Path) -> Path:
-    """A checkpoint that was named, wherever it lies: also a copy of one of this run, or where a new folder goes on from
-    another run.
+    """A checkpoint that was named, wherever it lies: also a copy of one of this run, or one of another run that
+    continues in a new folder.
     """
     path = path.resolve()  # its name and its parent are asked for, and `.` and links have others
     if not path.is_dir() or checkpoints(path):
@@ -137,8 +137,8 @@ def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_
     if "max_tokens_per_pack" in changed:
         state.max_tokens_per_pack = None
     if changed:
-        told = ", ".join(f"--{name} {now} (was {was})" for name, (was, now) in changed.items())
-        note(f"{resumed.name} goes on with {told}")
+        changes = ", ".join(f"--{name} {now} (was {was})" for name, (was, now) in changed.items())
+        note(f"{resumed.name} goes on with {changes}")
     if state.train_file_sha256 != train_file_sha256:
         note(
             f"{args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
@@ -159,7 +159,7 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
     """Everything that is needed to run it again from any current folder: `qwhisper train --config` reads it.
 
     Values that the length of the run decides are left out: a longer one from the same file has its own.
-    Where the disk does not take it, a resumed run goes on with what stands there.
+    If the disk does not take it, a resumed run keeps the file that is there.
     """
     values = absolute(dataclasses.asdict(with_values(args, defaults_from_flags(args))))
     values = {name: value for name, value in values.items() if value is not None and name != "resume_from_checkpoint"}
