@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+        if isinstance(stream, io.TextIOWrapper):  # None if it is closed
             # An ASCII locale has no ×, and no Chinese name; a log or pipe should show each line when it is printed.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     verb = VERBS.get(" ".join(argv[: _verb_length(argv)]))

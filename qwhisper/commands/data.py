@@ -50,7 +50,7 @@ def check(arguments: DataCheckArguments) -> int:
 
 
 def _load_tokenizer(name: str, hub: str):
-    from qwhisper.model.kinds import refuse_empty_tokenizer
+    from qwhisper.model.base_kinds import refuse_empty_tokenizer
     from qwhisper.model.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(_find_model(name, hub, "--text_model"), "--text_model")
@@ -72,8 +72,8 @@ def _load_frames(name: str | None, hub: str) -> "FrameArithmetic":
 
 
 def _find_model(name: str, hub: str, flag: str) -> str:
+    from qwhisper.model.base_kinds import refuse_model
     from qwhisper.model.bases import resolve_model
-    from qwhisper.model.kinds import refuse_model
 
     if hub != "huggingface":
         return resolve_model(name, hub, flag)

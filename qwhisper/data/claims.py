@@ -15,7 +15,7 @@ _FEW_BYTES = 800  # 0.1 s of telephone sound
 
 
 def missing_bytes(data: FileBytes, start: int) -> str | None:
-    """What a file claims and what is there, as in "cut short, its header claims …"; None where that is no less.
+    """What a file claims and what is there, as in "cut short, its header claims …"; None if that is no less.
 
     Also None for a format that isn't known here, and where the length is unknown: it was written to a pipe.
     """

@@ -44,7 +44,7 @@ class UnreadableError(BadClipError):
 
 
 class Decoder(Protocol):
-    """An open stream of sound. num_frames: what its header claims, None where it is unknown."""
+    """An open stream of sound. num_frames: what its header claims, None if it is unknown."""
 
     rate: int
     channels: int

@@ -154,7 +154,7 @@ class DialogueEncoder:
     def _in_words(
         self, dialogue: Dialogue, supervised: set[int], first_own: int, heard: Sample, *, cut: bool
     ) -> Sample | None:
-        """The dialogue as typed; None where a clip has no transcript, or where max_length cuts one of the two: they
+        """The dialogue as typed; None if a clip has no transcript, or if max_length cuts one of the two: they
         would answer with another history, or at another turn that has the same answer.
         """
         if not heard.windows:

@@ -80,7 +80,7 @@ def join_calls(messages: Sequence[Message], raw: Sequence, faults: list[str]) ->
 
 
 def parse_learned(raw: dict, where: str, faults: list[str]) -> bool | None:
-    """Whether an object is to be learned, by `loss`, `train` and `weight`; None where they say nothing."""
+    """Whether an object is to be learned, by `loss`, `train` and `weight`; None if they say nothing."""
     said = {key: raw[key] for key in LOSS_KEYS if raw.get(key) is not None}
     if not said:  # of most messages
         return None

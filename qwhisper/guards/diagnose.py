@@ -79,7 +79,7 @@ def summary(description: dict[str, Any]) -> str:
 
 def diagnose(model: nn.Module, batch: dict[str, Any], *, loss_scale: float = 1.0) -> Finding | None:
     """Looks at the weights, then at the batch, then runs `model(**batch).loss` forward and backward and names the first
-    place that is not finite; None where everything is.
+    place that is not finite; None if everything is.
 
     Forward: the first module, in the order of execution, whose output is not finite although its inputs are; of nested
     ones the innermost. Backward: the first module, or parameter, whose gradient is not finite although the gradient at
@@ -106,7 +106,7 @@ def diagnose(model: nn.Module, batch: dict[str, Any], *, loss_scale: float = 1.0
 
 
 def bad_weight(model: nn.Module) -> Finding | None:
-    """The first weight that is not finite; None where all are."""
+    """The first weight that is not finite; None if all are."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not _all_finite(parameter):
             return Finding(name, "weight", f"weight {name} is not finite", (describe("values", parameter),))

@@ -134,7 +134,7 @@ class ClampSwitch(RecentPeaks):
     told: int = field(default=0, metadata=ADDED_LATER)
 
     def observe(self, spiked: bool) -> Literal["on", "off"] | None:
-        """One step; what the clamp has to be from now on, or None where it stays as it is."""
+        """One step; what the clamp has to be from now on, or None if it stays as it is."""
         self.note(spiked, CLAMP_WINDOW)
         if not self.on and len(self.peaks) >= CLAMP_SPIKES:
             self.on, self.clamped, self.told = True, 0, 0

@@ -69,7 +69,7 @@ def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window
 
 
 def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
-    """[length, length], True where a query may look; None where plain causal attention says the same."""
+    """[length, length], True where a query may look; None if plain causal attention says the same."""
     if window is None or length <= window:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]

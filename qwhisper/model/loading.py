@@ -16,6 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from qwhisper.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.errors import CheckpointError, UsageError, first_line
 from qwhisper.model.adapter_config import read_adapter_config
+from qwhisper.model.base_kinds import refuse_unpackable
 from qwhisper.model.bases import (
     DEFAULT_OPTIONS,
     WEIGHT_FILES,
@@ -31,7 +32,6 @@ from qwhisper.model.bases import (
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
-from qwhisper.model.kinds import refuse_unpackable
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading

@@ -71,7 +71,7 @@ def save_pretrained(
 ) -> None:
     """Writes all that is needed to load the model again; raises UsageError where a weight would be lost.
 
-    base_record: of the weights that came from the model's bases; None where they are not known.
+    base_record: of the weights that came from the model's bases; None if they are not known.
     state_dict: weights that are saved instead of the model's, as Trainer and Accelerate gather them; the model's stand
     in for what it lacks. Nothing is written unless `is_main_process`. max_shard_size, variant,
     save_original_format: as in transformers, for a whole model; trained weights have one file each.

@@ -61,7 +61,7 @@ class RunLog:
         self._append("events.jsonl", record)
 
     def run_id(self) -> str | None:
-        """The name that the run was given when it began; None where events.jsonl can't say."""
+        """The name that the run was given when it began; None if events.jsonl can't say."""
         ids = [event["run_id"] for event in _readable(self.folder / "events.jsonl") if "run_id" in event]
         return str(ids[-1]) if ids else None
 

@@ -28,7 +28,7 @@ class Unfailing:
     """A stream that reports its first failing write on stderr, and discards that and all later output.
 
     terminal: a descriptor of the terminal that the stream is shown on, where its own leads to the relay. without_relay:
-    puts its own back to where it led before; None where it leads there.
+    puts its own back to where it led before; None if it leads there.
     """
 
     def __init__(self, stream: TextIO, name: str):

@@ -110,11 +110,11 @@ class Learning:
 
     @property
     def hears(self) -> bool | None:
-        """Whether the true audio was worth more than its noise; None where that was not measured."""
+        """Whether the true audio was worth more than its noise; None if that was not measured."""
         return None if self.gain is None or self.noise is None else self.gain > NOISES * self.noise
 
     def direction(self) -> Direction | None:
-        """Where the training loss went; None where there were too few steps to tell."""
+        """Where the training loss went; None if there were too few steps to tell."""
         if self.steps < FEWEST:
             return None
         ranks, (first, last) = rank_test(*self.windows), self.windows
@@ -143,7 +143,7 @@ class Learning:
         return bool(self.hears) or (fell and self.direction() != "rose" and not self.held_out_rose)
 
     def nothing(self, weights: Mapping[str, int], *, guess: float, began_trained: bool) -> str | None:
-        """Why nothing was learned, or None where that can't be said for certain.
+        """Why nothing was learned, or None if that can't be said for certain.
 
         weights: each group's checksum now. guess: as in `is_dead`. began_trained: the weights came from another run,
         which may have learned all that there is.

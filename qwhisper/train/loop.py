@@ -274,7 +274,7 @@ def evaluate(session: Session, signals: StopSignals) -> None:
 
 
 def held_out_loss(session: Session, signals: StopSignals) -> float | None:
-    """None where a signal came meanwhile, or where memory does not suffice, which counts as an evaluation."""
+    """None if a signal came meanwhile, or if memory does not suffice, which counts as an evaluation."""
     try:
         return signals.unless_stopped(lambda: session.executor.evaluate(session.eval_samples))
     except MemoryLimitError as error:

@@ -56,7 +56,7 @@ class Plan:
     notes: tuple[str, ...]
 
 
-# Flags that are None where nobody gave them; arguments.json in a checkpoint holds their values.
+# Flags that are None if nobody gave them; arguments.json in a checkpoint holds their values.
 DECIDED_FLAGS = [
     f.name for f in dataclasses.fields(Plan) if f.name in {f.name for f in dataclasses.fields(TrainArguments)}
 ]
@@ -104,7 +104,7 @@ def defaults_from_flags(args: TrainArguments) -> dict[str, Any]:
 
 
 def with_values(args: TrainArguments, values: Mapping[str, Any]) -> TrainArguments:
-    """The arguments, with `values` in the place of None. Checks nothing again: a callback may go beyond the bounds."""
+    """A copy of the arguments, with `values` in the place of None. They follow from checked flags: no second check."""
     filled = copy.copy(args)
     for name, value in values.items():
         if getattr(args, name, 0) is None:

@@ -60,7 +60,7 @@ class StopSignals:
             raise Stopped
 
     def unless_stopped(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns, or None where a signal came before or meanwhile.
+        """What `work` returns, or None if a signal came before or meanwhile.
 
         For what may take long, such as waiting for data or an evaluation, and may be left anywhere without harm.
         """

@@ -42,7 +42,7 @@ ANSWER_TOKENS = 16
 class Proof:
     """What was proved of a checkpoint.
 
-    files: how many are what the manifest says; None where there is no manifest. dialogue: where the step's stands.
+    files: how many are what the manifest says; None if there is no manifest. dialogue: where the step's stands.
     """
 
     folder: Path
