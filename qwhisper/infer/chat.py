@@ -13,8 +13,10 @@ from transformers import TextStreamer
 
 from qwhisper.data.clips import URL, AudioClip, load_clip, read_own_audio
 from qwhisper.data.dialogue import Message
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.errors import BadClipError, DataError
 from qwhisper.infer.generate import decode_answer, generate_tokens
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 FIRST_WORD = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|((?:\\.|\S)*))\s*(.*)""", re.DOTALL)
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff", ".aif")
@@ -26,7 +28,14 @@ HELP = """A line is sent as text. A line that begins with audio files (`a.wav b.
 class Chat:
     """A dialogue with a model: its messages so far."""
 
-    def __init__(self, model, encoder, *, system: str | None = None, max_new_tokens: int = 256):
+    def __init__(
+        self,
+        model: Qwen3AudioForConditionalGeneration,
+        encoder: DialogueEncoder,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+    ):
         self.model = model
         self.encoder = encoder
         self.max_new_tokens = max_new_tokens
