@@ -138,7 +138,7 @@ def _stop(workers: Sequence[_Worker]) -> None:
 
 
 def _serve(pipe: Connection, work: Callable[[Any], Any], not_its: Sequence[Connection]) -> None:
-    """Answers tasks until the pipe closes, which the end of the training process does as well."""
+    """A worker's life. It ends with the training process, whose end closes the other end of the pipe."""
     for other in not_its:
         other.close()
     # Ctrl-C and a closed terminal signal all processes; the trainer decides.
