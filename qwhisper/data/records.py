@@ -45,7 +45,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict | str]]:
 
 
 def _record(line: bytes, encoding: str) -> dict | str | None:
-    """The object in a line, or what is wrong with it; None if it is blank."""
+    """The object in a line, or what is wrong with it; None where it is blank."""
     try:
         text = line.decode(encoding).strip()
         record = parse_json(text) if text else None
