@@ -16,6 +16,13 @@ def test_no_source_file_is_longer_than_400_lines():
     assert {str(file.relative_to(PACKAGE)): n for file, n in lines.items() if n > MAX_LINES} == {}
 
 
+def test_only_the_command_line_imports_a_module_by_its_name():  # which import-linter would not see
+    by_name = [
+        file for file in PACKAGE.rglob("*.py") if re.search(r"import_module|__import__", file.read_text("utf-8"))
+    ]
+    assert by_name == [PACKAGE / "cli.py"]
+
+
 STORIES = {"A line of data to the weights": 12, "A checkpoint to an answer": 7}  # and the most files of each
 HOP = re.compile(r"^\d+\. \[.+?\]\((\S+)\), (?:called|held) by\s+\[.+?\]\((\S+)\)", re.MULTILINE)
 
