@@ -1,4 +1,4 @@
-"""Fixtures for tests of every package."""
+"""What tests of every room may ask for."""
 
 import logging
 import os
