@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it is closed
+        if isinstance(stream, io.TextIOWrapper):  # None if it is closed
             # An ASCII locale has no ×, and no Chinese name; a log or pipe should show each line when it is printed.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    # The end of a training waits for a reader no more than the training did.
-    return exit_code_of(lambda: _run(argv), waits_for_reader=argv[:1] != ["train"])
+    verb = VERBS.get(" ".join(argv[: _verb_length(argv)]))
+    return exit_code_of(lambda: _run(argv), waits_for_reader=verb is None or verb.waits_for_reader)
 
 
 def _run(argv: list[str]) -> int | None:
@@ -59,12 +59,15 @@ def load(reference: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _verb_length(argv: list[str]) -> int:
+    """How many words of the command line are its verb; 0 if it begins with none."""
+    return next((length for length in (2, 1) if " ".join(argv[:length]) in VERBS), 0)
+
+
 def _split_verb(argv: list[str]) -> tuple[str, list[str]]:
     """The verb (one word or two) and what follows it; a group alone or with --help comes back as its one word."""
-    for length in (2, 1):
-        name = " ".join(argv[:length])
-        if name in VERBS:
-            return name, argv[length:]
+    if length := _verb_length(argv):
+        return " ".join(argv[:length]), argv[length:]
     group = [name for name in VERBS if name.startswith(argv[0] + " ")]
     if group and argv[1:2] in ([], ["-h"], ["--help"]):
         return argv[0], argv[1:]

@@ -12,7 +12,7 @@ SAID = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the device's or the host's: for the latter PyTorch has no type of its own."""
+    """Whether memory ran out, the device's or the host's: for the latter PyTorch has no exception type."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -1,6 +1,10 @@
 """How the package is laid out. The layers and what an export ships are contracts of import-linter (`make lint`)."""
 
+import ast
+import re
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qwhisper"
 MAX_LINES = 400
@@ -10,3 +14,34 @@ def test_no_source_file_is_longer_than_400_lines():
     lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
     assert lines
     assert {str(file.relative_to(PACKAGE)): n for file, n in lines.items() if n > MAX_LINES} == {}
+
+
+def test_only_the_command_line_imports_a_module_by_its_name():  # which import-linter would not see
+    by_name = [
+        file for file in PACKAGE.rglob("*.py") if re.search(r"import_module|__import__", file.read_text("utf-8"))
+    ]
+    assert by_name == [PACKAGE / "cli.py"]
+
+
+STORIES = {"A line of data to the weights": 12, "A checkpoint to an answer": 7}  # and the most files of each
+HOP = re.compile(r"^\d+\. \[.+?\]\((\S+)\), (?:called|held) by\s+\[.+?\]\((\S+)\)", re.MULTILINE)
+
+
+def imported(file: Path) -> set[str]:
+    """Modules that a file imports, at its top or in a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_each_file_of_a_story_in_the_architecture_is_imported_by_the_one_that_calls_it(story):
+    page = (PACKAGE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    steps = re.split(r"\n(?!\d+\.|   |\n)", page.split(f"{story}:\n")[1])[0]
+    hops = HOP.findall(steps)
+    assert 1 < len(hops) <= STORIES[story] and len(hops) == len(re.findall(r"^\d+\. ", steps, re.MULTILINE))
+    for file, caller in hops:
+        module = file.removesuffix(".py").replace("/", ".")
+        assert module in imported(PACKAGE.parent / caller), f"{caller} does not import {file}"

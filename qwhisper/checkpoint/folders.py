@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 from qwhisper.checkpoint.manifest import read_manifest, says_finite, write_manifest
-from qwhisper.checkpoint.names import OLD, PREFIX, step_in_name
+from qwhisper.checkpoint.names import OLD, PREFIX, checkpoint_name, step_in_name
 from qwhisper.disk import WRITING, flush, remove
 
 DELETING = ".deleting"
@@ -31,7 +31,7 @@ def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None], 
     from this checkpoint. Raises OSError if the disk does not take it, and leaves all checkpoints as they were.
     """
     _clear_leftovers(run_folder)
-    final = run_folder / f"{PREFIX}{step}"
+    final = run_folder / checkpoint_name(step)
     aside, old = _free(run_folder, f".{final.name}", WRITING), final.with_name(f".{final.name}{OLD}")
     try:
         aside.mkdir(parents=True)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qwhisper.checkpoint.names import MANIFEST, PREFIX, step_in_name
+from qwhisper.checkpoint.names import MANIFEST, checkpoint_name, step_in_name
 from qwhisper.disk import file_sha256, flush
 from qwhisper.errors import CheckpointError
 from qwhisper.files import LOADED_SUFFIXES, files_of, read_json
@@ -84,10 +84,9 @@ def check_usable(folder: Path) -> None:
         raise CheckpointError(f"{folder}: it can't be read ({error})") from error
     if not manifest["finite"]:
         raise CheckpointError(f"{folder}: a weight in it is not finite; go on from an older checkpoint")
-    if (named := step_in_name(folder)) is not None and named != manifest["step"]:
-        raise CheckpointError(
-            f"{folder}: it is of step {manifest['step']}, not {named}; call it {PREFIX}{manifest['step']} again"
-        )
+    step = manifest["step"]
+    if (named := step_in_name(folder)) is not None and named != step:
+        raise CheckpointError(f"{folder}: it is of step {step}, not {named}; call it {checkpoint_name(step)} again")
 
 
 def says_finite(folder: Path) -> bool:

@@ -17,11 +17,17 @@ SNAPSHOT_FILE = "snapshots.safetensors"  # only where the newest snapshot is of 
 
 # Trained weights alone, or the whole model.
 MODEL_CONFIG = "config.json"
+PROCESSOR_CONFIG = "processor_config.json"
 PROJECTOR_FILE = "projector.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FOLDER = "adapter"  # of a whole model: beside its config.json, transformers would load it in its own way
 WHOLE_WEIGHTS = "model*.safetensors"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"{PREFIX}{step}"
 
 
 def is_checkpoint_name(name: Any) -> bool:

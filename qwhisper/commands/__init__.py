@@ -9,13 +9,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """One line of the table: `command` and `arguments` are "module:name", `positionals` the fields without a flag."""
+    """One line of the table.
+
+    command, arguments: "module:name". positionals: the fields without a flag. waits_for_reader: whether the last line
+    waits for a slow reader of the output.
+    """
 
     summary: str
     command: str
     arguments: str
     positionals: tuple[str, ...] = ()
     example: str
+    waits_for_reader: bool = True
 
 
 VERBS = {
@@ -44,6 +49,7 @@ VERBS = {
         command="qwhisper.commands.train:main",
         arguments="qwhisper.train.arguments:TrainArguments",
         example="qwhisper train --train_file data.jsonl --output_dir run",
+        waits_for_reader=False,  # neither does a training
     ),
     "verify": Verb(
         summary="reload a checkpoint, run one step and one generation, prove that no number is NaN",

@@ -50,7 +50,7 @@ def check(arguments: DataCheckArguments) -> int:
 
 
 def _load_tokenizer(name: str, hub: str):
-    from qwhisper.model.kinds import refuse_empty_tokenizer
+    from qwhisper.model.base_kinds import refuse_empty_tokenizer
     from qwhisper.model.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(_find_model(name, hub, "--text_model"), "--text_model")
@@ -72,8 +72,8 @@ def _load_frames(name: str | None, hub: str) -> "FrameArithmetic":
 
 
 def _find_model(name: str, hub: str, flag: str) -> str:
+    from qwhisper.model.base_kinds import refuse_model
     from qwhisper.model.bases import resolve_model
-    from qwhisper.model.kinds import refuse_model
 
     if hub != "huggingface":
         return resolve_model(name, hub, flag)
@@ -127,7 +127,7 @@ def answer(arguments: DataAnswerArguments) -> int:
     from qwhisper.data.faults import grouped
     from qwhisper.infer.answer import answer_dialogues, folder_of_far_audio, read_unanswered, refuse_foreign_output
     from qwhisper.model.bases import LoadOptions, resolve_model
-    from qwhisper.report.terminal import quieten_transformers
+    from qwhisper.report.terminal import note, quieten_transformers
 
     quieten_transformers()
     out_file = Path(arguments.out_file)
@@ -139,8 +139,8 @@ def answer(arguments: DataAnswerArguments) -> int:
         language=arguments.language,
         seed=arguments.seed,
     )
-    for note in unused_notes(dialogues):
-        print(f"note: {note}")
+    for sentence in unused_notes(dialogues):
+        note(sentence)
     result = answer_dialogues(
         dialogues,
         resolve_model(arguments.text_model, arguments.hub, "--text_model"),

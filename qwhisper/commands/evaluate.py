@@ -59,13 +59,13 @@ def main(arguments: EvalArguments) -> None:
     from qwhisper.evaluate.tables import markdown
     from qwhisper.evaluate.trained_on import shared_with_training
     from qwhisper.infer.generate import load_chosen
-    from qwhisper.report.terminal import quieten_transformers
+    from qwhisper.report.terminal import note, quieten_transformers
 
     quieten_transformers()
     dialogues = read_dialogues(arguments.eval_file, data_root=arguments.data_root, max_samples=arguments.max_samples)
     text = read_dialogues(arguments.text_file, data_root=arguments.data_root) if arguments.text_file else None
-    for note in unused_notes([*dialogues, *(text or [])]):
-        print(f"note: {note}")
+    for sentence in unused_notes([*dialogues, *(text or [])]):
+        note(sentence)
 
     def read(folder: Path):
         bases = {"audio_model": arguments.audio_model, "text_model": arguments.text_model}

@@ -15,7 +15,7 @@ _FEW_BYTES = 800  # 0.1 s of telephone sound
 
 
 def missing_bytes(data: FileBytes, start: int) -> str | None:
-    """What a file claims and what is there, as in "cut short, its header claims …"; None where that is no less.
+    """What a file claims and what is there, as in "cut short, its header claims …"; None if that is no less.
 
     Also None for a format that isn't known here, and where the length is unknown: it was written to a pipe.
     """
@@ -32,7 +32,7 @@ def short_of(claimed: int, there: int) -> str:
     return f"cut short, its header claims {claimed} bytes of sound, {there} are there"
 
 
-# Each of these gives (where the sound begins, how many bytes it has by the header), or (0, 0) where that isn't told.
+# Each of these gives (where the sound begins, how many bytes it has by the header), or (0, 0) if it does not say.
 
 
 def _w64_sound(data: FileBytes, start: int) -> tuple[int, int]:

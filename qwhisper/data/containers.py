@@ -131,7 +131,7 @@ def _riff_layout(data: FileBytes, start: int | None) -> Layout:
 
 
 def _riff_stream(data: FileBytes, start: int, layout: Layout) -> tuple[Stream | None, int | None]:
-    """The stream of the RIFF file at `start` (None where it is in `layout` already), and where the next file begins."""
+    """The stream of the RIFF file at `start` (None if it is in `layout` already), and where the next file begins."""
     magic = data.get(start, 4)
     order, size_64, form = (">" if magic == b"RIFX" else "<"), None, (0, 0)
     for chunk in _chunks(data, start + 12, order):

@@ -1,6 +1,6 @@
 """Decoders: libsndfile for what it reads, the `ffmpeg` program for the rest. Both give blocks of frames, in order.
 
-FFmpeg runs as a process of its own: a file that breaks it breaks nothing here. It reads the descriptor that is open
+FFmpeg runs as a separate process: a file that crashes it crashes nothing here. It reads the descriptor that is open
 already, with no other protocol than that file and pipes, and only by demuxers that open no further files: a playlist
 can't make it read another one.
 """
@@ -44,7 +44,7 @@ class UnreadableError(BadClipError):
 
 
 class Decoder(Protocol):
-    """An open stream of sound. num_frames: what its header claims, None where it is unknown."""
+    """An open stream of sound. num_frames: what its header claims, None if it is unknown."""
 
     rate: int
     channels: int

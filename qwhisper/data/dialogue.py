@@ -16,8 +16,8 @@ from qwhisper.data.clips import AudioClip, is_list, own_roots, quoted, raise_or_
 from qwhisper.data.faults import grouped
 from qwhisper.data.files import file_fault
 from qwhisper.data.keys import unknown_keys
-from qwhisper.data.kinds_of_file import not_json_lines
 from qwhisper.data.messages import LOSS_KEYS, Message, join_calls, parse_learned, parse_messages
+from qwhisper.data.not_jsonl import not_json_lines
 from qwhisper.data.records import read_records
 from qwhisper.data.tools import parse_tools
 from qwhisper.data.waveform import data_url
@@ -29,7 +29,7 @@ KNOWN = ("id", "messages", "audios", "system", "tools", *LOSS_KEYS)
 
 def in_words(messages: Sequence[Message]) -> tuple[Message, ...] | None:
     """The messages as one would type them: each clip's transcript in its place, with a space towards what stands beside
-    it. None where a clip has no transcript, or an empty one.
+    it. None if a clip has no transcript, or an empty one.
     """
     if any(not (clip.transcript or "").strip() for message in messages for clip in message.clips):
         return None

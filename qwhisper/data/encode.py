@@ -122,7 +122,7 @@ class DialogueEncoder:
 
     def _encode(self, dialogue: Dialogue, supervised: set[int], first_own: int, events: list[str]) -> Sample:
         """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
-        told = len(events)
+        num_before = len(events)
         try:
             row, offset = self._fitting_row(dialogue, supervised, events)
         except (BadClipError, NoLabelsError) as error:
@@ -148,13 +148,13 @@ class DialogueEncoder:
         windows = [window for _, window in row.windows]
         sample = Sample(dialogue.id, dialogue.source, ids, labels, windows, sorted(spans.values()), events, row.notes)
         if self.teach:
-            sample.teacher = self._in_words(dialogue, supervised, first_own, sample, cut=len(events) > told)
+            sample.teacher = self._in_words(dialogue, supervised, first_own, sample, cut=len(events) > num_before)
         return require_labels(sample)
 
     def _in_words(
         self, dialogue: Dialogue, supervised: set[int], first_own: int, heard: Sample, *, cut: bool
     ) -> Sample | None:
-        """The dialogue as typed; None where a clip has no transcript, or where max_length cuts one of the two: they
+        """The dialogue as typed; None if a clip has no transcript, or if max_length cuts one of the two: they
         would answer with another history, or at another turn that has the same answer.
         """
         if not heard.windows:

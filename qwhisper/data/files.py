@@ -122,7 +122,7 @@ class FileBytes:
 
 
 class Pieces(io.RawIOBase):
-    """Pieces of a file end to end, as a file of their own."""
+    """Pieces of a file end to end, as one file."""
 
     def __init__(self, descriptor: int, pieces: Sequence[Piece]):
         super().__init__()

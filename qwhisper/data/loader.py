@@ -2,9 +2,9 @@
 
 A bad dialogue becomes a named rejection, never an exception.
 
-Not torch's DataLoader: it raises the death of a worker wherever the training process stands, be it in the middle of an
-optimizer step or of a save, and without its signal handler a worker killed in the middle of a message blocks the reader
-for ever. Here each worker has a pipe of its own, which nobody else can write into: its end is the worker's death.
+Not torch's DataLoader: it raises the death of a worker wherever the training process stands, also in the middle of an
+optimizer step or a save, and without its signal handler a worker killed in the middle of a message blocks the reader
+for ever. Here each worker has its own pipe, which nobody else can write into: when it closes, the worker is dead.
 """
 
 import multiprocessing
@@ -81,8 +81,8 @@ def work_ahead(
 
 
 def how_it_dies(work: Callable[[Task], Any], task: Task) -> str | None:
-    """How a process of its own died or hung of `work(task)`; None where it came through, be it with an exception, and
-    where none could be started, which is no fault of the task.
+    """Run `work(task)` in a throwaway process. Return how it died or hung; None if it finished (even by raising) or
+    could not start.
     """
     try:
         worker = _Worker(work, [])
@@ -141,7 +141,7 @@ def _serve(pipe: Connection, work: Callable[[Any], Any], not_its: Sequence[Conne
     """A worker's life. It ends with the training process, whose end closes the other end of the pipe."""
     for other in not_its:
         other.close()
-    # Ctrl-C, and a terminal that goes, are told to all of its processes; the trainer decides.
+    # Ctrl-C and a closed terminal signal all processes; the trainer decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -158,13 +158,13 @@ def _serve(pipe: Connection, work: Callable[[Any], Any], not_its: Sequence[Conne
 
 def _portable(error: Exception) -> Exception:
     """The error with its traceback as a note, or that alone where the error can't cross a pipe."""
-    told = f"in a data worker:\n{traceback.format_exc()}"
-    error.add_note(told)
+    trace = f"in a data worker:\n{traceback.format_exc()}"
+    error.add_note(trace)
     try:
         pickle.loads(pickle.dumps(error))
         return error
     except Exception:
-        return RuntimeError(told)
+        return RuntimeError(trace)
 
 
 @dataclass
@@ -198,7 +198,7 @@ class EncodedDialogues:
         return [self.killers[index] if index in self.killers else self[index] for index in indices]
 
     def reject_killers(self, indices: Iterable[int]) -> list[str]:
-        """Reads each in a process of its own; what that is lost by is a rejection from now on. Returns their ids."""
+        """Encode each in a throwaway process; reject from now on those that kill or hang it. Return their ids."""
         found = []
         for index in indices:
             if index not in self.killers and (how := how_it_dies(self.__getitem__, index)):

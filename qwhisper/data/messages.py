@@ -80,7 +80,7 @@ def join_calls(messages: Sequence[Message], raw: Sequence, faults: list[str]) ->
 
 
 def parse_learned(raw: dict, where: str, faults: list[str]) -> bool | None:
-    """Whether an object is to be learned, by `loss`, `train` and `weight`; None where they say nothing."""
+    """Whether an object is to be learned, by `loss`, `train` and `weight`; None if they say nothing."""
     said = {key: raw[key] for key in LOSS_KEYS if raw.get(key) is not None}
     if not said:  # of most messages
         return None
@@ -124,7 +124,7 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
             f"{where}: only an assistant's message can be learned by itself; --train_on all learns users' text"
         )
     message = Message(role, parts, None if kind is None else str(kind), None, calls, learned is not False)
-    if len(faults) > faults_before:  # what is missing because of them is no fault of its own
+    if len(faults) > faults_before:  # what is missing because of them is no second fault
         return message
     if role == "assistant":
         return _parse_answer(message, raw, where, faults)

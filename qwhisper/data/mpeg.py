@@ -76,7 +76,7 @@ class MpegStream:
         return info[:at] + (self.num_frames + more).to_bytes(4, "big") + info[at + 4 :]
 
     def _made_frame(self) -> bytes:
-        """A silent frame of this kind, without CRC and padding, at a bit rate that gives room for a header in it."""
+        """A silent frame of this kind, without CRC and padding, at a bit rate that leaves space for a header in it."""
         header = bytes((self.header[0], self.header[1] | 1, 0x80 | self.header[2] & 0x0C, self.header[3]))
         frame = read_frame(header)
         assert frame is not None
@@ -91,7 +91,7 @@ class MpegLayout:
 
 @lru_cache(maxsize=4096)
 def read_frame(header: bytes) -> Frame | None:
-    """A frame's 4 bytes of header, or None where they are none; a free bit rate, which needs a search, is none too."""
+    """A frame's 4 bytes of header; None if they are no header, or have a free bit rate, which needs a search."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
         return None
     version, layer = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3)  # version 3 is MPEG 1, 2 is MPEG 2, 0 is MPEG 2.5
@@ -117,7 +117,7 @@ def skip_id3(data: FileBytes, start: int, stop: int) -> int:
 
 
 def mpeg_layout(data: FileBytes, start: int, stop: int) -> MpegLayout | None:
-    """The streams between two offsets; None where no frame stands at `start`, behind its tags."""
+    """The streams between two offsets; None if no frame stands at `start`, behind its tags."""
     layout, stream = MpegLayout(), None
     position, certain = skip_id3(data, start, stop), False
     if not _begins(data, position, stop):

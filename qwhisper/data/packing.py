@@ -13,18 +13,18 @@ Batch = dict[str, torch.Tensor | int]
 def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Which samples share a pack of at most `max_tokens`: first fit, longest first; the same answer every time.
 
-    Every index stands in exactly one pack; a sample longer than `max_tokens` has one of its own. Packs are in the order
+    Every index stands in exactly one pack; a sample longer than `max_tokens` is alone in one. Packs are in the order
     of their first index, and indices within a pack rise.
     """
     packs: list[list[int]] = []
-    room: list[int] = []
+    free_tokens: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        pack = next((n for n, free in enumerate(room) if free >= lengths[index]), len(packs))
+        pack = next((n for n, free in enumerate(free_tokens) if free >= lengths[index]), len(packs))
         if pack == len(packs):
             packs.append([])
-            room.append(max_tokens)
+            free_tokens.append(max_tokens)
         packs[pack].append(index)
-        room[pack] -= lengths[index]
+        free_tokens[pack] -= lengths[index]
     return sorted(sorted(pack) for pack in packs)
 
 

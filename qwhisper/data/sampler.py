@@ -1,4 +1,4 @@
-"""Which samples an optimizer step sees: a function of seed and position alone, so that a resume goes on exactly."""
+"""Which samples an optimizer step sees: a function of seed and position alone, so that a resume continues exactly."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

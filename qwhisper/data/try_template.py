@@ -30,7 +30,7 @@ ROLES = {"s": "system", "u": "user", "a": "assistant"}
 def cost_fault(chat_template: str) -> str | None:
     """Why a template must not be rendered in this process: it takes too long, too much memory, or writes too much.
 
-    None where it is cheap, also where it raises, and where no process could be started to try it.
+    None if it is cheap, if it raises, or if no process could be started to try it.
     """
     if len(chat_template) > MAX_TEMPLATE_CHARACTERS:
         return f"it has {len(chat_template)} characters"

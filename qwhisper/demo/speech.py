@@ -73,7 +73,7 @@ class _Engine:
         if self.sample_rate <= 0:
             raise RuntimeError(f"espeak-ng does not start with its data in {data} (code {self.sample_rate})")
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        self._callback = signature(self._receive)  # kept: the library holds no reference of its own
+        self._callback = signature(self._receive)  # kept: the library holds no reference to it
         self._library.espeak_SetSynthCallback(self._callback)
         self._library.espeak_Synth.argtypes = [
             ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int,

@@ -82,7 +82,7 @@ class Layout:
         return real
 
     def mask(self, attention: Attention) -> Tensor | None:
-        """[rows, 1, tokens, tokens] bool of a padded batch; None where plain causal attention says the same."""
+        """[rows, 1, tokens, tokens] bool of a padded batch; None if plain causal attention says the same."""
         windowed = attention.window is not None and attention.window < self.tokens
         if len(set(self.lengths)) == 1 and not windowed:
             return None

@@ -114,7 +114,7 @@ def own_answers(
 
 def retention(kinds: dict[str, dict[str, Any]], trained: Collection[str]) -> float | None:
     """The mean score on speech over the text model's on the words, of the kinds that were never trained on and that the
-    text model answers well (SOLID); None where there are none, and where no trained kind is known, since any may have
+    text model answers well (SOLID); None if there are none, or if no trained kind is known, since any may have
     been trained on then. kinds: as in `Evaluation`.
     """
     if not trained:

@@ -24,7 +24,7 @@ class SwappedTurn:
 
 
 def swap_audio(turns: Sequence[Turn], *, seed: int = 0) -> list[SwappedTurn | None]:
-    """Each turn with another dialogue's clips, such that the right answer differs; None where there are no such clips.
+    """Each turn with another dialogue's clips, such that the right answer differs; None if there are no such clips.
 
     First choice is a turn before which the user says the same around as many clips, but whose reference differs; then
     any turn with as many clips before it and another reference. Each new clip must be another one than the clip in its

@@ -49,7 +49,7 @@ def same(reference: str, answer: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """The words that error rates count; a letter of a script without spaces, with its marks, is a word of its own.
+    """The words that error rates count; each letter of a script without spaces, with its marks, is a word.
 
     Punctuation and symbols count only inside a word ("3.5", "it's").
     """

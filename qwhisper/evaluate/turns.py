@@ -47,7 +47,7 @@ def turns_of(dialogues: Sequence[Dialogue]) -> list[Turn]:
 def answer_row(encoder: DialogueEncoder, turn: Turn) -> Sample:
     """A turn as a row that ends with its answer, which alone is supervised.
 
-    The answer's reasoning is left out: the prompt is the one that is served, which leaves no room for it. Raises as
+    The answer's reasoning is left out: the prompt is the one that is served, which has no place for it. Raises as
     `DialogueEncoder.encode` does.
     """
     messages = (*turn.history, replace(turn.answer, reasoning=None))

@@ -71,7 +71,7 @@ class StepFacts:
 
     @property
     def hears(self) -> bool | None:
-        """Whether the true audio is worth more than the noise; None where that was not looked at."""
+        """Whether the true audio is worth more than the noise; None if that was not looked at."""
         gain, noise = self.listening_gain, self.listening_noise
         if gain is None or noise is None or not (math.isfinite(gain) and math.isfinite(noise)):
             return None
@@ -232,7 +232,7 @@ class Alarms:
 
 
 def lost_kinds(facts: StepFacts) -> str | None:
-    """What retention says of forgetting, "" where it finds none; None where it was not looked at."""
+    """What retention says of forgetting, "" where it finds none; None if it was not looked at."""
     share, count, hearing = facts.retention, facts.retention_questions, facts.hearing
     if share is None or hearing is None:
         return None

@@ -19,7 +19,7 @@ FIRST_Q_PROJ = re.compile(r"(^|\.)0\.(.+\.)?q_proj$")  # layers.0.self_attn.q_pr
 def first_q_proj(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Name and module of the first decoder layer's q_proj in any Hugging Face causal LM, with or without LoRA.
 
-    None where that layer has none of this name (GPT-2, recurrent layers): the clamp then has no effect for this model.
+    None if that layer has none of this name (GPT-2, recurrent layers): the clamp then has no effect for this model.
     """
     get_decoder: Any = model.get_decoder
     in_decoder = {id(module): name for name, module in get_decoder().named_modules()}

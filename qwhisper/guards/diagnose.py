@@ -79,7 +79,7 @@ def summary(description: dict[str, Any]) -> str:
 
 def diagnose(model: nn.Module, batch: dict[str, Any], *, loss_scale: float = 1.0) -> Finding | None:
     """Looks at the weights, then at the batch, then runs `model(**batch).loss` forward and backward and names the first
-    place that is not finite; None where everything is.
+    place that is not finite; None if everything is.
 
     Forward: the first module, in the order of execution, whose output is not finite although its inputs are; of nested
     ones the innermost. Backward: the first module, or parameter, whose gradient is not finite although the gradient at
@@ -106,7 +106,7 @@ def diagnose(model: nn.Module, batch: dict[str, Any], *, loss_scale: float = 1.0
 
 
 def bad_weight(model: nn.Module) -> Finding | None:
-    """The first weight that is not finite; None where all are."""
+    """The first weight that is not finite; None if all are."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not _all_finite(parameter):
             return Finding(name, "weight", f"weight {name} is not finite", (describe("values", parameter),))
@@ -149,7 +149,7 @@ class _Call:
 class _Trace:
     """The hooks of one forward and backward pass, and the first bad place.
 
-    A module's input is handed to it as a view of its own: the gradient of that view is what this module alone produced,
+    A module's input is handed to it as a separate view: the gradient of that view is what this module alone produced,
     while the tensor's gradient sums over all that read it. Tensors hold the hooks, never the other way round, so no
     activation lives longer for it. Under gradient checkpointing a module's second run is watched as the first one is.
     """

@@ -83,7 +83,7 @@ class Snapshots:
     def restore(self) -> int | None:
         """Puts the newest copy back, or the older one where the newest has just been tried.
 
-        Returns the step that it is of; None where there is none.
+        Returns the step that it is of; None if there is none.
         """
         if self.restored is not None and len(self.kept) > 1:
             self.kept.pop()

@@ -1,7 +1,7 @@
 """What the guards remember from step to step. Plain Python; all of it is saved with the run.
 
 `GuardState` holds the averages of gradient norms and what follows a run of bad steps; `DynamicRate`, `ClampSwitch` and
-`LossScale` are its parts with a rule of their own.
+`LossScale` are its parts, each with its own rule.
 """
 
 import math
@@ -125,8 +125,8 @@ class ClampSwitch(RecentPeaks):
 
     On after CLAMP_SPIKES spikes within CLAMP_WINDOW steps, off after CLAMP_CLEAN steps without any.
 
-    clamped: activations that were clamped since it last went on; whoever counts them adds them. told: how many of
-    them events have reported.
+    clamped: activations that were clamped since it was last turned on; the session adds them. told: how many of
+    them events have reported; checkpoints know the field by this name.
     """
 
     on: bool = False
@@ -134,7 +134,7 @@ class ClampSwitch(RecentPeaks):
     told: int = field(default=0, metadata=ADDED_LATER)
 
     def observe(self, spiked: bool) -> Literal["on", "off"] | None:
-        """One step; what the clamp has to be from now on, or None where it stays as it is."""
+        """One step; what the clamp has to be from now on, or None if it stays as it is."""
         self.note(spiked, CLAMP_WINDOW)
         if not self.on and len(self.peaks) >= CLAMP_SPIKES:
             self.on, self.clamped, self.told = True, 0, 0

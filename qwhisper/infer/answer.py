@@ -31,8 +31,8 @@ from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.generate import Answer, iterate_answers
 from qwhisper.locks import hold
+from qwhisper.model.base_kinds import refuse_empty_tokenizer
 from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit
-from qwhisper.model.kinds import refuse_empty_tokenizer
 from qwhisper.model.pretrained import load_tokenizer
 from qwhisper.report.events import ends_in_half_a_line, read_jsonl
 
@@ -174,7 +174,7 @@ def with_answers(
     dialogues: Sequence[Dialogue], questions: dict[int, Question], answers: dict[str, Answer]
 ) -> tuple[list[Dialogue], list[str], int]:
     """The dialogues that have an answer now or had one, in their order, what was wrong with an answer, and how many
-    were cut, for want of tokens, which are left out.
+    were left out because they reached the limit of tokens.
     """
     answered, faults, cut = [], [], 0
     for position, dialogue in enumerate(dialogues):
@@ -273,7 +273,7 @@ def _load(path: str, options: LoadOptions) -> PreTrainedModel:
 
 
 def folder_of_far_audio(dialogues: Sequence[Dialogue], folder: Path) -> str | None:
-    """The folder of all files that don't lie below `folder`, whose paths are absolute; None where there are none."""
+    """The folder of all files that don't lie below `folder`, whose paths are absolute; None if there are none."""
     clips = {clip.path for dialogue in dialogues for clip in dialogue.clips if clip.sound is None}
     root = os.path.realpath(folder)
     far = [os.path.dirname(path) for path in clips if not Path(path).is_relative_to(root)]

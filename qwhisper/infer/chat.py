@@ -13,8 +13,10 @@ from transformers import TextStreamer
 
 from qwhisper.data.clips import URL, AudioClip, load_clip, read_own_audio
 from qwhisper.data.dialogue import Message
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.errors import BadClipError, DataError
 from qwhisper.infer.generate import decode_answer, generate_tokens
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 FIRST_WORD = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|((?:\\.|\S)*))\s*(.*)""", re.DOTALL)
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff", ".aif")
@@ -26,7 +28,14 @@ HELP = """A line is sent as text. A line that begins with audio files (`a.wav b.
 class Chat:
     """A dialogue with a model: its messages so far."""
 
-    def __init__(self, model, encoder, *, system: str | None = None, max_new_tokens: int = 256):
+    def __init__(
+        self,
+        model: Qwen3AudioForConditionalGeneration,
+        encoder: DialogueEncoder,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+    ):
         self.model = model
         self.encoder = encoder
         self.max_new_tokens = max_new_tokens
@@ -54,7 +63,7 @@ class Chat:
 
 
 def converse(chat: Chat, read_line: Callable[[], str]) -> None:
-    """Lines to turns until /quit or the end of the input; a mistake is explained and the conversation goes on."""
+    """Lines to turns until /quit or the end of the input; a mistake is explained and the conversation continues."""
     attached: list[AudioClip] = []
     while True:
         try:
@@ -88,11 +97,11 @@ def split_line(line: str) -> tuple[list[AudioClip], str]:
     """
     clips = []
     while line:
-        told = line.startswith("/audio ")
-        rest = line.removeprefix("/audio ").lstrip() if told else line
+        is_command = line.startswith("/audio ")
+        rest = line.removeprefix("/audio ").lstrip() if is_command else line
         word, after = _first_word(rest)
         is_path = word.lower().endswith(AUDIO_SUFFIXES) or ("/" in word and os.path.isfile(os.path.expanduser(word)))
-        if not told and not is_path:
+        if not is_command and not is_path:
             break
         clips.append(read_clip(word))
         line = after

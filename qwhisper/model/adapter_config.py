@@ -13,11 +13,11 @@ from typing import Any
 
 from peft import LoraConfig
 
+from qwhisper.checkpoint.names import ADAPTER_CONFIG
 from qwhisper.errors import CheckpointError
 from qwhisper.files import read_json_object
 from qwhisper.model.lora import LANGUAGE_MODEL, target_regex
 
-ADAPTER_CONFIG = "adapter_config.json"
 MAX_RANK = 1 << 16
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 IGNORED = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "inference_mode")

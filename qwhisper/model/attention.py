@@ -3,7 +3,7 @@
 Samples lie end to end in one row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses. CUDA
 uses `torch.nn.attention.varlen`; where that cannot run (CPU, fp32, dropout, heads wider than 256) the same result comes
 from one SDPA call a segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own SDPA,
-with its mask. A kernel that is found wrong (see `kernels.check_kernels`) is replaced by the next of its ladder.
+with its mask. A kernel that is found wrong (see `kernels.check_kernels`) is replaced by its next fallback.
 
 cuDNN's attention is switched off at import: its masked backward gives NaN in grad_q where length % 128 = 64 and a row's
 log-sum-exp is under -88.7 (pytorch#196678), and on some cards gradients that are wrong by up to 960 times.
@@ -69,7 +69,7 @@ def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window
 
 
 def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
-    """[length, length], True where a query may look; None where plain causal attention says the same."""
+    """[length, length], True where a query may look; None if plain causal attention says the same."""
     if window is None or length <= window:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
@@ -112,7 +112,7 @@ def _math(*args, **kwargs) -> Tensor:
         return _sdpa(*args, **kwargs)
 
 
-# Ladders: the first that runs and was not found wrong is used. What each computes is the same.
+# A kernel and its fallbacks: the first that runs and was not found wrong is used. What each computes is the same.
 PACKED_KERNELS = {"varlen": _varlen, "sdpa_per_segment": _sdpa_per_segment, "math_per_segment": _math_per_segment}
 PADDED_KERNELS = {"sdpa": _sdpa, "math": _math}
 _found_wrong: set[str] = set()
@@ -120,8 +120,7 @@ _found_wrong: set[str] = set()
 
 def replace_kernel(name: str) -> str | None:
     """Takes a kernel out of use in this process. Returns the one that follows; None, and no change, if none does."""
-    ladder = PACKED_KERNELS if name in PACKED_KERNELS else PADDED_KERNELS
-    names = list(ladder)
+    names = list(PACKED_KERNELS if name in PACKED_KERNELS else PADDED_KERNELS)
     following = [other for other in names[names.index(name) + 1 :] if other not in _found_wrong]
     if not following:
         return None
@@ -164,7 +163,7 @@ def packed_attention_forward(
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. query [batch, heads, tokens, head_dim]; key and value have heads of their own.
+    """transformers' attention interface. query [batch, heads, tokens, head_dim]; key and value have their own heads.
 
     cu_seq_lens_q: [segments + 1] int32 borders of the segments of a packed row (batch 1); None for an ordinary batch.
     Returns ([batch, tokens, heads, head_dim], None).

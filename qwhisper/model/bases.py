@@ -19,8 +19,8 @@ from transformers.utils import logging as hf_logging
 from qwhisper.errors import MemoryLimitError, UsageError, first_line
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
+from qwhisper.model.base_kinds import refuse_other_format, refuse_other_kind
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
-from qwhisper.model.kinds import refuse_other_format, refuse_other_kind
 from qwhisper.model.loss import head_logits
 from qwhisper.model.pretrained import UntrustedCodeError, load_causal_lm, load_config, load_whisper_encoder
 
@@ -131,7 +131,7 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
 
 
 def find_file(name: str | os.PathLike, file: str) -> Path | None:
-    """A file of a folder or a hub repository, downloaded if need be; None where it has no such file."""
+    """A file of a folder or a hub repository, downloaded if need be; None if it has no such file."""
     found = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from qwhisper.checkpoint.names import ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
+from qwhisper.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.errors import CheckpointError, UsageError, first_line
-from qwhisper.model.adapter_config import ADAPTER_CONFIG, read_adapter_config
+from qwhisper.model.adapter_config import read_adapter_config
+from qwhisper.model.base_kinds import refuse_unpackable
 from qwhisper.model.bases import (
     DEFAULT_OPTIONS,
     WEIGHT_FILES,
@@ -31,7 +32,6 @@ from qwhisper.model.bases import (
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
-from qwhisper.model.kinds import refuse_unpackable
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading
@@ -163,7 +163,7 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model:
 
     config: only the folder's own, as the Auto classes pass it. Any other keyword is refused, none is ignored.
     """
-    # The Auto classes add keywords of their own, such as _from_auto, and adapter_kwargs with what a user gave.
+    # The Auto classes add keywords such as _from_auto, and adapter_kwargs with what a user gave.
     kwargs |= kwargs.pop("adapter_kwargs", None) or {}
     kwargs = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
     _refuse_other_config(name, kwargs.pop("config", None))

@@ -14,10 +14,10 @@ from typing import Any
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from qwhisper.checkpoint.names import ADAPTER_CONFIG, MODEL_CONFIG
 from qwhisper.errors import QwhisperError, UsageError, first_line
 from qwhisper.files import files_of, read_json_object
 from qwhisper.memory import is_of_the_machine
-from qwhisper.model.adapter_config import ADAPTER_CONFIG
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 
 NO_CODE = {"trust_remote_code": False}
@@ -102,8 +102,8 @@ def check_base(folder: Path) -> None:
             f"{folder} has an adapter ({ADAPTER_CONFIG}), which would be loaded with the model: merge it into the "
             "model first"
         )
-    if "config.json" in files:
-        check_config_numbers(read_json_object(files["config.json"], UsageError), folder / "config.json", UsageError)
+    if MODEL_CONFIG in files:
+        check_config_numbers(read_json_object(files[MODEL_CONFIG], UsageError), folder / MODEL_CONFIG, UsageError)
 
 
 def check_config_numbers(value: Any, file: Path, fault: type[QwhisperError], key: str = "") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import BatchFeature
 
+from qwhisper.checkpoint.names import MODEL_CONFIG, PROCESSOR_CONFIG
 from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
 from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, quoted, raise_or_warn, read_own_audio
 from qwhisper.data.keys import unknown_keys
@@ -22,7 +23,7 @@ from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.files import files_of, read_json_object
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.model import processing_qwen3_audio
-from qwhisper.model.trained_folder import CONFIG, PROCESSOR_CONFIG, check_processor, frames_of, reading
+from qwhisper.model.trained_folder import check_processor, frames_of, reading
 
 # Arguments of a call, which transformers takes among those of the chat template as well.
 CALL_KEYWORDS = (
@@ -120,10 +121,10 @@ def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
     """
     folder = Path(folder)
     files = files_of(folder)
-    for needed in (CONFIG, PROCESSOR_CONFIG):
+    for needed in (MODEL_CONFIG, PROCESSOR_CONFIG):
         if needed not in files:
             raise CheckpointError(f"{folder}: {needed} is missing")
-    config = read_json_object(files[CONFIG])
+    config = read_json_object(files[MODEL_CONFIG])
     with reading(folder, "its processor can't be loaded"):
         processor = Qwen3AudioProcessor.from_pretrained(folder)
         lengths = (processor.frames, processor.audio_token_id)

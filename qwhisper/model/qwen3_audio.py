@@ -13,9 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
 from qwhisper.data.template import listening_template
 from qwhisper.model import loading, modeling_qwen3_audio, saving
+from qwhisper.model.base_kinds import refuse_empty_tokenizer
 from qwhisper.model.bases import DEFAULT_OPTIONS, LoadOptions, fingerprint, resolve_model
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
-from qwhisper.model.kinds import refuse_empty_tokenizer
 from qwhisper.model.lora import adapter_off
 from qwhisper.model.loss import IGNORE_INDEX, Lesson, reference_loss, supervised_loss
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer

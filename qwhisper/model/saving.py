@@ -24,9 +24,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
-from qwhisper.checkpoint.names import ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE, WHOLE_WEIGHTS
+from qwhisper.checkpoint.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    ENCODER_FILE,
+    PROJECTOR_FILE,
+    WHOLE_WEIGHTS,
+)
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.model.adapter_config import ADAPTER_CONFIG, is_target, read_adapter_config
+from qwhisper.model.adapter_config import is_target, read_adapter_config
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.projector import AudioProjection
@@ -64,7 +71,7 @@ def save_pretrained(
 ) -> None:
     """Writes all that is needed to load the model again; raises UsageError where a weight would be lost.
 
-    base_record: of the weights that came from the model's bases; None where they are not known.
+    base_record: of the weights that came from the model's bases; None if they are not known.
     state_dict: weights that are saved instead of the model's, as Trainer and Accelerate gather them; the model's stand
     in for what it lacks. Nothing is written unless `is_main_process`. max_shard_size, variant,
     save_original_format: as in transformers, for a whole model; trained weights have one file each.
@@ -118,7 +125,7 @@ def _refuse_folder(config: Qwen3AudioConfig, folder: Path) -> None:
 
 
 def _state_with(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The model's state dict, with the given tensors in the places of its own."""
+    """The model's state dict, with the given tensors in place of its own."""
     state = dict(model.state_dict())
     unknown = sorted((given or {}).keys() - state.keys())
     if unknown:

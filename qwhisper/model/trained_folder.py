@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from qwhisper.checkpoint.names import MODEL_CONFIG, PROCESSOR_CONFIG
 from qwhisper.errors import CheckpointError, first_line
 from qwhisper.files import files_of, read_json_object
 from qwhisper.frames import FrameArithmetic
@@ -24,7 +25,6 @@ from qwhisper.memory import is_of_the_machine
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.pretrained import check_config_numbers
 
-CONFIG, PROCESSOR_CONFIG = "config.json", "processor_config.json"
 MAX_STACK = 64  # encoder frames in a token: 1.28 s
 # What a feature extractor makes its filters of, and the most of each that is plausible.
 EXTRACTOR = {
@@ -57,16 +57,16 @@ def check_files(name: str | os.PathLike) -> None:
     folder = Path(name)
     if folder.is_dir():
         files = files_of(folder)
-        if CONFIG in files:
-            check_config_numbers(read_json_object(files[CONFIG]), files[CONFIG], CheckpointError)
+        if MODEL_CONFIG in files:
+            check_config_numbers(read_json_object(files[MODEL_CONFIG]), files[MODEL_CONFIG], CheckpointError)
 
 
 def read_config(name: str | os.PathLike) -> Qwen3AudioConfig:
     """`config.json` of a folder or hub repository of trained weights. Raises CheckpointError for anything odd in it."""
     check_files(name)
-    with reading(name, f"its {CONFIG} can't be used"):
+    with reading(name, f"its {MODEL_CONFIG} can't be used"):
         config = Qwen3AudioConfig.from_pretrained(name, trust_remote_code=False)
-        _check_config(config, f"{name}/{CONFIG}")
+        _check_config(config, f"{name}/{MODEL_CONFIG}")
     return config
 
 

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ COURSE = frozenset(event.kind for event in KINDS if event.is_course)
 class RunLog:
     """Appends one JSON object a line; a line is complete on disk as soon as it is written.
 
-    A log that can't be written is said once and given up for the moment: no run ends for want of its log.
+    A log that can't be written is reported once, and its line is lost: no run ends because of its log.
     kinds: how many events there were of each but COURSE. quarantined: the reason by the source of each bad dialogue,
     however often it came up. Both of the whole run, as far as the files of the part before a resume can be read.
     """
@@ -61,13 +61,18 @@ class RunLog:
         self._append("events.jsonl", record)
 
     def run_id(self) -> str | None:
-        """The name that the run was given when it began; None where events.jsonl can't say."""
+        """The name that the run was given when it began; None if events.jsonl can't say."""
         ids = [event["run_id"] for event in _readable(self.folder / "events.jsonl") if "run_id" in event]
         return str(ids[-1]) if ids else None
 
     def quarantine(self, *, id: str, source: str, reason: str, step: int) -> None:
         self.quarantined[source] = reason
         self._append("quarantine.jsonl", {"id": id, "source": source, "reason": reason, "step": step})
+
+
+def readable(statistics: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN: non-finite numbers become their names."""
+    return {name: value if abs(value) < float("inf") else str(value) for name, value in statistics.items()}
 
 
 def acts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

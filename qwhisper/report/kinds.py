@@ -62,7 +62,7 @@ class Begin(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Begin):
-    """A run goes on from a checkpoint. The other fields are those of `begin`."""
+    """A run continues from a checkpoint. The other fields are those of `begin`."""
 
     kind = "resumed"
     checkpoint: Annotated[str, "path of the checkpoint"]
@@ -138,7 +138,7 @@ class NoDiagnosis(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped(Event):
-    """The optimizer did not take the step. Weights and moments are as they were; learning rate and data go on."""
+    """The optimizer did not take the step. Weights and moments are as they were; learning rate and data continue."""
 
     kind = "skipped"
     reason: Annotated[str, "what was wrong with the step"]
@@ -153,7 +153,7 @@ class Skipped(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Rewind(Event):
-    """Weights and moments went back to a snapshot, at half the learning rate; the data goes on."""
+    """Weights and moments went back to a snapshot, at half the learning rate; the data continues."""
 
     kind = "rewind"
     to_step: Annotated[int | None, "step of the snapshot; null: there is none"]
@@ -253,7 +253,7 @@ class NotEvaluated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SaveFailed(Event):
-    """A checkpoint could not be written; the older ones are as they were, and the run goes on."""
+    """A checkpoint could not be written; the older ones are as they were, and the run continues."""
 
     kind = "save_failed"
     error: Annotated[str, "why it could not be written"]

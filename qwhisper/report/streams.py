@@ -28,7 +28,7 @@ class Unfailing:
     """A stream that reports its first failing write on stderr, and discards that and all later output.
 
     terminal: a descriptor of the terminal that the stream is shown on, where its own leads to the relay. without_relay:
-    puts its own back to where it led before; None where it leads there.
+    puts its own back to where it led before; None if it leads there.
     """
 
     def __init__(self, stream: TextIO, name: str):
@@ -36,7 +36,7 @@ class Unfailing:
         self.without_relay: Callable[[], None] | None = None
         self._stream = stream
         self.name = name
-        self._is_told = False
+        self._has_warned = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -70,8 +70,8 @@ class Unfailing:
         # With what is left in its buffer: the interpreter's last flush would fail on that and end in exit code 120.
         with suppress(OSError):
             _discard(self._stream.fileno())
-        if not self._is_told:
-            self._is_told = True
+        if not self._has_warned:
+            self._has_warned = True
             print(cannot_be_written(self.name, error), file=sys.stderr)
 
 
@@ -181,8 +181,8 @@ def _end(relayed: Relayed | None, on_lost: Callable[[int], None]) -> None:
         os.close(target)
     try:
         # A word, since a child that was forked meanwhile may keep its stdin open.
-        told, _ = relayed.process.communicate(b"end", timeout=RELAY_ENDS_S)
-        report = json.loads(told)
+        answer, _ = relayed.process.communicate(b"end", timeout=RELAY_ENDS_S)
+        report = json.loads(answer)
     except (subprocess.TimeoutExpired, ValueError):  # it hangs, or was killed
         relayed.process.kill()
         relayed.process.wait()

@@ -15,6 +15,11 @@ def say(text: str, *, to_stderr: bool = False) -> None:
     print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
+def note(text: str) -> None:
+    """Prints what a user should know and need not act on."""
+    say(f"note: {text}")
+
+
 class StepLines:
     """The bar shows loss, supervised tokens, gradient norm and the time left; whatever is printed stands above it.
 

@@ -98,7 +98,7 @@ class TrainArguments(
             )
 
     def _check_silence(self) -> None:
-        """Whether a window of Whisper's has room for speech beside it."""
+        """Raises UsageError if the silences leave no speech in a window of Whisper's."""
         lead = DEFAULT_LEAD_SILENCE_S if self.audio_lead_silence is None else self.audio_lead_silence
         tail = DEFAULT_TAIL_SILENCE_S if self.audio_tail_silence is None else self.audio_tail_silence
         try:

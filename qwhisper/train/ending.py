@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from qwhisper import __version__
+from qwhisper.checkpoint.names import checkpoint_name
 from qwhisper.errors import (
     DataError,
     MemoryLimitError,
@@ -99,15 +100,15 @@ def refuse_to_have_learned_nothing(session: Session) -> None:
     if not state.step:
         return
     if not state.supervised_tokens or state.skipped_steps >= state.step:
-        told = f"nothing was learned: no sample was trained on in {state.step} steps"
+        found = f"nothing was learned: no sample was trained on in {state.step} steps"
         if state.bad_samples and log.quarantined:
             last = next(reversed(log.quarantined.values()))
             raise DataError(
-                f"{told}; {len(log.quarantined)} dialogues could not be used, the last: {last}. "
+                f"{found}; {len(log.quarantined)} dialogues could not be used, the last: {last}. "
                 f"All are in {log.folder / 'quarantine.jsonl'}: repair or replace them, and start again in another "
                 "folder"
             )
-        raise NumericalError(f"{told}; {log.folder / 'events.jsonl'} has the reason for each step")
+        raise NumericalError(f"{found}; {log.folder / 'events.jsonl'} has the reason for each step")
     guess = math.log(session.executor.model.config.get_text_config().vocab_size)
     weights = group_checksums(session.groups)
     why = state.learning.nothing(weights, guess=guess, began_trained=session.args.init_from is not None)
@@ -170,7 +171,7 @@ def in_words(session: Session) -> str:
 
 
 def saved_in(session: Session) -> str:
-    folder = session.log.folder / (session.state.best_checkpoint or f"checkpoint-{session.state.step}")
+    folder = session.log.folder / (session.state.best_checkpoint or checkpoint_name(session.state.step))
     return str(folder) if folder.exists() else "nothing was saved"
 
 
@@ -185,11 +186,11 @@ def closing_line(session: Session) -> str:
     done += f". {said[0].upper()}{said[1:]}"
     if log.kinds or log.quarantined:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in log.kinds.most_common())
-        told = (
+        acts = (
             f"Events: {kinds or 'none'}; {state.skipped_steps} steps skipped, {len(log.quarantined)} dialogues "
             "quarantined"
         )
-        return f"{done}. {told}. See events.jsonl and quarantine.jsonl in {log.folder}"
+        return f"{done}. {acts}. See events.jsonl and quarantine.jsonl in {log.folder}"
     done += ". No guard had to act"
     if not state.learning.learned() or state.learning.held_out_rose:
         return done

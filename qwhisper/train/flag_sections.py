@@ -377,6 +377,3 @@ class RunFlags:
         [], "Trackers, such as tensorboard, wandb, trackio (default: none); each must be installed."
     )
     run_name: str | None = flag(None, "The run's name in the trackers (default: the name of --output_dir).")
-
-
-SECTIONS = (DataFlags, ModelFlags, ProjectorFlags, LoraFlags, OptimizationFlags, ExecutionFlags, RunFlags)

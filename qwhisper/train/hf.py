@@ -13,7 +13,6 @@ rewinding, retrying after out-of-memory and an exact resume need our own loop (`
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +29,12 @@ from qwhisper.guards.gradients import drop_gradients, scale_gradients, step_stat
 from qwhisper.guards.state import GuardState
 from qwhisper.model.lora import lora_parameters
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.report.terminal import say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.optimizer import parameter_groups
 from qwhisper.train.plan import Plan, careful_steps
 
-TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio goes on with the run of the same name by itself
+TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio continues the run of the same name by itself
 
 
 def hf_arguments(args: TrainArguments, plan: Plan) -> TrainingArguments:
@@ -72,7 +72,7 @@ class OneBoard(TensorBoardCallback):
 
 @contextmanager
 def tracked_as(run_id: str) -> Iterator[None]:
-    """While it lasts, trackers that know a run by its id go on with the one of that id, or begin it.
+    """While it lasts, trackers that know a run by its id continue the one of that id, or begin it.
 
     They read it from their environment variables, of which those that are set stay as they are.
     """
@@ -107,10 +107,10 @@ class Tracker:
                 return handler(*shown, **values)
             except (Exception, SystemExit) as error:
                 self.is_down = True
-                print(
+                say(
                     f"--report_to: {type(self.callback).__name__} failed in {event} ({type(error).__name__}: {error}) "
                     "and is left out from now on; metrics.jsonl has everything",
-                    file=sys.stderr,
+                    to_stderr=True,
                 )
                 return None
 

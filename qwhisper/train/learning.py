@@ -34,7 +34,7 @@ class Learning:
     weights: each group's checksum before the first step; empty for a run that was not followed from its beginning.
     first, last: losses of the first and of the last WINDOW steps that were taken, nats a supervised token. steps: how
     many were taken. first_pass, last_pass: mean loss of the first and of the last whole pass over the data; pass_loss,
-    pass_tokens: sums of the one that goes on. first_held_out, last_held_out: held-out loss before the first step and
+    pass_tokens: sums of the pass in progress. first_held_out, last_held_out: held-out loss before the first step and
     lately; held_out_broke: the last one was not finite. gain, noise: of the last listening probe, at step `probed`.
     """
 
@@ -110,11 +110,11 @@ class Learning:
 
     @property
     def hears(self) -> bool | None:
-        """Whether the true audio was worth more than its noise; None where that was not measured."""
+        """Whether the true audio was worth more than its noise; None if that was not measured."""
         return None if self.gain is None or self.noise is None else self.gain > NOISES * self.noise
 
     def direction(self) -> Direction | None:
-        """Where the training loss went; None where there were too few steps to tell."""
+        """Where the training loss went; None if there were too few steps to tell."""
         if self.steps < FEWEST:
             return None
         ranks, (first, last) = rank_test(*self.windows), self.windows
@@ -143,7 +143,7 @@ class Learning:
         return bool(self.hears) or (fell and self.direction() != "rose" and not self.held_out_rose)
 
     def nothing(self, weights: Mapping[str, int], *, guess: float, began_trained: bool) -> str | None:
-        """Why nothing was learned, or None where that can't be said for certain.
+        """Why nothing was learned, or None if that can't be said for certain.
 
         weights: each group's checksum now. guess: as in `is_dead`. began_trained: the weights came from another run,
         which may have learned all that there is.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from qwhisper.checkpoint.names import checkpoint_name
 from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data.loader import StepSamples
 from qwhisper.engine.executor import generators_as_now
@@ -19,6 +20,7 @@ from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalErr
 from qwhisper.guards.decide import Decision, decide
 from qwhisper.guards.gradients import drop_gradients, group_checksums, scale_gradients
 from qwhisper.memory import is_out_of_memory
+from qwhisper.report.events import readable
 from qwhisper.report.kinds import (
     ActivationClampTurned,
     GradientSpike,
@@ -30,7 +32,7 @@ from qwhisper.report.kinds import (
     WorkerDied,
 )
 from qwhisper.report.terminal import say
-from qwhisper.train.monitor import log_clamped, log_step, log_window, readable, watch
+from qwhisper.train.monitor import log_clamped, log_step, log_window, watch
 from qwhisper.train.recovery import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
 from qwhisper.train.session import Session, StepReport, save_checkpoint
 from qwhisper.train.signals import Stopped, StopSignals
@@ -42,7 +44,7 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
 
     Samples whose loss or gradient is not finite are left out and named. A step that is skipped, because no sample is
     left or the sum of their gradients is not finite, leaves parameters, moments and Adam's step counts untouched;
-    learning rate and data go on. Raises Stopped where a signal ends it between two packs, half done.
+    learning rate and data continue. Raises Stopped if a signal ends it between two packs, half done.
     """
     args, guards, samples, frozen = session.args, session.state.guards, fetched.samples, session.frozen_groups
 
@@ -115,7 +117,7 @@ def train(session: Session, steps: Iterator[StepSamples]) -> int:
 def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSignals) -> bool:
     """Whether what was reached is saved."""
     args, state = session.args, session.state
-    # A skipped first step is meant: the schedule goes on, the optimizer does not.
+    # A skipped first step is meant: the schedule advances, the optimizer does not.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     session.executor.model.train()
     session.executor.before_pack = signals.between_packs
@@ -195,7 +197,7 @@ def at_end(session: Session) -> bool:
 
 
 def is_best(session: Session) -> bool:
-    return session.state.best_checkpoint == f"checkpoint-{session.state.step}"
+    return session.state.best_checkpoint == checkpoint_name(session.state.step)
 
 
 def evaluation_is_due(session: Session) -> bool:
@@ -267,12 +269,12 @@ def evaluate(session: Session, signals: StopSignals) -> None:
     state.learning.evaluated(loss, before_first_step=False)
     best = improves(loss, state.best_loss)
     if best:
-        state.best_loss, state.best_checkpoint = loss, f"checkpoint-{state.step}"
+        state.best_loss, state.best_checkpoint = loss, checkpoint_name(state.step)
     report_held_out(session, loss, " (best so far)" if best else "")
 
 
 def held_out_loss(session: Session, signals: StopSignals) -> float | None:
-    """None where a signal came meanwhile, or where memory does not suffice, which counts as an evaluation."""
+    """None if a signal came meanwhile, or if memory does not suffice, which counts as an evaluation."""
     try:
         return signals.unless_stopped(lambda: session.executor.evaluate(session.eval_samples))
     except MemoryLimitError as error:
@@ -282,8 +284,7 @@ def held_out_loss(session: Session, signals: StopSignals) -> float | None:
 
 
 def report_held_out(session: Session, loss: float, remark: str) -> None:
-    session.log.metric(step=session.state.step, **readable({"eval_loss": loss}))
-    say(f"step {session.state.step}: held-out loss {loss:.4f}{remark}")
+    session.measured({"eval_loss": loss}, f"held-out loss {loss:.4f}{remark}")
     session.fire("on_evaluate", metrics={"eval_loss": loss})
     session.fire("on_log", logs={"eval_loss": loss})
 
@@ -298,7 +299,7 @@ def last_whole(newest: Path | None) -> str:
 
 
 def try_to_save(session: Session, *, stopped: bool = False) -> bool:
-    """Save a checkpoint. Return whether the disk took it; if not, the run goes on and older checkpoints are unchanged.
+    """Save a checkpoint. Return whether the disk took it; if not, the run continues with the older checkpoints.
 
     Weights that are not finite are not saved: the run rewinds first. Takes a snapshot as well, but not when stopping
     early: an uninterrupted run would not, and a later rewind must land on the same weights.

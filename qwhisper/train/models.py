@@ -103,6 +103,6 @@ def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArgu
 
 
 def has_dropout(model: Qwen3AudioForConditionalGeneration) -> bool:
-    """Whether the language model has dropout of its own, by any of the names that configurations give it."""
+    """Whether the language model has dropout, by any of the names that configurations give it."""
     values = model.config.get_text_config().to_dict()
     return any(value for name, value in values.items() if ("dropout" in name or "pdrop" in name) and value is not None)

@@ -11,8 +11,8 @@ from qwhisper.guards.alarms import StepFacts
 from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.gradients import frozen_parameters, group_checksums
 from qwhisper.guards.state import ALL
+from qwhisper.report.events import readable
 from qwhisper.report.kinds import ActivationsClamped, AlarmRaised, EncoderOverflow
-from qwhisper.report.terminal import say
 from qwhisper.train.probe import Probed
 from qwhisper.train.session import Session, StepReport, collect_clamped
 from qwhisper.train.signals import StopSignals
@@ -31,9 +31,8 @@ def watch(
         found = signals.unless_stopped(lambda: probe.measure(ask=due and state.step >= probe.asks_from))
     if found is not None:
         state.learning.gain, state.learning.noise, state.learning.probed = found.gain, found.noise, state.step
-        session.log.metric(step=state.step, **readable(as_facts(found)))
+        session.measured(as_facts(found), as_line(found))
         session.fire("on_log", logs=as_facts(found))
-        say(f"step {state.step}: {as_line(found)}")
     if probe and state.step < probe.first_step:
         found = None  # too short to hear yet: no reason for an alarm
     facts = StepFacts(
@@ -80,11 +79,6 @@ def as_line(found: Probed) -> str:
 def altered_base(session: Session) -> list[str]:
     """Names of frozen weights that are no longer what they were when the run began."""
     return changed(session.base_checksums, checksums(frozen_parameters(session.executor.model)))
-
-
-def readable(statistics: dict[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN: non-finite numbers become their names."""
-    return {name: value if abs(value) < float("inf") else str(value) for name, value in statistics.items()}
 
 
 def log_step(session: Session, report: StepReport, learning_rates: dict[str, float]) -> None:

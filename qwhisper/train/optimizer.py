@@ -1,5 +1,5 @@
 """The trainable parameters in the groups that have their own learning rate, bound and freeze; their optimizer; the
-learning rate as a function of the step alone, so that a resumed run goes on where it was.
+learning rate as a function of the step alone, so that a resumed run continues where it was.
 """
 
 import math

@@ -1,9 +1,9 @@
 """What a training does where a flag says `auto`, or nothing: decided here, once.
 
-`resolve` runs before a model is loaded, because it may refuse. `longest_dialogue` needs the model's configuration.
+`resolve` runs before a model is loaded, because it may refuse. `longest_dialogue` and `longest_row` need the model.
 Values that other verbs decide in the same way have one place outside `train/`: dtype and device in
-`model.bases.LoadOptions`, tokens per pack in `engine.executor`, the silences around a clip in the model's
-configuration.
+`model.bases.LoadOptions`, tokens per pack in `engine.executor`, LoRA's layers in `model.lora`, the silences around a
+clip in the model's configuration. Which checkpoint is resumed is found in `start.py`.
 """
 
 import copy
@@ -56,7 +56,7 @@ class Plan:
     notes: tuple[str, ...]
 
 
-# Flags that are None where nobody gave them; arguments.json in a checkpoint holds their values.
+# Flags that are None if nobody gave them; arguments.json in a checkpoint holds their values.
 DECIDED_FLAGS = [
     f.name for f in dataclasses.fields(Plan) if f.name in {f.name for f in dataclasses.fields(TrainArguments)}
 ]
@@ -104,7 +104,7 @@ def defaults_from_flags(args: TrainArguments) -> dict[str, Any]:
 
 
 def with_values(args: TrainArguments, values: Mapping[str, Any]) -> TrainArguments:
-    """The arguments, with `values` in the place of None. Checks nothing again: a callback may go beyond the bounds."""
+    """A copy of the arguments, with `values` in the place of None. They follow from checked flags: no second check."""
     filled = copy.copy(args)
     for name, value in values.items():
         if getattr(args, name, 0) is None:
@@ -127,6 +127,11 @@ def careful_steps(name: str, total_steps: int) -> int:
 def longest_dialogue(args: TrainArguments, text_config) -> int:
     """Tokens that a dialogue may have: without --max_length, as many as the language model was made for."""
     return args.max_length or text_config.max_position_embeddings
+
+
+def longest_row(args: TrainArguments, max_tokens_per_pack: int) -> int:
+    """Tokens of the longest row on which attention kernels are tried: --max_length, or else a whole pack."""
+    return args.max_length or max_tokens_per_pack
 
 
 def _careful_steps_of(

@@ -54,9 +54,9 @@ class ListeningGain:
 class Probed(ListeningGain):
     """What a probe found.
 
-    text_shift: of the language model from its base on what the base answers to text, nats a token; None where it
+    text_shift: of the language model from its base on what the base answers to text, nats a token; None if it
     answers everything alike. retention, hearing: by ear, of kinds of question that were never trained on and of trained
-    ones; None where too few were asked.
+    ones; None if too few were asked.
     """
 
     text_shift: float | None
@@ -122,7 +122,7 @@ class ListeningProbe:
     def measure(self, *, ask: bool = True) -> Probed | None:
         """ask: the questions as well, which cost more than all the rest.
 
-        None where a loss is not finite, or where memory does not suffice: the run matters more.
+        None if a loss is not finite, or if memory does not suffice: the run matters more.
         """
         started = time.perf_counter()
         try:
@@ -173,7 +173,7 @@ def make_probe(
 ) -> ListeningProbe | None:
     """A probe on held-out dialogues, or on those of the training where there are no others; decodes their audio.
 
-    questions: asked in probes from step `asks_from` on. None where the dialogues give fewer than MIN_PAIRS pairs, as
+    questions: asked in probes from step `asks_from` on. None if the dialogues give fewer than MIN_PAIRS pairs, as
     text-only ones do.
     """
     pairs = choose_pairs(dialogues, encoder, seed=seed, trained_kinds=trained_kinds)

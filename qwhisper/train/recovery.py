@@ -116,7 +116,7 @@ class GradientSum:
 def find_cause(session: Session, pack: list[Sample], count: int) -> Finding | None:
     """Where the first number breaks in the pack as it was run: some faults need the neighbours or the padding.
 
-    None also where the look itself fails, as for want of memory: the step matters more.
+    None also if the search itself fails, for example without memory: the step matters more.
     """
     session.executor.before_pack()
     batch = session.executor.batch(pack) | {"num_items_in_batch": count}
@@ -152,7 +152,7 @@ def report_dropped(
 
 
 def after_step(session: Session, statistics: StepStatistics, decision: Decision, samples: list[str]) -> None:
-    """Goes down the ladder after a bad step: on, back to a snapshot at half the rate, or NumericalError (exit 5)."""
+    """After a bad step: continue, go back to a snapshot at half the rate, or NumericalError (exit 5)."""
     guards = session.state.guards
     act = guards.next_act(statistics, max_bad_steps=session.args.max_bad_steps, max_rewinds=session.args.max_rewinds)
     if act != "go on":
@@ -185,7 +185,7 @@ def take_snapshot(session: Session) -> bool:
 
 
 def go_back(session: Session, why: str, samples: Sequence[str]) -> None:
-    """Weights and moments as they were, at half the learning rate; the data goes on forward. Raises NumericalError
+    """Weights and moments as they were, at half the learning rate; the data continues forward. Raises NumericalError
     after --max_rewinds.
     """
     guards, step = session.state.guards, session.state.step

@@ -73,26 +73,26 @@ def saved_arguments(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_arguments(checkpoint: Path) -> None:
-    """Raises CheckpointError where what the run was told is not what its model and adapter are.
+    """Raises CheckpointError if the saved arguments don't agree with the saved model and adapter.
 
     A run with --init_from has the adapter of that checkpoint, whatever the flags say.
     """
-    told, config = saved_arguments(checkpoint), read_json_object(checkpoint / MODEL_CONFIG)
-    are = {name: config.get(name) for name in ("audio_lead_silence", "audio_tail_silence") if told[name] is not None}
-    if not told.get("init_from"):
+    saved, config = saved_arguments(checkpoint), read_json_object(checkpoint / MODEL_CONFIG)
+    are = {name: config.get(name) for name in ("audio_lead_silence", "audio_tail_silence") if saved[name] is not None}
+    if not saved.get("init_from"):
         are["use_lora"] = (adapter_folder(checkpoint) / ADAPTER_FILE).is_file()
         if are["use_lora"]:
             adapter = read_adapter_config(adapter_folder(checkpoint))
             are |= {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout}
     for name, value in are.items():
-        if told[name] != value:
+        if saved[name] != value:
             raise CheckpointError(
-                f"{checkpoint}: {ARGUMENTS_FILE} has {name} {told[name]}, but the checkpoint has {value}"
+                f"{checkpoint}: {ARGUMENTS_FILE} has {name} {saved[name]}, but the checkpoint has {value}"
             )
 
 
 def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
-    """Name to (value then, value now) of the flags that differ from what the checkpoint's run was told.
+    """Name to (value then, value now) of the flags that differ from the checkpoint's arguments.
 
     Raises UsageError for one that can't be changed on the way, CheckpointError where the old ones can't be read.
     """

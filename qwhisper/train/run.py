@@ -4,7 +4,6 @@ Everything that can be refused is refused before a model is loaded.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,13 +20,13 @@ from qwhisper.locks import run_lock
 from qwhisper.memory import is_out_of_memory
 from qwhisper.report.kinds import KernelReplaced, OutputLost
 from qwhisper.report.streams import unfailing_output
-from qwhisper.report.terminal import quieten_transformers
+from qwhisper.report.terminal import note, quieten_transformers, say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learned_nothing
 from qwhisper.train.hf import ConfiguringCallback, tracker_callbacks
 from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
-from qwhisper.train.plan import resolve
+from qwhisper.train.plan import longest_row, resolve
 from qwhisper.train.resume import refuse_missing_data, saved_arguments
 from qwhisper.train.session import Session, build_session, restore
 from qwhisper.train.start import (
@@ -60,8 +59,8 @@ def configure_and_go(
         if isinstance(callback, ConfiguringCallback):
             args = callback.configure(args)
     quieten_transformers()
-    for notice in args.notices():
-        print(f"note: {notice}")
+    for sentence in args.notices():
+        note(sentence)
     refuse_missing_run(args)
     try:
         with run_lock(Path(args.output_dir)):
@@ -88,8 +87,8 @@ def prepare_and_go(
         refuse_missing_data(args)
     dialogues, held_out = read_data(args)
     plan = resolve(args, num_dialogues=len(dialogues), saved=saved_arguments(resumed) if resumed else None)
-    for note in plan.notes:
-        print(f"note: {note}")
+    for sentence in plan.notes:
+        note(sentence)
     set_up_torch(args)
     state = state_at_start(args, plan, dialogues, resumed)
     torch.manual_seed(args.seed)
@@ -113,14 +112,14 @@ def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
     """The dialogues to train on and those held out; prints what a user should know about them."""
     dialogues = read_dialogues(args.train_file, data_root=args.data_root, max_samples=args.max_samples)
     held_out = read_dialogues(args.eval_file, data_root=args.data_root) if args.eval_file else []
-    print(f"{len(dialogues)} dialogues to train on, {len(held_out)} held out")
-    for note in unused_notes([*dialogues, *held_out]):
-        print(f"note: {note}")
-    for note in leakage.notes(args.eval_file, held_out, args.train_file, dialogues) if args.eval_file else ():
-        print(f"note: {note}")
+    say(f"{len(dialogues)} dialogues to train on, {len(held_out)} held out")
+    for sentence in unused_notes([*dialogues, *held_out]):
+        note(sentence)
+    for sentence in leakage.notes(args.eval_file, held_out, args.train_file, dialogues) if args.eval_file else ():
+        note(sentence)
     if args.distill_weight and (untaught := sum(in_words(dialogue.messages) is None for dialogue in dialogues)):
-        print(
-            f"note: --distill_weight has no effect on {untaught} of {len(dialogues)} dialogues, which have a clip "
+        note(
+            f"--distill_weight has no effect on {untaught} of {len(dialogues)} dialogues, which have a clip "
             "without `transcript`: they are learned from their answers alone"
         )
     return dialogues, held_out
@@ -140,10 +139,10 @@ def go(session: Session, dialogues: list[Dialogue]) -> int:
     if code:
         saved = bool(checkpoints(session.log.folder))  # not before the first step
         go_on = resume_command(session.log.folder) if saved else start_command(session.log.folder)
-        print(f"stopped by a signal after step {state.step}; go on with: {go_on}", file=sys.stderr)
+        say(f"stopped by a signal after step {state.step}; go on with: {go_on}", to_stderr=True)
     else:
         refuse_to_have_learned_nothing(session)
-        print(closing_line(session))
+        say(closing_line(session))
     return code
 
 
@@ -156,30 +155,30 @@ def set_up_torch(args: TrainArguments) -> None:
 def announce(session: Session) -> None:
     counts = {name: sum(p.numel() for p in parameters) for name, parameters in session.groups.items()}
     trained = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
-    print(
+    say(
         f"training {trained}; {session.total_steps} steps of {session.args.samples_per_step} samples on "
         f"{session.executor.device}"
     )
     args, plan, total = session.args, session.plan, session.total_steps
     if plan.early_lr_steps >= total and args.early_lr_factor < 1:
-        print(
-            f"note: all {total} steps run at {args.early_lr_factor:g} × the learning rate (--early_lr_steps "
+        note(
+            f"all {total} steps run at {args.early_lr_factor:g} × the learning rate (--early_lr_steps "
             f"{plan.early_lr_steps}): use a longer run or fewer early steps"
         )
     if plan.num_warmup_steps >= total:
-        print(
-            f"note: all {total} steps are within --warmup_steps {plan.num_warmup_steps}: the learning rate is reached "
+        note(
+            f"all {total} steps are within --warmup_steps {plan.num_warmup_steps}: the learning rate is reached "
             "in the last"
         )
     if plan.freeze_projector_steps >= total:
-        print(
-            f"note: the projector does not learn in this run: all {total} steps are within --freeze_projector_steps "
+        note(
+            f"the projector does not learn in this run: all {total} steps are within --freeze_projector_steps "
             f"{plan.freeze_projector_steps}"
         )
 
 
 def try_kernels(session: Session) -> None:
     """Every attention kernel that this run uses, on this device, against fp32; a wrong one is named and replaced."""
-    longest = session.args.max_length or session.executor.max_tokens_per_pack
+    longest = longest_row(session.args, session.executor.max_tokens_per_pack)
     for wrong in check_kernels(session.executor.model, longest):
         session.report(KernelReplaced(**dataclasses.asdict(wrong)))

@@ -1,7 +1,7 @@
 """What one running training holds: built from arguments, model and data, saved as a checkpoint, restored from one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from qwhisper.guards.gradients import Groups, frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.model.processor import Qwen3AudioProcessor
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.report.events import RunLog
+from qwhisper.report.events import RunLog, readable
 from qwhisper.report.kinds import Event, WeightsNotFinite
-from qwhisper.report.terminal import StepLines, say
+from qwhisper.report.terminal import StepLines, note, say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.hf import Hooks, hf_arguments
 from qwhisper.train.optimizer import guarded_factor, make_optimizer, parameter_groups, parameter_names
@@ -79,6 +79,11 @@ class Session:
         self.log.event(event, step=self.state.step)
         if line := event.line(self.state.step):
             say(line, to_stderr=event.to_stderr)
+
+    def measured(self, values: Mapping[str, float], line: str) -> None:
+        """Writes numbers into metrics.jsonl and prints them as `line`."""
+        self.log.metric(step=self.state.step, **readable(values))
+        say(f"step {self.state.step}: {line}")
 
     @property
     def frozen_groups(self) -> frozenset[str]:
@@ -211,15 +216,15 @@ def probe_of(
     shortest = min(first_step, shortest_probed(samples_per_step=args.samples_per_step))
     if shortest > plan.total_steps:
         if held_out:
-            print(
-                f"note: no listening probe: it takes {shortest} steps to pay for one, and this run has "
+            note(
+                f"no listening probe: it takes {shortest} steps to pay for one, and this run has "
                 f"{plan.total_steps}; `qwhisper eval` tells whether it hears"
             )
         return None
     asked = held_out if asks_from <= plan.total_steps else []
     if not state.kinds and any(message.kind for dialogue in asked for message in dialogue.messages):
-        print(
-            "note: no retention in this run: the training data names no `kind`, so what is never trained on is "
+        note(
+            "no retention in this run: the training data names no `kind`, so what is never trained on is "
             "unknown; give its answers a `kind`"
         )
 
@@ -237,7 +242,7 @@ def probe_of(
         )
 
     if args.dataloader_num_workers and (how := how_it_dies(lambda task: bool(make(task)), None)):
-        print(f"note: no listening probe: the process that read the audio for it was lost ({how})")
+        note(f"no listening probe: the process that read the audio for it was lost ({how})")
         return None
     return make(None)
 
@@ -248,7 +253,7 @@ def make_clamp(plan: Plan, model: torch.nn.Module, state: TrainState) -> Activat
         return None
     found = first_q_proj(model)
     if found is None:
-        print("note: --activation_clamp has no effect: this language model's first layer has no q_proj")
+        note("--activation_clamp has no effect: this language model's first layer has no q_proj")
         return None
     on = state.guards.clamp.on if plan.clamp_follows_spikes else True
     return ActivationClamp(*found, bound=plan.clamp_bound, on=on)
@@ -294,7 +299,7 @@ def collect_clamped(session: Session) -> None:
 def restore(session: Session, folder: Path) -> None:
     """Optimizer, schedule, generators and snapshots as they were; the weights are loaded already.
 
-    Raises CheckpointError where one of them is not what this run can go on with.
+    Raises CheckpointError if this run can not continue with one of them.
     """
     names = parameter_names(session.executor.model)
     check_resumable(folder, {names[parameter]: parameter for parameter in session.snapshots.parameters}, session.state)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """No Exception, as KeyboardInterrupt is none: code that is left by it must not take it for a fault of its own."""
+    """No Exception, as KeyboardInterrupt is none: no `except Exception` that it passes may take it for a fault."""
 
 
 class StopSignals:
@@ -60,7 +60,7 @@ class StopSignals:
             raise Stopped
 
     def unless_stopped(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns, or None where a signal came before or meanwhile.
+        """What `work` returns, or None if a signal came before or meanwhile.
 
         For what may take long, such as waiting for data or an evaluation, and may be left anywhere without harm.
         """

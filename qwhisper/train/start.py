@@ -1,4 +1,4 @@
-"""Where a training starts: a new run in a folder of its own, or a checkpoint that is resumed, with what changed since.
+"""Where a training starts: a new run in its own folder, or a checkpoint that is resumed, with what changed since.
 
 A folder that holds another run is refused; nothing in it is overwritten.
 """
@@ -6,7 +6,6 @@ A folder that holds another run is refused; nothing in it is overwritten.
 import dataclasses
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from qwhisper.checkpoint.places import CONFIG_FILE, HEADING, absolute, written_b
 from qwhisper.checkpoint.reading import newest_usable, read_checkpoint
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.errors import CheckpointError, DiskError, UsageError
+from qwhisper.report.terminal import note, say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.learning import Learning
 from qwhisper.train.plan import Plan, defaults_from_flags, with_values
@@ -32,7 +32,7 @@ DECIDE_THE_LOSS = {"train_file", "eval_file", "max_samples", "max_length", "trai
 
 
 def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a new run, which must not overwrite another."""
+    """The checkpoint to resume, or None for a new run, which must not overwrite another."""
     if not args.resume_from_checkpoint:
         if checkpoints(folder):
             raise UsageError(
@@ -49,12 +49,12 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
         return given_checkpoint(Path(args.resume_from_checkpoint), folder)
     newest, passed_over = newest_usable(folder)
     for line in passed_over:
-        print(f"passed over a damaged checkpoint: {line}", file=sys.stderr)
+        say(f"passed over a damaged checkpoint: {line}", to_stderr=True)
     if newest is None and passed_over:
         raise CheckpointError(f"{folder}: no checkpoint is whole and finite; start again in another folder")
     if newest is None:
         raise nothing_to_resume(folder)
-    print(f"resuming from {newest}")
+    say(f"resuming from {newest}")
     return newest
 
 
@@ -75,8 +75,8 @@ def nothing_to_resume(folder: Path) -> UsageError:
 
 
 def given_checkpoint(path: Path, folder: Path) -> Path:
-    """A checkpoint that was named, wherever it lies: also a copy of one of this run, or where a new folder goes on from
-    another run.
+    """A checkpoint that was named, wherever it lies: also a copy of one of this run, or one of another run that
+    continues in a new folder.
     """
     path = path.resolve()  # its name and its parent are asked for, and `.` and links have others
     if not path.is_dir() or checkpoints(path):
@@ -114,7 +114,7 @@ def former_places(folder: Path) -> set[Path]:
 def put_later_aside(folder: Path, resumed: Path) -> None:
     """Renames the checkpoints after the one that is resumed, and says so."""
     for path in folders.put_aside_later(folder, resumed):
-        print(f"a checkpoint of a later step is put aside: {path}")
+        say(f"a checkpoint of a later step is put aside: {path}")
 
 
 def state_at_start(args: TrainArguments, plan: Plan, dialogues: Sequence[Dialogue], resumed: Path | None) -> TrainState:
@@ -137,11 +137,11 @@ def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_
     if "max_tokens_per_pack" in changed:
         state.max_tokens_per_pack = None
     if changed:
-        told = ", ".join(f"--{name} {now} (was {was})" for name, (was, now) in changed.items())
-        print(f"note: {resumed.name} goes on with {told}")
+        changes = ", ".join(f"--{name} {now} (was {was})" for name, (was, now) in changed.items())
+        note(f"{resumed.name} goes on with {changes}")
     if state.train_file_sha256 != train_file_sha256:
-        print(
-            f"note: {args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
+        note(
+            f"{args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
             "may differ"
         )
 
@@ -159,7 +159,7 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
     """Everything that is needed to run it again from any current folder: `qwhisper train --config` reads it.
 
     Values that the length of the run decides are left out: a longer one from the same file has its own.
-    Where the disk does not take it, a resumed run goes on with what stands there.
+    If the disk does not take it, a resumed run keeps the file that is there.
     """
     values = absolute(dataclasses.asdict(with_values(args, defaults_from_flags(args))))
     values = {name: value for name, value in values.items() if value is not None and name != "resume_from_checkpoint"}
@@ -171,4 +171,4 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
             raise DiskError(
                 f"{folder / CONFIG_FILE}: can't be written ({error}): make room, or give another folder"
             ) from None
-        print(f"note: {folder / CONFIG_FILE} is left as it was: {error}")
+        note(f"{folder / CONFIG_FILE} is left as it was: {error}")

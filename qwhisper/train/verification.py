@@ -42,7 +42,7 @@ ANSWER_TOKENS = 16
 class Proof:
     """What was proved of a checkpoint.
 
-    files: how many are what the manifest says; None where there is no manifest. dialogue: where the step's stands.
+    files: how many are what the manifest says; None if there is no manifest. dialogue: where the step's stands.
     """
 
     folder: Path
@@ -143,12 +143,12 @@ def _check_saved_numbers(folder: Path) -> int:
 
 def _first_dialogue(folder: Path, encoder: DialogueEncoder, scratch: Path) -> tuple[Sample, Sample, str]:
     """(training row, prompt of an answer, their source) of the run's first dialogue with audio, or of a made one."""
-    told = run_arguments(folder)
+    saved = run_arguments(folder)
     try:
-        found = read_dialogues(told["train_file"], data_root=told.get("data_root"), max_samples=LOOKED_AT)
+        found = read_dialogues(saved["train_file"], data_root=saved.get("data_root"), max_samples=LOOKED_AT)
         dialogue = next(dialogue for dialogue in found if dialogue.clips)
         return _encode(dialogue, encoder)
-    except (KeyError, StopIteration, DataError):  # moved, changed or never told: any dialogue will do
+    except (KeyError, StopIteration, DataError):  # moved, changed or not recorded: any dialogue will do
         return _encode(_made_dialogue(scratch), encoder)
 
 

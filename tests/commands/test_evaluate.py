@@ -20,8 +20,8 @@ def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
     needed = {*shares, "loss", "loss_swapped", "listening_gain", "answers", "checkpoint", "seconds"}
     assert needed <= result.keys()
     assert result["checkpoint"] == str(finished_run)
-    conversations = read_dialogues(eval_file)
-    turns = [(c.id, m.text) for c in conversations for m in c.messages if m.role == "assistant"]
+    dialogues = read_dialogues(eval_file)
+    turns = [(c.id, m.text) for c in dialogues for m in c.messages if m.role == "assistant"]
     assert [(record["id"], record["reference"]) for record in result["answers"]] == turns
     assert {"id", "turn", "kind", "reference", "answer", "right"} <= result["answers"][0].keys()
     table = (tmp_path / "out/eval.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ WITH_PANDAS = (
 COLUMN = re.compile(r"\w[\w .-]{0,30}")
 UNPACK = "unpack it and give the JSONL file in it"
 AUDIO = "give a JSONL file that names it, as in README.md"
-KINDS = (  # where the bytes stand, the bytes, what the file is, what to do
+SIGNATURES = (  # where the bytes stand, the bytes, what the file is, what to do
     (0, b"PAR1", "a Parquet file", "convert it: " + WITH_DATASETS.format("parquet", "{path}")),
     (0, b"ARROW1", "an Arrow file", "convert it: " + WITH_PANDAS.format("{path}")),
     (0, b"\xff\xff\xff\xff", "an Arrow stream", "convert it: " + WITH_DATASETS.format("file", "{path}")),
@@ -42,7 +42,7 @@ KINDS = (  # where the bytes stand, the bytes, what the file is, what to do
 
 
 def not_json_lines(path: Path) -> str | None:
-    """What a file is instead of JSONL and what to do, as in "a Parquet file, not JSONL: …"; None where it may be JSONL.
+    """What a file is instead of JSONL and what to do, as in "a Parquet file, not JSONL: …"; None if it may be JSONL.
 
     A file with a fault in its first lines may be JSONL: which fault, the reader says.
     """
@@ -52,7 +52,7 @@ def not_json_lines(path: Path) -> str | None:
         is_workbook = b"[Content_Types].xml" in start or b"xl/" in start
         what, act = ("an Excel file", "export it as JSONL") if is_workbook else ("a ZIP file", UNPACK)
         return f"{what}, not JSONL: {act}"
-    for offset, magic, what, act in KINDS:
+    for offset, magic, what, act in SIGNATURES:
         if start[offset:].startswith(magic):
             return f"{what}, not JSONL: {act.replace('{path}', path.name)}"
     return _other_text(start.decode("utf-8-sig", errors="replace").lstrip(), path.name)

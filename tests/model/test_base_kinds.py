@@ -23,8 +23,8 @@ from transformers import (
 
 from qwhisper.commands.data import DataAnswerArguments, DataCheckArguments, answer, check
 from qwhisper.errors import UsageError
+from qwhisper.model.base_kinds import refuse_model, refuse_unpackable
 from qwhisper.model.bases import resolve_model
-from qwhisper.model.kinds import refuse_model, refuse_unpackable
 from qwhisper.model.qwen3_audio import build_from_bases
 from tests.model.parts import text_config
 from tests.small import write_dialogues

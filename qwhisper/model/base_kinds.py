@@ -14,10 +14,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from qwhisper.checkpoint.names import PREFIX, PROJECTOR_FILE
+from qwhisper.checkpoint.names import ADAPTER_CONFIG, PREFIX, PROJECTOR_FILE
 from qwhisper.errors import UsageError
 from qwhisper.memory import is_out_of_memory
-from qwhisper.model.adapter_config import ADAPTER_CONFIG
 from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
 from qwhisper.model.pretrained import UntrustedCodeError, load_config
 
