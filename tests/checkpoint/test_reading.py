@@ -156,7 +156,7 @@ def test_the_best_one_may_go_as_well(tmp_path, monkeypatch):
 def test_a_replacement_between_its_two_renames_is_waited_for(tmp_path, monkeypatch):
     """The only checkpoint has neither name in the lists of both, which are read one after the other."""
     save(tmp_path, 1)
-    honest = folders._by_step
+    honest = folders.by_step
     calls = []
 
     def between(run: Path):
@@ -168,7 +168,7 @@ def test_a_replacement_between_its_two_renames_is_waited_for(tmp_path, monkeypat
             shutil.copytree(run / ".checkpoint-1.old", run / "checkpoint-1")
         return honest(run)
 
-    monkeypatch.setattr(folders, "_by_step", between)
+    monkeypatch.setattr(folders, "by_step", between)
     assert choose_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 

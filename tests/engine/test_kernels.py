@@ -41,7 +41,7 @@ def plant(monkeypatch, name: str, wrong) -> list:
         return planted(*args, **keywords)
 
     # varlen runs on CUDA alone; its twin stands in for it.
-    planted = wrong(ladders._sdpa_per_segment if name == "varlen" else ladder[name])
+    planted = wrong(ladder["sdpa_per_segment" if name == "varlen" else name])
     monkeypatch.setitem(ladder, name, kernel)
     return calls
 

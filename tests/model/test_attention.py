@@ -185,7 +185,7 @@ def test_grouped_heads_are_told_to_a_varlen_that_asks(monkeypatch):
 
     for varlen, groups, expected in [(asks, 2, {"enable_gqa": True}), (asks, 1, {}), (repeats_by_itself, 2, {})]:
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-        assert attention._varlen_keywords(groups) == expected
+        assert attention.varlen_keywords(groups) == expected
 
 
 def test_cudnn_attention_is_off():

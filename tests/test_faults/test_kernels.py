@@ -12,7 +12,7 @@ from tests.test_faults.matrix import fault
 from tests.wrong_kernels import packed_that_leaks, packed_with_large_gradient, padded_with_nan_gradient
 
 LONGEST = 100
-RIGHT = {"sdpa_per_segment": attention._sdpa_per_segment, "sdpa": attention._sdpa}
+RIGHT = attention.PACKED_KERNELS | attention.PADDED_KERNELS
 
 
 @pytest.fixture(scope="module")

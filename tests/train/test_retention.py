@@ -248,7 +248,7 @@ def test_the_curve_is_in_the_log_of_a_run_with_kinds_that_it_was_not_trained_on(
 
 
 def test_a_shift_that_is_no_number_leaves_a_log_that_is_json(bases, tmp_path, probed_in_each_step, monkeypatch):
-    monkeypatch.setattr(probe_module.ListeningProbe, "_text_shift", lambda probe: math.nan)
+    monkeypatch.setattr(probe_module.ListeningProbe, "text_shift", lambda probe: math.nan)
     args = thinking_arguments(bases, tmp_path, max_steps=1, learning_rate=1e-3)
     assert main(args) == 0
     assert [line["text_shift"] for line in probes(args)] == ["nan"]
