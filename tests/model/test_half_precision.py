@@ -4,7 +4,7 @@ import torch
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.half_precision import BOUND, OverflowClamp
-from tests.model.parts import large_weights, whisper_config
+from tests.small import large_weights, whisper_config
 
 
 def encoder(dtype: torch.dtype) -> TrueLengthWhisperEncoder:

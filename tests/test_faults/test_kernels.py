@@ -7,7 +7,8 @@ from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.engine import kernels
 from qwhisper.model import attention
 from qwhisper.model.lora import add_lora
-from tests.model.parts import gradients, large_weights, make_sample, small_model
+from tests.model.parts import gradients, make_sample
+from tests.small import large_weights, small_model
 from tests.test_faults.matrix import fault
 from tests.wrong_kernels import packed_that_leaks, packed_with_large_gradient, padded_with_nan_gradient
 
