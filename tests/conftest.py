@@ -1,4 +1,4 @@
-"""What tests of every room may ask for."""
+"""What tests of every package may ask for."""
 
 import logging
 import os
@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from tests.declared import faults_in_runs
+from tests.trained import arguments, bases, finished_run, run_training, small_model, train_file  # noqa: F401
 
 # On some CPUs bitsandbytes tells, as it is imported, of a faster kernel that could be installed. A test process lets go
 # of it at its end only, after the summary that continuous integration looks for in the last line.

@@ -30,7 +30,6 @@ from qwhisper.model.processor import load_processor
 from qwhisper.model.qwen3_audio import build_from_bases, load_trained
 from qwhisper.model.trained_folder import read_config
 from tests.small import TEMPLATE, write_small_bases
-from tests.trained import finished_run  # noqa: F401
 
 SECONDS = 60  # no attack may take longer, on a busy machine; most take none
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
@@ -39,7 +38,7 @@ PACKAGE = Path(qwhisper.__file__).parent
 
 
 @pytest.fixture
-def checkpoint(finished_run, tmp_path) -> Path:  # noqa: F811
+def checkpoint(finished_run, tmp_path) -> Path:
     """A checkpoint of the test's own, whose bases lie in a folder of their own beside it."""
     shutil.copytree(finished_run.parent / "bases", tmp_path / "bases")
     run = shutil.copytree(finished_run, tmp_path / "run")

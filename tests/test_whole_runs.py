@@ -14,11 +14,10 @@ from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.train.verification import verify
-from tests.trained import finished_run  # noqa: F401
 
 
 @pytest.fixture(scope="module")
-def whole(finished_run, tmp_path_factory):  # noqa: F811
+def whole(finished_run, tmp_path_factory):
     """A whole model with its adapter, saved without a run around it."""
     folder = tmp_path_factory.mktemp("whole") / "model"
     model = Qwen3AudioForConditionalGeneration.from_pretrained(finished_run)
@@ -30,7 +29,7 @@ def whole(finished_run, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def run_of_whole(whole, finished_run):  # noqa: F811
+def run_of_whole(whole, finished_run):
     """A run that started from the whole model and trains its encoder."""
     run, data = whole.with_name("run"), finished_run.parent / "data/train.jsonl"
     command = ["train", "--init_from", str(whole), "--output_dir", str(run), "--train_file", str(data)]
@@ -91,7 +90,7 @@ def test_the_adapter_below_a_whole_model_must_be_the_one_of_its_state(run):
         verify(run)
 
 
-def test_a_base_that_a_callback_changed_in_a_run_is_saved_verified_and_resumed(finished_run, tmp_path):  # noqa: F811
+def test_a_base_that_a_callback_changed_in_a_run_is_saved_verified_and_resumed(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     model = Qwen3AudioForConditionalGeneration.from_pretrained(run)
     with torch.no_grad():

@@ -268,7 +268,7 @@ def fp16_bad_sample(bench: Bench) -> Verdict:
 
 def encoder_overflow(bench: Bench) -> Verdict:
     def plant(trainer: Trainer) -> None:
-        OverflowClamp._after = lambda self, *args: None  # in this child alone: the model is ours
+        OverflowClamp.clamp_output = lambda self, *args: None  # in this child alone: the model is ours
         encoder = trainer.model.model.model.audio_tower.half()
         with torch.no_grad():
             encoder.layers[0].fc1.weight.mul_(1e7).clamp_(-6e4, 6e4)

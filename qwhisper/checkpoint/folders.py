@@ -68,11 +68,11 @@ def _clear_leftovers(run_folder: Path) -> None:
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """A run's checkpoint-N folders, oldest first: N decides which is older, not the clock."""
-    found = _by_step(run_folder)
+    found = by_step(run_folder)
     return [found[step] for step in sorted(found)]
 
 
-def _by_step(run_folder: Path) -> dict[int, Path]:
+def by_step(run_folder: Path) -> dict[int, Path]:
     folders = [*run_folder.glob(f".{PREFIX}*{OLD}"), *run_folder.glob(f"{PREFIX}*")]
     steps = [(step_in_name(folder), folder) for folder in folders if folder.is_dir()]
     return {step: folder for step, folder in steps if step is not None}
@@ -85,7 +85,7 @@ def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
     `resumed` may lie elsewhere, as a copy does.
     """
     resumed_step = read_manifest(resumed)["step"]
-    later = [(step, folder) for step, folder in sorted(_by_step(run_folder).items()) if step > resumed_step]
+    later = [(step, folder) for step, folder in sorted(by_step(run_folder).items()) if step > resumed_step]
     return [folder.rename(_free(run_folder, f"{ASIDE}{PREFIX}{step}")) for step, folder in later]
 
 

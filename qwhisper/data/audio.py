@@ -53,7 +53,7 @@ def load_audio(
     """
     name = f"audio of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     wanted = _Wanted(name, start or 0.0, end, channel, at_most_s)
-    with _faults_named(name):
+    with faults_named(name):
         try:
             waveform, said = _load(source, wanted, follow_links)
         except (OSError, MemoryError, soundfile.LibsndfileError):
@@ -106,7 +106,7 @@ class _Wanted:
 
 
 @contextmanager
-def _faults_named(name: str) -> Iterator[None]:
+def faults_named(name: str) -> Iterator[None]:
     """Whatever a decoder makes of a broken file, out of memory for what a header claims too, is the file's fault."""
     try:
         yield
@@ -133,7 +133,7 @@ def _load(source: str | Path | bytes, wanted: _Wanted, follow_links: bool) -> tu
         try:
             return _read_mono(lambda: _sndfile_streams(descriptor, layout), wanted, layout.notes)
         except soundfile.LibsndfileError as error:
-            fault = _libsndfile_fault(error, descriptor, layout, wanted)
+            fault = libsndfile_fault(error, descriptor, layout, wanted)
         if (program := find_ffmpeg()) is None:
             raise fault
         notes = list(layout.notes)
@@ -143,7 +143,7 @@ def _load(source: str | Path | bytes, wanted: _Wanted, follow_links: bool) -> tu
             raise (fault if isinstance(fault, DamagedError) else error) from None
 
 
-def _libsndfile_fault(
+def libsndfile_fault(
     error: soundfile.LibsndfileError, descriptor: int, layout: Layout, wanted: _Wanted
 ) -> BadClipError:
     """What to say if nothing else can read it: whether the format is unknown, or where the sound is damaged."""
@@ -199,7 +199,7 @@ def _read_mono(
     waveform = mix.finish()
     if len(waveform) == 0:
         raise wanted.fault(f"empty {wanted.stretch}; leave it out")
-    _check_audible(waveform, wanted)
+    check_audible(waveform, wanted)
     return waveform, notes
 
 
@@ -214,18 +214,18 @@ def _read(streams: Generator[_Opened], wanted: _Wanted, channel: int | None) -> 
             last = None if wanted.end is None else round(wanted.end * rate) - before
             if last is not None and last <= 0:
                 break
-            _check_header(decoder, wanted, mono.seconds, first, last)
+            check_header(decoder, wanted, mono.seconds, first, last)
             position = _read_stream(decoder, mono, wanted, first, last)
             passed += Fraction(position, rate)
             if last is None or position < last:
-                _check_complete(decoder, wanted, position, float(passed), lost)
+                check_complete(decoder, wanted, position, float(passed), lost)
     seconds = float(passed)
     if seconds == 0:
         raise wanted.fault("empty, no samples in it; leave it out")
     holds_no_sample = wanted.end is not None and wanted.end < seconds + 1 / SAMPLE_RATES[0]
     if mono.num_frames == 0 and wanted.start >= seconds and not holds_no_sample:
         raise wanted.fault(f"nothing {wanted.stretch}, the file ends at {seconds:.3f} s")
-    _check_end(wanted, seconds)
+    check_end(wanted, seconds)
     return mono
 
 
@@ -240,12 +240,12 @@ def _read_stream(decoder: Decoder, mono: Mono, wanted: _Wanted, first: int, last
         needed = block[max(0, first - position) :]
         position += len(block)
         if len(needed):
-            _check_samples(mono.add(needed, decoder.rate), wanted)
+            check_samples(mono.add(needed, decoder.rate), wanted)
             _check_so_far(mono, wanted)
     return position
 
 
-def _check_header(decoder: Decoder, wanted: _Wanted, before_s: float, first: int, last: int | None) -> None:
+def check_header(decoder: Decoder, wanted: _Wanted, before_s: float, first: int, last: int | None) -> None:
     rate, channels = decoder.rate, decoder.channels
     if wanted.channel is not None and wanted.channel >= channels:
         raise wanted.fault(f"channel {wanted.channel} was requested, but it has {channels}, numbered from 0")
@@ -266,7 +266,7 @@ def _check_header(decoder: Decoder, wanted: _Wanted, before_s: float, first: int
 
 
 def _check_so_far(mono: Mono, wanted: _Wanted) -> None:
-    """The limits of `_check_header`, for headers with a wrong length or none."""
+    """The limits of `check_header`, for headers with a wrong length or none."""
     if mono.seconds > wanted.at_most_s + MISSING_SECONDS or mono.num_samples > MAX_SAMPLES:
         raise TooLongError(
             f"{wanted.name}: it goes on after {mono.seconds:.5g} s and {mono.num_samples:.2g} samples (at most "
@@ -274,7 +274,7 @@ def _check_so_far(mono: Mono, wanted: _Wanted) -> None:
         )
 
 
-def _check_samples(block: np.ndarray, wanted: _Wanted) -> None:
+def check_samples(block: np.ndarray, wanted: _Wanted) -> None:
     if not np.isfinite(block).all():
         raise wanted.fault("NaN or Inf among the samples; export it again")
     peak = float(max(block.max(initial=0.0), -block.min(initial=0.0)))
@@ -282,7 +282,7 @@ def _check_samples(block: np.ndarray, wanted: _Wanted) -> None:
         raise wanted.fault(f"samples up to {peak:.1e}, where full scale is 1; export it again")
 
 
-def _check_complete(decoder: Decoder, wanted: _Wanted, position: int, ends: float, lost: str | None) -> None:
+def check_complete(decoder: Decoder, wanted: _Wanted, position: int, ends: float, lost: str | None) -> None:
     """After the last frame of a stream: whether its container says that there was more."""
     missing = 0.0 if decoder.num_frames is None else (decoder.num_frames - position) / decoder.rate
     if missing > MISSING_SECONDS:
@@ -291,7 +291,7 @@ def _check_complete(decoder: Decoder, wanted: _Wanted, position: int, ends: floa
         raise wanted.fault(f"{lost}: its sound can be read only up to {ends:.3f} s; copy it again, or set `end`")
 
 
-def _check_end(wanted: _Wanted, ends: float) -> None:
+def check_end(wanted: _Wanted, ends: float) -> None:
     if wanted.end is not None and wanted.end - ends > MISSING_SECONDS:
         raise _cut_short(wanted, ends, wanted.end)
 
@@ -303,7 +303,7 @@ def _cut_short(wanted: _Wanted, ends: float, should_end: float) -> BadClipError:
     )
 
 
-def _check_audible(waveform: np.ndarray, wanted: _Wanted) -> None:
+def check_audible(waveform: np.ndarray, wanted: _Wanted) -> None:
     peak = (float(waveform.max()) - float(waveform.min())) / 2  # a constant offset is no sound
     if peak < SILENCE_PEAK:
         raise wanted.fault(f"silent (peak {peak:.1e}) {wanted.stretch}; check the recording")

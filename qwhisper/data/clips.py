@@ -298,14 +298,14 @@ def _parse_stretch(given: dict[str, Any]) -> tuple[float | None, float | None]:
     first, second = (None if given.get(name) is None else _seconds(given[name]) for name in names)
     start, by_length = first or 0.0, names == ("offset", "duration")
     end = None if second is None else start + second if by_length else second
-    if not _is_stretch(start, end):
+    if not is_stretch(start, end):
         stretch = " and ".join(f"{name} {quoted.repr(given.get(name))}" for name in names)
         rule = "0 <= offset and 0 < duration" if by_length else f"0 <= {names[0]} < {names[1]}"
         raise ValueError(f"{stretch} must be seconds with {rule}")
     return first, end
 
 
-def _is_stretch(start: float, end: float | None) -> bool:
+def is_stretch(start: float, end: float | None) -> bool:
     return 0 <= start < (math.inf if end is None else end) and end != math.inf
 
 

@@ -23,7 +23,7 @@ Piece = bytes | tuple[int, int]  # bytes themselves, or from and up to which off
 def file_fault(path: str | Path) -> str | None:
     """What keeps `path` from being read as a file, or None. Nothing is opened: a FIFO would wait for its writer."""
     try:
-        return _kind_fault(os.stat(path).st_mode)
+        return kind_fault(os.stat(path).st_mode)
     except FileNotFoundError:
         return "does not exist"
     except OSError as error:
@@ -55,14 +55,14 @@ def _in_memory(content: bytes) -> int:
 def _open_file(path: str | Path, follow_links: bool) -> int:
     if fault := file_fault(path):
         raise BadClipError(f"{path} {fault}; leave it out")
-    descriptor = os.open(path, READ) if follow_links else _open_without_links(path)
-    if fault := _kind_fault(os.fstat(descriptor).st_mode):
+    descriptor = os.open(path, READ) if follow_links else open_without_links(path)
+    if fault := kind_fault(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise BadClipError(f"{path} {fault}; leave it out")
     return descriptor
 
 
-def _open_without_links(path: str | Path) -> int:
+def open_without_links(path: str | Path) -> int:
     """Open folder by folder, each within the one before: no link can lead out, at whatever moment it is put there."""
     *folders, name = Path(os.path.abspath(path)).parts
     folder = os.open(folders[0], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -83,7 +83,7 @@ def _open_without_links(path: str | Path) -> int:
         os.close(folder)
 
 
-def _kind_fault(mode: int) -> str | None:
+def kind_fault(mode: int) -> str | None:
     if stat.S_ISREG(mode):
         return None
     kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}

@@ -105,7 +105,7 @@ class _Worker:
         try:
             self.pipe, its_end = FORK.Pipe()
             not_its = [self.pipe, *(worker.pipe for worker in earlier)]
-            self.process = FORK.Process(target=_serve, args=(its_end, work, not_its), daemon=True)
+            self.process = FORK.Process(target=serve, args=(its_end, work, not_its), daemon=True)
             self.process.start()
         except OSError as error:  # no memory, or a limit of processes or open files
             raise WorkerDied(f"no process could be started ({error.strerror})") from None
@@ -137,7 +137,7 @@ def _stop(workers: Sequence[_Worker]) -> None:
         worker.pipe.close()
 
 
-def _serve(pipe: Connection, work: Callable[[Any], Any], not_its: Sequence[Connection]) -> None:
+def serve(pipe: Connection, work: Callable[[Any], Any], not_its: Sequence[Connection]) -> None:
     """A worker's life. It ends with the training process, whose end closes the other end of the pipe."""
     for other in not_its:
         other.close()

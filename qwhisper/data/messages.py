@@ -127,7 +127,7 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
     if len(faults) > faults_before:  # what is missing because of them is no second fault
         return message
     if role == "assistant":
-        return _parse_answer(message, raw, where, faults)
+        return parse_answer(message, raw, where, faults)
     _check_question(message, raw, where, faults)
     return message
 
@@ -143,11 +143,11 @@ def _joined(parts: Sequence[str | AudioClip]) -> tuple[str | AudioClip, ...]:
     return tuple(joined)
 
 
-def _parse_answer(message: Message, raw: dict, where: str, faults: list[str]) -> Message:
+def parse_answer(message: Message, raw: dict, where: str, faults: list[str]) -> Message:
     """An assistant's message, its reasoning and its calls apart from the text."""
     if message.clips:
         faults.append(f"{where}: an assistant message holds audio, but answers are text")
-    thought, text = _split_thought(message.text.strip(), where, faults)
+    thought, text = split_thought(message.text.strip(), where, faults)
     text, more_calls = split_calls(text, where, faults)
     reasoning = parse_reasoning(raw, where, faults, thought)
     calls = message.tool_calls + more_calls
@@ -158,7 +158,7 @@ def _parse_answer(message: Message, raw: dict, where: str, faults: list[str]) ->
     return replace(message, content=(text,) if text else (), reasoning=reasoning, tool_calls=calls)
 
 
-def _split_thought(text: str, where: str, faults: list[str]) -> tuple[str, str]:
+def split_thought(text: str, where: str, faults: list[str]) -> tuple[str, str]:
     """The block of reasoning before an answer, and the answer.
 
     A block without its first mark is one too: where a chat template writes `<think>` itself, a copied answer lacks it.

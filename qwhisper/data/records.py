@@ -39,12 +39,12 @@ def read_records(path: Path) -> Iterator[tuple[str, dict | str]]:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(2**16)
                 continue
-            record = _record(line, "utf-8-sig" if number == 1 else "utf-8")
+            record = parse_line(line, "utf-8-sig" if number == 1 else "utf-8")
             if record is not None:
                 yield source, record
 
 
-def _record(line: bytes, encoding: str) -> dict | str | None:
+def parse_line(line: bytes, encoding: str) -> dict | str | None:
     """The object in a line, or what is wrong with it; None where it is blank."""
     try:
         text = line.decode(encoding).strip()

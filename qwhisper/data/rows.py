@@ -119,7 +119,7 @@ def fit_last_exchange(
     excess = row.answers[len(messages) - 1][1] - max_length
     text_tokens = sum(len(part.ids) for part in parts if is_prompt(part) and part.piece.kind == "text")
     if excess > text_tokens:
-        _refuse_to_drop_audio(part for part in parts if is_prompt(part))
+        refuse_to_drop_audio(part for part in parts if is_prompt(part))
         events.append("kept the last reply alone")
         row = join_parts([part for part in parts if not is_prompt(part)], messages, added_ids)
     elif excess > 0:
@@ -138,7 +138,7 @@ def fit_last_exchange(
     return _cut_at(row, min(end, max_length))
 
 
-def _refuse_to_drop_audio(parts: Iterable[Part]) -> None:
+def refuse_to_drop_audio(parts: Iterable[Part]) -> None:
     clips = {part.piece.clip.name: len(part.ids) for part in parts if part.piece.clip is not None}
     if clips:
         raise BadClipError(

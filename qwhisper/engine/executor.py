@@ -113,7 +113,7 @@ class Executor:
             self.model.zero_grad(set_to_none=True)
             put_generators_back()
 
-        loss, halvings = self._within_memory(lambda: self._run(samples, num_supervised), samples, start_again)
+        loss, halvings = self.within_memory(lambda: self.run_packs(samples, num_supervised), samples, start_again)
         if self.loss_scale != 1.0:
             scaled = [p.grad for p in self.model.parameters() if p.grad is not None]
             if scaled:
@@ -126,7 +126,7 @@ class Executor:
         if not samples:
             return 0.0
         with self.evaluation_mode():
-            total, _ = self._within_memory(lambda: self._run(samples, 1), samples, lambda: None)
+            total, _ = self.within_memory(lambda: self.run_packs(samples, 1), samples, lambda: None)
         return float(total) / max(1, sum(sample.num_supervised for sample in samples))
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class Executor:
         if not samples:
             return 0.0
         with self.evaluation_mode():
-            total, _ = self._within_memory(lambda: self._divergence_from_base(samples), samples, lambda: None)
+            total, _ = self.within_memory(lambda: self._divergence_from_base(samples), samples, lambda: None)
         return float(total) / max(1, sum(sample.num_supervised for sample in samples))
 
     def _divergence_from_base(self, samples: Sequence[Sample]) -> Tensor:
@@ -208,7 +208,7 @@ class Executor:
         finally:
             self.model.train(was_training)
 
-    def _within_memory(
+    def within_memory(
         self, attempt: Callable[[], Tensor], samples: Sequence[Sample], start_again: Callable[[], None]
     ) -> tuple[Tensor, list[Halved]]:
         """Calls `attempt` until memory suffices, with packs of half the size after each failure."""
@@ -235,7 +235,7 @@ class Executor:
         self.max_tokens_per_pack = max(1, min(tokens, self.max_tokens_per_pack) // 2)
         return Halved(tokens=tokens, now=self.max_tokens_per_pack)
 
-    def _run(self, samples: Sequence[Sample], num_supervised: int) -> Tensor:
+    def run_packs(self, samples: Sequence[Sample], num_supervised: int) -> Tensor:
         losses, divergences, num_taught = [], [], 0
         for pack in self.packs(samples):
             self.before_pack()

@@ -114,13 +114,13 @@ class Alarms:
     def observe(self, facts: StepFacts) -> list[Alarm]:
         """The alarms that this step raises; one that is raised is silent until it has cleared."""
         found = (
-            self._masked_labels(facts)
-            | self._zero_loss(facts)
-            | self._zero_gradients(facts)
-            | self._unmoved_weights(facts)
-            | self._changed_base(facts)
-            | self._deafness(facts)
-            | self._forgetting(facts)
+            self.masked_labels(facts)
+            | self.zero_loss(facts)
+            | self.zero_gradients(facts)
+            | self.unmoved_weights(facts)
+            | self.changed_base(facts)
+            | self.deafness(facts)
+            | self.forgetting(facts)
         )
         raised = []
         for (kind, about), message in found.items():
@@ -132,7 +132,7 @@ class Alarms:
                 raised.append(Alarm(kind, about, message))
         return raised
 
-    def _masked_labels(self, facts: StepFacts) -> Findings:
+    def masked_labels(self, facts: StepFacts) -> Findings:
         if not facts.num_samples:
             return {}
         message = (
@@ -142,7 +142,7 @@ class Alarms:
         )
         return {("labels_masked", ""): None if facts.tokens else message}
 
-    def _zero_loss(self, facts: StepFacts) -> Findings:
+    def zero_loss(self, facts: StepFacts) -> Findings:
         if facts.skipped or not facts.tokens or not math.isfinite(facts.loss):
             return {}
         if facts.loss != 0:
@@ -159,7 +159,7 @@ class Alarms:
         )
         return {("loss_zero", ""): message}
 
-    def _zero_gradients(self, facts: StepFacts) -> Findings:
+    def zero_gradients(self, facts: StepFacts) -> Findings:
         """Per group: at step 0 LoRA's A has none, because B is zero, but B has one."""
         found: Findings = {}
         for group, norm in facts.group_norms.items():
@@ -176,7 +176,7 @@ class Alarms:
                 found["gradient_zero", group] = message if count else None
         return found
 
-    def _unmoved_weights(self, facts: StepFacts) -> Findings:
+    def unmoved_weights(self, facts: StepFacts) -> Findings:
         for group, norm in facts.group_norms.items():
             if facts.should_learn(group) and norm > 0 and facts.learning_rates.get(group, 0.0) > 0:
                 self.unmoved[group] = self.unmoved.get(group, 0) + 1
@@ -194,7 +194,7 @@ class Alarms:
                 )
         return found
 
-    def _changed_base(self, facts: StepFacts) -> Findings:
+    def changed_base(self, facts: StepFacts) -> Findings:
         names = facts.changed_weights
         if not names:
             return {} if names is None else {("base_changed", ""): None}
@@ -205,7 +205,7 @@ class Alarms:
         )
         return {("base_changed", ""): message}
 
-    def _deafness(self, facts: StepFacts) -> Findings:
+    def deafness(self, facts: StepFacts) -> Findings:
         if facts.hears is None:
             return {}
         message = (
@@ -216,7 +216,7 @@ class Alarms:
         )
         return {("not_listening", ""): None if facts.hears else message}
 
-    def _forgetting(self, facts: StepFacts) -> Findings:
+    def forgetting(self, facts: StepFacts) -> Findings:
         """Nothing is found out about a model that does not hear: its wrong answers by ear say nothing."""
         if not facts.hears or (facts.hearing is not None and facts.hearing < HEARS):
             return {}

@@ -164,7 +164,7 @@ def answer_all(
             prompts = [question.prompt for question in asked]
             for batch in iterate_answers(model, encoder, prompts, max_new_tokens, batch_size):
                 found = {asked[index].key: answer for index, answer in batch.items()}
-                _keep(cache, found)
+                keep_answers(cache, found)
                 answers |= found
                 bar.update(len(found))
     return answers, missing
@@ -280,7 +280,7 @@ def folder_of_far_audio(dialogues: Sequence[Dialogue], folder: Path) -> str | No
     return os.path.commonpath(far) if far else None
 
 
-def _keep(cache: Path, answers: dict[str, Answer]) -> None:
+def keep_answers(cache: Path, answers: dict[str, Answer]) -> None:
     lines = [json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) for key, answer in answers.items()]
     torn = ends_in_half_a_line(cache)
     with cache.open("a", encoding="utf-8") as file:

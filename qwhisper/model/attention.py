@@ -38,7 +38,7 @@ def packed_row_mask(hidden_states: Tensor) -> Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=hidden_states.device)
 
 
-def _varlen_keywords(num_key_value_groups: int) -> dict:
+def varlen_keywords(num_key_value_groups: int) -> dict:
     """torch 2.11 repeats key heads by itself; from 2.12 on it wants to be told."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -62,7 +62,7 @@ def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window
         max_length,
         scale=scale,
         window_size=(left, 0 if causal else -1),
-        **_varlen_keywords(query.shape[1] // key.shape[1]),
+        **varlen_keywords(query.shape[1] // key.shape[1]),
     )
     assert isinstance(out, Tensor)  # a pair only where return_aux asks for one
     return out

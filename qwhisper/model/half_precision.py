@@ -24,7 +24,7 @@ class OverflowClamp:
         for name, module in encoder.named_modules():
             parent, _, last = name.rpartition(".")
             if last in PARTS or parent == "layers":
-                module.register_forward_hook(partial(self._after, name))
+                module.register_forward_hook(partial(self.clamp_output, name))
 
     def take_counts(self) -> dict[str, int]:
         """{module's name: values bounded since the last call}, without those that had none; waits for the device."""
@@ -35,7 +35,7 @@ class OverflowClamp:
         self._counts = {}
         return found
 
-    def _after(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def clamp_output(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if output.dtype != torch.float16:
             return None
         count = (output.detach().abs() > BOUND).sum()

@@ -111,8 +111,8 @@ def load_trained(
             warnings.warn(f"{name} holds a whole model: no other bases are loaded into it", stacklevel=2)
         return _load_whole(cls, name, options)
     config = read_config(name)
-    audio_path = _same_base(name, "audio", config, audio_model)
-    text_path = _same_base(name, "text", config, text_model)
+    audio_path = same_base(name, "audio", config, audio_model)
+    text_path = same_base(name, "text", config, text_model)
     assert config.audio_base is not None and config.text_base is not None
     config.audio_base["name"], config.text_base["name"] = audio_path, text_path  # what is saved next names these
     model = load_and_join(cls, config, audio_path, text_path, options)
@@ -207,7 +207,7 @@ def _refuse_other_config(name: str | os.PathLike, given: Qwen3AudioConfig | str 
         )
 
 
-def _same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, moved_to: str | None) -> str:
+def same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, moved_to: str | None) -> str:
     """Where the audio or text base of a folder of trained weights is; it must be the one that they were trained on."""
     base = getattr(config, f"{role}_base")
     if not moved_to:

@@ -117,13 +117,13 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
         hidden_states = outputs.last_hidden_state
         lesson = None
         if teacher is not None and taught is not None:
-            lesson = Lesson(self._teach(**teacher), taught, distill_weight)
-        loss = self._loss(hidden_states, labels.to(hidden_states.device), num_items_in_batch, lesson)
+            lesson = Lesson(self.teacher_states(**teacher), taught, distill_weight)
+        loss = self.loss_of(hidden_states, labels.to(hidden_states.device), num_items_in_batch, lesson)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, **rest)
 
     @torch.no_grad()
-    def _teach(self, labels: Tensor, **batch) -> Tensor:
+    def teacher_states(self, labels: Tensor, **batch) -> Tensor:
         """[supervised positions, hidden] of the language model as it was before its adapter, in evaluation mode."""
         batch.pop("valid_label_count", None)
         language_model, was_training = self.model.language_model, self.training
@@ -135,7 +135,7 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
             language_model.train(was_training)
         return hidden_states[:, :-1][labels[:, 1:] != IGNORE_INDEX]
 
-    def _loss(
+    def loss_of(
         self,
         hidden_states: Tensor,
         labels: Tensor,

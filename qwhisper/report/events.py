@@ -33,7 +33,7 @@ class RunLog:
         self._torn: dict[str, bool] = {}  # by file: whether it may end in half a line
         self._lost: set[str] = set()
 
-    def _append(self, file: str, record: dict[str, Any]) -> None:
+    def append(self, file: str, record: dict[str, Any]) -> None:
         path = self.folder / file
         line = json.dumps(record, ensure_ascii=False) + "\n"
         try:
@@ -52,13 +52,13 @@ class RunLog:
                 )
 
     def metric(self, **values: Any) -> None:
-        self._append("metrics.jsonl", values)
+        self.append("metrics.jsonl", values)
 
     def event(self, event: Event, *, step: int) -> None:
         if not event.is_course:
             self.kinds[event.kind] += 1
         record = {"time": round(time.time(), 3), "kind": event.kind, "step": step} | event.written()
-        self._append("events.jsonl", record)
+        self.append("events.jsonl", record)
 
     def run_id(self) -> str | None:
         """The name that the run was given when it began; None if events.jsonl can't say."""
@@ -67,7 +67,7 @@ class RunLog:
 
     def quarantine(self, *, id: str, source: str, reason: str, step: int) -> None:
         self.quarantined[source] = reason
-        self._append("quarantine.jsonl", {"id": id, "source": source, "reason": reason, "step": step})
+        self.append("quarantine.jsonl", {"id": id, "source": source, "reason": reason, "step": step})
 
 
 def readable(statistics: Mapping[str, float]) -> dict[str, float | str]:

@@ -44,7 +44,7 @@ class Outlet:
         self._gap = 0  # lines dropped since the last one that was written
         self._lost = 0  # before that
         self._last_byte = b"\n"
-        self._in_hand = b""  # being written: perhaps a line's beginning, whose rest is still to come
+        self.in_hand = b""  # being written: perhaps a line's beginning, whose rest is still to come
         self.is_dead = False
         self._is_idle = True
         self._changed = threading.Condition()
@@ -53,7 +53,7 @@ class Outlet:
     @property
     def lost(self) -> int:
         """Lines that were dropped, or are still here, the one in hand included."""
-        left = sum(line.endswith(b"\n") for line in (*self._lines, self._in_hand))
+        left = sum(line.endswith(b"\n") for line in (*self._lines, self.in_hand))
         return self._lost + self._gap + left
 
     def put(self, data: bytes) -> None:
@@ -85,11 +85,11 @@ class Outlet:
         try:
             while True:
                 with self._changed:
-                    self._is_idle, self._in_hand = not self._lines, b""
+                    self._is_idle, self.in_hand = not self._lines, b""
                     self._changed.notify_all()
                     self._changed.wait_for(lambda: self._lines)
                     self._is_idle = False
-                    line = self._in_hand = self._lines.popleft()
+                    line = self.in_hand = self._lines.popleft()
                     self._size -= len(line)
                     gap, self._gap = self._gap, 0
                     self._lost += gap
@@ -98,7 +98,7 @@ class Outlet:
             self._on_error(cannot_be_written(self.name, error))
             with self._changed:
                 self._is_idle = self.is_dead = True
-                self._in_hand = b""
+                self.in_hand = b""
                 self._lines.clear()
                 self._changed.notify_all()
 

@@ -89,7 +89,7 @@ def unfailing_output(*, on_lost: Callable[[int], None] | None = None) -> Iterato
             for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr"))
         )
         if on_lost:
-            opened.callback(_end, _start([out, err]), on_lost)
+            opened.callback(_end, start_relay([out, err]), on_lost)
         with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
             try:
                 yield
@@ -118,7 +118,7 @@ class Relayed:
             os.dup2(target, descriptor)
 
 
-def _start(streams: Sequence[Unfailing]) -> Relayed | None:
+def start_relay(streams: Sequence[Unfailing]) -> Relayed | None:
     """Puts a relay process between the streams that may have to wait and their readers; see relay.py."""
     waiting = [stream for stream in streams if _may_wait(stream)]
     if not waiting or not sys.executable:

@@ -141,9 +141,9 @@ class ListeningProbe:
         count = len(self.pairs)
         gain = listening_gain(losses[:count], losses[count:], [pair.true.num_supervised for pair in self.pairs])
         retention, hearing = self._ask() if ask and self.questions else (None, None)
-        return Probed(**vars(gain), text_shift=self._text_shift(), retention=retention, hearing=hearing)
+        return Probed(**vars(gain), text_shift=self.text_shift(), retention=retention, hearing=hearing)
 
-    def _text_shift(self) -> float | None:
+    def text_shift(self) -> float | None:
         if self.text is None:
             with self.executor.evaluation_mode():
                 self.text = own_answers(self.executor.model, self.encoder, TEXT_ROWS)

@@ -34,14 +34,14 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         # nohup has SIGHUP ignored: the run is meant to outlive its terminal.
         heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._receive) for number in heeded}
+        self._previous = {number: signal.signal(number, self.receive) for number in heeded}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         if self._at_once:
             self._at_once = False

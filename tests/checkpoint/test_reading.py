@@ -16,7 +16,6 @@ from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, loading
 from qwhisper.train.verification import verify
-from tests.trained import finished_run  # noqa: F401
 
 
 def save(run: Path, step: int, best: str | None = None) -> Path:
@@ -156,7 +155,7 @@ def test_the_best_one_may_go_as_well(tmp_path, monkeypatch):
 def test_a_replacement_between_its_two_renames_is_waited_for(tmp_path, monkeypatch):
     """The only checkpoint has neither name in the lists of both, which are read one after the other."""
     save(tmp_path, 1)
-    honest = folders._by_step
+    honest = folders.by_step
     calls = []
 
     def between(run: Path):
@@ -168,12 +167,12 @@ def test_a_replacement_between_its_two_renames_is_waited_for(tmp_path, monkeypat
             shutil.copytree(run / ".checkpoint-1.old", run / "checkpoint-1")
         return honest(run)
 
-    monkeypatch.setattr(folders, "_by_step", between)
+    monkeypatch.setattr(folders, "by_step", between)
     assert choose_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
 @pytest.fixture
-def rotated_in_the_middle(finished_run, tmp_path, monkeypatch):  # noqa: F811
+def rotated_in_the_middle(finished_run, tmp_path, monkeypatch):
     """A run whose checkpoint-1 is deleted after its configuration was read and before its weights are."""
     run, later = tmp_path / "run", tmp_path / "checkpoint-2"
     shutil.copytree(finished_run / "checkpoint-1", run / "checkpoint-1")
@@ -203,14 +202,14 @@ def test_verify_goes_on_with_the_newest(rotated_in_the_middle):
     assert verify(rotated_in_the_middle).folder == rotated_in_the_middle / "checkpoint-2"
 
 
-def test_eval_goes_on_with_the_newest(rotated_in_the_middle, finished_run):  # noqa: F811
+def test_eval_goes_on_with_the_newest(rotated_in_the_middle, finished_run):
     train_file = str(finished_run.parent / "data/train.jsonl")
     told = ["--max_samples", "1", "--max_new_tokens", "1", "--no_swap_audio", "--no_ask_text_model"]
     assert cli(["eval", str(rotated_in_the_middle), "--eval_file", train_file, *told]) == 0
     assert not (rotated_in_the_middle / "checkpoint-1").exists()
 
 
-def test_a_second_stage_starts_from_the_newest(rotated_in_the_middle, finished_run, tmp_path):  # noqa: F811
+def test_a_second_stage_starts_from_the_newest(rotated_in_the_middle, finished_run, tmp_path):
     command = ["train", "--init_from", str(rotated_in_the_middle), "--output_dir", str(tmp_path / "second")]
     command += ["--train_file", str(finished_run.parent / "data/train.jsonl"), "--max_steps", "1"]
     assert cli([*command, "--learning_rate", "1e-9"]) == 0
@@ -221,7 +220,7 @@ def test_a_second_stage_starts_from_the_newest(rotated_in_the_middle, finished_r
     assert all(torch.allclose(start[name], end[name], rtol=0, atol=1e-8) for name in start)
 
 
-def test_a_run_folder_gives_its_best_checkpoint_to_from_pretrained(finished_run, tmp_path):  # noqa: F811
+def test_a_run_folder_gives_its_best_checkpoint_to_from_pretrained(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     model = Qwen3AudioForConditionalGeneration.from_pretrained(run)
     processor = Qwen3AudioProcessor.from_pretrained(str(run))
@@ -241,7 +240,7 @@ def test_a_run_folder_gives_its_best_checkpoint_to_from_pretrained(finished_run,
     assert torch.equal(model.model.multi_modal_projector.linear_1.weight.cpu(), projector["linear_1.weight"])
 
 
-def test_from_pretrained_checks_the_hashes_of_a_checkpoint(finished_run, tmp_path):  # noqa: F811
+def test_from_pretrained_checks_the_hashes_of_a_checkpoint(finished_run, tmp_path):
     folder = shutil.copytree(finished_run / "checkpoint-2", tmp_path / "checkpoint-2")
     content = bytearray((folder / "projector.safetensors").read_bytes())
     content[-1] ^= 1
@@ -250,7 +249,7 @@ def test_from_pretrained_checks_the_hashes_of_a_checkpoint(finished_run, tmp_pat
         Qwen3AudioForConditionalGeneration.from_pretrained(folder)
 
 
-def test_a_folder_with_a_model_beside_its_checkpoints_is_that_model(finished_run, tmp_path):  # noqa: F811
+def test_a_folder_with_a_model_beside_its_checkpoints_is_that_model(finished_run, tmp_path):
     """As HF's Trainer leaves it."""
     folder = shutil.copytree(
         finished_run / "checkpoint-1", tmp_path / "out", ignore=shutil.ignore_patterns("manifest.json")

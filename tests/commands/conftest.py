@@ -1,3 +1,2 @@
 from tests.data.conftest import recordings  # noqa: F401
 from tests.dialogue_files import write  # noqa: F401
-from tests.trained import finished_run, small_model  # noqa: F401

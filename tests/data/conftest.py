@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from qwhisper.data.dialogue import Dialogue, Message
 from qwhisper.frames import FrameArithmetic
 from tests.dialogue_files import write  # noqa: F401
-from tests.train.conftest import arguments, bases, train_file  # noqa: F401
 
 CHATML = (
     "{%- for message in messages -%}"

@@ -88,7 +88,7 @@ def test_manual_loss_stops_loudly_where_the_two_part(run, monkeypatch, fault):
     run, samples = run
     model = run.executor.model
     model.manual_loss = True
-    honest = model._loss
+    honest = model.loss_of
 
     def wrong(hidden_states, labels, *rest):
         if fault == "mask":
@@ -97,7 +97,7 @@ def test_manual_loss_stops_loudly_where_the_two_part(run, monkeypatch, fault):
         loss = honest(hidden_states, labels, *rest)
         return loss * 1.01 if fault == "loss" else loss
 
-    monkeypatch.setattr(model, "_loss", wrong)
+    monkeypatch.setattr(model, "loss_of", wrong)
     with pytest.raises(NumericalError, match="--manual_loss"):
         loss_and_gradients(run, samples[:3], max_tokens=10_000)
 

@@ -10,7 +10,8 @@ from qwhisper.engine.preflight import Attention, first_fault, trials
 from qwhisper.errors import NumericalError
 from qwhisper.model import attention as ladders
 from qwhisper.report.kinds import KernelReplaced
-from tests.model.parts import SLIDING_WINDOW, make_sample, small_model
+from tests.model.parts import make_sample
+from tests.small import SLIDING_WINDOW, small_model
 from tests.wrong_kernels import (
     packed_that_leaks,
     packed_with_large_gradient,
@@ -41,7 +42,7 @@ def plant(monkeypatch, name: str, wrong) -> list:
         return planted(*args, **keywords)
 
     # varlen runs on CUDA alone; its twin stands in for it.
-    planted = wrong(ladders._sdpa_per_segment if name == "varlen" else ladder[name])
+    planted = wrong(ladder["sdpa_per_segment" if name == "varlen" else name])
     monkeypatch.setitem(ladder, name, kernel)
     return calls
 

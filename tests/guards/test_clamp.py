@@ -16,7 +16,8 @@ from qwhisper.guards.state import CLAMP_SPIKES as SPIKES
 from qwhisper.guards.state import CLAMP_WINDOW as WINDOW
 from qwhisper.guards.state import ClampSwitch
 from qwhisper.model.lora import add_lora, lora_parameters
-from tests.model.parts import make_sample, small_model, text_config
+from tests.model.parts import make_sample
+from tests.small import small_model, text_config
 
 OUTLIER = 3  # a channel
 

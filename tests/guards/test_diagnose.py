@@ -13,7 +13,8 @@ from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.guards.diagnose import describe, diagnose
 from qwhisper.model.attention import PACKED_ATTENTION, packed_attention_forward
 from qwhisper.model.lora import add_lora
-from tests.model.parts import make_sample, small_model
+from tests.model.parts import make_sample
+from tests.small import small_model
 
 LM = "model.language_model"
 LAYER = f"{LM}.layers.1"

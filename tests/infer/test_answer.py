@@ -298,7 +298,7 @@ def test_an_output_that_cannot_be_is_refused_before_a_model_is_loaded(folder, te
 def test_a_second_command_on_the_same_output_is_refused_also_after_a_batch(folder, text_model, monkeypatch):
     write(folder / "in.jsonl", [question(words) for words in WORDS])
     arguments, refused = told(folder, text_model, batch_size=2), []
-    keep = module._keep
+    keep = module.keep_answers
 
     def keep_and_start_another(*given):
         keep(*given)
@@ -306,7 +306,7 @@ def test_a_second_command_on_the_same_output_is_refused_also_after_a_batch(folde
             main(arguments)
         refused.append(True)
 
-    monkeypatch.setattr(module, "_keep", keep_and_start_another)
+    monkeypatch.setattr(module, "keep_answers", keep_and_start_another)
     assert main(arguments) == 0 and len(refused) == 4
     assert main(arguments) == 0  # it is free again
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from qwhisper.model.qwen3_audio import build_from_bases
-from tests.small import write_small_bases
 
 
 @pytest.fixture(autouse=True)
@@ -11,10 +10,9 @@ def _fixed_seed():
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory) -> tuple[str, str]:
+def bases(bases) -> tuple[str, str]:
     """(audio, text): folders of a small Whisper encoder and a small Qwen3 with tied embeddings."""
-    audio, text = write_small_bases(tmp_path_factory.mktemp("bases"))
-    return str(audio), str(text)
+    return str(bases[0]), str(bases[1])
 
 
 @pytest.fixture

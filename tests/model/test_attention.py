@@ -10,17 +10,8 @@ from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, attention
 from qwhisper.model.attention import attention_for, packed_attention_forward
 from qwhisper.model.lora import add_lora
-from tests.model.parts import (
-    SHAPE,
-    SLIDING_WINDOW,
-    VOCABULARY,
-    gradients,
-    large_weights,
-    make_sample,
-    small_model,
-    text_config,
-    whisper_config,
-)
+from tests.model.parts import gradients, make_sample
+from tests.small import SHAPE, SLIDING_WINDOW, VOCABULARY, large_weights, small_model, text_config, whisper_config
 
 FAMILIES = ["qwen3", "gemma3", "gpt2"]  # grouped-query heads; sliding window; learned positions and no grouped heads
 _MODELS: dict = {}
@@ -185,7 +176,7 @@ def test_grouped_heads_are_told_to_a_varlen_that_asks(monkeypatch):
 
     for varlen, groups, expected in [(asks, 2, {"enable_gqa": True}), (asks, 1, {}), (repeats_by_itself, 2, {})]:
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-        assert attention._varlen_keywords(groups) == expected
+        assert attention.varlen_keywords(groups) == expected
 
 
 def test_cudnn_attention_is_off():

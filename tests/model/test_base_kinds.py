@@ -26,8 +26,7 @@ from qwhisper.errors import UsageError
 from qwhisper.model.base_kinds import refuse_model, refuse_unpackable
 from qwhisper.model.bases import resolve_model
 from qwhisper.model.qwen3_audio import build_from_bases
-from tests.model.parts import text_config
-from tests.small import write_dialogues
+from tests.small import text_config, write_dialogues
 
 NOT_TEXT = [
     (WhisperConfig(architectures=["WhisperForConditionalGeneration"]), "a whisper model, an encoder-decoder"),

@@ -10,7 +10,7 @@ from qwhisper.frames import encoder_frames
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.bases import load_encoder
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
-from tests.model.parts import large_weights, whisper_config
+from tests.small import large_weights, whisper_config
 
 
 def small_encoder() -> TrueLengthWhisperEncoder:

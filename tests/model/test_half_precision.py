@@ -4,7 +4,7 @@ import torch
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.half_precision import BOUND, OverflowClamp
-from tests.model.parts import large_weights, whisper_config
+from tests.small import large_weights, whisper_config
 
 
 def encoder(dtype: torch.dtype) -> TrueLengthWhisperEncoder:
@@ -32,7 +32,7 @@ def test_a_sound_encoder_is_left_as_it_is(monkeypatch):
     model = encoder(torch.float16)
     features = model(mel, [20])
     assert model.overflow.take_counts() == {}
-    monkeypatch.setattr(OverflowClamp, "_after", lambda self, name, module, args, output: None)
+    monkeypatch.setattr(OverflowClamp, "clamp_output", lambda self, name, module, args, output: None)
     assert torch.equal(features, encoder(torch.float16)(mel, [20]))
 
 

@@ -24,7 +24,8 @@ from qwhisper.model.bases import LoadOptions, fingerprint
 from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora, lora_parameters
 from qwhisper.model.qwen3_audio import build_from_bases, load_trained
-from tests.model.parts import SHAPE, make_sample, small_model, whisper_config
+from tests.model.parts import make_sample
+from tests.small import SHAPE, small_model, whisper_config
 
 
 def trained(model):

@@ -10,7 +10,8 @@ from torch import nn
 from qwhisper.data.packing import pack_samples
 from qwhisper.errors import UsageError
 from qwhisper.model.lora import LoraLinear, add_lora, lm_linear_names, lora_parameters, target_regex
-from tests.model.parts import make_sample, small_model
+from tests.model.parts import make_sample
+from tests.small import small_model
 
 QWEN3_LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 

@@ -10,16 +10,8 @@ from qwhisper.data.windows import clip_windows
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.lora import add_lora
 from qwhisper.model.mel import packed_log_mel
-from tests.model.parts import (
-    VOCABULARY,
-    gradients,
-    large_weights,
-    make_sample,
-    noise,
-    small_model,
-    text_config,
-    whisper_config,
-)
+from tests.model.parts import gradients, make_sample, noise
+from tests.small import VOCABULARY, large_weights, small_model, text_config, whisper_config
 
 CLIPS = [800, 7_000, 16_001]
 

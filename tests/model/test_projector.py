@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.model.parts import small_model
+from tests.small import small_model
 
 
 def projector_of(**config_values):

@@ -20,10 +20,10 @@ from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora
 from qwhisper.model.qwen3_audio import build_from_bases, load_trained
 from qwhisper.model.weights import differing, plain_weights
-from tests.model.parts import gradients, small_model
+from tests.model.parts import gradients
 from tests.model.test_loading import logits, trained
 from tests.model.test_modeling import audio_batch
-from tests.small import write_small_bases
+from tests.small import small_model, write_small_bases
 
 TRAINED, WHOLE = "projector.safetensors", "model.safetensors"
 

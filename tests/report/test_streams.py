@@ -217,7 +217,7 @@ def test_a_line_that_arrives_in_two_parts_is_counted_once():
     outlet = relay.Outlet("stdout", writing, print)
     outlet.put(b"the beginning")
     given_up = time.monotonic() + 60
-    while not outlet._in_hand:  # until its thread has taken it
+    while not outlet.in_hand:  # until its thread has taken it
         assert time.monotonic() < given_up
     outlet.put(b" and the end of a line\n")
     assert outlet.lost == 1

@@ -181,13 +181,13 @@ def few_errors_named(monkeypatch) -> None:
         except ValueError as error:
             raise BadClipError(f"{path}: unreadable audio ({error})") from error
 
-    monkeypatch.setattr(audio, "_faults_named", named)
+    monkeypatch.setattr(audio, "faults_named", named)
 
 
 def decoder_errors_let_through(monkeypatch) -> None:
     """What libsndfile says of a file is nobody's fault in particular."""
     monkeypatch.setattr(audio, "find_ffmpeg", lambda: None)
-    monkeypatch.setattr(audio, "_libsndfile_fault", lambda error, *_: error)
+    monkeypatch.setattr(audio, "libsndfile_fault", lambda error, *_: error)
 
 
 def no_rejections(monkeypatch) -> None:

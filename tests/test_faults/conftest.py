@@ -2,8 +2,6 @@
 
 import pytest
 
-from tests.train.conftest import arguments, bases, run_training, train_file  # noqa: F401
-
 
 @pytest.fixture(autouse=True)
 def guard(request, monkeypatch) -> str:

@@ -93,7 +93,7 @@ def outcome_of(args, callbacks=()) -> Outcome:
 def plant(monkeypatch, effect: Effect, *, samples: set[str] | None = None, calls: range | None = None) -> None:
     """`effect(executor, loss)` after each forward and backward pass that has one of `samples` in it, or after those
     numbered `calls`, counted from 0. It may change gradients, and return another loss."""
-    honest, count = Executor._run, iter(range(10**9))
+    honest, count = Executor.run_packs, iter(range(10**9))
 
     def planted(self, given, num_supervised):
         loss, call = honest(self, given, num_supervised), next(count)
@@ -103,7 +103,7 @@ def plant(monkeypatch, effect: Effect, *, samples: set[str] | None = None, calls
         changed = effect(self, loss)
         return loss if changed is None else changed
 
-    monkeypatch.setattr(Executor, "_run", planted)
+    monkeypatch.setattr(Executor, "run_packs", planted)
 
 
 def loss_times(value: float) -> Effect:
@@ -154,7 +154,7 @@ class RandomFaults:
         return SAMPLE_EFFECTS[generator.choice(list(SAMPLE_EFFECTS))] if generator.random() < self.share else None
 
     def plant(self, monkeypatch) -> None:
-        honest_step, honest_run = loop.train_step, Executor._run
+        honest_step, honest_run = loop.train_step, Executor.run_packs
         now = {"step": 0, "first": True}
 
         def train_step(run, fetched):
@@ -178,7 +178,7 @@ class RandomFaults:
             return loss
 
         monkeypatch.setattr(loop, "train_step", train_step)
-        monkeypatch.setattr(Executor, "_run", run_packs)
+        monkeypatch.setattr(Executor, "run_packs", run_packs)
 
 
 def audio_parts(record: dict) -> list[dict]:

@@ -136,14 +136,14 @@ def test_no_memory_for_the_diagnosis(arguments, monkeypatch, run_out):
 )
 @both_memories
 def test_no_memory_for_one_sample(arguments, monkeypatch, run_out):
-    honest = Executor._run
+    honest = Executor.run_packs
 
     def planted(self, samples, count):
         if [sample.id for sample in samples] == ["d3"]:
             run_out()
         return honest(self, samples, count)
 
-    monkeypatch.setattr(Executor, "_run", planted)
+    monkeypatch.setattr(Executor, "run_packs", planted)
     plant(monkeypatch, loss_times(math.nan), samples={"d3"})
     outcome = outcome_of(arguments(**VALUES))
     assert outcome.code == 0 and {name for _, name in outcome.dropped} == {"d3"}
@@ -157,14 +157,14 @@ def test_no_memory_for_one_sample(arguments, monkeypatch, run_out):
 )
 @both_memories
 def test_no_memory_for_the_evaluation(arguments, monkeypatch, train_file, run_out):
-    honest = Executor._run
+    honest = Executor.run_packs
 
     def planted(self, samples, count):
         if not torch.is_grad_enabled():
             run_out()
         return honest(self, samples, count)
 
-    monkeypatch.setattr(Executor, "_run", planted)
+    monkeypatch.setattr(Executor, "run_packs", planted)
     outcome = outcome_of(arguments(**VALUES, eval_file=str(train_file)))
     assert outcome.code == 0 and outcome.count("not_evaluated") == 3 and outcome.finite  # before the first step as well
 

@@ -68,12 +68,12 @@ def test_random_bytes(run):
     run.named(run.train(lambda path: path.write_bytes(random.Random(0).randbytes(5_000))), "unreadable")
 
 
-@fault("a WAV cut in half", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
+@fault("a WAV cut in half", of="data", guarantee=NAMED, without=unchecked(audio, "check_complete"))
 def test_cut_wav(run):
     run.named(run.train(cut_in_half(write_tone)), "cut short, the sound ends at 0.149 s and should go on to 0.300 s")
 
 
-@fault("an MP3 cut in half", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
+@fault("an MP3 cut in half", of="data", guarantee=NAMED, without=unchecked(audio, "check_complete"))
 def test_cut_mp3(run):
     run.named(run.read(cut_in_half(lambda path: write_tone(path, 2.0)), clip="d3.mp3"), "cut short")
 
@@ -93,12 +93,12 @@ def test_header_alone(run):
     run.named(run.read(lambda path: write_float(path, np.zeros(0))), "empty, no samples in it")
 
 
-@fault("a WAV header that claims hours", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
+@fault("a WAV header that claims hours", of="data", guarantee=NAMED, without=unchecked(audio, "check_complete"))
 def test_wav_claims_hours(run):
     run.named(run.read(patched(write_tone, 40, "<I", 2 * HOUR * 32_000)), "should go on to 7200.000 s")
 
 
-@fault("a FLAC header that claims an hour", of="data", guarantee=NAMED, without=unchecked(audio, "_check_complete"))
+@fault("a FLAC header that claims an hour", of="data", guarantee=NAMED, without=unchecked(audio, "check_complete"))
 def test_flac_claims_an_hour(run):
     run.named(run.read(flac_claiming(HOUR * 16_000), clip="d3.flac"), "ends at 0.300 s and should go on to 3600.000 s")
 
@@ -107,7 +107,7 @@ def test_flac_claims_an_hour(run):
     "a FLAC header that claims 2^36 samples",
     of="data",
     guarantee="refused by its header (2 hours in a dialogue at most), before memory is taken; quarantined and named",
-    without=unchecked(audio, "_check_header"),
+    without=unchecked(audio, "check_header"),
 )
 def test_flac_claims_all_memory(run):
     run.named(run.read(flac_claiming(2**36 - 1), clip="d3.flac"), "its header claims", "s to read (at most 7200)")
@@ -117,7 +117,7 @@ def test_flac_claims_all_memory(run):
     "a thousand channels",
     of="data",
     guarantee="refused by its header (64 channels at most); quarantined and named",
-    without=unchecked(audio, "_check_header"),
+    without=unchecked(audio, "check_header"),
 )
 def test_thousand_channels(run):
     run.named(
@@ -129,7 +129,7 @@ def test_thousand_channels(run):
     "a header that states 4 MHz",
     of="data",
     guarantee="refused by its header (1 to 768 kHz); quarantined and named",
-    without=unchecked(audio, "_check_header"),
+    without=unchecked(audio, "check_header"),
 )
 def test_absurd_rate(run):
     run.named(
@@ -140,17 +140,17 @@ def test_absurd_rate(run):
 # Samples that are no sound.
 
 
-@fault("a clip of NaN", of="data", guarantee=NAMED, without=unchecked(audio, "_check_samples"))
+@fault("a clip of NaN", of="data", guarantee=NAMED, without=unchecked(audio, "check_samples"))
 def test_all_nan(run):
     run.named(run.read(lambda path: write_float(path, np.full(4_800, np.nan))), "NaN or Inf among the samples")
 
 
-@fault("a clip with Inf in it", of="data", guarantee=NAMED, without=unchecked(audio, "_check_samples"))
+@fault("a clip with Inf in it", of="data", guarantee=NAMED, without=unchecked(audio, "check_samples"))
 def test_inf(run):
     run.named(run.read(lambda path: write_float(path, np.r_[tone(440, 0.2), np.inf, -np.inf])), "NaN or Inf")
 
 
-@fault("one NaN sample in a clip", of="data", guarantee=NAMED, without=unchecked(audio, "_check_samples"))
+@fault("one NaN sample in a clip", of="data", guarantee=NAMED, without=unchecked(audio, "check_samples"))
 def test_one_nan(run):
     run.named(run.read(lambda path: write_float(path, np.r_[tone(440, 0.2), np.nan, tone(440, 0.1)])), "NaN or Inf")
 
@@ -160,7 +160,7 @@ def only_finite(monkeypatch) -> None:
         if not np.isfinite(block).all():
             raise wanted.fault("NaN or Inf")
 
-    monkeypatch.setattr(audio, "_check_samples", check)
+    monkeypatch.setattr(audio, "check_samples", check)
 
 
 @fault("samples of 1e30, finite but of no use", of="data", guarantee=NAMED, without=only_finite)
@@ -170,7 +170,7 @@ def test_absurd_amplitude(run):
     )
 
 
-@fault("silence", of="data", guarantee=NAMED, without=unchecked(audio, "_check_audible"))
+@fault("silence", of="data", guarantee=NAMED, without=unchecked(audio, "check_audible"))
 def test_silence(run):
     run.named(run.read(lambda path: write_float(path, np.full(4_800, 5e-5))), "silent")
 
@@ -184,7 +184,7 @@ def loud_enough(waveform, wanted) -> None:
     "a constant offset and no sound",
     of="data",
     guarantee=NAMED,
-    without=lambda monkeypatch: monkeypatch.setattr(audio, "_check_audible", loud_enough),
+    without=lambda monkeypatch: monkeypatch.setattr(audio, "check_audible", loud_enough),
 )
 def test_offset(run):
     run.named(run.read(lambda path: write_float(path, np.full(4_800, 0.5))), "silent")
@@ -267,7 +267,7 @@ def test_start_beyond(run):
     "a stretch that ends after the file",
     of="data",
     guarantee="named where more than 0.1 s of it is missing, instead of an answer to less than was said",
-    without=unchecked(audio, "_check_end"),
+    without=unchecked(audio, "check_end"),
 )
 def test_end_beyond(run):
     run.named(
@@ -279,7 +279,7 @@ def test_end_beyond(run):
     "more audio than --max_length has room for",
     of="data",
     guarantee="the dialogue is quarantined and named; no answer is learned without what it answers",
-    without=unchecked(rows, "_refuse_to_drop_audio"),
+    without=unchecked(rows, "refuse_to_drop_audio"),
 )
 def test_audio_longer_than_a_row(run):
     outcome = run.train(lambda path: write_tone(path, 10.0), max_length=60)

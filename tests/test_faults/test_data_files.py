@@ -84,7 +84,7 @@ def hangs(call) -> str:
     "a FIFO that takes a clip's place during the run",
     of="data",
     guarantee="named and never read: nobody waits for its writer",
-    without=unchecked(files, "_kind_fault"),
+    without=unchecked(files, "kind_fault"),
 )
 def test_fifo_that_comes_later(tmp_path):
     os.mkfifo(tmp_path / "d3.wav")
@@ -137,7 +137,7 @@ def test_gone_between_epochs(run):
 
 
 def links_followed(monkeypatch) -> None:
-    monkeypatch.setattr(files, "_open_without_links", lambda path: os.open(path, files.READ))
+    monkeypatch.setattr(files, "open_without_links", lambda path: os.open(path, files.READ))
 
 
 @fault("a link that takes a clip's place during the run", of="data", guarantee=NAMED, without=links_followed)

@@ -65,7 +65,7 @@ def decode_and_load(line: bytes, encoding: str):
 
 
 def unguarded_json(monkeypatch) -> None:
-    monkeypatch.setattr(records, "_record", decode_and_load)
+    monkeypatch.setattr(records, "parse_line", decode_and_load)
 
 
 @fault("JSON nested a hundred thousand deep", of="data", guarantee=REFUSED, without=unguarded_json)
@@ -109,7 +109,7 @@ def test_long_line(tmp_path):
     "NaN and Infinity as numbers in JSON",
     of="data",
     guarantee=REFUSED,
-    without=lambda monkeypatch: monkeypatch.setattr(clips, "_is_stretch", lambda start, end: True),
+    without=lambda monkeypatch: monkeypatch.setattr(clips, "is_stretch", lambda start, end: True),
 )
 @pytest.mark.parametrize("values", [{"start": float("nan")}, {"end": float("nan")}, {"end": float("inf")}])
 def test_nan_in_json(run, values):
@@ -167,7 +167,7 @@ def test_nul_in_a_path(run):
     of="data",
     guarantee=REFUSED,
     without=lambda monkeypatch: monkeypatch.setattr(
-        messages, "_parse_answer", lambda message, raw, where, faults: message
+        messages, "parse_answer", lambda message, raw, where, faults: message
     ),
 )
 def test_empty_text(run):
@@ -178,7 +178,7 @@ def test_empty_text(run):
     "a mark of reasoning in the middle of an answer",
     of="data",
     guarantee=REFUSED,
-    without=lambda monkeypatch: monkeypatch.setattr(messages, "_split_thought", lambda text, where, faults: ("", text)),
+    without=lambda monkeypatch: monkeypatch.setattr(messages, "split_thought", lambda text, where, faults: ("", text)),
 )
 @pytest.mark.parametrize("reply", ["<think>low", "A <think> is closed by </think>."])
 def test_think_mark_in_an_answer(run, reply):

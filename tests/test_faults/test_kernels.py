@@ -7,12 +7,13 @@ from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.engine import kernels
 from qwhisper.model import attention
 from qwhisper.model.lora import add_lora
-from tests.model.parts import gradients, large_weights, make_sample, small_model
+from tests.model.parts import gradients, make_sample
+from tests.small import large_weights, small_model
 from tests.test_faults.matrix import fault
 from tests.wrong_kernels import packed_that_leaks, packed_with_large_gradient, padded_with_nan_gradient
 
 LONGEST = 100
-RIGHT = {"sdpa_per_segment": attention._sdpa_per_segment, "sdpa": attention._sdpa}
+RIGHT = attention.PACKED_KERNELS | attention.PADDED_KERNELS
 
 
 @pytest.fixture(scope="module")

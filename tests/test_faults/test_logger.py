@@ -82,7 +82,7 @@ def errors_of_logs_are_errors_of_the_run(monkeypatch) -> None:
         with (self.folder / file).open("a") as handle:
             handle.write(json.dumps(record) + "\n")
 
-    monkeypatch.setattr(RunLog, "_append", append)
+    monkeypatch.setattr(RunLog, "append", append)
 
 
 def full_disk(log: Path) -> None:
@@ -142,7 +142,7 @@ def output_waits_for_its_reader(monkeypatch) -> None:
         assert select.select([], [self._stream], [], 0)[1], "the run waits for its reader"
         return self._stream.write(text)
 
-    monkeypatch.setattr(streams, "_start", lambda streams: None)
+    monkeypatch.setattr(streams, "start_relay", lambda streams: None)
     monkeypatch.setattr(Unfailing, "write", write)
 
 

@@ -20,12 +20,12 @@ VALUES = {"max_steps": 3, "save_steps": 3, "freeze_projector_steps": 0, "dtype":
 
 def without_retry(monkeypatch) -> None:
     """Out of memory is let through, as a plain loop does."""
-    monkeypatch.setattr(Executor, "_within_memory", lambda self, attempt, samples, again: (attempt(), []))
+    monkeypatch.setattr(Executor, "within_memory", lambda self, attempt, samples, again: (attempt(), []))
 
 
 def too_little_memory(monkeypatch, run_out, *, tokens: int, training: bool) -> None:
     """A forward pass of more than `tokens` tokens, in training or in evaluation, does not fit."""
-    honest = Executor._run
+    honest = Executor.run_packs
 
     def planted(self, samples, count):
         if torch.is_grad_enabled() == training and any(
@@ -34,7 +34,7 @@ def too_little_memory(monkeypatch, run_out, *, tokens: int, training: bool) -> N
             run_out()
         return honest(self, samples, count)
 
-    monkeypatch.setattr(Executor, "_run", planted)
+    monkeypatch.setattr(Executor, "run_packs", planted)
 
 
 def survived(call):

@@ -104,7 +104,7 @@ def test_waiting_for_data_is_left_at_a_signal(arguments, monkeypatch):
     "a second signal in the middle of the save that the first one asked for",
     of="process",
     guarantee="the save is finished: a whole checkpoint, the first signal's exit code",
-    without=lambda monkeypatch: monkeypatch.setattr(StopSignals, "_receive", signal.default_int_handler),
+    without=lambda monkeypatch: monkeypatch.setattr(StopSignals, "receive", signal.default_int_handler),
 )
 def test_second_signal_in_the_save(arguments, monkeypatch):
     args = arguments(max_steps=6, save_steps=100)
@@ -213,14 +213,14 @@ def test_a_sample_that_hangs_its_reader(arguments, monkeypatch):
     without=lambda monkeypatch: monkeypatch.setattr(dataset, "MAX_DEATHS", 20),
 )
 def test_workers_that_keep_dying(arguments, monkeypatch):
-    honest, deaths = workers._serve, iter(range(10))
+    honest, deaths = workers.serve, iter(range(10))
 
     def serve(pipe, work, not_its):
         if work.__name__ != "__getitem__":  # that is the one which looks for the sample
             os._exit(3)
         honest(pipe, work, not_its)
 
-    monkeypatch.setattr(workers, "_serve", serve)
+    monkeypatch.setattr(workers, "serve", serve)
     monkeypatch.setattr(EncodedDialogues, "reject_killers", lambda self, indices: [] if next(deaths) < 9 else 1 / 0)
     outcome = outcome_of(arguments(dataloader_num_workers=2))
     assert outcome.code == 3 and "lower --dataloader_num_workers" in outcome.message

@@ -1,17 +1,18 @@
 """A small model that learns to hear high from low within seconds, and dialogues whose clips belong to other texts."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qwhisper.data.dialogue import read_dialogues
-from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.dialogue import Dialogue, read_dialogues
 from qwhisper.data.loader import StepSamples
-from qwhisper.infer.generate import encoder_of
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
+from qwhisper.train.session import Session
 from tests.small import teach_to_read, write_dialogues, write_small_bases
 from tests.train.helpers import make_run
 
@@ -63,6 +64,12 @@ def with_exchanged_clips(path: str) -> str:
 
 def train_and_probe(args: TrainArguments) -> ListeningProbe:
     """Trains `args.max_steps` steps, and gives the probe on the held-out dialogues."""
+    assert args.eval_file
+    return probe_of(trained_session(args), read_dialogues(args.eval_file))
+
+
+def trained_session(args: TrainArguments) -> Session:
+    """A session after `args.max_steps` steps, whose encoder hears better than random ones do."""
     run, samples = make_run(args)
     tower = run.executor.model.model.audio_tower
     with torch.no_grad():
@@ -71,13 +78,11 @@ def train_and_probe(args: TrainArguments) -> ListeningProbe:
     order = torch.randperm(len(samples) * 100, generator=torch.Generator().manual_seed(args.seed)) % len(samples)
     for indices in order.split(args.samples_per_step)[: args.max_steps]:
         train_step(run, StepSamples([samples[i] for i in indices], [], 0, 0))
-    assert args.eval_file
-    probe = make_probe(
-        run.executor, encoder(run), read_dialogues(args.eval_file), ProbeState(), first_step=1, seed=args.seed
-    )
+    return run
+
+
+def probe_of(run: Session, held_out: Sequence[Dialogue], **questions: Any) -> ListeningProbe:
+    seed = run.args.seed
+    probe = make_probe(run.executor, run.encoder, held_out, ProbeState(), first_step=1, seed=seed, **questions)
     assert probe is not None
     return probe
-
-
-def encoder(run) -> DialogueEncoder:
-    return encoder_of(run.hooks.shown["processing_class"])

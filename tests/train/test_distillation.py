@@ -46,9 +46,9 @@ def test_where_the_audio_is_replaced_by_its_words_a_fresh_student_is_its_teacher
 def test_the_teacher_does_not_see_the_adapter(arguments):
     run, samples = make_run(arguments(**VALUES))
     batch = run.executor.batch(samples[:4])
-    before = run.executor.model._teach(**batch["teacher"])
+    before = run.executor.model.teacher_states(**batch["teacher"])
     with_a_different_adapter(run)
-    assert torch.equal(before, run.executor.model._teach(**batch["teacher"]))
+    assert torch.equal(before, run.executor.model.teacher_states(**batch["teacher"]))
     assert run.executor.model.model.language_model.training
     layers = [module for module in run.executor.model.modules() if isinstance(module, LoraLayer)]
     assert layers and not any(layer.disable_adapters for layer in layers)

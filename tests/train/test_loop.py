@@ -123,8 +123,8 @@ def test_bad_steps_in_a_row_rewind_to_the_snapshot_at_half_the_rate_and_the_data
 def test_after_the_last_rewind_the_run_ends_with_exit_code_5(arguments, monkeypatch):
     from qwhisper.engine import executor
 
-    honest = executor.Executor._run
-    monkeypatch.setattr(executor.Executor, "_run", lambda self, s, n: honest(self, s, n) * float("nan"))
+    honest = executor.Executor.run_packs
+    monkeypatch.setattr(executor.Executor, "run_packs", lambda self, s, n: honest(self, s, n) * float("nan"))
     args = arguments(max_bad_steps=2, max_rewinds=1)
     with pytest.raises(NumericalError, match="dead at step 4 after 1 rewinds") as caught:
         main(args)

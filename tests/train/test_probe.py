@@ -33,12 +33,12 @@ from qwhisper.train.probe import (
 from tests.small import write_dialogues
 from tests.test_faults.inject import both_memories
 from tests.train.helpers import make_run, same_bits, trainable
-from tests.train.listeners import encoder, listening_arguments, train_and_probe
+from tests.train.listeners import listening_arguments, train_and_probe
 
 
 def probe_of(run, dialogues, **values) -> ListeningProbe | None:
     values = {"state": ProbeState(), "first_step": 1, "seed": 0} | values
-    return make_probe(run.executor, encoder(run), dialogues, **values)
+    return make_probe(run.executor, run.encoder, dialogues, **values)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_training_with_the_probe_is_bit_identical_to_training_without(arguments,
 
 def test_pairs_differ_in_audio_alone_and_come_from_as_many_dialogues_as_there_are(arguments, dialogues):
     run, _ = make_run(arguments())
-    pairs = choose_pairs(dialogues, encoder(run), seed=0)
+    pairs = choose_pairs(dialogues, run.encoder, seed=0)
     spoken = [c for c in dialogues if c.clips]
     assert len(pairs) >= len(spoken) >= MIN_PAIRS
     assert {pair.true.id for pair in pairs[: len(spoken)]} == {c.id for c in spoken}
@@ -132,7 +132,7 @@ def test_pairs_differ_in_audio_alone_and_come_from_as_many_dialogues_as_there_ar
 def test_pairs_are_at_most_so_many_and_the_same_for_the_same_seed(arguments, tmp_path):
     many = read_dialogues(write_dialogues(tmp_path / "many", 60))
     run, _ = make_run(arguments())
-    first, again, other = (choose_pairs(many, encoder(run), seed=seed) for seed in (0, 0, 1))
+    first, again, other = (choose_pairs(many, run.encoder, seed=seed) for seed in (0, 0, 1))
     ids = [[pair.true.id for pair in pairs] for pairs in (first, again, other)]
     assert len(first) == MAX_PAIRS == len(set(ids[0])) and ids[0] == ids[1] != ids[2]
 
@@ -161,9 +161,9 @@ def test_bad_clips_and_cut_dialogues_are_no_pairs(arguments, dialogues, tmp_path
         for n in range(3)
     ]
     run, _ = make_run(arguments())
-    good = choose_pairs([*bad, *dialogues], encoder(run), seed=0)
+    good = choose_pairs([*bad, *dialogues], run.encoder, seed=0)
     assert good and not any("bad" in pair.true.id for pair in good)
-    good = choose_pairs(dialogues, encoder(run), seed=0)
+    good = choose_pairs(dialogues, run.encoder, seed=0)
     # The line feed behind an answer may go without a word.
     lengths = [(pair.true.id, max(len(pair.true.input_ids), len(pair.swapped.input_ids)) - 1) for pair in good]
     limit = max(length for _, length in lengths) - 1
@@ -259,7 +259,7 @@ def test_pairs_are_of_trained_kinds_where_there_are_enough(arguments, tmp_path):
 
     def kinds(dialogues) -> set:
         by_id = {c.id: c.messages[1].kind for c in dialogues}
-        pairs = choose_pairs(dialogues, encoder(run), seed=0, trained_kinds=["known"])
+        pairs = choose_pairs(dialogues, run.encoder, seed=0, trained_kinds=["known"])
         assert len(pairs) == MAX_PAIRS
         return {by_id[pair.true.id] for pair in pairs}
 

@@ -20,13 +20,13 @@ def run_and_samples(arguments):
 @pytest.fixture
 def runs(monkeypatch) -> list[set[str]]:
     """The samples of every forward and backward pass."""
-    honest, seen = Executor._run, []
+    honest, seen = Executor.run_packs, []
 
     def noted(self, samples, count):
         seen.append({sample.id for sample in samples})
         return honest(self, samples, count)
 
-    monkeypatch.setattr(Executor, "_run", noted)
+    monkeypatch.setattr(Executor, "run_packs", noted)
     return seen
 
 

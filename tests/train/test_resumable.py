@@ -20,7 +20,6 @@ from qwhisper.train.resume import check_resumable, saved_parameters
 from qwhisper.train.run import main
 from qwhisper.train.state import TrainState
 from tests.train.helpers import checkpoint_tensors, same_bits
-from tests.trained import finished_run  # noqa: F401
 
 MEAN, SQUARE, COUNT = "exp_avg", "exp_avg_sq", "step"
 
@@ -41,12 +40,12 @@ OLD_STATE = json.loads(
 
 
 @pytest.fixture(scope="module")
-def model(finished_run):  # noqa: F811
+def model(finished_run):
     return load_chosen(finished_run / "checkpoint-2")[0]
 
 
 @pytest.fixture
-def folder(finished_run, tmp_path) -> Path:  # noqa: F811
+def folder(finished_run, tmp_path) -> Path:
     """A checkpoint of step 2 in a run of the test's own, as an older version wrote it."""
     run = shutil.copytree(finished_run, tmp_path / "run")
     edit_json(run / "checkpoint-2" / STATE_FILE, lambda v: v.pop("saved_with"))
@@ -287,7 +286,7 @@ def test_verify_and_resume_refuse_alike(folder, file, change, capsys):
         main(arguments(folder))
 
 
-def test_another_runs_moments_are_refused(finished_run, tmp_path, capsys):  # noqa: F811
+def test_another_runs_moments_are_refused(finished_run, tmp_path, capsys):
     """Of the same shapes, with a manifest that fits: state.json says what was saved with it."""
     run = shutil.copytree(finished_run, tmp_path / "run")
     folder = run / "checkpoint-2"
@@ -301,7 +300,7 @@ def test_another_runs_moments_are_refused(finished_run, tmp_path, capsys):  # no
         main(arguments(folder))
 
 
-def test_checkpoint_of_an_older_version_is_verified_and_resumed_to_the_same_bits(folder, finished_run, tmp_path):  # noqa: F811
+def test_checkpoint_of_an_older_version_is_verified_and_resumed_to_the_same_bits(folder, finished_run, tmp_path):
     assert cli(["verify", str(folder)]) == 0
     newer = shutil.copytree(finished_run, tmp_path / "newer")
     for run in (folder.parent, newer):

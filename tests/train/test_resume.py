@@ -16,10 +16,13 @@ from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DiskError, QwhisperError, UsageError
 from qwhisper.guards import state as ladder
+from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main
+from tests.small import write_small_bases
 from tests.test_faults.inject import plant
 from tests.test_faults.kill_shim import fail
 from tests.train.helpers import checkpoint_tensors, read_lines, same_bits
+from tests.trained import small_arguments
 
 
 class StopAfter(TrainerCallback):
@@ -39,36 +42,41 @@ def outcome(folder: Path, step: int):
     return checkpoint_tensors(folder / f"checkpoint-{step}"), state
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])  # an epoch has 3 steps: before, at and after its edge
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_bit_exact(arguments, tmp_path, stop, workers):
-    values = {
-        "lora_dropout": 0.2,
-        "projector_dropout": 0.2,
-        "max_steps": 6,
-        "save_steps": 100,
-        "dataloader_num_workers": workers,
-        "early_lr_steps": 4,
-        "activation_clamp": "0.5",
-        "logging_steps": 4,  # so that a stop comes between two counts of what was clamped
-    }
-    whole = arguments(output_dir=str(tmp_path / "whole"), **values)
-    assert main(whole) == 0
-    parts = arguments(output_dir=str(tmp_path / "parts"), **values)
+WITH_DROPOUT = {
+    "lora_dropout": 0.2,
+    "projector_dropout": 0.2,
+    "max_steps": 6,
+    "save_steps": 100,
+    "early_lr_steps": 4,
+    "activation_clamp": "0.5",
+    "logging_steps": 4,  # so that a stop comes between two counts of what was clamped
+}
+
+
+@pytest.fixture(scope="module")
+def whole(bases, train_file, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run, which reads its data in its own process."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(small_arguments(bases, train_file=str(train_file), output_dir=str(folder), **WITH_DROPOUT)) == 0
+    return folder
+
+
+# An epoch has 3 steps: before, at and after its edge.
+@pytest.mark.parametrize(("workers", "stop"), [(0, 3), (2, 1), (2, 3), (2, 5)])
+def test_resume_is_bit_exact(arguments, whole, workers, stop):
+    parts = arguments(dataloader_num_workers=workers, **WITH_DROPOUT)
+    folder = Path(parts.output_dir)
     assert main(parts, [StopAfter(stop)]) == 0
-    assert not (tmp_path / "parts/checkpoint-6").exists()
+    assert not (folder / "checkpoint-6").exists()
     assert main(dataclasses.replace(parts, resume_from_checkpoint="latest")) == 0
-    (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 6), outcome(tmp_path / "parts", 6)
+    (tensors, state), (other_tensors, other_state) = outcome(whole, 6), outcome(folder, 6)
     assert same_bits(tensors, other_tensors) == [] and state == other_state
-    clamped = [sum(sum(event["values"].values()) for event in read_lines(tmp_path / name / "events.jsonl")
-                   if event["kind"] == "activations_clamped") for name in ("whole", "parts")]  # fmt: skip
+    clamped = [sum(sum(event["values"].values()) for event in read_lines(run / "events.jsonl")
+                   if event["kind"] == "activations_clamped") for run in (whole, folder)]  # fmt: skip
     assert clamped == [state["guards"]["clamp"]["clamped"]] * 2 and clamped[0] > 0
     rates = [
-        [
-            (line["step"], line["learning_rate_lora"], line["loss"])
-            for line in read_lines(tmp_path / name / "metrics.jsonl")
-        ]
-        for name in ("whole", "parts")
+        [(line["step"], line["learning_rate_lora"], line["loss"]) for line in read_lines(run / "metrics.jsonl")]
+        for run in (whole, folder)
     ]
     assert rates[0] == rates[1]
 
@@ -98,21 +106,35 @@ def test_a_resumed_run_rewinds_to_what_the_uninterrupted_one_does(arguments, tmp
     assert same_bits(tensors, other_tensors) == [] and state == other_state and state["guards"]["rewinds"] == 1
 
 
-@pytest.mark.parametrize("stop", [3, 5, 6])  # before a row of bad steps, in it, and after a rewind
-def test_a_run_that_was_stopped_anywhere_rewinds_as_often_and_as_far(arguments, tmp_path, monkeypatch, stop):
+MANY_REWINDS = {"max_steps": 9, "save_steps": 100, "max_bad_steps": 2, "freeze_projector_steps": 0, "early_lr_steps": 0}
+MANY_REWINDS |= {"activation_clamp": "0.5", "logging_steps": 4}
+
+
+def with_many_rewinds(monkeypatch) -> BadSteps:
     monkeypatch.setattr(ladder, "SNAPSHOT_STEPS", 2)
-    values = {"max_steps": 9, "save_steps": 100, "max_bad_steps": 2, "freeze_projector_steps": 0, "early_lr_steps": 0}
-    values |= {"activation_clamp": "0.5", "logging_steps": 4}
-    bad = BadSteps({4, 5, 6, 7}, monkeypatch)
-    whole = arguments(output_dir=str(tmp_path / "whole"), **values)
-    assert main(whole, [bad]) == 0
-    parts = arguments(output_dir=str(tmp_path / "parts"), **values)
+    return BadSteps({4, 5, 6, 7}, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def rewound(bases, train_file, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run that rewinds twice."""
+    folder = tmp_path_factory.mktemp("rewound")
+    args = small_arguments(bases, train_file=str(train_file), output_dir=str(folder), **MANY_REWINDS)
+    with pytest.MonkeyPatch.context() as patch:
+        assert main(args, [with_many_rewinds(patch)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("stop", [3, 5, 6])  # before a row of bad steps, in it, and after a rewind
+def test_a_run_that_was_stopped_anywhere_rewinds_as_often_and_as_far(arguments, rewound, monkeypatch, stop):
+    bad, parts = with_many_rewinds(monkeypatch), arguments(**MANY_REWINDS)
+    folder = Path(parts.output_dir)
     assert main(parts, [bad, StopAfter(stop)]) == 0
     assert main(dataclasses.replace(parts, resume_from_checkpoint="latest"), [bad]) == 0
-    (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 9), outcome(tmp_path / "parts", 9)
+    (tensors, state), (other_tensors, other_state) = outcome(rewound, 9), outcome(folder, 9)
     assert same_bits(tensors, other_tensors) == [] and state == other_state
-    rewinds = [[e["to_step"] for e in read_lines(tmp_path / name / "events.jsonl") if e["kind"] == "rewind"]
-               for name in ("whole", "parts")]  # fmt: skip
+    rewinds = [[e["to_step"] for e in read_lines(run / "events.jsonl") if e["kind"] == "rewind"]
+               for run in (rewound, folder)]  # fmt: skip
     assert rewinds == [[4, 2], [4, 2]]
 
 
@@ -149,97 +171,96 @@ def test_projector_scale_is_changed_on_resume(arguments):
     assert [json.loads(path.read_text())["projector_scale"] for path in configs] == [1.0, 0.7]
 
 
-def test_damaged_newest_checkpoint_is_named_and_the_older_one_taken(arguments, capsys):
-    args = arguments(max_steps=6, save_steps=3)
-    main(args)
-    damaged = Path(args.output_dir) / "checkpoint-6/projector.safetensors"
+@pytest.fixture(scope="module")
+def run_of_six(bases, train_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("six")
+    assert main(small_arguments(bases, train_file=str(train_file), output_dir=str(folder))) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(arguments, run_of_six) -> TrainArguments:
+    """Of a finished run with checkpoints of steps 3 and 6, in the test's own folder."""
+    args = arguments()
+    shutil.copytree(run_of_six, args.output_dir)
+    return args
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_older_one_taken(finished, capsys):
+    damaged = Path(finished.output_dir) / "checkpoint-6/projector.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    main(dataclasses.replace(args, resume_from_checkpoint="latest"))
+    main(dataclasses.replace(finished, resume_from_checkpoint="latest"))
     said = capsys.readouterr()
     assert "checkpoint-6: projector.safetensors is not what was written" in said.err
     assert "resuming from" in said.out and "checkpoint-3" in said.out
 
 
-def test_another_base_is_refused(arguments, tmp_path):
-    from tests.small import write_small_bases
-
-    args = arguments(max_steps=2)
-    main(args)
+def test_another_base_is_refused(finished, tmp_path):
     _, other = write_small_bases(tmp_path / "other", seed=1)
     with pytest.raises(UsageError, match="was trained on"):
-        main(dataclasses.replace(args, text_model=str(other), resume_from_checkpoint="latest"))
+        main(dataclasses.replace(finished, text_model=str(other), resume_from_checkpoint="latest"))
 
 
-def test_folder_of_another_run_is_refused_with_the_command_that_resumes_it(arguments):
-    args = arguments(max_steps=1)
-    main(args)
-    before = sorted((p, p.stat().st_mtime_ns) for p in Path(args.output_dir).rglob("*"))
+def test_folder_of_another_run_is_refused_with_the_command_that_resumes_it(finished):
+    before = sorted((p, p.stat().st_mtime_ns) for p in Path(finished.output_dir).rglob("*"))
     with pytest.raises(UsageError) as caught:
-        main(args)
-    assert f"qwhisper train --config {args.output_dir}/config.yaml --resume_from_checkpoint" in str(caught.value)
-    assert sorted((p, p.stat().st_mtime_ns) for p in Path(args.output_dir).rglob("*")) == before
+        main(finished)
+    assert f"qwhisper train --config {finished.output_dir}/config.yaml --resume_from_checkpoint" in str(caught.value)
+    assert sorted((p, p.stat().st_mtime_ns) for p in Path(finished.output_dir).rglob("*")) == before
 
 
 def everything(folder) -> dict[Path, bytes | None]:
     return {p: p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob("*")) if p.name != ".lock"}
 
 
-def test_a_refused_resume_changes_nothing(arguments, tmp_path):
-    args = arguments()
-    main(args)
-    before = everything(args.output_dir)
-    earlier = str(Path(args.output_dir) / "checkpoint-3")
+def test_a_refused_resume_changes_nothing(finished, tmp_path):
+    before = everything(finished.output_dir)
+    earlier = str(Path(finished.output_dir) / "checkpoint-3")
     for values in ({"lora_r": 3}, {"train_file": str(tmp_path / "gone.jsonl")}):
         with pytest.raises(QwhisperError):
-            main(dataclasses.replace(args, resume_from_checkpoint=earlier, **values))
-        assert everything(args.output_dir) == before
+            main(dataclasses.replace(finished, resume_from_checkpoint=earlier, **values))
+        assert everything(finished.output_dir) == before
 
 
-def test_another_runs_folder_is_refused_and_a_copy_of_its_own_checkpoint_is_not(arguments, tmp_path):
-    args, other = arguments(), arguments(output_dir=str(tmp_path / "other"), max_steps=3)
-    main(args)
+def test_another_runs_folder_is_refused_and_a_copy_of_its_own_checkpoint_is_not(finished, arguments, tmp_path):
+    other = arguments(output_dir=str(tmp_path / "other"), max_steps=3)
     main(other)
-    before = everything(args.output_dir)
+    before = everything(finished.output_dir)
     foreign = str(tmp_path / "other/checkpoint-3")
     with pytest.raises(UsageError, match="holds another run"):
-        main(dataclasses.replace(args, resume_from_checkpoint=foreign))
-    assert everything(args.output_dir) == before
-    shutil.copytree(Path(args.output_dir) / "checkpoint-3", tmp_path / "backup/checkpoint-3")
+        main(dataclasses.replace(finished, resume_from_checkpoint=foreign))
+    assert everything(finished.output_dir) == before
+    shutil.copytree(Path(finished.output_dir) / "checkpoint-3", tmp_path / "backup/checkpoint-3")
     copy = str(tmp_path / "backup/checkpoint-3")
-    again = dataclasses.replace(args, resume_from_checkpoint=copy, max_steps=5, save_total_limit=1)
+    again = dataclasses.replace(finished, resume_from_checkpoint=copy, max_steps=5, save_total_limit=1)
     assert main(again) == 0
-    assert [p.name for p in checkpoints(Path(args.output_dir))] == ["checkpoint-5"]
-    assert main(dataclasses.replace(args, output_dir=str(tmp_path / "new"), resume_from_checkpoint=foreign)) == 0
+    assert [p.name for p in checkpoints(Path(finished.output_dir))] == ["checkpoint-5"]
+    assert main(dataclasses.replace(finished, output_dir=str(tmp_path / "new"), resume_from_checkpoint=foreign)) == 0
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoint-33"])
-def test_a_path_that_is_no_checkpoint_is_a_mistake_in_the_command(arguments, tmp_path, place):
-    args = arguments(max_steps=3)
-    main(args)
+def test_a_path_that_is_no_checkpoint_is_a_mistake_in_the_command(finished, tmp_path, place):
     with pytest.raises(UsageError, match="no checkpoint-N folder"):
-        main(dataclasses.replace(args, resume_from_checkpoint=str(tmp_path / place)))
+        main(dataclasses.replace(finished, resume_from_checkpoint=str(tmp_path / place)))
 
 
-def test_a_full_disk_refuses_a_new_run_and_leaves_a_resumed_ones_config(arguments, monkeypatch, capsys):
-    args = arguments(max_steps=3)
-    main(args)
-    config = (Path(args.output_dir) / "config.yaml").read_text()
+def test_a_full_disk_refuses_a_new_run_and_leaves_a_resumed_ones_config(finished, monkeypatch, capsys):
+    config = (Path(finished.output_dir) / "config.yaml").read_text()
     monkeypatch.setattr("qwhisper.disk.write_whole", lambda path, text: fail(errno.ENOSPC)())
-    assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=4)) == 0
-    assert (Path(args.output_dir) / "config.yaml").read_text() == config
+    assert main(dataclasses.replace(finished, resume_from_checkpoint="latest", max_steps=7)) == 0
+    assert (Path(finished.output_dir) / "config.yaml").read_text() == config
     assert "is left as it was" in capsys.readouterr().out
     with pytest.raises(DiskError, match="make room"):
-        main(dataclasses.replace(args, output_dir=f"{args.output_dir}-new"))
+        main(dataclasses.replace(finished, output_dir=f"{finished.output_dir}-new"))
 
 
-def test_all_checkpoints_damaged_is_an_error_of_its_own(arguments):
-    args = arguments(max_steps=1)
-    main(args)
-    (Path(args.output_dir) / "checkpoint-1/optimizer.safetensors").unlink()
+def test_all_checkpoints_damaged_is_an_error_of_its_own(finished):
+    for folder in checkpoints(Path(finished.output_dir)):
+        (folder / "optimizer.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint is whole") as caught:
-        main(dataclasses.replace(args, resume_from_checkpoint="latest"))
+        main(dataclasses.replace(finished, resume_from_checkpoint="latest"))
     assert caught.value.exit_code == 6
 
 

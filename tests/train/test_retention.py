@@ -29,7 +29,6 @@ from qwhisper.train.monitor import as_facts
 from qwhisper.train.run import main
 from qwhisper.train.state import TrainState
 from tests.train.helpers import make_run, read_lines
-from tests.train.listeners import encoder
 from tests.train.thinkers import KINDS, TAUGHT, thinking_arguments, train_and_ask, write_spoken, write_thinking_bases
 
 
@@ -86,9 +85,9 @@ def test_an_answer_is_right_where_greedy_decoding_gives_it_to_its_end(forgetful)
         replace(row, input_ids=row.input_ids[:start], labels=row.labels[:start], answer_spans=[])
         for row, start in zip(rows, starts, strict=True)
     ]
-    tokenizer = encoder(run).tokenizer
+    tokenizer = run.encoder.tokenizer
     expected = [tokenizer.decode(row.targets, skip_special_tokens=True) for row in rows]
-    answers = answer_prompts(model, encoder(run), prompts, 8, 8)
+    answers = answer_prompts(model, run.encoder, prompts, 8, 8)
     model.train()
     assert right == [answer == reference for answer, reference in zip(answers, expected, strict=True)]
 
@@ -179,7 +178,7 @@ def kind_counts(dialogues, questions) -> Counter:
 
 def test_questions_are_of_all_kinds_alike_and_the_same_for_the_same_seed(arguments, spoken):
     run, _ = make_run(arguments())
-    chosen, again, other = (choose_questions(spoken, encoder(run), TAUGHT, seed=seed) for seed in (0, 0, 1))
+    chosen, again, other = (choose_questions(spoken, run.encoder, TAUGHT, seed=seed) for seed in (0, 0, 1))
     assert len(chosen.untrained) == MAX_QUESTIONS and len(chosen.trained) == 24
     assert kind_counts(spoken, chosen.trained) == {"same": 24}
     assert sorted(kind_counts(spoken, chosen.untrained).values()) == [5, 5, 5, 5, 6, 6]
@@ -199,9 +198,9 @@ def test_there_are_no_questions_without_kinds_that_were_not_trained_on(arguments
     mute = [replace(c, messages=tuple(replace(m, content=without_transcripts(m)) for m in c.messages)) for c in spoken]
     text = [Dialogue(f"t{n}", (Message("user", ("Hi",)), Message("assistant", ("hi",), "new")), "f") for n in range(9)]
     for dialogues in (few, without_kind, mute, text, []):
-        assert len(choose_questions(dialogues, encoder(run), TAUGHT, seed=0)) == 0
-    assert len(choose_questions(spoken, encoder(run), list(KINDS), seed=0)) == 0
-    assert len(choose_questions(spoken, encoder(run), [], seed=0)) == 0  # any may have been trained on
+        assert len(choose_questions(dialogues, run.encoder, TAUGHT, seed=0)) == 0
+    assert len(choose_questions(spoken, run.encoder, list(KINDS), seed=0)) == 0
+    assert len(choose_questions(spoken, run.encoder, [], seed=0)) == 0  # any may have been trained on
 
 
 def without_transcripts(message: Message) -> tuple:
@@ -248,7 +247,7 @@ def test_the_curve_is_in_the_log_of_a_run_with_kinds_that_it_was_not_trained_on(
 
 
 def test_a_shift_that_is_no_number_leaves_a_log_that_is_json(bases, tmp_path, probed_in_each_step, monkeypatch):
-    monkeypatch.setattr(probe_module.ListeningProbe, "_text_shift", lambda probe: math.nan)
+    monkeypatch.setattr(probe_module.ListeningProbe, "text_shift", lambda probe: math.nan)
     args = thinking_arguments(bases, tmp_path, max_steps=1, learning_rate=1e-3)
     assert main(args) == 0
     assert [line["text_shift"] for line in probes(args)] == ["nan"]

@@ -9,13 +9,12 @@ from qwhisper.checkpoint.folders import write_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.train.verification import verify
-from tests.trained import finished_run  # noqa: F401
 
 WEIGHTS = ("adapter_model.safetensors", "projector.safetensors", "optimizer.safetensors")
 
 
 @pytest.fixture
-def run(finished_run, tmp_path):  # noqa: F811
+def run(finished_run, tmp_path):
     """A run folder of the test's own."""
     return shutil.copytree(finished_run, tmp_path / "run")
 

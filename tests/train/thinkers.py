@@ -7,24 +7,17 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import torch
-from transformers import AutoTokenizer, Qwen3ForCausalLM
+from torch import nn
 
-from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_dialogues
-from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
 from qwhisper.demo.bases import TwoOptimizers
 from qwhisper.evaluate.forgetting import choose_questions
-from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
+from qwhisper.frames import SAMPLE_RATE
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.loop import train_step
-from qwhisper.train.models import build_model
-from qwhisper.train.plan import resolve
-from qwhisper.train.probe import ListeningProbe, ProbeState, make_probe
-from qwhisper.train.session import Session, build_session, encoder_for
-from qwhisper.train.state import TrainState
-from tests.small import tone, write_small_bases
-from tests.train.listeners import EAR_GAIN
+from qwhisper.train.probe import ListeningProbe
+from qwhisper.train.session import Session
+from tests.small import teach, tone, write_small_bases
+from tests.train.listeners import probe_of, trained_session
 
 LETTERS = "abcd"
 KINDS: dict[str, Callable[[int], str]] = {  # the answer from the letter's number
@@ -38,7 +31,6 @@ KINDS: dict[str, Callable[[int], str]] = {  # the answer from the letter's numbe
 }
 TAUGHT = ["same"]  # by ear
 CLIP_SECONDS, CLIP_TOKENS = 0.24, 3  # its transcript has as many letters
-NOISE = 0.5  # of the embeddings' own size; without, the small model answers to nothing but the exact ones
 
 
 def dialogue(kind: str, letter: int, clip: str | None = None) -> dict:
@@ -49,27 +41,15 @@ def dialogue(kind: str, letter: int, clip: str | None = None) -> dict:
     return {"id": f"{kind}-{clip or text}", "messages": [asked, answer]}
 
 
-def blurred(embeddings: torch.Tensor) -> torch.Tensor:
-    return embeddings + NOISE * embeddings.detach().std() * torch.randn_like(embeddings)
-
-
 def write_thinking_bases(folder: Path, *, num_steps: int = 200) -> tuple[Path, Path]:
     """(audio, text) folders; the text model answers all of KINDS."""
     audio, text = write_small_bases(folder, hidden_size=64)
-    tokenizer, model = AutoTokenizer.from_pretrained(text), Qwen3ForCausalLM.from_pretrained(text)
-    collator = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
-    batch = collator([dialogue(kind, letter) for kind in KINDS for letter in range(len(LETTERS))])
-    del batch["valid_label_count"]
-    torch.manual_seed(0)
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, given, found: blurred(found))
-    optimizers = TwoOptimizers(model, lambda name, p: p.ndim == 2 and "layers." in name, 3e-3, num_steps)
-    for _ in range(num_steps):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizers.step()
-    hook.remove()
-    assert loss.item() < 0.1, f"the small model has not learned to think: {loss.item()}"
-    model.save_pretrained(text)
+    questions = [dialogue(kind, letter) for kind in KINDS for letter in range(len(LETTERS))]
+
+    def optimizer(model: nn.Module) -> TwoOptimizers:
+        return TwoOptimizers(model, lambda name, p: p.ndim == 2 and "layers." in name, 3e-3, num_steps)
+
+    teach(text, questions, optimizer, num_steps=num_steps, noise=0.5)
     return audio, text
 
 
@@ -113,32 +93,9 @@ def thinking_arguments(bases: tuple[Path, Path], folder: Path, **values) -> Trai
 
 def train_and_ask(args: TrainArguments) -> tuple[Session, ListeningProbe]:
     """Trains `args.max_steps` steps, and gives the probe on the held-out dialogues, with all of its questions."""
-    Path(args.output_dir).mkdir(parents=True)
-    torch.manual_seed(args.seed)
+    run = trained_session(args)
     assert args.eval_file
-    dialogues, held_out = read_dialogues(args.train_file), read_dialogues(args.eval_file)
-    plan = resolve(args, num_dialogues=len(dialogues))
-    model, processor = build_model(args, plan, None)
-    run = build_session(args, plan, model, processor, dialogues, [], TrainState(), [])
-    tower = model.model.audio_tower
-    with torch.no_grad():
-        tower.conv1.weight.mul_(EAR_GAIN)
-        tower.conv2.weight.mul_(EAR_GAIN)
-    model.train()
-    encoder = encoder_for(args, processor, model)
-    samples, _ = encode_all(EncodedDialogues(dialogues, encoder))
-    order = torch.randperm(len(samples) * 100, generator=torch.Generator().manual_seed(args.seed)) % len(samples)
-    for indices in order.split(args.samples_per_step)[: args.max_steps]:
-        train_step(run, StepSamples([samples[i] for i in indices], [], 0, 0))
-    probe = make_probe(
-        run.executor,
-        encoder,
-        held_out,
-        ProbeState(),
-        first_step=1,
-        seed=args.seed,
-        trained_kinds=TAUGHT,
-        questions=choose_questions(held_out, encoder, TAUGHT, seed=args.seed),
+    held_out = read_dialogues(args.eval_file)
+    return run, probe_of(
+        run, held_out, trained_kinds=TAUGHT, questions=choose_questions(held_out, run.encoder, TAUGHT, seed=args.seed)
     )
-    assert probe is not None
-    return run, probe
