@@ -16,6 +16,7 @@ from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.loader import EncodedDialogues, encode_all
 from qwhisper.errors import BadClipError, QwhisperError
 from qwhisper.frames import FrameArithmetic
+from qwhisper.model.processing_qwen3_audio import add_audio_token
 from tests.small import small_tokenizer, tone
 from tests.test_faults.inject import Outcome, outcome_of, raise_if_a_patch_is_stale
 from tests.train.helpers import read_lines
@@ -101,7 +102,7 @@ class BrokenRun:
         encoder = DialogueEncoder(
             tokenizer,
             FrameArithmetic(lead_silence_s=0.0, tail_silence_s=0.1),
-            audio_token_id=len(tokenizer),
+            audio_token_id=add_audio_token(tokenizer),
             max_length=max_length,
         )
         try:
