@@ -1,4 +1,4 @@
-"""The schedule, and the careful steps at its beginning."""
+"""What the plan decides, and the schedule, with the careful steps at its beginning."""
 
 import dataclasses
 import math
