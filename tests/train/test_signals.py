@@ -114,9 +114,9 @@ def make_arguments(arguments, tmp_path):
     train_file = write_dialogues(tmp_path / "data", NUM_DIALOGUES)
     (tmp_path / f"data/clip{QUARANTINED[1:]}.wav").write_bytes(b"no sound")
 
-    def make(name: str, **values):
+    def make(name: str, *, max_steps: int = STEP + 1, **values):
         return arguments(
-            train_file=str(train_file), output_dir=str(tmp_path / name), seed=SEED, max_steps=4,
+            train_file=str(train_file), output_dir=str(tmp_path / name), seed=SEED, max_steps=max_steps,
             per_device_train_batch_size=SAMPLES // 2, gradient_accumulation_steps=2, max_tokens_per_pack="130",
             lora_dropout=0.2, projector_dropout=0.2, max_bad_fraction=0.5, freeze_projector_steps=0,
             activation_clamp="0.5", **values,
@@ -172,7 +172,7 @@ def assert_same(folder: Path, other: Path, step: int) -> None:
 
 
 def test_a_step_is_finished_within_its_grace(make_arguments, monkeypatch):
-    args = make_arguments("run", save_steps=100)
+    args = make_arguments("run", save_steps=100, max_steps=STEP + 2)
     packs = Packs(monkeypatch, at=lambda seen: len(seen) == 1)
     assert main(args, [packs]) == 128 + signal.SIGTERM
     assert len(packs.seen) == NUM_PACKS
