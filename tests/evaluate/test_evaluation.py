@@ -128,14 +128,14 @@ def _of_one_length(dialogue: Dialogue) -> Dialogue:
 
 def test_batches_change_nothing(small_model, dialogues, monkeypatch):
     results = []
-    for batch_size, at_once in ((1, 256), (5, 256), (3, 7)):
+    for batch_size, at_once in ((1, 256), (3, 7)):
         monkeypatch.setattr(run_module, "DIALOGUES_AT_ONCE", at_once)
         results.append(evaluate_model(*small_model, dialogues, batch_size=batch_size, max_new_tokens=4))
-    for other in results[1:]:
-        assert other.answers == results[0].answers
-        for name in ("loss", "loss_swapped", "loss_unswapped"):
-            assert getattr(other, name) == pytest.approx(getattr(results[0], name), rel=1e-5)
-    assert len({record["answer"] for record in results[0].answers}) > 3
+    one_by_one, other = results
+    assert other.answers == one_by_one.answers
+    for name in ("loss", "loss_swapped", "loss_unswapped"):
+        assert getattr(other, name) == pytest.approx(getattr(one_by_one, name), rel=1e-5)
+    assert len({record["answer"] for record in one_by_one.answers}) > 3
 
 
 def test_prompts_are_what_is_served(small_model, dialogues, monkeypatch):
