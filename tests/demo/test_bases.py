@@ -18,6 +18,8 @@ from qwhisper.demo.prepare import DemoPaths, DemoSize, prepare
 from qwhisper.demo.speech import draw_utterances, write_clips
 from qwhisper.model.qwen3_audio import build_from_bases
 
+pytestmark = pytest.mark.xdist_group("demo bases")  # one process makes its fixtures
+
 TINY = DemoSize(
     train_clips=48, eval_clips=20, train_dialogues=34, eval_dialogues=17, encoder_steps=3, lm_steps=3, unseen_texts=20
 )
@@ -103,6 +105,7 @@ def test_the_same_seed_makes_the_same_language_model(tmp_path):
     assert first == again != other
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_to_spell(tmp_path):
     utterances = draw_utterances(["two", "six"], 48, held_out=False, seed=0)
     paths = [tmp_path / f"{n}.wav" for n in range(48)]
@@ -114,6 +117,7 @@ def test_the_encoder_learns_to_spell(tmp_path):
     assert report["word_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_the_language_model_learns_to_answer(tmp_path):
     texts = [record for record in text_dialogues(1000, 0) if record["messages"][1]["kind"] in ("number", "even")]
     texts = [record | {"messages": record["messages"][:2]} for record in texts]

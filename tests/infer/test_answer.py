@@ -260,7 +260,9 @@ def test_a_file_that_it_has_not_written_is_not_overwritten(folder, text_model):
     assert other.read_text() == "mine\n" and path.read_bytes() == before
 
 
-@pytest.mark.parametrize("values", [{"text_model": "nowhere"}, {"instructions": "nowhere"}, {"device": "foo"}, {}])
+@pytest.mark.parametrize(
+    "values", [{"text_model": "no/such/folder"}, {"instructions": "nowhere"}, {"device": "foo"}, {}]
+)
 def test_a_call_that_fails_before_its_first_answer_leaves_nothing_behind(folder, text_model, monkeypatch, values):
     write(folder / "in.jsonl", [question("low")])
     before = sorted(folder.rglob("*"))

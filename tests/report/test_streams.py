@@ -154,7 +154,8 @@ def test_a_reader_that_comes_back_gets_the_newest_lines_and_the_number_of_those_
     print("the end")"""
     (reading, stdout), (said, stderr) = os.pipe(), os.pipe()
     program = Program(body, stdout=stdout, stderr=stderr)
-    assert os.read(said, 100) == b"all printed\n"
+    with os.fdopen(said, "rb") as lines_of_stderr:
+        assert lines_of_stderr.readline() == b"all printed\n"
     program.go()
     lines = read_all(reading).decode().splitlines()
     numbers = [int(line.split()[1]) for line in lines if line.startswith("line ")]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 CLASSES = ("numerical", "data", "process", "disk", "memory", "logger")
+WHOLE_RUNS = ("process", "disk", "memory")  # their tests train several times: without the guard in make test-all alone
 WithoutGuard = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -25,12 +26,15 @@ def fault(
     """Marks a test of one fault.
 
     name: the fault, as a user would say it. of: one of CLASSES. guarantee: what the user may rely on. without: patches
-    the guard out. slow: `make test-all` alone runs it; slow_without: `make test-all` alone tries it without its guard.
+    the guard out. slow: `make test-all` alone runs it. slow_without: `make test-all` alone tries it without its guard;
+    that holds for all WHOLE_RUNS.
     """
     assert of in CLASSES, of
 
     def decorate(test):
-        marks = [pytest.mark.xfail(strict=True, raises=AssertionError), *([pytest.mark.slow] if slow_without else [])]
+        marks = [pytest.mark.xfail(strict=True, raises=AssertionError)]
+        if slow_without or of in WHOLE_RUNS:
+            marks.append(pytest.mark.slow)
         off = pytest.param("off", marks=marks)
         test = pytest.mark.parametrize("guard", ["on", off], indirect=True)(test)
         test = pytest.mark.fault(name=name, of=of, guarantee=guarantee, without=without)(test)
