@@ -24,8 +24,6 @@ from qwhisper.train.run import main as train
 from qwhisper.train.verification import verify
 from tests.small import write_dialogues, write_small_bases
 
-pytestmark = pytest.mark.xdist_group("moved")  # one process makes its fixtures
-
 TRAIN = [
     *("train", "--train_file", "data/train.jsonl", "--output_dir", "run", "--save_steps", "1", "--max_steps", "2"),
     *("--audio_model", "bases/whisper", "--text_model", "bases/qwen3", "--learning_rate", "1e-2"),

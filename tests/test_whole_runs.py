@@ -15,8 +15,6 @@ from qwhisper.errors import CheckpointError
 from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.train.verification import verify
 
-pytestmark = pytest.mark.xdist_group("whole runs")  # one process makes its fixtures
-
 
 @pytest.fixture(scope="module")
 def whole(finished_run, tmp_path_factory):

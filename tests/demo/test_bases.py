@@ -18,8 +18,6 @@ from qwhisper.demo.prepare import DemoPaths, DemoSize, prepare
 from qwhisper.demo.speech import draw_utterances, write_clips
 from qwhisper.model.qwen3_audio import build_from_bases
 
-pytestmark = pytest.mark.xdist_group("demo bases")  # one process makes its fixtures
-
 TINY = DemoSize(
     train_clips=48, eval_clips=20, train_dialogues=34, eval_dialogues=17, encoder_steps=3, lm_steps=3, unseen_texts=20
 )

@@ -35,8 +35,6 @@ from tests.test_faults.inject import both_memories
 from tests.train.helpers import make_run, same_bits, trainable
 from tests.train.listeners import listening_arguments, train_and_probe
 
-pytestmark = pytest.mark.xdist_group("probe")  # one process makes its fixtures
-
 
 def probe_of(run, dialogues, **values) -> ListeningProbe | None:
     values = {"state": ProbeState(), "first_step": 1, "seed": 0} | values

@@ -31,8 +31,6 @@ from qwhisper.train.state import TrainState
 from tests.train.helpers import make_run, read_lines
 from tests.train.thinkers import KINDS, TAUGHT, thinking_arguments, train_and_ask, write_spoken, write_thinking_bases
 
-pytestmark = pytest.mark.xdist_group("thinkers")  # one process makes its fixtures
-
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
