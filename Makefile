@@ -11,8 +11,8 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/installed
-# One thread a worker: two that share two cores are slower with more. A file stays with one worker, which makes its fixtures once.
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10
+# One thread a worker: two that share two cores are slower with more.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --durations=10
 
 .PHONY: install demo test test-all lint clean
 
