@@ -76,8 +76,9 @@ def resolve(args: TrainArguments, *, num_dialogues: int, saved: Mapping[str, Any
             f"--warmup_steps {args.warmup_steps:g}: this run has {total_steps} steps, and its learning rate would end "
             f"at {total_steps / args.warmup_steps:.2g} of --learning_rate; a number below 1 is a share of all steps"
         )
-    careful, notes = _careful_steps_of(args, total_steps, saved or {})
-    decided = defaults_from_flags(args) | careful
+    defaults = defaults_from_flags(args)
+    careful, notes = _careful_steps_of(args, total_steps, defaults, saved or {})
+    decided = defaults | careful
     bounds = {"off": None, "auto": CLAMP_BOUND}
     return Plan(
         **{name: _first_known(getattr(args, name), decided[name]) for name in DECIDED_FLAGS},
@@ -135,12 +136,12 @@ def longest_row(args: TrainArguments, max_tokens_per_pack: int) -> int:
 
 
 def _careful_steps_of(
-    args: TrainArguments, total_steps: int, saved: Mapping[str, Any]
+    args: TrainArguments, total_steps: int, defaults: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> tuple[dict[str, int], list[str]]:
     values: dict[str, int] = {}
     notes = []
     for name, (default, percent) in CAREFUL_STEPS.items():
-        value = _first_known(getattr(args, name), defaults_from_flags(args).get(name), saved.get(name))
+        value = _first_known(getattr(args, name), defaults.get(name), saved.get(name))
         if value is None:
             value = careful_steps(name, total_steps)
             if value < default:
