@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 CLASSES = ("numerical", "data", "process", "disk", "memory", "logger")
-WHOLE_RUNS = ("process", "disk", "memory")  # their tests train several times: without the guard in make test-all alone
+WHOLE_RUNS = ("numerical", "process", "disk", "memory")  # their tests train: without the guard in make test-all alone
 WithoutGuard = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -21,19 +21,17 @@ def fault(
     guarantee: str,
     without: WithoutGuard,
     slow: bool = False,
-    slow_without: bool = False,
 ):
     """Marks a test of one fault.
 
     name: the fault, as a user would say it. of: one of CLASSES. guarantee: what the user may rely on. without: patches
-    the guard out. slow: `make test-all` alone runs it. slow_without: `make test-all` alone tries it without its guard;
-    that holds for all WHOLE_RUNS.
+    the guard out. slow: `make test-all` alone runs it. Those of WHOLE_RUNS are tried without their guard there alone.
     """
     assert of in CLASSES, of
 
     def decorate(test):
         marks = [pytest.mark.xfail(strict=True, raises=AssertionError)]
-        if slow_without or of in WHOLE_RUNS:
+        if of in WHOLE_RUNS:
             marks.append(pytest.mark.slow)
         off = pytest.param("off", marks=marks)
         test = pytest.mark.parametrize("guard", ["on", off], indirect=True)(test)

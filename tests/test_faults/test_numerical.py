@@ -281,7 +281,6 @@ def test_a_rewind_revives_a_run_whose_weights_were_the_trouble(arguments, monkey
     of="numerical",
     guarantee="it ends with exit code 5 after --max_rewinds, and its last sound checkpoint is still there",
     without=without_rewind,
-    slow_without=True,
 )
 def test_a_dying_run_ends_and_keeps_its_last_sound_checkpoint(arguments, monkeypatch):
     plant(monkeypatch, gradient_element(math.nan), calls=range(3, 10**6))
