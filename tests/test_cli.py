@@ -249,6 +249,7 @@ def test_an_error_that_nobody_can_be_told_of_keeps_its_exit_code():
         assert subprocess.run(command, stdout=full, stderr=full, cwd=ROOT).returncode == 2
 
 
+@pytest.mark.slow
 def test_no_entry_point_says_that_an_optional_kernel_of_bitsandbytes_is_missing():
     """On a CPU with AVX512-BF16 it warns on import; processes that the demo spawns never meet the command line."""
     pytest.importorskip("bitsandbytes")

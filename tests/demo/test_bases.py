@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,10 @@ from transformers import (
 )
 
 from qwhisper.data.template import AUDIO_TOKEN, end_of_turn_ids, listening_template
-from qwhisper.demo import bases
+from qwhisper.demo import bases, speech
 from qwhisper.demo.dialogues import text_dialogues
-from qwhisper.demo.prepare import DemoPaths, DemoSize, prepare
-from qwhisper.demo.speech import draw_utterances, write_clips
 from qwhisper.model.qwen3_audio import build_from_bases
 
-TINY = DemoSize(
-    train_clips=48, eval_clips=20, train_dialogues=34, eval_dialogues=17, encoder_steps=3, lm_steps=3, unseen_texts=20
-)
 DIALOGUES = (
     [{"role": "user", "content": "three Is it even?"}],
     [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}],
@@ -34,9 +30,22 @@ DIALOGUES = (
 )
 
 
+@dataclass(frozen=True)
+class Made:
+    audio_model: Path
+    text_model: Path
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> DemoPaths:
-    return prepare(tmp_path_factory.mktemp("demo"), 0, TINY)
+def made(tmp_path_factory) -> Made:
+    """Both bases after as many steps as it takes to write them."""
+    folder = tmp_path_factory.mktemp("bases")
+    utterances = [speech.Utterance(word, "en-us", "m1", 50, 140) for word in ("two", "six")]
+    clips = [folder / f"{n}.wav" for n in range(len(utterances))]
+    speech.write_clips(utterances, clips)
+    bases.make_whisper_base(folder / "whisper", clips, [utterance.text for utterance in utterances], 0, num_steps=3)
+    bases.make_qwen3_base(folder / "qwen3", text_dialogues(16, 0), 0, num_steps=3)
+    return Made(folder / "whisper", folder / "qwen3")
 
 
 def test_the_chat_template_renders_as_qwen3s_own(shared):
@@ -105,9 +114,9 @@ def test_the_same_seed_makes_the_same_language_model(tmp_path):
 
 @pytest.mark.slow
 def test_the_encoder_learns_to_spell(tmp_path):
-    utterances = draw_utterances(["two", "six"], 48, held_out=False, seed=0)
+    utterances = speech.draw_utterances(["two", "six"], 48, held_out=False, seed=0)
     paths = [tmp_path / f"{n}.wav" for n in range(48)]
-    write_clips(utterances, paths)
+    speech.write_clips(utterances, paths)
     words = [utterance.text for utterance in utterances]
     report = bases.make_whisper_base(tmp_path / "whisper", paths, words, 0, num_steps=120, held_out=(paths, words))
 

@@ -84,7 +84,7 @@ def test_who_reads_but_does_not_hear_can_only_guess():
     """The best guess from questions and earlier answers, learned on half of the dialogues, is poor on the others."""
     seen: dict[tuple, Counter] = defaultdict(Counter)
     hits: dict[str, list[bool]] = defaultdict(list)
-    for half, records in enumerate(spoken_dialogues(CLIPS, 3400, "x", seed)[0] for seed in (0, 1)):
+    for half, records in enumerate(spoken_dialogues(CLIPS, 1360, "x", seed)[0] for seed in (0, 1)):
         for record in records:
             history: list[str] = []
             for turn in record["messages"]:

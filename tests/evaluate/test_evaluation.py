@@ -7,12 +7,18 @@ from qwhisper.data.dialogue import AudioClip, Dialogue, Message
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate import evaluation as run_module
+from qwhisper.evaluate import forgetting
 from qwhisper.evaluate.evaluation import NO_KIND, evaluate_model
 from qwhisper.evaluate.tables import markdown
 from qwhisper.frames import SAMPLE_RATE
 from tests.small import tone
 
 PITCHES = {"low": 200.0, "high": 800.0}
+
+
+@pytest.fixture(autouse=True)
+def short_answers_to_the_shipped_instructions(monkeypatch):
+    monkeypatch.setattr(forgetting, "OWN_TOKENS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def deaf(model, encoder, prompts, max_new_tokens, batch_size):
 
 def test_who_listens_is_right_and_follows_swapped_audio(small_model, dialogues, monkeypatch):
     monkeypatch.setattr(run_module, "answer_prompts", listener)
-    result = evaluate_model(*small_model, dialogues)
+    result = evaluate_model(*small_model, dialogues, max_new_tokens=2)
     assert (result.turns, result.dialogues, result.turns_swapped) == (1.0, 1.0, 0.0)
     assert (result.wer, result.cer) == (0.0, 0.0)
     assert result.counts == {
@@ -74,7 +80,7 @@ def test_who_listens_is_right_and_follows_swapped_audio(small_model, dialogues, 
 
 def test_who_guesses_scores_the_majority_with_any_audio(small_model, dialogues, monkeypatch):
     monkeypatch.setattr(run_module, "answer_prompts", deaf)
-    result = evaluate_model(*small_model, dialogues)
+    result = evaluate_model(*small_model, dialogues, max_new_tokens=2)
     pitch, again, hello = (result.kinds[kind] for kind in ("pitch", "again", NO_KIND))
     assert pitch == {
         "n": 14, "turns": 9 / 14, "swapped": 9 / 14, "majority": 9 / 14, "text_model": 0.0, "heard": 9 / 14,
@@ -146,7 +152,7 @@ def test_prompts_are_what_is_served(small_model, dialogues, monkeypatch):
     )
     thought = Message("assistant", ("Low.",), reasoning="It sounds low.")
     with_reasoning = Dialogue("r", (*dialogues[0].messages[:1], thought, *dialogues[1].messages), "file:r")
-    evaluate_model(model, encoder, [*dialogues, with_reasoning], swap=False)
+    evaluate_model(model, encoder, [*dialogues, with_reasoning], swap=False, max_new_tokens=2)
     served = [
         encoder.encode_prompt(dialogue.messages[:index])
         for dialogue in [*dialogues, with_reasoning]

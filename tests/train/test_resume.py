@@ -125,7 +125,8 @@ def rewound(bases, train_file, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stop", [3, 5, 6])  # before a row of bad steps, in it, and after a rewind
+# In a row of bad steps, before it, and after a rewind.
+@pytest.mark.parametrize("stop", [5, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (3, 6))])
 def test_a_run_that_was_stopped_anywhere_rewinds_as_often_and_as_far(arguments, rewound, monkeypatch, stop):
     bad, parts = with_many_rewinds(monkeypatch), arguments(**MANY_REWINDS)
     folder = Path(parts.output_dir)

@@ -60,6 +60,7 @@ def test_a_run_that_forgets_raises_the_alarm(forgetful):
     assert alarm.kind == "forgetting"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [

@@ -106,6 +106,7 @@ CASES = {
     "after a pack was halved": (lambda seen: len(seen) > NUM_PACKS, memory_is_short, {}),
     "after an overflow": (lambda seen: len(seen) > NUM_PACKS, gradients_overflow, {"dtype": "fp16"}),
 }
+QUICK = ("sample by sample", "after a pack was halved")  # the latest moment of a diagnosis, and of no diagnosis
 
 
 @pytest.fixture
@@ -138,7 +139,9 @@ def written(folder: Path):
     return read_jsonl(folder / "quarantine.jsonl"), events, losses
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_a_step_that_was_given_up_leaves_no_trace(make_arguments, monkeypatch, case):
     at, plant_fault, values = CASES[case]
     whole = make_arguments("whole", save_steps=1, save_total_limit=9, **values)

@@ -27,7 +27,10 @@ def updates_over_rate(run, samples, steps: int) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("spiked", [["lora", "projector"], ["lora"], ["projector"]])
+ONE_GROUP = [pytest.param([name], marks=pytest.mark.slow) for name in ("lora", "projector")]
+
+
+@pytest.mark.parametrize("spiked", [["lora", "projector"], *ONE_GROUP])
 def test_a_spike_of_any_size_moves_each_group_at_most_three_medians_and_is_over_in_five_steps(arguments, spiked):
     """Brought down to 3 averages, a gradient adds 0.3 of them to AdamW's momentum (beta 0.9). That is 0.23 of one where
     gradients are independent, sqrt(0.1 / 1.9), and more where they are not: at most (0.23 + 0.3) / 0.23 = 2.3 times as
