@@ -1,80 +1,12 @@
-"""What tests of every package may ask for."""
+"""Gives every process that runs tests the fixtures of tests/fixtures.py."""
 
-import logging
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import settings
-
-from qwhisper.engine import preflight
-from tests.declared import faults_in_runs
-from tests.trained import arguments, bases, finished_run, run_training, small_model, train_file  # noqa: F401
-
-# On some CPUs bitsandbytes tells, as it is imported, of a faster kernel that could be installed. A test process lets go
-# of it at its end only, after the summary that continuous integration looks for in the last line.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-# How long an example takes says how busy the machine is, not whether the code is right.
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
-
-# cuDNN's fp32 convolutions keep 10 bits of the mantissa on a GPU unless told otherwise (matrix products keep all 23);
-# our tolerances are those of fp32.
-torch.backends.cudnn.allow_tf32 = False
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """On a machine with a GPU, a test that trains in forks runs in a process that sees none.
-
-    PyTorch refuses a backward pass in a fork whose parent has taken one, also on the CPU, wherever it sees a GPU.
-    """
-    if pyfuncitem.get_closest_marker("trains_in_forks") is None or torch.cuda.device_count() == 0:
-        return None
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    blind = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    for name in [name for name in blind if name.startswith("PYTEST_")]:
-        del blind[name]
-    done = subprocess.run(command, cwd=pyfuncitem.config.rootpath, env=blind, capture_output=True, text=True)
-    if done.returncode == 0 and f"XFAIL {pyfuncitem.nodeid}" in done.stdout:
-        pytest.xfail("as expected, in a process that sees no GPU")
-    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
-    return True
-
-
-@pytest.fixture(autouse=True, scope="session")
-def references_of_the_preflight_are_computed_once() -> Iterator[None]:
-    """Every run of a test tries its kernels; what they are compared with depends on the attention and layout alone."""
-    honest, known = preflight.reference, {}
-
-    def reference(query, key, value, grad, attention, layout):  # type: ignore[no-untyped-def]
-        trial = (attention, layout, grad is None)
-        if trial not in known:
-            known[trial] = honest(query, key, value, grad, attention, layout)
-        return known[trial]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "reference", reference)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def events_and_metrics_are_declared(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every run below a test's folder wrote only what qwhisper/report/kinds.py declares."""
-    yield
-    folder = request.node.funcargs.get("tmp_path") if isinstance(request.node, pytest.Function) else None
-    assert folder is None or faults_in_runs(folder) == []
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of real weights, tokenizer and recordings beside the repository; without it a test is skipped."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"needs real weights and recordings in {folder}")
-    return folder
+def pytest_configure(config: pytest.Config) -> None:
+    """A process that hands the tests out to others need not spend ten seconds on importing torch."""
+    hands_out = config.getoption("numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ
+    if not hands_out:
+        config.pluginmanager.import_plugin("tests.fixtures")

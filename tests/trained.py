@@ -1,4 +1,4 @@
-"""Small bases, trainings on them, a small model and a finished run: made once for all tests (tests/conftest.py)."""
+"""Small bases, trainings on them, a small model and a finished run: made once for all tests (tests/fixtures.py)."""
 
 import pytest
 import torch

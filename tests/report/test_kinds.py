@@ -69,4 +69,4 @@ def test_a_record_that_is_not_declared_is_found(tmp_path):
     log.parent.mkdir()
     log.write_text(json.dumps({"kind": "jumped"}) + '\n{"half')
     assert len(faults_in_runs(tmp_path)) == 1
-    log.unlink()  # tests/conftest.py looks for such records after each test
+    log.unlink()  # tests/fixtures.py looks for such records after each test
