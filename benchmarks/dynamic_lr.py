@@ -24,9 +24,9 @@ HIGH, MEDIAN_OF = 3.0, 50  # medians; steps
 
 def run(args: argparse.Namespace, seed: int, dynamic: bool) -> dict:
     folder = args.output_dir / f"{'dynamic' if dynamic else 'plain'}-{args.learning_rate:g}-{seed}"
-    told = arguments(args, args.demo_dir / "train.jsonl", folder, seed)
+    train_args = arguments(args, args.demo_dir / "train.jsonl", folder, seed)
     try:
-        code = train(dataclasses.replace(told, dynamic_lr=dynamic, lr_scheduler_type=args.schedule))
+        code = train(dataclasses.replace(train_args, dynamic_lr=dynamic, lr_scheduler_type=args.schedule))
     except NothingLearnedError as error:  # at the rates that are compared here
         code = error.exit_code
     steps = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
@@ -63,10 +63,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     args.demo_dir, args.output_dir = args.demo_dir.resolve(), args.output_dir.resolve()
-    told = {key: getattr(args, key) for key in ("steps", "batch", "learning_rate", "schedule")}
+    settings = {key: getattr(args, key) for key in ("steps", "batch", "learning_rate", "schedule")}
     for seed in args.seeds:
         for dynamic in (False, True):
-            append_result("dynamic_lr", run(args, seed, dynamic) | told)
+            append_result("dynamic_lr", run(args, seed, dynamic) | settings)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ COUNTS = {
 def run(bench: Bench, fault: dict) -> Verdict:
     began = time.monotonic()
     verdict = CASES[fault["name"]](bench)
-    told = {"name": fault["name"], "of": fault["of"], "kind": verdict.kind, "outcome": verdict.outcome}
-    append_result(NAME, told | {"seen": verdict.seen, "seconds": round(time.monotonic() - began, 1)})
+    record = {"name": fault["name"], "of": fault["of"], "kind": verdict.kind, "outcome": verdict.outcome}
+    append_result(NAME, record | {"seen": verdict.seen, "seconds": round(time.monotonic() - began, 1)})
     return verdict
 
 

@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     run, rows = make_session(args)
-    told = {
+    facts = {
         "text_model": args.text_model.name, "audio_model": args.audio_model.name,
         "dtype": str(run.executor.model.dtype).removeprefix("torch."),
         "load_in_4bit": args.load_in_4bit, "batch": args.batch,
@@ -223,15 +223,15 @@ def main() -> None:
     steps = {"plain_seconds": step, "guarded_seconds": statistics.median(guarded)}
     steps |= {"more_seconds": spread[1], "more_quartile_1": spread[0], "more_quartile_3": spread[2]}
     steps |= {"share": spread[1] / step}
-    append_result("guard_cost", {"name": "step"} | told | {"pairs": args.pairs} | rounded(steps) | {"waits": waits})
-    append_result("guard_cost", {"name": "parts of a step, seconds"} | told | rounded(parts_of_a_step(run, rows[0])))
+    append_result("guard_cost", {"name": "step"} | facts | {"pairs": args.pairs} | rounded(steps) | {"waits": waits})
+    append_result("guard_cost", {"name": "parts of a step, seconds"} | facts | rounded(parts_of_a_step(run, rows[0])))
     run.probe = probe
     acts = now_and_then(run, step)
     for name, act in acts.items():
-        append_result("guard_cost", {"name": name} | told | rounded(act))
+        append_result("guard_cost", {"name": name} | facts | rounded(act))
     shares = {name: act["share"] for name, act in acts.items() if "share" in act and name != "listening_probe"}
     total = rounded({"share": steps["share"] + sum(shares.values())})
-    append_result("guard_cost", {"name": "step, checksums and snapshots together"} | told | total)
+    append_result("guard_cost", {"name": "step, checksums and snapshots together"} | facts | total)
 
 
 if __name__ == "__main__":

@@ -158,20 +158,20 @@ def main() -> None:
     torch.set_num_threads(1)
     generator = random.Random(args.seed)
     run = small_run(args.scratch, dataloader_num_workers=2)
-    told = {"steps": STEPS, "save_steps": SAVE_STEPS, "seed": args.seed}
+    settings = {"steps": STEPS, "save_steps": SAVE_STEPS, "seed": args.seed}
 
     began = time.monotonic()
     ours = summary(
         kill_until(Lives(Qwhisper(run), args.scratch / "qwhisper"), generator, args.kills, None),
         time.monotonic() - began,
     )
-    append_result("kill9", {"name": "kill9", "trainer": "qwhisper"} | ours | told)
+    append_result("kill9", {"name": "kill9", "trainer": "qwhisper"} | ours | settings)
     if args.hf_kills:
         began = time.monotonic()
         plain = Lives(PlainTrainer(run), args.scratch / "hf")
         # One kill a run: what it did to that run is then known.
         theirs = summary(kill_until(plain, generator, args.hf_kills, 1), time.monotonic() - began)
-        append_result("kill9", {"name": "kill9", "trainer": "plain HF Trainer"} | theirs | told)
+        append_result("kill9", {"name": "kill9", "trainer": "plain HF Trainer"} | theirs | settings)
     failed = ours["resumes_that_ended_in_an_error"] or ours["runs_that_ended_in_other_bits"]
     sys.exit(int(bool(failed) or ours["most_steps_lost"] > SAVE_STEPS))
 

@@ -7,8 +7,7 @@ The naive way is a plain loop: everything in fp16, also projector, LoRA and Adam
 PEFT do; no clipping; rows padded to a multiple of 64 tokens; torch's own choice of attention kernel; labels masked by a
 prompt length that was counted with 30 s of audio. MEASURES are turned on one by one in their order, then each alone is
 left out of all those that a plain loop can have, in fp16 and in bf16; where that breaks, the guards are put on as well.
-The recordings are real, the encoder too; --text_model is any language model. Meant for a CUDA card; a CPU has no
-attention kernel that fails, and with a small model it shows the rest. The second line writes table and plot.
+Recordings and encoder are real. Meant for a CUDA card: on a CPU no kernel fails. The second line writes table and plot.
 """
 
 import argparse
@@ -270,9 +269,9 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
     """`qwhisper train` on the same samples in the same order; where the kernel is left as it is, rows are padded."""
     model, processor = fresh(setting, on)
     with tempfile.TemporaryDirectory() as folder:
-        told = arguments(setting, on, Path(folder))
-        plan = resolve(told, num_dialogues=len(setting.dialogues))
-        run = build_session(told, plan, model, processor, setting.dialogues, [], TrainState(), [])
+        train_args = arguments(setting, on, Path(folder))
+        plan = resolve(train_args, num_dialogues=len(setting.dialogues))
+        run = build_session(train_args, plan, model, processor, setting.dialogues, [], TrainState(), [])
         run.executor.packing = "kernel" in on
         if not run.executor.packing:
             run.executor.batch = setting.batch
@@ -343,7 +342,7 @@ def measured(setting: Setting, run: str, names: Sequence[str], **values) -> dict
 def stages(setting: Setting) -> None:
     for number in range(len(MEASURES) + 1):
         measured(setting, "stage", MEASURES[:number], added=MEASURES[number - 1] if number else None)
-    # Computes in fp32 whatever the weights are; PyTorch takes it only where it is asked for.
+    # Computes in fp32 whatever the weights are.
     measured(setting, "fused AdamW", ["labels", "kernel", "fused"])
 
 
@@ -351,9 +350,9 @@ def leave_one_out(setting: Setting) -> None:
     """In fp16, where more breaks, and in bf16."""
     for dtype, everything in (("fp16", PLAIN[:-1]), ("bf16", PLAIN)):
         for left_out in setting.args.left_out:
-            rest, told = [name for name in everything if name != left_out], {"left_out": left_out, "dtype": dtype}
-            if measured(setting, "without", rest, **told)["first_not_finite"]:
-                measured(setting, "without, guarded", [*rest, "guards"], **told)
+            rest, record = [name for name in everything if name != left_out], {"left_out": left_out, "dtype": dtype}
+            if measured(setting, "without", rest, **record)["first_not_finite"]:
+                measured(setting, "without, guarded", [*rest, "guards"], **record)
     measured(setting, "without, guarded", [*PLAIN[:-1], "guards"], left_out=None, dtype="fp16")
     measured(setting, "guards alone", ["labels", "kernel", "guards"])
 
@@ -371,7 +370,7 @@ def circumstances_of(setting: Setting) -> None:
         "encoder_largest": float(frames.float().abs().max()),
         "largest_channel_over_median": float(channels.max() / channels.median()),
     }
-    named = {"run": "bases", "text_model": setting.args.text_model.name, "audio_model": setting.args.audio_model.name}
+    named = {"run": "bases"} | {name: getattr(setting.args, name).name for name in ("text_model", "audio_model")}
     append_result("naive_history", named | {name: short(x) for name, x in result.items()})
 
 
@@ -392,10 +391,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     setting = prepare(parse())
     circumstances_of(setting)
-    if setting.args.runs != "leave-one-out":
-        stages(setting)
-    if setting.args.runs != "stages":
-        leave_one_out(setting)
+    for name, run in (("stages", stages), ("leave-one-out", leave_one_out)):
+        if setting.args.runs in (name, "all"):
+            run(setting)
 
 
 if __name__ == "__main__":

@@ -237,19 +237,19 @@ class Heard:
         of a batch and the preflight say afterwards.
         """
         batch, folder = self.args.batch, self.args.output_dir / name
-        told = TrainArguments(
+        train_args = TrainArguments(
             train_file=str(self.train_file), output_dir=str(folder), audio_model=str(self.args.audio_model),
             text_model=str(self.args.text_model), dtype="bf16", per_device_train_batch_size=batch,
             gradient_accumulation_steps=1, max_steps=len(self.dialogues) // batch,
         )  # fmt: skip
         folder.mkdir(parents=True)
         torch.manual_seed(0)
-        plan = resolve(told, num_dialogues=len(self.dialogues))
-        model, processor = build_model(told, plan, None)
+        plan = resolve(train_args, num_dialogues=len(self.dialogues))
+        model, processor = build_model(train_args, plan, None)
         state = TrainState()
-        run = build_session(told, plan, model, processor, self.dialogues, [], state, [])
+        run = build_session(train_args, plan, model, processor, self.dialogues, [], state, [])
         run.executor.packing = packing
-        encoder = encoder_for(told, processor, model)
+        encoder = encoder_for(train_args, processor, model)
         rows = batches([encoder.encode(c) for c in self.dialogues], batch, self.args.padded_to)
         gradients = NonFiniteGradients(model, lambda: state.step)
         try:

@@ -113,16 +113,16 @@ def judge(norms: list[float], without_spike: list[float]) -> dict[str, float]:
 
 
 def begin(args: argparse.Namespace, seed: int) -> tuple[Session, Iterator[StepSamples]]:
-    told = arguments(args, args.demo_dir / "train.jsonl", args.output_dir / str(seed), seed)
-    Path(told.output_dir).mkdir(parents=True)
+    train_args = arguments(args, args.demo_dir / "train.jsonl", args.output_dir / str(seed), seed)
+    Path(train_args.output_dir).mkdir(parents=True)
     torch.manual_seed(seed)
-    dialogues = read_dialogues(told.train_file, data_root="/")
-    plan = resolve(told, num_dialogues=len(dialogues))
-    model, processor = build_model(told, plan, None)
-    run = build_session(told, plan, model, processor, dialogues, [], TrainState(), [])
+    dialogues = read_dialogues(train_args.train_file, data_root="/")
+    plan = resolve(train_args, num_dialogues=len(dialogues))
+    model, processor = build_model(train_args, plan, None)
+    run = build_session(train_args, plan, model, processor, dialogues, [], TrainState(), [])
     model.train()
-    encoded = EncodedDialogues(dialogues, encoder_for(told, processor, model))
-    size = told.samples_per_step
+    encoded = EncodedDialogues(dialogues, encoder_for(train_args, processor, model))
+    size = train_args.samples_per_step
     return run, step_samples(encoded, samples_per_step=size, seed=seed, epoch=0, offset=0, num_workers=0)
 
 
@@ -143,8 +143,8 @@ def try_seed(args: argparse.Namespace, seed: int) -> Iterator[dict]:
                 )
                 for group in norms:
                     if len(norms[group]) > AFTER + FEWEST:
-                        told = {"seed": seed, "step": point, "target": target, "factor": factor, "group": group}
-                        yield {"name": name} | told | judge(norms[group], calm[group])
+                        record = {"seed": seed, "step": point, "target": target, "factor": factor, "group": group}
+                        yield {"name": name} | record | judge(norms[group], calm[group])
         branches.branch(train_step, following, {})  # and on from there
 
 

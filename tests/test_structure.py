@@ -11,9 +11,11 @@ MAX_LINES = 400
 
 
 def test_no_source_file_is_longer_than_400_lines():
-    lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
-    assert lines
-    assert {str(file.relative_to(PACKAGE)): n for file, n in lines.items() if n > MAX_LINES} == {}
+    root = PACKAGE.parent
+    files = [file for folder in ("qwhisper", "benchmarks", "docs") for file in (root / folder).rglob("*.py")]
+    lines = {str(file.relative_to(root)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert "qwhisper/cli.py" in lines
+    assert {file: n for file, n in lines.items() if n > MAX_LINES} == {}
 
 
 def test_only_the_command_line_imports_a_module_by_its_name():  # which import-linter would not see

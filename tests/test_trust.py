@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 import qwhisper
 from qwhisper import files as untrusted
@@ -29,11 +28,10 @@ from qwhisper.model.pretrained import load_config, load_feature_extractor, load_
 from qwhisper.model.processor import load_processor
 from qwhisper.model.qwen3_audio import build_from_bases, load_trained
 from qwhisper.model.trained_folder import read_config
-from tests.small import TEMPLATE, write_small_bases
+from tests.data.test_try_template import ENDLESS
+from tests.small import write_small_bases
 
 SECONDS = 60  # no attack may take longer, on a busy machine; most take none
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
-DOUBLING = "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x * 2 %}{% endfor %}"
 PACKAGE = Path(qwhisper.__file__).parent
 
 
@@ -285,43 +283,6 @@ def test_adapter_with_plain_targets_is_read(checkpoint, value):
 
 
 # Chat templates
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (ENDLESS, "more than"),
-        ("{{ 'a' * 10**10 }}", "MemoryError|ended the process"),
-        (DOUBLING, "Memory|more than"),
-        ("{{ 'a' * 5000000 }}", "makes 5000000 characters"),
-        ("{% if messages | length > 15 %}" + ENDLESS + "{% endif %}", "more than"),
-        ("{% if messages | length == 4 %}" + ENDLESS + "{% endif %}", "more than"),
-        ("{% if messages[0].content | length > 4000 %}" + ENDLESS + "{% endif %}", "more than"),
-        ("x" * (1 << 20) + "y", "characters"),
-        ("{% generation %}" + ENDLESS + "{% endgeneration %}", "more than"),
-    ],
-)  # fmt: skip
-def test_costly_template_is_found_out_in_another_process(template, said, monkeypatch):
-    monkeypatch.setattr(try_template, "CPU_SECONDS", 1)
-    started = time.perf_counter()
-    fault = try_template.cost_fault.__wrapped__(template)
-    assert fault is not None and any(part in fault for part in said.split("|")), fault
-    assert time.perf_counter() - started < SECONDS
-
-
-@pytest.mark.parametrize(
-    "template", [TEMPLATE.read_text(encoding="utf-8"), "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% broken"]
-)
-def test_cheap_template_passes(template):
-    assert try_template.cost_fault(template) is None
-
-
-def test_template_is_tried_with_what_transformers_gives_it():
-    theirs, ours = _compile_jinja_template("x").environment, try_template.environment()
-    assert ours.globals.keys() >= theirs.globals.keys()
-    assert ours.filters.keys() == theirs.filters.keys()
-    assert len(ours.extensions) == len(theirs.extensions)
-    assert (ours.trim_blocks, ours.lstrip_blocks) == (theirs.trim_blocks, theirs.lstrip_blocks)
 
 
 def test_costly_template_of_a_checkpoint_or_base_is_refused(checkpoint, capsys, monkeypatch):

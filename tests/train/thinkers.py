@@ -41,7 +41,7 @@ def dialogue(kind: str, letter: int, clip: str | None = None) -> dict:
     return {"id": f"{kind}-{clip or text}", "messages": [asked, answer]}
 
 
-def write_thinking_bases(folder: Path, *, num_steps: int = 200) -> tuple[Path, Path]:
+def write_thinking_bases(folder: Path, *, num_steps: int = 150) -> tuple[Path, Path]:
     """(audio, text) folders; the text model answers all of KINDS."""
     audio, text = write_small_bases(folder, hidden_size=64)
     questions = [dialogue(kind, letter) for kind in KINDS for letter in range(len(LETTERS))]
