@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
+from qwhisper import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.checkpoint.folders import write_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.commands import VERBS
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
-from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.parsing import parse
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main as train

@@ -166,6 +166,8 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model:
     # The Auto classes add keywords such as _from_auto, and adapter_kwargs with what a user gave.
     kwargs |= kwargs.pop("adapter_kwargs", None) or {}
     kwargs = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
+    if kwargs.get("local_files_only") is False:  # what a pipeline passes, and the default
+        del kwargs["local_files_only"]
     _refuse_other_config(name, kwargs.pop("config", None))
     _refuse_code(name, kwargs.pop("trust_remote_code", False))
     moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}

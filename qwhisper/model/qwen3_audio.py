@@ -154,6 +154,16 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
         return loss
 
 
+class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
+    """The model without its head, as `AutoModel` gives it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads what `Qwen3AudioForConditionalGeneration.from_pretrained` does, with the same keywords."""
+        loaded = Qwen3AudioForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return (loaded[0].model, loaded[1]) if isinstance(loaded, tuple) else loaded.model
+
+
 def build_from_bases(
     audio_model: str,
     text_model: str,

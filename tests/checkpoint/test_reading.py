@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwhisper import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.checkpoint import folders, manifest, reading
 from qwhisper.checkpoint.folders import rotate, write_checkpoint
 from qwhisper.checkpoint.reading import choose_checkpoint, newest_usable, read_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
-from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, loading
+from qwhisper.model import loading
 from qwhisper.train.verification import verify
 
 

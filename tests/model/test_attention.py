@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma2Config
 
+from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration
 from qwhisper.data.packing import pack_samples, pad_samples
-from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, attention
+from qwhisper.model import attention
 from qwhisper.model.attention import attention_for, packed_attention_forward
 from qwhisper.model.lora import add_lora
 from tests.model.parts import gradients, make_sample

@@ -17,9 +17,9 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.data.packing import pack_samples
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.model.bases import LoadOptions, fingerprint
 from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora, lora_parameters

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForMultimodalLM, GenerationConfig
 
+from qwhisper import Qwen3AudioForConditionalGeneration
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.generate import load_for_inference
-from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora

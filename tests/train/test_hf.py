@@ -12,10 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from qwhisper import Qwen3AudioForConditionalGeneration
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.errors import NothingLearnedError
-from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.train import hf as hooks
 from qwhisper.train.hf import (
     LoRAStabilizeCallback,
