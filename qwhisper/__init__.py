@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
     from qwhisper.model.processor import Qwen3AudioProcessor
     from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, Qwen3AudioModel
+    from qwhisper.train.finetune import TrainResult, finetune
     from qwhisper.train.hf import LoRAStabilizeCallback, LossDebugCallback, NaNMonitorCallback, ProjectorFreezeHook
 
 __version__ = "0.1.0"
@@ -29,6 +30,8 @@ __all__ = [
     "Qwen3AudioForConditionalGeneration",
     "Qwen3AudioModel",
     "Qwen3AudioProcessor",
+    "TrainResult",
+    "finetune",
 ]
 
 _MODULES = {
@@ -41,6 +44,8 @@ _MODULES = {
     "Qwen3AudioForConditionalGeneration": "model.qwen3_audio",
     "Qwen3AudioModel": "model.qwen3_audio",
     "Qwen3AudioProcessor": "model.processor",
+    "TrainResult": "train.finetune",
+    "finetune": "train.finetune",
 }
 
 

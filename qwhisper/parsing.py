@@ -17,7 +17,7 @@ from qwhisper.checkpoint.places import found_again, run_of_config
 from qwhisper.commands import Verb
 from qwhisper.errors import UsageError
 from qwhisper.flags import Arguments
-from qwhisper.nearest_flag import nearest_flag
+from qwhisper.nearest_flag import nearest_flag, unknown_flag
 
 RECIPES = Path(__file__).parent / "recipes"
 _OWN = ("help", "config")  # flags of every verb that are no field
@@ -163,19 +163,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def _check_flags(argv: list[str], flags: list[str], no_flags: Mapping[str, str]) -> None:
     for name in _flags_in(argv):
         if name not in flags and name not in _OWN:
-            raise UsageError(_explain(name, flags, no_flags, dashes="--"))
+            raise UsageError(unknown_flag(name, flags, no_flags, dashes="--"))
 
 
 def _flags_in(argv: Iterable[str]) -> list[str]:
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--") and word != "--"]
-
-
-def _explain(name: str, flags: list[str], no_flags: Mapping[str, str], *, dashes: str) -> str:
-    """Why this name is no flag, in one sentence, with what to do."""
-    if name in no_flags:
-        return f"{dashes}{name} {no_flags[name]}"
-    nearest = nearest_flag(name, flags)
-    return f"unknown flag {dashes}{name}" + (f"; did you mean {dashes}{nearest}?" if nearest else "; --help lists all")
 
 
 def _config_of(argv: list[str]) -> str | None:
@@ -235,7 +227,7 @@ class Recipe:
             if key.value in lines:
                 raise UsageError(f"{path}:{line}: {key.value} stands in line {lines[key.value]} already; keep one")
             if key.value not in flags:
-                raise UsageError(f"{path}:{line}: {_explain(key.value, flags, no_flags, dashes='')}")
+                raise UsageError(f"{path}:{line}: {unknown_flag(key.value, flags, no_flags, dashes='')}")
             if key.value.startswith("no_"):
                 raise UsageError(
                     f"{path}:{line}: write `{key.value.removeprefix('no_')}: false` instead of {key.value}"

@@ -11,7 +11,7 @@ import pytest
 from qwhisper.commands import VERBS
 
 ROOT = Path(__file__).parents[2]
-COMMAND_LINE = ("commands", "cli", "parsing", "nearest_flag", "__main__")
+COMMAND_LINE = ("commands", "cli", "parsing", "__main__")
 LIBRARIES = [
     path
     for path in sorted((ROOT / "qwhisper").rglob("*.py"))
