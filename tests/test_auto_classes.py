@@ -1,9 +1,11 @@
 """transformers' Auto classes know our model after a bare `import qwhisper`, in any order of imports."""
 
+import builtins
 import importlib
 import json
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -157,6 +159,26 @@ def test_entries_are_made_whichever_is_imported_first(package, first):
     module = importlib.import_module("autos.mappings")
     assert module.CONFIG_MAPPING._extra_content["qwen3_audio"] is CLASSES["Ours"]
     importlib.import_module("autos.empty")
+
+
+def test_entries_are_made_in_a_module_that_another_thread_is_importing(package, tmp_path, monkeypatch):
+    entered, go_on = threading.Event(), threading.Event()
+    source = tmp_path / "autos/mappings.py"
+    source.write_text("import builtins\nbuiltins.wait_in_mappings()\n" + source.read_text())
+    monkeypatch.setattr(builtins, "wait_in_mappings", lambda: (entered.set(), go_on.wait()), raising=False)
+    importing = threading.Thread(target=importlib.import_module, args=["autos.mappings"])
+    importing.start()
+    entered.wait()
+
+    def import_module(name):
+        go_on.set()
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(auto_classes, "import_module", import_module)
+    auto_classes.register_when_loaded(CLASSES.get)
+    go_on.set()
+    importing.join()
+    assert "qwen3_audio" in sys.modules["autos.mappings"].CONFIG_MAPPING._extra_content
 
 
 def test_a_module_that_was_hooked_keeps_its_own_loader(package):
