@@ -97,7 +97,7 @@ def packed_row_mask(hidden_states: Tensor) -> Tensor:
 
 
 def varlen_keywords(num_key_value_groups: int) -> dict:
-    """torch 2.11 repeats key heads by itself; from 2.12 on it wants to be told."""
+    """torch 2.11 repeats key heads by itself; from 2.12 on it does so where `enable_gqa` asks for it."""
     from torch.nn.attention.varlen import varlen_attn
 
     takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
