@@ -1,11 +1,11 @@
 """The memory of the trained weights' gradients: one flat tensor a group, made once and written in place.
 
-A parameter's `.grad` is a view into the flat tensor. It is attached when the step's first gradient arrives at the
-parameter, so None keeps its meaning for the optimizer: a parameter that no sample of the step reaches is not stepped.
-Whoever sets `.grad` to None detaches the view: a frozen group, a skipped step, a callback. The memory stays.
+A parameter's `.grad` is a view into the flat tensor. The view is attached when the step's first gradient arrives at the
+parameter, so None keeps its meaning for the optimizer: it steps no parameter that the step's samples don't reach.
+Setting `.grad` to None detaches the view (a frozen group, a skipped step, a callback) and keeps the memory.
 
-Autograd adds into a `.grad` that is there and never replaces it, but for `create_graph=True`, which training does not
-use. 0 + gradient has the gradient's bits, except that -0 becomes 0.
+Autograd adds into an existing `.grad` in place. It replaces it only under `create_graph=True`, which training does not
+use. 0 + gradient has the bits of the gradient, except that -0 becomes 0.
 """
 
 import weakref
@@ -22,8 +22,8 @@ ALIGNMENT = 512  # bytes, as CUDA's allocator places a tensor: kernels add up an
 class GradientBuffers:
     """The gradients of all groups. flat: the tensors that hold them, one for each group, dtype and device.
 
-    Outside of a step (before `start`, and where a gradient was detached after it had arrived) a backward pass makes
-    gradients as it always does: a view is attached only while it is zero.
+    A view is attached only while it is zero. A backward pass before the first `start`, or after the step's gradients
+    were dropped, makes tensors of its own, as without buffers. The hooks hold no reference to the buffers.
     """
 
     def __init__(self, groups: Groups):
