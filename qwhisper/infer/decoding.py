@@ -15,6 +15,8 @@ from qwhisper.data.rows import Sample
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import UsageError
 
+MOST_UNSETTLED = 64  # tokens that are decoded again with each new one, unless they can't be divided
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -90,6 +92,7 @@ class Reader:
         self.past = {name: value for name, value in outputs.items() if isinstance(value, Cache)}
         return outputs.logits[:, -1].float()
 
+    @torch.no_grad()
     def read_tokens(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [rows], one for each row. Returns as `read`."""
         return self.read(self.model.get_input_embeddings()(tokens[:, None]))
@@ -156,6 +159,7 @@ class AnswerText:
         self._ends = end_of_turn_ids(encoder.tokenizer, encoder.chat_template)
         self._max_tokens = request.max_new_tokens
         self._stop = request.stop_texts
+        self._settled, self._num_settled = "", 0  # the text of the first tokens, which is not decoded again
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
@@ -186,8 +190,19 @@ class AnswerText:
 
     def _decoded(self) -> str:
         ended = bool(self.tokens) and self.tokens[-1] in self._ends
-        content = self.tokens[:-1] if ended else self.tokens
-        return self._tokenizer.decode(content, skip_special_tokens=True).lstrip()
+        rest = self.tokens[self._num_settled : -1 if ended else None]
+        text = self._decode(rest)
+        decoded = (self._settled + text).lstrip()
+        if len(rest) > MOST_UNSETTLED:
+            half = len(rest) // 2
+            first = self._decode(rest[:half])
+            if first + self._decode(rest[half:]) == text:  # not within a character, nor before a space that gets lost
+                self._settled += first
+                self._num_settled += half
+        return decoded
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _stop_place(self, text: str) -> int | None:
         """Where the first stop text begins."""

@@ -71,6 +71,28 @@ def test_a_stream_is_the_answer_of_a_batch_in_pieces(assistant, conversations, p
     assert assistant.answer_all([]) == []
 
 
+def test_many_conversations_are_encoded_some_at_a_time_and_counted_through(assistant, conversations, monkeypatch):
+    expected = assistant.answer_all(conversations, max_new_tokens=2)
+    monkeypatch.setattr("qwhisper.infer.assistant.AT_ONCE", 2)
+    assert assistant.answer_all(conversations, max_new_tokens=2) == expected
+    with pytest.raises(DataError, match="conversation 4: "):
+        assistant.answer_all([*conversations[:3], []], max_new_tokens=2)
+
+
+@pytest.mark.usefixtures("letters")
+def test_streams_that_share_a_beginning_do_not_disturb_each_other(assistant, small_model, conversations):
+    questions = [[*conversations[1], Message("assistant", ("low",)), Message("user", (text,))] for text in ("A?", "B?")]
+    expected = [Assistant(*small_model).answer(messages, max_new_tokens=NEW_TOKENS) for messages in questions]
+    assistant.answer(conversations[1], max_new_tokens=NEW_TOKENS)
+    streams = [assistant.stream(messages, max_new_tokens=NEW_TOKENS) for messages in questions]
+    with Computed(assistant.model) as computed:
+        pieces = list(zip(*streams, strict=True))
+        assert [list(stream) for stream in streams] == [[], []]
+    assert ["".join(said) for said in zip(*pieces, strict=True)] == [answer.text for answer in expected]
+    assert [stream.answer for stream in streams] == expected
+    assert computed.windows == 0 and max(computed.passes) < expected[0].prompt_tokens / 2 + 10
+
+
 @pytest.mark.usefixtures("letters")
 def test_each_token_is_a_piece_as_it_comes(assistant, conversations):
     stream = assistant.stream(conversations[1], max_new_tokens=5)

@@ -10,7 +10,7 @@ import torch
 
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import UsageError
-from qwhisper.infer.decoding import AnswerText, Chooser, Request, never_written
+from qwhisper.infer.decoding import MOST_UNSETTLED, AnswerText, Chooser, Request, never_written
 from tests.small import tone
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, 1.5, -3.0]])
@@ -133,6 +133,21 @@ def test_an_answer_ends_with_its_turn_a_stop_text_or_its_tokens(write, said, req
 def test_text_is_certain_as_soon_as_it_can_be(write):
     assert write("a b.", stop="b!")[1] == ["a", "a", "a", "a b."]
     assert write("é", max_new_tokens=2)[1] == ["", "é"]
+
+
+def test_a_long_text_is_not_decoded_from_its_beginning_at_each_token(small_model, write, monkeypatch):
+    tokenizer, text = small_model[1].tokenizer, "好的，é. " * 60
+    decode, lengths = tokenizer.decode, []
+
+    def counted(tokens, **keywords):
+        lengths.append(len(tokens))
+        return decode(tokens, **keywords)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    written, certain = write(text, stop="never", max_new_tokens=10_000)
+    assert len(written.tokens) == len(text.encode()) > 10 * MOST_UNSETTLED
+    assert certain[-1] == text.rstrip() == written.text
+    assert max(lengths) <= MOST_UNSETTLED + 4  # a character has 3 tokens at most
 
 
 def test_the_counts_are_those_of_tokens(small_model, write, prompts):
