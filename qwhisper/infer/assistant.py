@@ -82,6 +82,7 @@ class Assistant:
         return cls(model, encoder_of(processor), cache_bytes=cache_bytes)
 
     def answer(self, messages: Messages, **request: Any) -> Answer:
+        """The whole answer to the last message; see `stream`."""
         stream = self.stream(messages, **request)
         for _ in stream:
             pass

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import UsageError
-from qwhisper.infer.decoding import MOST_UNSETTLED, AnswerText, Chooser, Request, never_written
+from qwhisper.infer.decoding import MOST_UNSETTLED, AnswerText, Chooser, Reader, Request, never_written
 from tests.small import tone
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, 1.5, -3.0]])
@@ -38,6 +39,25 @@ def test_tokens_are_drawn_from_the_most_probable_that_hold_top_p(temperature, to
 @pytest.mark.parametrize("request_", [Request(), Request(temperature=1.0, top_p=1e-9), Request(temperature=1e-30)])
 def test_the_most_probable_token_is_taken_where_nothing_else_is_left(request_):
     assert drawn(request_, 50)[0] == 1.0
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_goes_back_under_the_name_that_it_came_with(name):
+    """Which transformers 5.24 changed."""
+    given = []
+
+    class Output(dict):
+        __getattr__ = dict.__getitem__
+
+    class Model(torch.nn.Module):
+        def forward(self, inputs_embeds, use_cache, **keywords):
+            given.append(keywords)
+            return Output(**{"logits": inputs_embeds, name: keywords.get(name, DynamicCache())})
+
+    reader = Reader(Model())
+    for _ in range(2):
+        reader.read(torch.zeros(1, 3, 5))
+    assert given == [{}, {name: reader.past[name]}]
 
 
 def test_a_forbidden_token_is_never_chosen():
