@@ -12,6 +12,7 @@ from qwhisper.auto_classes import register_when_loaded
 
 if TYPE_CHECKING:
     from qwhisper.data.collator import ConversationCollator
+    from qwhisper.infer.assistant import Assistant
     from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
     from qwhisper.model.processor import Qwen3AudioProcessor
     from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, Qwen3AudioModel
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Assistant",
     "ConversationCollator",
     "LoRAStabilizeCallback",
     "LossDebugCallback",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Assistant": "infer.assistant",
     "ConversationCollator": "data.collator",
     "LoRAStabilizeCallback": "train.hf",
     "LossDebugCallback": "train.hf",

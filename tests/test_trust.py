@@ -216,6 +216,7 @@ def test_base_with_an_adapter_is_refused(tmp_path, canary):
 def test_all_loaders_of_transformers_are_called_in_one_place():
     """A call of `Auto….from_pretrained` elsewhere would ask on stdin again."""
     allowed = {
+        "commands/chat.py": {"Assistant.from_pretrained"},  # ours
         "model/pretrained.py": None,
         "model/loading.py": {
             "GenerationConfig.from_pretrained",
