@@ -12,7 +12,7 @@ WITH_PANDAS = (
 )
 COLUMN = re.compile(r"\w[\w .-]{0,30}")
 UNPACK = "unpack it and give the JSONL file in it"
-AUDIO = "give a JSONL file that names it, as in README.md"
+AUDIO = "give a JSONL file that names it, as in docs/data.md"
 SIGNATURES = (  # where the bytes stand, the bytes, what the file is, what to do
     (0, b"PAR1", "a Parquet file", "convert it: " + WITH_DATASETS.format("parquet", "{path}")),
     (0, b"ARROW1", "an Arrow file", "convert it: " + WITH_PANDAS.format("{path}")),
