@@ -146,6 +146,12 @@ def test_the_tables_of_events_and_metrics_are_those_of_the_code():
         assert between_marks(page, name) == make(), "run: python docs/make_event_tables.py"
 
 
+def test_the_tables_of_faults_are_those_of_the_fault_tests():
+    made, page = importlib.import_module("make_reliability_table"), read("docs/reliability.md")
+    for name, make in made.TABLES.items():
+        assert between_marks(page, name) == make(), "run: python docs/make_reliability_table.py"
+
+
 @pytest.mark.parametrize("script", ["make_stability_tables", "make_learning_tables", "make_readme_results"])
 def test_the_tables_of_a_page_are_those_of_the_results(script):
     made = importlib.import_module(script)
