@@ -123,7 +123,7 @@ def prose(name):
 
 @pytest.mark.parametrize("name", CHINESE)
 def test_chinese_sentences_have_full_width_punctuation(name):
-    half = re.compile(r"[\u4e00-\u9fff`][,:;?!(]|[\u4e00-\u9fff]\)|[,:;?!)(][\u4e00-\u9fff]")
+    half = re.compile(r"[\u3001-\u9fff\uff01-\uff5e`][,:;?!(]|[\u4e00-\u9fff]\)|[,:;?!)(][\u4e00-\u9fff]")
     assert [line for line in prose(name) if half.search(line)] == []
 
 
