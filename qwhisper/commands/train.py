@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: TrainArguments, callbacks: Sequence["TrainerCallback"] = ()) -> int:
-    """Run a training and return its exit code. callbacks: any `TrainerCallback`s; ours configure the run."""
+    """Run a training and return its exit code. callbacks: any `TrainerCallback`s; qwhisper's own configure the run."""
     from qwhisper.train.run import main as train
 
     return train(arguments, callbacks)
