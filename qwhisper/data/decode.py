@@ -61,7 +61,7 @@ class Decoder(Protocol):
 
 
 class _InOrder(soundfile.SoundFile):
-    """soundfile seeks after every read of a seekable file: this fails if the length is unknown, and MP3 seeks are inexact."""
+    """soundfile seeks after every read of a seekable file: it fails if the length is unknown, and is inexact in MP3."""
 
     def seekable(self) -> bool:
         return False
