@@ -21,8 +21,8 @@ SMOOTHED = 20  # steps that a point of the mean covers
 
 WORDS: dict[str, dict[str, str]] = {
     "en": {
-        "user": "user:",
-        "assistant": "qwhisper:",
+        "user": "user:     ",
+        "assistant": "qwhisper: ",
         "accuracy_head": "question (answers) | untrained | trained | other clips put in | always the commonest answer",
         "number": "which number was said",
         "bigger": "is it bigger than five",
@@ -30,6 +30,7 @@ WORDS: dict[str, dict[str, str]] = {
         "earlier_sum": "the sum with the number of the turn before",
         "earliest": "the number of the first turn, two turns later",
         "all": "**all questions**",
+        "counted": "{} ({})",
         "percent": "{:.1f} %",
         "real_models_head": "recipe | names a digit | names the last of two | retention",
         "lora": "LoRA on the two questions alone",
@@ -37,8 +38,8 @@ WORDS: dict[str, dict[str, str]] = {
         "percent_of": "{} %",
     },
     "zh": {
-        "user": "用户：",
-        "assistant": "qwhisper：",
+        "user": "用户：     ",
+        "assistant": "qwhisper： ",
         "accuracy_head": "问题（回答数） | 训练前 | 训练后 | 换成别的音频 | 总答最常见的答案",
         "number": "说的是哪个数",
         "bigger": "是否大于五",
@@ -46,10 +47,11 @@ WORDS: dict[str, dict[str, str]] = {
         "earlier_sum": "与上一轮的数之和",
         "earliest": "隔两轮再问第一轮的数",
         "all": "**全部问题**",
+        "counted": "{}（{}）",
         "percent": "{:.1f}%",
         "real_models_head": "配方 | 说出数字 | 说出两个中的后一个 | 保持率",
         "lora": "只在这两类问题上训练 LoRA",
-        "recommended": "`keep-thinking`, `--projector_dropout 0.5`",
+        "recommended": "`keep-thinking`，`--projector_dropout 0.5`",
         "percent_of": "{}%",
     },
 }
@@ -66,7 +68,7 @@ def conversation(words: dict[str, str]) -> str:
     lines = []
     for turn in recorded()["conversation"]:
         heard = f"🔊 “{turn['heard']}”  " if turn["heard"] else ""
-        lines += [f"{words['user']:<10}{heard}{turn['asked']}", f"{words['assistant']:<10}{turn['answered']}"]
+        lines += [words["user"] + heard + turn["asked"], words["assistant"] + turn["answered"]]
     return "\n".join(["```text", *lines, "```"])
 
 
@@ -75,7 +77,12 @@ def accuracy(words: dict[str, str]) -> str:
     every = {"all": result | {"n": sum(scores["n"] for scores in result["kinds"].values())}}
     rows = []
     for name, found in ({kind: result["kinds"][kind] for kind in SHOWN} | every).items():
-        rows.append([f"{words[name]} ({found['n']})", *(words["percent"].format(100 * found[c]) for c in COLUMNS)])
+        rows.append(
+            [
+                words["counted"].format(words[name], found["n"]),
+                *(words["percent"].format(100 * found[c]) for c in COLUMNS),
+            ]
+        )
     return table(words["accuracy_head"], rows)
 
 

@@ -160,7 +160,7 @@ class Alarms:
             return {}
         message = (
             f"the loss of step {facts.step} is exactly 0 over {facts.tokens} supervised tokens, which no model that "
-            "still learns can reach. --manual_loss computes it the plain way as well, and stops where the two part"
+            "still learns can reach. --manual_loss computes it a second way, and stops if the two differ"
         )
         return {("loss_zero", ""): message}
 
@@ -204,9 +204,9 @@ class Alarms:
         if not names:
             return {} if names is None else {("base_changed", ""): None}
         message = (
-            f"{len(names)} frozen weights are no longer what they were at the start, found at step {facts.step}; the "
+            f"{len(names)} frozen weights have changed since the start, found at step {facts.step}; the "
             f"first is {names[0]}. Checkpoints from here on hold the whole model, bases included: look for what writes "
-            "into the base models, and go on from a checkpoint of before"
+            "into the base models, and resume from an earlier checkpoint"
         )
         return {("base_changed", ""): message}
 

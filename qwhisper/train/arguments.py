@@ -131,8 +131,8 @@ class TrainArguments(
             )
         if self.init_from and os.path.abspath(self.init_from) == os.path.abspath(self.output_dir):
             raise UsageError(
-                f"--init_from and --output_dir are both {self.output_dir}: a new stage needs a folder of its own; to "
-                "go on with that run use --resume_from_checkpoint"
+                f"--init_from and --output_dir are both {self.output_dir}: a new stage needs another folder; to "
+                "continue that run use --resume_from_checkpoint"
             )
 
     def _check_optimizer(self) -> None:
