@@ -43,8 +43,8 @@ PROMISES = {  # of each class: what happens, and what a user gets
     ),
     "memory": (
         "memory runs out, on the GPU or on the host",
-        "The pack is halved and the step runs again: same samples, same gradients. If that can't help, exit code 4 "
-        "names the flags that do.",
+        "The pack (samples end to end in one row) is halved and the step runs again: same samples, same gradients. If "
+        "that can't help, exit code 4 names the flags that do.",
     ),
     "logger": (
         "a tracker fails, a log can't be written, nobody reads the output",

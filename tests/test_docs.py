@@ -120,7 +120,7 @@ def anchors(page):
 
 def prose(name):
     """The lines of a page without code and addresses of links."""
-    text = re.sub(r"```.*?```|^    .*$|<!--.*?-->", "", read(name), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"```.*?```|^    [^\n]*$|<!--.*?-->", "", read(name), flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"`[^`\n]*`", "`", re.sub(r"\]\([^)]*\)|https?://\S+", "]", text)).splitlines()
 
 
