@@ -11,6 +11,7 @@ log-sum-exp is under -88.7 (pytorch#196678), and on some cards gradients that ar
 
 import inspect
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,9 @@ def varlen_keywords(num_key_value_groups: int) -> dict:
     return {"enable_gqa": True} if takes_gqa and num_key_value_groups > 1 else {}
 
 
-def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout) -> Tensor:
+def _varlen(
+    query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None
+) -> Tensor:
     """[1, heads, tokens, head_dim] each, bf16 or fp16 on CUDA, dropout 0. Returns [tokens, heads, head_dim]."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -76,13 +79,17 @@ def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
     return (distance >= 0) & (distance < window)
 
 
-def _sdpa_per_segment(query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout) -> Tensor:
-    """The exact, slower twin of `_varlen`."""
-    bounds = cu_seq_lens.tolist()
+def _sdpa_per_segment(
+    query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None
+) -> Tensor:
+    """The exact, slower twin of `_varlen`. Without `cu_seq_lens_host` it waits for the device to read the borders."""
+    bounds = cu_seq_lens.tolist() if cu_seq_lens_host is None else cu_seq_lens_host
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
     for start, end in itertools.pairwise(bounds):
+        if start == end:  # a border that is not used
+            continue
         mask = _segment_mask(end - start, window, query.device) if causal else None
         out = nn.functional.scaled_dot_product_attention(
             query[:, :, start:end],
@@ -161,11 +168,13 @@ def packed_attention_forward(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_host: Sequence[int] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query [batch, heads, tokens, head_dim]; key and value have their own heads.
 
     cu_seq_lens_q: [segments + 1] int32 borders of the segments of a packed row (batch 1); None for an ordinary batch.
+    cu_seq_lens_host: the same numbers on the CPU, which save the kernels by segment a wait for the device.
     Returns ([batch, tokens, heads, head_dim], None).
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
@@ -189,6 +198,7 @@ def packed_attention_forward(
         causal=module.is_causal if is_causal is None else is_causal,
         window=sliding_window,
         dropout=dropout,
+        cu_seq_lens_host=cu_seq_lens_host,
     )
     return out[None], None
 
