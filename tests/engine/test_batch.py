@@ -24,7 +24,8 @@ ROOM = PackShape(
     tokens=37, segments=4, max_length=5, supervised=9, audio_tokens=7, encoder_frames=61, mel_frames=90, windows=3,
     max_window=2,
 )  # fmt: skip
-TEXT_ROOM = replace(ROOM, audio_tokens=0, encoder_frames=0, mel_frames=0, windows=0, max_window=0)
+AUDIO = ("audio_tokens", "encoder_frames", "mel_frames", "windows", "max_window")
+TEXT_ROOM = replace(ROOM, **dict.fromkeys(AUDIO, 0))
 
 
 def trained_model():
@@ -166,6 +167,20 @@ def test_a_larger_shape_gives_the_same_losses_and_gradients_whatever_stands_in_i
         assert gradient.any() or kind == "text", name
         scale = float(gradient.abs().max())
         torch.testing.assert_close(found[2][name], gradient, atol=1e-5 * max(1.0, scale), rtol=1e-4, msg=name)
+
+
+def test_audio_alone_may_have_a_larger_shape_than_the_samples_need(monkeypatch):
+    """No token of the row is padding that the rounded-up audio tokens could be put at."""
+    model = trained_model()
+    samples, frames = samples_of(model, "audio"), model.config.frames
+    exact = pack_shape(samples, frames)
+    audio = {name: value for name, value in vars(with_room(exact)).items() if name in AUDIO}
+    expected = run(model, samples, packed_batch(samples, frames, model.config.audio_token_id))
+    batch = packed_batch(samples, frames, model.config.audio_token_id, shape=replace(exact, **audio))
+    assert len(batch.audio.positions) == exact.audio_tokens + ROOM.audio_tokens
+    poison(model, batch, exact, monkeypatch)
+    losses_of_samples, _, _ = run(model, samples, batch)
+    torch.testing.assert_close(losses_of_samples, expected[0], atol=1e-5, rtol=1e-5)
 
 
 @KINDS
