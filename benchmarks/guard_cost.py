@@ -71,7 +71,7 @@ def median_of(act: Callable[[], object]) -> float:
 
 
 def plain_step(run: Session, samples: Sequence[Sample]) -> None:
-    loss, _ = run.executor.forward_backward(samples, num_supervised(list(samples)))
+    loss = run.executor.forward_backward(samples, num_supervised(list(samples))).loss
     torch.nn.utils.clip_grad_norm_([p for group in run.groups.values() for p in group], run.args.max_grad_norm)
     run.optimizer.step()
     drop_gradients(run.groups)
@@ -119,7 +119,7 @@ def waits_for_device(act: Callable[[], object]) -> int | None:
 def parts_of_a_step(run: Session, samples: list[Sample]) -> dict[str, float]:
     """Seconds of what the guards do in each step, on gradients that are there."""
     args, averages = run.args, run.state.guards.averages
-    loss, _ = run.executor.forward_backward(samples, num_supervised(samples))
+    loss = run.executor.forward_backward(samples, num_supervised(samples)).loss
     found = step_statistics(loss, run.groups)
 
     def judge() -> None:

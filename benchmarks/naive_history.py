@@ -35,7 +35,8 @@ from qwhisper.data.loader import StepSamples
 from qwhisper.data.packing import pad_samples
 from qwhisper.data.rows import Sample
 from qwhisper.demo.dialogues import write_jsonl
-from qwhisper.engine.executor import HOST_KEYS, Executor
+from qwhisper.engine.batch import padded_batch
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import QwhisperError
 from qwhisper.guards.diagnose import diagnose
 from qwhisper.guards.gradients import drop_gradients, step_statistics
@@ -93,7 +94,7 @@ class Setting:
         fill = {"input_ids": self.collator.encoder.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
         batch |= {name: nn.functional.pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
         device = next(iter(self.bases.values()))[0].lm_head.weight.device
-        return {name: x if name in HOST_KEYS else x.to(device) for name, x in batch.items()}
+        return {name: x if name == "audio_lengths" else x.to(device) for name, x in batch.items()}
 
 
 def dialogues(digits: Sequence[dict], count: int, generator: random.Random, folder: Path) -> list[Dialogue]:
@@ -272,9 +273,10 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
         train_args = arguments(setting, on, Path(folder))
         plan = resolve(train_args, num_dialogues=len(setting.dialogues))
         run = build_session(train_args, plan, model, processor, setting.dialogues, [], TrainState(), [])
-        run.executor.packing = "kernel" in on
-        if not run.executor.packing:
-            run.executor.batch = setting.batch
+        if "kernel" not in on:
+            given = (model.config.frames, model.config.audio_token_id, run.executor.pad_token_id)
+            multiple, device = setting.args.pad_to_multiple_of, run.executor.device
+            run.executor.batch = lambda samples: padded_batch(samples, *given, multiple_of=multiple).to(device)
         rows, batch, ended = setting.rows, setting.args.batch, "done"
         if "labels" not in on:
             rows = [[masked_by_padded_prompt(setting, sample) for sample in samples] for samples in rows]
@@ -285,8 +287,7 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
             ended = f"exit code {error.exit_code}: {re.split(r'[.;] | [(]samples', str(error))[0]}"
         events, log = read_jsonl(Path(folder) / "events.jsonl"), Log()
         for line in filter(lambda line: "loss" in line, read_jsonl(Path(folder) / "metrics.jsonl")):
-            norms = {name: float(line.get(f"grad_norm_{name}", 0.0)) for name in ("lora", "projector")}
-            log.step(float(line["loss"]), norms)
+            log.step(float(line["loss"]), {n: float(line.get(f"grad_norm_{n}", 0.0)) for n in ("lora", "projector")})
     causes = [event["diagnosis"] for event in events if event.get("diagnosis")]
     log.facts = {
         "ended": ended,
@@ -317,11 +318,10 @@ def listening(setting: Setting, model: nn.Module) -> dict:
     if non_finite_weights(model):
         return {}
     executor = Executor(model, max_tokens_per_pack=None, pad_token_id=setting.collator.encoder.pad_token_id)
-    pairs = setting.pairs
-    losses = executor.sample_losses([pair.true for pair in pairs] + [pair.swapped for pair in pairs])
-    tokens = [pair.true.num_supervised for pair in pairs]
-    found = listening_gain(losses[: len(pairs)], losses[len(pairs) :], tokens)
-    true = sum(losses[: len(pairs)]) / sum(tokens)
+    losses = executor.sample_losses([p.true for p in setting.pairs] + [p.swapped for p in setting.pairs])
+    tokens = [pair.true.num_supervised for pair in setting.pairs]
+    found = listening_gain(losses[: len(tokens)], losses[len(tokens) :], tokens)
+    true = sum(losses[: len(tokens)]) / sum(tokens)
     return {"held_out_loss": short(true), "swapped_adds": short(found.gain), "swapped_noise": short(found.noise)}
 
 

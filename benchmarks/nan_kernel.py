@@ -33,7 +33,6 @@ from qwhisper.demo.dialogues import write_jsonl
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.engine.preflight import Attention, Layout, make_inputs, reference
 from qwhisper.errors import NumericalError
-from qwhisper.guards.diagnose import diagnose
 from qwhisper.infer.answer import encoder_for_text
 from qwhisper.model.attention import PACKED_KERNELS, PADDED_KERNELS
 from qwhisper.model.loss import IGNORE_INDEX
@@ -42,6 +41,7 @@ from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
+from qwhisper.train.recovery import diagnose_pack, num_supervised
 from qwhisper.train.session import build_session, encoder_for
 from qwhisper.train.state import TrainState
 
@@ -276,7 +276,7 @@ class Heard:
             "steps_skipped": state.skipped_steps,
             "events": dict(Counter(event["kind"] for event in events)),
         }
-        found = diagnose(model, run.executor.batch(rows[0]))
+        found = diagnose_pack(run.executor, rows[0], num_supervised(rows[0]))
         findings = check_kernels(model, max(self.args.padded_to))
         return result | {
             "diagnosis_of_a_batch": found and f"{found.where}: {found.message}",

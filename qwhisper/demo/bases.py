@@ -32,6 +32,7 @@ from qwhisper.data.windows import clip_windows
 from qwhisper.demo.muon import Muon
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
+from qwhisper.model.audio_layout import encoder_layout
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.loss import supervised_loss
 from qwhisper.model.mel import packed_log_mel
@@ -170,7 +171,7 @@ def _spell(word: str) -> Tensor:
 
 def _spelling(encoder: TrueLengthWhisperEncoder, head: nn.Linear, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """CTC log-probabilities [longest, clips, 1 + characters] and the encoder frames of each clip."""
-    hidden = encoder(torch.cat(list(features)), [len(f) for f in features])
+    hidden = encoder(torch.cat(list(features)), encoder_layout([len(f) for f in features]))
     lengths = [(len(f) + 1) // 2 for f in features]
     logits = nn.utils.rnn.pad_sequence(head(hidden).split(lengths))
     return logits.log_softmax(-1), torch.tensor(lengths)

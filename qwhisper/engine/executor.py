@@ -4,24 +4,27 @@ What is optimised (the samples) and how it is executed (the packs) are apart: an
 rounding.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from qwhisper.data.packing import pack_samples, pad_samples, plan_packs
+from qwhisper.data.packing import plan_packs
 from qwhisper.data.rows import Sample
-from qwhisper.errors import MemoryLimitError, NumericalError
+from qwhisper.engine.batch import Batch, packed_batch, padded_batch
+from qwhisper.engine.forward import PackResult, by_sample, hidden_states_of, likeliest_tokens, run_pack
+from qwhisper.engine.reference import compare_with_reference
+from qwhisper.errors import MemoryLimitError
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
-from qwhisper.model.loss import IGNORE_INDEX, MAX_LOGITS_AT_ONCE, head_logits, supervised_loss
+from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved on the first out-of-memory; a planner will know better
-HOST_KEYS = ("audio_lengths", "valid_label_count")  # read by Python: on the device each would be a wait
+Result = TypeVar("Result")
 UNPACKABLE_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
 
 
@@ -57,6 +60,17 @@ class Halved:
     now: int
 
 
+@dataclass(frozen=True)
+class StepLoss:
+    """Of the packs of a step. loss: sum(token losses) / supervised tokens of the step, fp32 scalar. divergence: from
+    the teacher, in nats a taught token, fp32 scalar; None if nothing was taught. halvings: that memory forced.
+    """
+
+    loss: Tensor
+    divergence: Tensor | None = None
+    halvings: list[Halved] = field(default_factory=list)
+
+
 class Executor:
     """Runs packs on one model; `max_tokens_per_pack` shrinks when memory runs out, and is saved with the run."""
 
@@ -67,12 +81,13 @@ class Executor:
         max_tokens_per_pack: int | None,
         pad_token_id: int,
         distill_weight: float = 0.0,
+        manual_loss: bool = False,
     ):
         self.model = model
         self.distill_weight = distill_weight
+        self.manual_loss = manual_loss  # compare each pack's loss with one that is computed the plain way
         self.before_pack: Callable[[], None] = lambda: None  # what it raises leaves the step half done
         self.start_gradients: Callable[[], None] = model.zero_grad  # in a training those of its GradientBuffers
-        self.divergence: Tensor | None = None  # from the teacher, of the last training pass, in nats a taught token
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
         self.device = device
@@ -81,32 +96,34 @@ class Executor:
         self.half_precision = model.model.language_model.dtype == torch.float16
         self.loss_scale = 1.0  # what the loss is multiplied by before the backward pass, and gradients divided by after
         self.packing = supports_packing(model.config.get_text_config())
+        # What changes from step to step is read from the device, by the same tensors each time.
+        self._count, self._scale = torch.ones((), device=self.device), torch.ones((), device=self.device)
 
-    def batch(self, samples: Sequence[Sample]) -> dict:
-        """One pack as the model's keyword arguments, on the model's device; in training with what its teacher reads."""
-        batch = self._on_device(samples)
-        teachers = [sample.teacher for sample in samples if sample.teacher is not None]
-        if not (self.distill_weight and self.model.training and teachers):
-            return batch
-        taught = [torch.full((sample.num_supervised,), sample.teacher is not None) for sample in samples]
-        lesson = {"teacher": self._on_device(teachers), "taught": torch.cat(taught)}
-        return batch | lesson | {"distill_weight": self.distill_weight}
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """One pack on the model's device; in training with what its teacher reads."""
+        return self._batch(samples, teach=bool(self.distill_weight) and self.model.training)
 
-    def _on_device(self, samples: Sequence[Sample]) -> dict:
-        batch = pack_samples(samples) if self.packing else pad_samples(samples, self.pad_token_id)
-        move = {k for k, v in batch.items() if isinstance(v, Tensor) and k not in HOST_KEYS}
-        return {k: v.to(self.device, non_blocking=True) if k in move else v for k, v in batch.items()}
+    def _batch(self, samples: Sequence[Sample], *, teach: bool) -> Batch:
+        frames, audio = self.model.config.frames, self.model.config.audio_token_id
+        if self.packing:
+            batch = packed_batch(samples, frames, audio, teach=teach)
+        else:
+            batch = padded_batch(samples, frames, audio, self.pad_token_id, teach=teach)
+        return batch.to(self.device, self.model.model.audio_tower.conv1.weight.device)
+
+    def run_pack(self, batch: Batch) -> PackResult:
+        """Forward pass of one pack."""
+        return run_pack(self.model, batch, self.distill_weight)
 
     def packs(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         lengths = [len(sample.input_ids) for sample in samples]
         return [[samples[i] for i in pack] for pack in plan_packs(lengths, self.max_tokens_per_pack)]
 
-    def forward_backward(self, samples: Sequence[Sample], num_supervised: int) -> tuple[Tensor, list[Halved]]:
+    def forward_backward(self, samples: Sequence[Sample], num_supervised: int) -> StepLoss:
         """Leaves the gradients of sum(token losses) / num_supervised over all samples, in place of any before.
 
-        num_supervised: supervised tokens of the whole optimizer step.
-        Returns that loss and the halvings that memory forced. Raises MemoryLimitError where a pack of one sample does
-        not fit, NumericalError where --manual_loss finds another loss.
+        num_supervised: supervised tokens of the whole optimizer step. Raises MemoryLimitError where a pack of one
+        sample does not fit, NumericalError where --manual_loss finds another loss.
         """
         put_generators_back = generators_as_now(self.device)
 
@@ -115,12 +132,12 @@ class Executor:
             put_generators_back()
 
         self.start_gradients()
-        loss, halvings = self.within_memory(lambda: self.run_packs(samples, num_supervised), samples, start_again)
+        step, halvings = self.within_memory(lambda: self.run_packs(samples, num_supervised), samples, start_again)
         if self.loss_scale != 1.0:
             scaled = [p.grad for p in self.model.parameters() if p.grad is not None]
             if scaled:
                 torch._foreach_mul_(scaled, 1.0 / self.loss_scale)
-        return loss, halvings
+        return replace(step, halvings=halvings)
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[Sample]) -> float:
@@ -128,8 +145,8 @@ class Executor:
         if not samples:
             return 0.0
         with self.evaluation_mode():
-            total, _ = self.within_memory(lambda: self.run_packs(samples, 1), samples, lambda: None)
-        return float(total) / max(1, sum(sample.num_supervised for sample in samples))
+            step, _ = self.within_memory(lambda: self.run_packs(samples, 1), samples, lambda: None)
+        return float(step.loss) / max(1, sum(sample.num_supervised for sample in samples))
 
     @torch.no_grad()
     def shift_from_base(self, samples: Sequence[Sample]) -> float:
@@ -145,9 +162,8 @@ class Executor:
     def _divergence_from_base(self, samples: Sequence[Sample]) -> Tensor:
         total = torch.zeros((), device=self.device)
         for pack in self.packs(samples):
-            batch = self._on_device(pack)
-            taught = torch.ones(sum(sample.num_supervised for sample in pack), dtype=torch.bool)
-            total += self.model(**batch, teacher=batch, taught=taught, distill_weight=1.0, num_items_in_batch=1).loss
+            batch = self._batch([replace(sample, teacher=sample) for sample in pack], teach=True)
+            total += run_pack(self.model, batch, distill_weight=1.0).tokens.losses.sum()
         return total
 
     @torch.no_grad()
@@ -165,41 +181,22 @@ class Executor:
         """
         return self._of_each(samples, self._right_of_pack)
 
-    def _of_each(self, samples: Sequence[Sample], of_pack: Callable[[Sequence[Sample]], Sequence[Tensor]]) -> list:
+    def _of_each(self, samples: Sequence[Sample], of_pack: Callable[[Batch], Tensor]) -> list:
+        """of_pack: a value for each sample of a pack, [samples or more]."""
         found: dict[int, Tensor] = {}
         with self.evaluation_mode():
             for pack in self.packs(samples):
-                found |= dict(zip(map(id, pack), of_pack(pack), strict=True))
+                found |= dict(zip(map(id, pack), of_pack(self.batch(pack)), strict=False))
         return torch.stack([found[id(sample)] for sample in samples]).tolist() if samples else []
 
-    def _losses_of_pack(self, pack: Sequence[Sample]) -> list[Tensor]:
-        hidden_states, labels = self._hidden_states_and_labels(pack)
-        lengths = [len(sample.input_ids) for sample in pack]
-        sizes, dim = (lengths, 1) if self.packing else ([1] * len(pack), 0)
-        rows = zip(hidden_states.split(sizes, dim), labels.split(sizes, dim), strict=True)
-        head, softcap = self.model.lm_head, self.model._softcap
-        return [supervised_loss(row, own, head, num_items_in_batch=1, softcap=softcap)[0] for row, own in rows]
+    def _losses_of_pack(self, batch: Batch) -> Tensor:
+        return by_sample(batch, self.run_pack(batch).tokens.losses.double())
 
-    def _right_of_pack(self, pack: Sequence[Sample]) -> list[Tensor]:
-        hidden_states, labels = self._hidden_states_and_labels(pack)
-        supervised = labels[:, 1:] != IGNORE_INDEX
-        rows = max(1, MAX_LOGITS_AT_ONCE // self.model.lm_head.weight.shape[0])
-        likeliest = [self._likeliest(part) for part in hidden_states[:, :-1][supervised].split(rows)]
-        right = torch.cat(likeliest) == labels[:, 1:][supervised]
-        return [of_sample.all() for of_sample in right.split([sample.num_supervised for sample in pack])]
-
-    def _likeliest(self, hidden_states: Tensor) -> Tensor:
-        logits = head_logits(hidden_states, self.model.lm_head, self.model._softcap)
-        audio = self.model.config.audio_token_id
-        logits[:, audio : audio + 1] = -math.inf  # it is never generated, and may lie outside of the vocabulary
-        return logits.argmax(-1)
-
-    def _hidden_states_and_labels(self, pack: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        batch = self.batch(pack)
-        labels = batch.pop("labels")
-        del batch["valid_label_count"]
-        hidden_states = self.model.model(**batch).last_hidden_state
-        return hidden_states, labels.to(hidden_states.device)
+    def _right_of_pack(self, batch: Batch) -> Tensor:
+        likeliest = likeliest_tokens(self.model, batch, hidden_states_of(self.model, batch))
+        targets = batch.text.targets.to(likeliest.device)
+        wrong = (targets != IGNORE_INDEX) & (likeliest != targets)
+        return by_sample(batch, wrong.long()) == 0
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -211,8 +208,8 @@ class Executor:
             self.model.train(was_training)
 
     def within_memory(
-        self, attempt: Callable[[], Tensor], samples: Sequence[Sample], start_again: Callable[[], None]
-    ) -> tuple[Tensor, list[Halved]]:
+        self, attempt: Callable[[], Result], samples: Sequence[Sample], start_again: Callable[[], None]
+    ) -> tuple[Result, list[Halved]]:
         """Calls `attempt` until memory suffices, with packs of half the size after each failure."""
         halvings: list[Halved] = []
         while True:
@@ -237,40 +234,29 @@ class Executor:
         self.max_tokens_per_pack = max(1, min(tokens, self.max_tokens_per_pack) // 2)
         return Halved(tokens=tokens, now=self.max_tokens_per_pack)
 
-    def run_packs(self, samples: Sequence[Sample], num_supervised: int) -> Tensor:
-        losses, divergences, num_taught = [], [], 0
-        for pack in self.packs(samples):
-            self.before_pack()
-            batch = self.batch(pack)
-            loss = self.model(**batch, num_items_in_batch=num_supervised).loss
-            if self.model.last_divergence is not None:
-                divergences.append(self.model.last_divergence)
-                num_taught += int(batch["taught"].sum())
-            if self.model.manual_loss:
-                self._compare_with_reference(pack, loss)
-            if loss.requires_grad:
-                (loss * self.loss_scale).backward()
-            losses.append(loss.detach())
-        self.divergence = torch.stack(divergences).sum() / num_taught if divergences else None
-        return torch.stack(losses).sum()
+    def run_packs(self, samples: Sequence[Sample], num_supervised: int) -> StepLoss:
+        """Forward pass of each pack and, where something is trained, its backward pass."""
+        self._count.fill_(num_supervised)
+        self._scale.fill_(self.loss_scale)
+        found = [self._run_samples(pack, num_supervised) for pack in self.packs(samples)]
+        divergences = [divergence for _, divergence in found if divergence is not None]
+        num_taught = sum(sample.num_supervised for sample in samples if sample.teacher is not None)
+        divergence = torch.stack(divergences).sum() / num_taught if divergences else None
+        return StepLoss(torch.stack([loss for loss, _ in found]).sum(), divergence)
 
-    def _compare_with_reference(self, pack: list[Sample], loss: Tensor) -> None:
-        """--manual_loss: the loss and the mask, computed the plain way, must agree."""
-        counted = sum(int((sample.labels[1:] != -100).sum()) for sample in pack)
-        assert self.model.last_valid_label_count is not None and self.model.last_manual_loss is not None
-        used = int(self.model.last_valid_label_count)
-        names = ", ".join(sample.id for sample in pack)
-        if counted != used:
-            raise NumericalError(
-                f"--manual_loss: {used} positions were supervised, the labels of {names} have {counted}"
-            )
-        fast, plain = float(loss.detach()), float(self.model.last_manual_loss)
-        if not math.isfinite(fast) and not math.isfinite(plain):
-            return  # the two agree that the step is lost, and the finite check skips it
-        # Both sum the same fp32 terms in another order; the head's matrix product rounds by shape, in its own dtype.
-        head = self.model.lm_head.weight
-        tolerance = max(1e-5, 4 * torch.finfo(head.dtype).eps if head.is_floating_point() else 0.03)
-        if not abs(fast - plain) <= tolerance * max(1.0, abs(plain)):
-            raise NumericalError(
-                f"--manual_loss: loss {fast:.6g}, computed the plain way {plain:.6g} (samples {names})"
-            )
+    def _run_samples(self, pack: Sequence[Sample], num_supervised: int) -> tuple[Tensor, Tensor | None]:
+        """Detached loss and, with a teacher, the divergence from it, in nats."""
+        self.before_pack()
+        batch = self.batch(pack)
+        result = self.run_pack(batch)
+        loss = result.tokens.losses.sum() / self._count
+        divergence = None if result.tokens.divergences is None else result.tokens.divergences.sum()
+        last_logits = result.tokens.last_logits
+        if self.manual_loss:
+            last_logits = compare_with_reference(self.model, pack, batch, result, loss, num_supervised)
+        if self.model.keep_last_logits:
+            self.model.last_logits = last_logits
+        del result, last_logits  # the backward pass needs their memory
+        if loss.requires_grad:
+            (loss * self._scale).backward()
+        return loss.detach(), divergence

@@ -4,6 +4,7 @@ The clamp acts in training alone. What is evaluated and served has none: there i
 and the held-out loss shows the model as it will be used.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -29,22 +30,35 @@ def first_q_proj(model: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
-def clamped(x: Tensor, bound: float) -> Tensor:
-    """x within ±bound, with a zero gradient where it was not. NaN stays NaN, for the finite check to see."""
+def clamped(x: Tensor, bound: Tensor) -> Tensor:
+    """x within ±bound, a scalar, with a zero gradient where it was not. NaN stays NaN, for the finite check to see."""
     return torch.clamp(x, -bound, bound)
 
 
 class ActivationClamp:
     """A pre-hook on one module that bounds its first input, while `on` and in training mode.
 
-    Counts what it changes, infinite values included, in one int64 on the module's device, without waiting for it; a
-    pass that is run again (out of memory, a diagnosis) counts again. NaN is neither changed nor counted.
+    The bound in force is a tensor on the module's device, infinite while it is off, so that a captured step need not be
+    captured again when it changes. Counts what it changes, infinite values included, in one int64 there, without a
+    wait; a pass that is run again (out of memory, a diagnosis) counts again. NaN is neither changed nor counted.
     """
 
     def __init__(self, name: str, module: nn.Module, *, bound: float = BOUND, on: bool = False):
-        self.name, self.bound, self.on = name, bound, on
-        self._count = torch.zeros((), dtype=torch.int64, device=next(module.parameters()).device)
+        self.name, self.bound = name, bound
+        device = next(module.parameters()).device
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self._in_force = torch.zeros((), device=device)
+        self.on = on
         self._handle = module.register_forward_pre_hook(self._before)
+
+    @property
+    def on(self) -> bool:
+        return self._on
+
+    @on.setter
+    def on(self, on: bool) -> None:
+        self._on = on
+        self._in_force.fill_(self.bound if on else math.inf)
 
     def remove(self) -> None:
         self._handle.remove()
@@ -65,10 +79,10 @@ class ActivationClamp:
         return put_back
 
     def _before(self, module: nn.Module, args: tuple) -> tuple | None:
-        if not (self.on and module.training):
+        if not module.training:
             return None
         x = args[0]
         # Gradient checkpointing runs the layer again within the backward pass: values that are counted already.
         if torch._C._current_graph_task_id() == -1:
-            self._count += (x.detach().abs() > self.bound).sum()
-        return (clamped(x, self.bound), *args[1:])
+            self._count += (x.detach().abs() > self._in_force).sum()
+        return (clamped(x, self._in_force), *args[1:])

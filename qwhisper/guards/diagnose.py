@@ -77,9 +77,15 @@ def summary(description: dict[str, Any]) -> str:
     return f"{text}, {low:.3g} to {high:.3g}, mean absolute {size:.3g}"
 
 
-def diagnose(model: nn.Module, batch: dict[str, Any], *, loss_scale: float = 1.0) -> Finding | None:
-    """Check the weights, then the batch, then run `model(**batch).loss` forward and backward. Return the first place
-    that is not finite; None if everything is finite.
+def diagnose(
+    model: nn.Module,
+    batch: dict[str, Any],
+    *,
+    loss_of_batch: Callable[[], Tensor] | None = None,
+    loss_scale: float = 1.0,
+) -> Finding | None:
+    """Check the weights, then the batch, then run `loss_of_batch`, by default `model(**batch).loss`, forward and
+    backward. Return the first place that is not finite; None if everything is finite.
 
     Forward: the first module, in the order of execution, whose output is not finite although its inputs are; of nested
     ones the innermost. Backward: the first module, or parameter, whose gradient is not finite although the gradient at
@@ -97,9 +103,10 @@ def diagnose(model: nn.Module, batch: dict[str, Any], *, loss_scale: float = 1.0
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     try:
         with torch.random.fork_rng(devices=devices), torch.enable_grad(), trace.hooks():
-            loss = model(**batch).loss * loss_scale
+            loss = loss_of_batch() if loss_of_batch else model(**batch).loss
+            trace.see_loss(loss)
             if trace.found is None and loss.requires_grad:
-                loss.backward()
+                (loss * loss_scale).backward()
     finally:
         model.zero_grad(set_to_none=True)
     return trace.finding()
@@ -180,6 +187,12 @@ class _Trace:
         if self.found is None and self.reached is not None:
             return self._arrival(self.reached)
         return self.found
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Of modules whose outputs are all finite."""
+        if self.found is None and not _all_finite(loss):
+            message = "the loss is not finite, although what every module made is"
+            self.found = Finding("loss", "forward", message, (describe("loss", loss),))
 
     def _before(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         given = {f"input {i}": value for i, value in enumerate(args)} | kwargs

@@ -15,7 +15,7 @@ import functools
 import inspect
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,6 +145,8 @@ def _sdpa_per_segment(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
     for start, end in itertools.pairwise(bounds):
+        if start == end:  # a border that is not used
+            continue
         mask = _segment_mask(end - start, window, query.device) if causal else None
         out = nn.functional.scaled_dot_product_attention(
             query[:, :, start:end],
@@ -223,7 +225,7 @@ def packed_attention_forward(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    cu_seq_lens_host: list[int] | None = None,
+    cu_seq_lens_host: Sequence[int] | None = None,
     implementation: str = PACKED_ATTENTION,
     **kwargs,
 ) -> tuple[Tensor, None]:

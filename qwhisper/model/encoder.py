@@ -10,26 +10,9 @@ from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from qwhisper.frames import CONV_STRIDE, encoder_frames
 from qwhisper.model.attention import set_encoder_attention
+from qwhisper.model.audio_layout import EncoderLayout, with_zero_row
 from qwhisper.model.half_precision import OverflowClamp
-
-
-def _slots(mel_lengths: list[int]) -> tuple[list[int], int]:
-    """Where each window starts in a row for the convolutions, and that row's length, in mel frames.
-
-    Windows start at even frames, so that the stride-2 convolution meets each at its own first frame, with at least one
-    empty frame between two: the zero padding that a window alone would have.
-    """
-    starts, position = [], 0
-    for length in mel_lengths:
-        starts.append(position)
-        position += length + (1 if length % 2 else 2)
-    return starts, position
-
-
-def _positions(starts: list[int], lengths: list[int], device) -> Tensor:
-    return torch.cat([torch.arange(s, s + n, device=device) for s, n in zip(starts, lengths, strict=True)])
 
 
 class TrueLengthWhisperEncoder(WhisperEncoder):
@@ -43,28 +26,26 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         super().__init__(config)
         self.overflow = OverflowClamp(self)
 
-    def forward(self, mel: Tensor, mel_lengths: list[int], **kwargs) -> Tensor:
-        """mel: [sum(mel_lengths), num_mel_bins]; mel_lengths: frames of each window, at most 2 * max_source_positions.
+    def forward(self, mel: Tensor, layout: EncoderLayout, **kwargs) -> Tensor:
+        """mel: [mel frames, num_mel_bins] of all windows, at most 2 * max_source_positions each.
 
-        Returns [sum of encoder frames, d_model] in the encoder's dtype, ceil(frames / 2) for each window.
+        Returns [encoder frames, d_model] in the encoder's dtype, ceil(mel frames / 2) for each window.
         """
         set_encoder_attention(self.config)
-        limit = self.max_source_positions * CONV_STRIDE
-        if max(mel_lengths) > limit:
+        if layout.max_length > self.max_source_positions:
             raise ValueError(
-                f"a window of {max(mel_lengths)} mel frames is longer than the encoder's {limit}: cut it first"
+                f"a window of {layout.max_length} encoder frames is longer than the encoder's "
+                f"{self.max_source_positions}: cut it first"
             )
-        hidden_states = self._convolve(mel.to(self.conv1.weight.dtype), mel_lengths)
-        lengths = [encoder_frames(n) for n in mel_lengths]
-        within = torch.cat([torch.arange(n, device=mel.device) for n in lengths])
-        hidden_states = (hidden_states + self.embed_positions(within))[None]
+        hidden_states = self._convolve(mel.to(self.conv1.weight.dtype), layout)
+        hidden_states = (hidden_states + self.embed_positions(layout.positions))[None]
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
-        borders = torch.tensor([0, *lengths]).cumsum(0).to(device=mel.device, dtype=torch.int32)
         packed = {
-            "cu_seq_lens_q": borders,
-            "cu_seq_lens_k": borders,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
+            "cu_seq_lens_q": layout.cu_seq_lens,
+            "cu_seq_lens_k": layout.cu_seq_lens,
+            "max_length_q": layout.max_length,
+            "max_length_k": layout.max_length,
+            "cu_seq_lens_host": layout.cu_seq_lens_host,
         }
         for layer in self.layers:
             if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
@@ -72,15 +53,10 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
             hidden_states = layer(hidden_states, None, **packed)
         return self.layer_norm(hidden_states)[0]
 
-    def _convolve(self, mel: Tensor, mel_lengths: list[int]) -> Tensor:
-        """Both convolutions over all windows in one row. Returns [total encoder frames, d_model]."""
-        starts, row_length = _slots(mel_lengths)
-        filled = _positions(starts, mel_lengths, mel.device)
-        row = mel.new_zeros(row_length, mel.shape[1]).index_copy(0, filled, mel)
+    def _convolve(self, mel: Tensor, layout: EncoderLayout) -> Tensor:
+        """Both convolutions over all windows in one row. Returns [encoder frames, d_model]."""
+        row = with_zero_row(mel).index_select(0, layout.mel)
         hidden_states = nn.functional.gelu(self.conv1(row.T[None]))
-        empty = torch.ones(row_length, dtype=torch.bool, device=mel.device).index_fill(0, filled, False)
-        hidden_states = hidden_states.masked_fill(empty, 0.0)
+        hidden_states = hidden_states.masked_fill(layout.mel == mel.shape[0], 0.0)
         hidden_states = nn.functional.gelu(self.conv2(hidden_states))
-        lengths = [encoder_frames(n) for n in mel_lengths]
-        kept = _positions([s // CONV_STRIDE for s in starts], lengths, mel.device)
-        return hidden_states[0].T.index_select(0, kept)
+        return hidden_states[0].T.index_select(0, layout.slots)

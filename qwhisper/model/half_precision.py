@@ -16,7 +16,8 @@ PARTS = ("conv1", "conv2", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2
 class OverflowClamp:
     """Hooks on an encoder's layers and on those of their parts that add many products; idle unless these are fp16.
 
-    Counts in one int64 a module on its device, without waiting for it. NaN is neither changed nor counted.
+    Counts in one int64 a module on its device, which stays the same tensor, without waiting for it. NaN is neither
+    changed nor counted.
     """
 
     def __init__(self, encoder: nn.Module):
@@ -32,12 +33,16 @@ class OverflowClamp:
             return {}
         counts = torch.stack(list(self._counts.values())).tolist()
         found = {name: count for name, count in zip(self._counts, counts, strict=True) if count}
-        self._counts = {}
+        torch._foreach_zero_(list(self._counts.values()))
         return found
 
     def clamp_output(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if output.dtype != torch.float16:
             return None
         count = (output.detach().abs() > BOUND).sum()
-        self._counts[name] = self._counts[name] + count if name in self._counts else count
+        known = self._counts.get(name)
+        if known is not None and known.device == count.device:
+            known += count
+        else:
+            self._counts[name] = count
         return output.clamp(-BOUND, BOUND)

@@ -1,9 +1,10 @@
 """Whisper's log-mel spectrogram for many windows at once, on the device that trains, without padding.
 
-Frames are gathered straight from the windows laid end to end, so a window's features cannot depend on its neighbours or
-on the longest clip of the batch. Equal to `transformers.WhisperFeatureExtractor` (its torch path) to rounding.
+Windows lie in one row with their margins, so a window's features cannot depend on its neighbours or on the longest clip
+of the batch. Equal to `transformers.WhisperFeatureExtractor` (its torch path) to rounding.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
 from qwhisper.frames import HOP_LENGTH, N_FFT, SAMPLE_RATE, mel_frames
+from qwhisper.model.audio_layout import AudioSizes, MelLayout, mel_layout, on_device, waveform_row
 
-FRAMES_AT_ONCE = 30_000  # 5 minutes: the gathered frames and their spectrum then take about 100 MB
+FRAMES_AT_ONCE = 30_000  # 5 minutes: the frames and their spectrum then take about 100 MB
 
 
 @lru_cache(maxsize=4)
@@ -30,28 +32,30 @@ def _filters(num_mel_bins: int, device: torch.device) -> Tensor:
     return torch.from_numpy(filters).to(device=device, dtype=torch.float32)
 
 
-def _window_log_mel(window: Tensor, num_mel_bins: int) -> Tensor:
-    """log10 mel power [frames, num_mel_bins] of one window [samples], at least -10, before Whisper's normalisation."""
-    padded = torch.nn.functional.pad(window, (0, max(0, N_FFT - window.shape[0])))
-    padded = torch.nn.functional.pad(padded[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0]
-    frames = padded.unfold(0, N_FFT, HOP_LENGTH)[: mel_frames(window.shape[0])]
-    hann = torch.hann_window(N_FFT, device=window.device)
-    filters = _filters(num_mel_bins, window.device)
-    blocks = [torch.fft.rfft(block * hann).abs().square() @ filters for block in frames.split(FRAMES_AT_ONCE)]
-    return torch.cat(blocks).clamp(min=1e-10).log10()
+def log_mel(row: Tensor, layout: MelLayout, num_mel_bins: int) -> Tensor:
+    """Log-mel features [mel frames, num_mel_bins] float32 of a row of samples, see `audio_layout.row_source`.
+
+    Each window is normalised by itself: clamped to 8 below its own maximum, then (x + 4) / 4, as Whisper was trained
+    (Radford et al., 2022, section 2.2).
+    """
+    hann = torch.hann_window(N_FFT, device=row.device)
+    filters = _filters(num_mel_bins, row.device)
+    blocks = row.unfold(0, N_FFT, HOP_LENGTH).split(FRAMES_AT_ONCE)
+    power = torch.cat([torch.fft.rfft(block * hann).abs().square() @ filters for block in blocks])
+    features = power.index_select(0, layout.frames).clamp(min=1e-10).log10()
+    loudest = features.new_full((layout.num_windows + 1,), -math.inf)
+    loudest = loudest.scatter_reduce(0, layout.windows, features.amax(-1), "amax")
+    floor = loudest.index_select(0, layout.windows) - 8.0
+    return (torch.maximum(features, floor[:, None]) + 4.0) / 4.0
 
 
 def packed_log_mel(waveforms: Tensor, lengths: list[int], num_mel_bins: int) -> tuple[Tensor, list[int]]:
     """Log-mel features of windows laid end to end.
 
     waveforms: [sum(lengths)] float32, 16 kHz; lengths: samples of each window.
-    Returns ([total_mel_frames, num_mel_bins] float32, mel frames of each window). Each window is normalised by itself:
-    clamped to 8 below its own maximum, then (x + 4) / 4, as Whisper was trained (Radford et al., 2022, section 2.2).
+    Returns ([total_mel_frames, num_mel_bins] float32, mel frames of each window); see `log_mel`.
     """
-    if sum(lengths) != waveforms.shape[0]:
-        raise ValueError(f"window lengths sum to {sum(lengths)} samples, but the waveforms have {waveforms.shape[0]}")
-    features = []
-    for window in waveforms.float().split(lengths):
-        log_mel = _window_log_mel(window, num_mel_bins)
-        features.append((log_mel.clamp(min=log_mel.max() - 8.0) + 4.0) / 4.0)
-    return torch.cat(features), [f.shape[0] for f in features]
+    mel_lengths = [mel_frames(n) for n in lengths]
+    sizes = AudioSizes(windows=len(lengths), mel_frames=sum(mel_lengths))
+    row = waveform_row(waveforms, lengths, sizes)
+    return log_mel(row, on_device(mel_layout(lengths, sizes), row.device), num_mel_bins), mel_lengths

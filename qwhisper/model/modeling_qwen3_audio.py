@@ -3,6 +3,8 @@
 Architecture only: nothing here knows of files, dialogues or training. `qwen3_audio` adds what the package needs.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -16,10 +18,11 @@ from qwhisper.model.attention import (
     set_encoder_attention,
     set_text_attention,
 )
+from qwhisper.model.audio_layout import AudioLayout, EncoderLayout, encoder_layout, on_device, stack_groups
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.loss import head_logits, supervised_loss
-from qwhisper.model.mel import packed_log_mel
+from qwhisper.model.mel import log_mel, packed_log_mel
 from qwhisper.model.projector import AudioProjection, ProjectorLinear
 
 AUDIO_INPUTS = ("audio_waveforms", "input_features", "audio_features")
@@ -94,12 +97,27 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
         Returns ([frames, d_model], frames of each window): of the speech and a short rest after it, see
         `FrameArithmetic.kept_frames`.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
-            hidden_states = self.audio_tower(mel.to(self.audio_tower.conv1.weight.device), mel_lengths)
+        device = self.audio_tower.conv1.weight.device
+        hidden_states = self._encode(mel.to(device), on_device(encoder_layout(mel_lengths), device))
         lengths = [encoder_frames(n) for n in mel_lengths]
         arithmetic = self.config.frames
         kept = [frames[arithmetic.kept_frames(len(frames))] for frames in hidden_states.split(lengths)]
         return torch.cat(kept), [len(frames) for frames in kept]
+
+    def _encode(self, mel: Tensor, layout: EncoderLayout) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
+            return self.audio_tower(mel, layout)
+
+    def audio_embeddings(self, row: Tensor, layout: AudioLayout) -> Tensor:
+        """Audio tokens [tokens, hidden_size], in the projector's dtype, of a row of samples.
+
+        row: see `audio_layout.row_source`. It and the indices of mel and encoder lie on the encoder's device. Waits for
+        no device, but to carry the encoder's frames from one to another.
+        """
+        mel = log_mel(row, layout.mel, self.config.audio_config.num_mel_bins)
+        frames = self._encode(mel, layout.encoder)
+        device = self.multi_modal_projector.linear_1.weight.device
+        return self.multi_modal_projector(frames.to(device), layout.groups.to(device))
 
     def get_audio_features(
         self,
@@ -130,8 +148,10 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
             frames, lengths = audio_features, audio_lengths.tolist()
         else:
             raise ValueError(f"no audio: pass one of {', '.join(AUDIO_INPUTS)}")
-        projector_device = self.multi_modal_projector.linear_1.weight.device
-        tokens = self.multi_modal_projector(frames.to(projector_device), lengths)
+        device = self.multi_modal_projector.linear_1.weight.device
+        ends = list(itertools.accumulate(lengths, initial=0))
+        groups = stack_groups(list(itertools.pairwise(ends)), self.config.projector_stack, nothing=ends[-1])
+        tokens = self.multi_modal_projector(frames.to(device), groups.to(device))
         return BaseModelOutputWithPooling(last_hidden_state=frames, pooler_output=tokens)
 
     def get_placeholder_mask(self, input_ids: Tensor, audio_tokens: Tensor | None) -> Tensor:
@@ -152,12 +172,23 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
             raise ValueError(f"pass one of {', '.join(AUDIO_INPUTS)}, not {' and '.join(given)}")
         tokens = self.get_audio_features(**audio).pooler_output if given else None
         placeholders = self.get_placeholder_mask(input_ids, tokens)
-        # The placeholder's id may lie outside the vocabulary; what is looked up in its stead is replaced below.
-        embeddings = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        # The placeholder's id may lie outside the vocabulary; what is looked up in its stead is replaced.
+        input_ids = input_ids.masked_fill(placeholders, 0)
         if tokens is None:
-            return embeddings
+            return self.get_input_embeddings()(input_ids)
+        return self.embed_with_audio(input_ids, tokens, placeholders.flatten().nonzero()[:, 0])
+
+    def embed_with_audio(self, input_ids: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings [batch, tokens, hidden_size] in the LM's dtype, with audio tokens [audio tokens, hidden_size] at
+        `positions`, int64 [audio tokens], of the rows end to end. One past the last position is nowhere.
+
+        input_ids: [batch, tokens], any id of the vocabulary at placeholders.
+        """
+        ids = torch.cat([input_ids.flatten(), input_ids.new_zeros(1)])
+        embeddings = self.get_input_embeddings()(ids[None])[0]
         tokens = tokens.to(device=embeddings.device, dtype=embeddings.dtype)
-        return embeddings.masked_scatter(placeholders[..., None].to(embeddings.device), tokens)
+        embeddings = embeddings.index_copy(0, positions.to(embeddings.device), tokens)
+        return embeddings[:-1].view(*input_ids.shape, -1)
 
     def forward(
         self,
@@ -204,7 +235,14 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
 
 
 class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMixin):
-    """`Qwen3AudioModel` with the language model's head: computes a loss from labels, and answers."""
+    """`Qwen3AudioModel` with the language model's head: computes a loss from labels, and answers.
+
+    last_logits: while `keep_last_logits`, the detached logits [positions, vocabulary] of the last supervised positions,
+    as many as are computed at once.
+    """
+
+    keep_last_logits: bool = False
+    last_logits: Tensor | None = None
 
     def __init__(self, config: Qwen3AudioConfig):
         super().__init__(config)
@@ -238,7 +276,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         return self.model.get_placeholder_mask(*args, **kwargs)
 
     @property
-    def _softcap(self) -> float | None:
+    def softcap(self) -> float | None:
         return getattr(self.config.get_text_config(), "final_logit_softcapping", None)
 
     def forward(
@@ -280,16 +318,18 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss, _ = supervised_loss(
+            loss, last_logits = supervised_loss(
                 hidden_states,
                 labels.to(hidden_states.device),
                 self.lm_head,
                 num_items_in_batch=num_items_in_batch,
-                softcap=self._softcap,
+                softcap=self.softcap,
             )
+            if self.keep_last_logits:
+                self.last_logits = last_logits
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = head_logits(hidden_states[:, kept], self.lm_head, self._softcap)
+            logits = head_logits(hidden_states[:, kept], self.lm_head, self.softcap)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 

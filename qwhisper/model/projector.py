@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from qwhisper.model.audio_layout import with_zero_row
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 
 
@@ -32,9 +33,8 @@ class AudioProjection(nn.Module):
 
     def __init__(self, config: Qwen3AudioConfig):
         super().__init__()
-        self.stack = config.projector_stack
         self.scale = config.projector_scale
-        stacked_size = config.audio_config.d_model * self.stack
+        stacked_size = config.audio_config.d_model * config.projector_stack
         hidden_size = config.get_text_config().hidden_size
         self.norm = nn.LayerNorm(stacked_size)
         self.dropout = nn.Dropout(config.projector_dropout)
@@ -42,22 +42,16 @@ class AudioProjection(nn.Module):
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = ProjectorLinear(hidden_size, hidden_size)
 
-    def stack_frames(self, hidden_states: Tensor, lengths: list[int]) -> Tensor:
-        """[sum(lengths), d_model] to [tokens, stack * d_model]: each window's last group is filled up with zeros."""
-        groups = [-(-n // self.stack) for n in lengths]
-        pieces = hidden_states.split(lengths)
-        fill = [count * self.stack - length for count, length in zip(groups, lengths, strict=True)]
-        filled = torch.cat([nn.functional.pad(piece, (0, 0, 0, n)) for piece, n in zip(pieces, fill, strict=True)])
-        return filled.view(sum(groups), -1)
+    def forward(self, hidden_states: Tensor, groups: Tensor) -> Tensor:
+        """hidden_states: [frames, d_model] of the encoder; groups: int64 [tokens, stack], the frames that each token is
+        made of; the number of frames, where there is none, reads zeros.
 
-    def forward(self, hidden_states: Tensor, lengths: list[int]) -> Tensor:
-        """hidden_states: [sum(lengths), d_model], encoder frames of all windows; lengths: frames of each window.
-
-        Returns [sum(ceil(length / stack)), hidden_size] in the projector's own dtype. Computed in that dtype even under
-        autocast: half precision here is where the first NaN of such models comes from.
+        Returns [tokens, hidden_size] in the projector's own dtype. Computed in that dtype even under autocast: half
+        precision here is where the first NaN of such models comes from.
         """
         dtype = self.linear_1.weight.dtype
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            x = self.dropout(self.norm(self.stack_frames(hidden_states.to(dtype), lengths)))
-            x = self.linear_2(self.act(self.linear_1(x)))
+            stacked = with_zero_row(hidden_states).index_select(0, groups.flatten())
+            x = stacked.view(groups.shape[0], -1).to(dtype)
+            x = self.linear_2(self.act(self.linear_1(self.dropout(self.norm(x)))))
             return x * self.scale

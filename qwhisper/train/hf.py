@@ -29,6 +29,7 @@ from qwhisper.guards.diagnose import describe
 from qwhisper.guards.gradients import drop_gradients, scale_gradients, step_statistics
 from qwhisper.guards.state import GuardState
 from qwhisper.model.lora import lora_parameters
+from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import say
 from qwhisper.train.arguments import TrainArguments
@@ -247,19 +248,30 @@ class LoRAStabilizeCallback(ConfiguringCallback):
 class LossDebugCallback(TrainerCallback):
     """Prints supervised tokens and loss of every step, or hands them to `report(step, valid_labels, loss)`.
 
-    In a plain Trainer it reads the model's last forward pass: with accumulation, that of the last micro-batch.
+    In a plain Trainer it watches the model's forward passes: with accumulation, the last micro-batch's.
     """
 
     def __init__(self, report=None):
         self.report = report or (lambda step, valid, loss: print(f"step {step}: {valid} valid labels, loss {loss:.4f}"))
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # labels that are not masked, loss
+        self._hook: Any = None
 
-    def on_step_end(self, args, state, control, model=None, step_report=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._hook = unwrapped(model).register_forward_hook(self._see, with_kwargs=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._hook.remove()
+
+    def on_step_end(self, args, state, control, step_report=None, **kwargs):
         if step_report is not None:
             self.report(state.global_step, step_report.tokens, step_report.loss)
-            return
-        model = unwrapped(model)
-        if model.last_valid_label_count is not None and model.last_loss is not None:
-            self.report(state.global_step, int(model.last_valid_label_count), float(model.last_loss))
+        elif self._last is not None:
+            valid, loss = self._last
+            self.report(state.global_step, int(valid), float(loss))
+
+    def _see(self, module, args, kwargs, output) -> None:
+        if module.training and kwargs.get("labels") is not None:
+            self._last = (kwargs["labels"][:, 1:] != IGNORE_INDEX).sum(), output.loss.detach()
 
 
 class NaNMonitorCallback(TrainerCallback):
@@ -272,6 +284,13 @@ class NaNMonitorCallback(TrainerCallback):
     def __init__(self, every: int = 1):
         self.every = every
         self.first_bad: str | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        unwrapped(model).keep_last_logits = True
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        model = unwrapped(model)
+        model.keep_last_logits, model.last_logits = False, None
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every or self.first_bad:

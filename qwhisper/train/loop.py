@@ -48,9 +48,10 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
     """
     args, guards, samples, frozen = session.args, session.state.guards, fetched.samples, session.frozen_groups
 
-    statistics = run_samples(session, samples, num_supervised(samples))
+    statistics, divergence = run_samples(session, samples, num_supervised(samples))
     if statistics.not_finite and not statistics.broken_weights:
         samples, statistics = drop_bad_samples(session, samples, statistics)
+        divergence = None  # it may be that of a sample that is left out
     quarantine(session, fetched)  # written and counted only now: until here the step may be given up
     bounds = {"lora": args.lora_grad_clip}
     decision = decide(statistics, guards.averages, group_bounds=bounds, max_grad_norm=args.max_grad_norm)
@@ -91,7 +92,7 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
         num_samples=len(samples),
         has_audio=any(sample.windows for sample in samples),
         frozen=frozen,
-        divergence=None if skipped or session.executor.divergence is None else float(session.executor.divergence),
+        divergence=None if skipped or divergence is None else float(divergence),
     )
 
 

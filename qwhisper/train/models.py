@@ -95,7 +95,6 @@ def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArgu
     if not args.freeze_whisper:
         model.model.audio_tower.requires_grad_(True).float()
         model.model.audio_tower.embed_positions.requires_grad_(False)
-    model.manual_loss = args.manual_loss
     if args.gradient_checkpointing:
         model.model.language_model.gradient_checkpointing_enable(
             {"use_reentrant": False, "preserve_rng_state": args.lora_dropout > 0 or has_dropout(model)}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data.rows import Sample
+from qwhisper.engine.executor import Executor, StepLoss
 from qwhisper.errors import MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.decide import Decision, StepStatistics
 from qwhisper.guards.diagnose import Finding, bad_weight, diagnose
@@ -21,8 +22,9 @@ def num_supervised(samples: list[Sample]) -> int:
     return sum(sample.num_supervised for sample in samples)
 
 
-def run_samples(session: Session, samples: list[Sample], count: int) -> StepStatistics:
-    """Forward and backward; leaves the gradients of sum(token losses) / count and returns what they look like.
+def run_samples(session: Session, samples: list[Sample], count: int) -> tuple[StepStatistics, Tensor | None]:
+    """Forward and backward; leaves the gradients of sum(token losses) / count. Returns what they look like, and the
+    divergence from the teacher, in nats a taught token.
 
     In fp16 an overflow of the gradients is met by a smaller loss scale and the same samples once more. Where no scale
     helps, it was no overflow, and the scale is as before.
@@ -31,18 +33,18 @@ def run_samples(session: Session, samples: list[Sample], count: int) -> StepStat
     before = scale.scale
     while True:
         session.executor.loss_scale = scale.scale if session.executor.half_precision else 1.0
-        loss, halvings = session.executor.forward_backward(samples, count) if samples else (torch.zeros(()), [])
-        for halved in halvings:
+        found = session.executor.forward_backward(samples, count) if samples else StepLoss(torch.zeros(()))
+        for halved in found.halvings:
             session.report(OutOfMemory(tokens=halved.tokens, max_tokens_per_pack=halved.now))
         drop_gradients(
             {name: parameters for name, parameters in session.groups.items() if name in session.frozen_groups}
         )
-        statistics = step_statistics(loss, session.groups)
+        statistics = step_statistics(found.loss, session.groups)
         overflow = statistics.not_finite and math.isfinite(statistics.loss) and not statistics.broken_weights
         if not (overflow and session.executor.half_precision and scale.shrink()):
             if statistics.not_finite:
                 scale.scale = before
-            return statistics
+            return statistics, found.divergence
         drop_gradients(session.groups)
 
 
@@ -69,9 +71,7 @@ def drop_bad_samples(
             else:
                 kept.append(sample)
     report_dropped(session, kept, dropped, failed, finding)
-    session.executor.model.last_logits = session.executor.divergence = (
-        None  # they may be those of a sample that is left out
-    )
+    session.executor.model.last_logits = None  # they may be those of a sample that is left out
     if not kept:
         return [], failed
     return kept, total.leave(weight=count / num_supervised(kept))
@@ -86,7 +86,7 @@ class GradientSum:
 
     def add(self, samples: list[Sample], count: int) -> StepStatistics:
         """Runs the samples of a step of `count` supervised tokens; what is not finite is not added."""
-        statistics = run_samples(self.session, samples, count)
+        statistics, _ = run_samples(self.session, samples, count)
         if not statistics.not_finite:
             self.loss += statistics.loss
             for parameter in (p for parameters in self.session.groups.values() for p in parameters):
@@ -122,12 +122,22 @@ def find_cause(session: Session, pack: list[Sample], count: int) -> Finding | No
     None also if the search itself fails, for example without memory: the step matters more.
     """
     session.executor.before_pack()
-    batch = session.executor.batch(pack) | {"num_items_in_batch": count}
     try:
-        return diagnose(session.executor.model, batch, loss_scale=session.executor.loss_scale)
+        return diagnose_pack(session.executor, pack, count)
     except (RuntimeError, MemoryError) as error:
         session.report(NoDiagnosis(error=first_line(error)))
         return None
+
+
+def diagnose_pack(executor: Executor, pack: list[Sample], count: int) -> Finding | None:
+    """count: supervised tokens of the step."""
+    batch = executor.batch(pack)
+    return diagnose(
+        executor.model,
+        {} if batch.audio is None else {"audio_waveforms": batch.audio.row},
+        loss_of_batch=lambda: executor.run_pack(batch).tokens.losses.sum() / count,
+        loss_scale=executor.loss_scale,
+    )
 
 
 def report_dropped(

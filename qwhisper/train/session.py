@@ -165,6 +165,7 @@ def build_session(
         max_tokens_per_pack=state.max_tokens_per_pack or args.pack_limit,
         pad_token_id=encoder.pad_token_id,
         distill_weight=args.distill_weight,
+        manual_loss=args.manual_loss,
     )
     executor.start_gradients = gradient_buffers.start
     hooks = Hooks(

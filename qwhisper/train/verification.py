@@ -194,7 +194,7 @@ def _step(folder: Path, model, encoder: DialogueEncoder, sample: Sample) -> tupl
     before = {name: parameter.detach().clone() for name, parameter in names.items()}
     model.train()
     executor = Executor(model, max_tokens_per_pack=None, pad_token_id=encoder.pad_token_id)
-    loss, _ = executor.forward_backward([sample], sample.num_supervised)
+    loss = executor.forward_backward([sample], sample.num_supervised).loss
     if not torch.isfinite(loss):
         raise CheckpointError(f"{folder}: the loss of one step is {float(loss)}")
     _refuse_not_finite(folder, "gradient of", [(name, p.grad) for name, p in names.items() if p.grad is not None])

@@ -47,28 +47,28 @@ def test_out_of_memory_halves_the_pack_and_keeps_the_mathematics(run, monkeypatc
     run, samples = run
     expected = loss_and_gradients(run, samples[:4], max_tokens=10_000)
     tokens = sum(len(s.input_ids) for s in samples[:4])
-    forward = run.executor.model.forward
+    run_pack = run.executor.run_pack
 
-    def with_little_memory(input_ids, **kwargs):
-        if input_ids.shape[1] > tokens // 2:
+    def with_little_memory(batch):
+        if batch.shape.tokens > tokens // 2:
             raise torch.OutOfMemoryError("CUDA out of memory (planted)")
-        return forward(input_ids, **kwargs)
+        return run_pack(batch)
 
-    monkeypatch.setattr(run.executor.model, "forward", with_little_memory)
+    monkeypatch.setattr(run.executor, "run_pack", with_little_memory)
     run.executor.model.zero_grad(set_to_none=True)
     run.executor.max_tokens_per_pack = 10_000
-    loss, halvings = run.executor.forward_backward(samples[:4], sum(s.num_supervised for s in samples[:4]))
-    assert [h.now for h in halvings] == [tokens // 2]
-    assert_same(expected, (float(loss), gradients(run)))
+    step = run.executor.forward_backward(samples[:4], sum(s.num_supervised for s in samples[:4]))
+    assert [h.now for h in step.halvings] == [tokens // 2]
+    assert_same(expected, (float(step.loss), gradients(run)))
 
 
 def test_one_sample_that_does_not_fit_ends_the_run_with_advice(run, monkeypatch):
     run, samples = run
 
-    def no_memory(**kwargs):
+    def no_memory(batch):
         raise torch.OutOfMemoryError("CUDA out of memory (planted)")
 
-    monkeypatch.setattr(run.executor.model, "forward", no_memory)
+    monkeypatch.setattr(run.executor, "run_pack", no_memory)
     with pytest.raises(MemoryLimitError, match="--max_length"):
         run.executor.forward_backward(samples[:2], 10)
 
@@ -76,39 +76,67 @@ def test_one_sample_that_does_not_fit_ends_the_run_with_advice(run, monkeypatch)
 def test_manual_loss_agrees_with_the_default_loss(run):
     run, samples = run
     default = loss_and_gradients(run, samples[:4], max_tokens=10_000)
-    run.executor.model.manual_loss = True
+    run.executor.manual_loss = True
     assert_same(default, loss_and_gradients(run, samples[:4], max_tokens=10_000))
-    model = run.executor.model
-    assert float(model.last_manual_loss) == pytest.approx(default[0], rel=TOLERANCE)
-    assert model.last_logits.shape[:2] == (1, sum(len(s.input_ids) for s in samples[:4]))
+    assert_same(default, loss_and_gradients(run, samples[:4], max_tokens=10_000, packing=False))
 
 
-@pytest.mark.parametrize("fault", ["loss", "mask"])
-def test_manual_loss_stops_loudly_where_the_two_part(run, monkeypatch, fault):
+def test_logits_are_kept_while_somebody_asks_for_them(run):
     run, samples = run
-    model = run.executor.model
-    model.manual_loss = True
-    honest = model.loss_of
+    model, tokens = run.executor.model, sum(len(s.input_ids) for s in samples[:4])
+    loss_and_gradients(run, samples[:4], max_tokens=10_000)
+    assert model.last_logits is None
+    model.keep_last_logits = True
+    loss_and_gradients(run, samples[:4], max_tokens=10_000)
+    assert model.last_logits.shape[0] == sum(s.num_supervised for s in samples[:4])
+    run.executor.manual_loss = True
+    loss_and_gradients(run, samples[:4], max_tokens=10_000)
+    assert model.last_logits.shape[:2] == (1, tokens) and not model.last_logits.requires_grad
 
-    def wrong(hidden_states, labels, *rest):
-        if fault == "mask":
-            labels = labels.clone()
-            labels[0, int((labels[0] != -100).nonzero()[0])] = -100
-        loss = honest(hidden_states, labels, *rest)
-        return loss * 1.01 if fault == "loss" else loss
 
-    monkeypatch.setattr(model, "loss_of", wrong)
+def a_wrong_loss(text, tokens):
+    return text, dataclasses.replace(tokens, losses=tokens.losses * 1.01)
+
+
+def a_lost_label(text, tokens):
+    targets = text.targets.clone()
+    targets[0] = -100
+    return dataclasses.replace(text, targets=targets), tokens
+
+
+def a_shifted_position(text, tokens):
+    return dataclasses.replace(text, positions=text.positions - 1), tokens
+
+
+@pytest.mark.parametrize("fault", [a_wrong_loss, a_lost_label, a_shifted_position])
+@pytest.mark.parametrize("packing", [True, False])
+def test_manual_loss_stops_loudly_where_the_two_part(run, monkeypatch, fault, packing):
+    run, samples = run
+    batch_of, run_pack = run.executor.batch, run.executor.run_pack
+
+    def wrong_batch(samples):
+        batch = batch_of(samples)
+        return dataclasses.replace(batch, text=fault(batch.text, None)[0]) if fault != a_wrong_loss else batch
+
+    def wrong_result(batch):
+        result = run_pack(batch)
+        return dataclasses.replace(result, tokens=fault(batch.text, result.tokens)[1])
+
+    monkeypatch.setattr(run.executor, "batch", wrong_batch)
+    monkeypatch.setattr(run.executor, "run_pack", wrong_result)
+    loss_and_gradients(run, samples[:3], max_tokens=10_000, packing=packing)
+    run.executor.manual_loss = True
     with pytest.raises(NumericalError, match="--manual_loss"):
-        loss_and_gradients(run, samples[:3], max_tokens=10_000)
+        loss_and_gradients(run, samples[:3], max_tokens=10_000, packing=packing)
 
 
 def test_manual_loss_leaves_a_loss_that_is_nan_both_ways_to_the_finite_check(run):
     run, samples = run
-    run.executor.model.manual_loss = True
+    run.executor.manual_loss = True
     with torch.no_grad():
         run.executor.model.model.language_model.norm.weight[0] = float("nan")
-    loss, _ = run.executor.forward_backward(samples[:2], sum(s.num_supervised for s in samples[:2]))
-    assert loss.isnan()
+    step = run.executor.forward_backward(samples[:2], sum(s.num_supervised for s in samples[:2]))
+    assert step.loss.isnan()
 
 
 def test_evaluation_weighs_by_tokens_whatever_the_packs(run):
@@ -126,8 +154,8 @@ def test_in_fp16_a_step_may_have_no_gradient_at_all(arguments):
     text = [dataclasses.replace(s, input_ids=s.input_ids[-6:], labels=s.labels[-6:], windows=[]) for s in samples[:2]]
     assert all(run.executor.model.config.audio_token_id not in sample.input_ids for sample in text)
     run.executor.loss_scale = 1024.0
-    loss, _ = run.executor.forward_backward(text, sum(sample.num_supervised for sample in text))
-    assert float(loss) > 0 and gradients(run) == {}
+    step = run.executor.forward_backward(text, sum(sample.num_supervised for sample in text))
+    assert float(step.loss) > 0 and gradients(run) == {}
 
 
 def test_a_trained_encoder_does_not_hide_that_the_language_model_is_in_fp16(arguments):

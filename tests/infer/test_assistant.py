@@ -38,7 +38,7 @@ class Computed:
         ]
 
     def _count_windows(self, module, inputs):
-        self.windows += len(inputs[1])
+        self.windows += len(inputs[1].cu_seq_lens_host) - 1
 
     def _count_tokens(self, module, inputs, keywords):
         self.passes.append(keywords["inputs_embeds"].shape[1])

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from qwhisper.model import loss as losses
-from qwhisper.model.loss import Lesson, reference_loss, supervised_loss
+from qwhisper.model.loss import Lesson, reference_loss, supervised_loss, token_losses
 
 HIDDEN, VOCABULARY = 8, 23
 
@@ -73,6 +75,30 @@ def test_without_a_supervised_token_loss_and_gradient_are_zero():
     assert not head_grad.any()
 
 
+@pytest.mark.parametrize("rows_at_once", [1000, 3])
+def test_what_stands_at_padding_reaches_no_loss_and_no_gradient(monkeypatch, rows_at_once):
+    monkeypatch.setattr(losses, "MAX_LOGITS_AT_ONCE", 2 * rows_at_once * VOCABULARY)
+    targets = torch.tensor([3, -100, 7, -100, -100, 1])
+    real, taught = targets != -100, torch.tensor([True, False, False, False, False, True])
+    hidden_states, teacher, head = torch.randn(6, HIDDEN), torch.randn(6, HIDDEN), nn.Linear(HIDDEN, VOCABULARY)
+
+    def found(lesson, keep, fill):
+        inputs = torch.where(real[:, None], hidden_states, fill)[keep].requires_grad_()
+        given = Lesson(torch.where(taught[:, None], teacher, fill)[keep], taught[keep], 0.4) if lesson else None
+        head.zero_grad(set_to_none=True)
+        tokens = token_losses(inputs, targets[keep], head, lesson=given)
+        tokens.losses.sum().backward()
+        own = inputs.grad[real[keep]]
+        return tokens.losses[real[keep]].detach(), own, head.weight.grad, head.bias.grad, inputs.grad[~real[keep]]
+
+    for lesson in (False, True):
+        *alone, _ = found(lesson, real, 0.0)
+        *padded, at_padding = found(lesson, torch.ones_like(real), math.nan)
+        assert not at_padding.any()
+        for value, wanted in zip(padded, alone, strict=True):
+            torch.testing.assert_close(value, wanted)
+
+
 def test_full_logits_exist_for_supervised_positions_alone(monkeypatch):
     hidden_states, labels, head = case(tokens=50)
     labels[:, 2:] = -100
@@ -85,20 +111,31 @@ def test_full_logits_exist_for_supervised_positions_alone(monkeypatch):
 
 def lesson_for(labels, weight):
     taught = torch.rand(int((labels[:, 1:] != -100).sum())) < 0.7
-    return Lesson(torch.randn(int(taught.sum()), HIDDEN), taught, weight)
+    states = torch.randn(len(taught), HIDDEN)
+    return Lesson(torch.where(taught[:, None], states, math.nan), taught, weight)
+
+
+def taught_tokens(hidden_states, labels, head, lesson):
+    supervised = labels[:, 1:] != -100
+    return token_losses(hidden_states[:, :-1][supervised], labels[:, 1:][supervised], head, lesson=lesson)
+
+
+def taught_loss(hidden_states, labels, head, lesson):
+    found = taught_tokens(hidden_states, labels, head, lesson)
+    return found.losses.mean(), found.last_logits
 
 
 def plain_lesson(hidden_states, labels, head, lesson):
     """The textbook's sums, a position at a time."""
     supervised = labels[:, 1:] != -100
     logits, targets = head(hidden_states[:, :-1][supervised]).double(), labels[:, 1:][supervised]
-    teachers, total, divergences = iter(head(lesson.hidden_states).double().detach()), 0.0, 0.0
-    for logit, target, taught in zip(logits, targets, lesson.taught, strict=True):
+    teachers, total, divergences = head(lesson.hidden_states).double().detach(), 0.0, 0.0
+    for logit, target, taught, teacher in zip(logits, targets, lesson.taught, teachers, strict=True):
         own = -logit.log_softmax(-1)[target]
         if not taught:
             total = total + own
             continue
-        meant = next(teachers).softmax(-1)
+        meant = teacher.softmax(-1)
         divergence = (meant * (meant.log() - logit.log_softmax(-1))).sum()
         total, divergences = total + (1 - lesson.weight) * own + lesson.weight * divergence, divergences + divergence
     return total / len(targets), divergences
@@ -114,11 +151,13 @@ def test_a_lesson_is_the_divergence_from_the_teacher_beside_cross_entropy_whatev
     lesson = lesson_for(labels, weight)
     expected, divergence = plain_lesson(hidden_states, labels, head, lesson)
     grads = torch.autograd.grad(expected, (hidden_states, head.weight))
-    got = with_gradients(supervised_loss, hidden_states, labels, head, lesson=lesson)
+    got = with_gradients(taught_loss, hidden_states, labels, head, lesson=lesson)
     torch.testing.assert_close(got[0].double(), expected.detach(), atol=1e-6, rtol=1e-5)
     for ours, theirs in zip(got[1:3], grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(lesson.divergence.double(), divergence.detach(), atol=1e-5, rtol=1e-5)
+    found = taught_tokens(hidden_states, labels, head, lesson).divergences
+    assert not found[~lesson.taught].any() and not found.requires_grad
+    torch.testing.assert_close(found.sum().double(), divergence.detach(), atol=1e-5, rtol=1e-5)
     plain, _ = reference_loss(hidden_states, labels, head, lesson=lesson)
     torch.testing.assert_close(plain, got[0])
 
@@ -126,7 +165,7 @@ def test_a_lesson_is_the_divergence_from_the_teacher_beside_cross_entropy_whatev
 def test_a_lesson_of_no_weight_is_cross_entropy():
     hidden_states, labels, head = case()
     loss, _ = supervised_loss(hidden_states, labels, head)
-    with_lesson, _ = supervised_loss(hidden_states, labels, head, lesson=lesson_for(labels, 0.0))
+    with_lesson, _ = taught_loss(hidden_states, labels, head, lesson_for(labels, 0.0))
     torch.testing.assert_close(with_lesson, loss)
 
 
@@ -134,6 +173,6 @@ def test_the_teacher_is_not_taught():
     hidden_states, labels, head = case()
     lesson = lesson_for(labels, 1.0)
     lesson.hidden_states.requires_grad_()
-    loss, _ = supervised_loss(hidden_states, labels, head, lesson=lesson)
+    loss, _ = taught_loss(hidden_states, labels, head, lesson)
     loss.backward()
     assert lesson.hidden_states.grad is None and hidden_states.grad.any()

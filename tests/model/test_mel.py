@@ -30,7 +30,8 @@ def test_a_window_does_not_depend_on_its_neighbours():
     packed, lengths = packed_log_mel(torch.from_numpy(np.concatenate(windows)), LENGTHS, 80)
     assert lengths == [mel_frames(n) for n in LENGTHS]
     for piece, window in zip(packed.split(lengths), windows, strict=True):
-        assert torch.equal(piece, log_mel(window))
+        # Equal to the last bit where the matrix product with the filters does not depend on its number of rows.
+        torch.testing.assert_close(piece, log_mel(window), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("num_samples", [1, 200, 399])

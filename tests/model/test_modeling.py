@@ -11,6 +11,7 @@ from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.data.windows import clip_windows
 from qwhisper.model import attention
 from qwhisper.model.attention import PACKED_ATTENTION
+from qwhisper.model.audio_layout import encoder_layout
 from qwhisper.model.lora import add_lora
 from qwhisper.model.mel import packed_log_mel
 from tests.model.parts import gradients, make_sample, noise
@@ -150,7 +151,7 @@ def test_the_gradients_of_a_full_window_are_those_of_transformers_own_encoder():
     for encoder in (model.model.audio_tower, plain):
         encoder.requires_grad_(False)
         encoder.layers[-1].requires_grad_(True)
-    model.train().model.audio_tower(mel, [3000]).square().sum().backward()
+    model.train().model.audio_tower(mel, encoder_layout([3000])).square().sum().backward()
     plain.train()(mel.T[None]).last_hidden_state.square().sum().backward()
     wanted = dict(plain.layers[-1].named_parameters())
     for name, parameter in model.model.audio_tower.layers[-1].named_parameters():
@@ -232,18 +233,13 @@ def test_logits_to_keep_and_labels_decide_what_is_returned():
     assert model(**batch, labels=batch["input_ids"]).logits is None
 
 
-def test_manual_loss_and_the_last_counts_are_kept_for_whoever_reports_them():
+def test_the_last_logits_are_kept_while_somebody_asks_for_them():
     model = small_model()
-    batch = audio_batch(model)
-    loss = model(**batch, num_items_in_batch=7).loss
-    assert model.last_manual_loss is None
-    assert model.last_valid_label_count == 4
-    assert torch.equal(model.last_loss, loss)
-    assert model.last_logits.shape == (4, VOCABULARY)
-    model.manual_loss = True
-    model(**batch, num_items_in_batch=7)
-    torch.testing.assert_close(model.last_manual_loss, loss)
-    assert model.last_logits.shape == (*batch["input_ids"].shape, VOCABULARY)
+    model(**audio_batch(model))
+    assert model.last_logits is None
+    model.keep_last_logits = True
+    model(**audio_batch(model))
+    assert model.last_logits.shape == (4, VOCABULARY) and not model.last_logits.requires_grad
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3", "gpt2"])

@@ -5,7 +5,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -96,12 +96,12 @@ def plant(monkeypatch, effect: Effect, *, samples: set[str] | None = None, calls
     honest, count = Executor.run_packs, iter(range(10**9))
 
     def planted(self, given, num_supervised):
-        loss, call = honest(self, given, num_supervised), next(count)
+        step, call = honest(self, given, num_supervised), next(count)
         hit = any(s.id in samples for s in given) if samples is not None else calls is None or call in calls
         if not (hit and torch.is_grad_enabled()):
-            return loss
-        changed = effect(self, loss)
-        return loss if changed is None else changed
+            return step
+        changed = effect(self, step.loss)
+        return step if changed is None else replace(step, loss=changed)
 
     monkeypatch.setattr(Executor, "run_packs", planted)
 
@@ -162,20 +162,20 @@ class RandomFaults:
             return honest_step(run, fetched)
 
         def run_packs(executor, given, num_supervised):
-            loss = honest_run(executor, given, num_supervised)
+            step = honest_run(executor, given, num_supervised)
             if not torch.is_grad_enabled():
-                return loss
+                return step
             generator = random.Random(f"{self.seed}|{now['step']}")
             if now["first"] and generator.random() < self.share:
                 self.peaks[now["step"]] = 10 ** generator.uniform(1, 12)
-                gradients_times(self.peaks[now["step"]])(executor, loss)
+                gradients_times(self.peaks[now["step"]])(executor, step.loss)
             now["first"] = False
             for sample in given:
                 if effect := self.effect_on(now["step"], sample.id):
                     self.samples.add((now["step"], sample.id))
-                    changed = effect(executor, loss)
-                    loss = loss if changed is None else changed
-            return loss
+                    changed = effect(executor, step.loss)
+                    step = step if changed is None else replace(step, loss=changed)
+            return step
 
         monkeypatch.setattr(loop, "train_step", train_step)
         monkeypatch.setattr(Executor, "run_packs", run_packs)

@@ -15,6 +15,7 @@ from qwhisper.model.attention import PACKED_ATTENTION, packed_attention_forward
 from qwhisper.model.lora import lora_parameters
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.monitor import log_window
+from qwhisper.train.recovery import diagnose_pack, num_supervised
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, same_bits, step, trainable
 
@@ -43,7 +44,7 @@ def events_of(run) -> list[dict]:
 
 
 def finding_of(run, samples) -> tuple[str, str] | None:
-    finding = diagnose.diagnose(run.executor.model, run.executor.batch(samples))
+    finding = diagnose_pack(run.executor, samples, num_supervised(samples))
     return (finding.where, finding.when) if finding else None
 
 

@@ -103,10 +103,10 @@ def test_the_loss_scale_after_a_bad_sample(arguments, monkeypatch):
 
 def scale_stays(honest):
     def run_samples(run, samples, count):
-        statistics = honest(run, samples, count)
+        statistics, divergence = honest(run, samples, count)
         if statistics.not_finite:
             run.state.guards.loss_scale.scale = 1.0
-        return statistics
+        return statistics, divergence
 
     return run_samples
 

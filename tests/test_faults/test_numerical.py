@@ -267,7 +267,7 @@ def test_a_rewind_revives_a_run_whose_weights_were_the_trouble(arguments, monkey
     def bad_away_from_the_start(given, count):
         result = honest(given, count)
         if same_bits(start, trainable(run)):
-            gradient_element(math.nan)(run.executor, result[0])
+            gradient_element(math.nan)(run.executor, result.loss)
         return result
 
     step(run, samples[:4])

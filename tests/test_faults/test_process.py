@@ -22,8 +22,8 @@ from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data import loader as dataset
 from qwhisper.data import loader as workers
 from qwhisper.data.loader import EncodedDialogues
+from qwhisper.engine.executor import Executor
 from qwhisper.errors import UsageError
-from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.train.run import main
 from qwhisper.train.signals import StopSignals
 from tests.test_faults.inject import outcome_of
@@ -50,18 +50,18 @@ def signals_wait(monkeypatch) -> None:
 )
 def test_evaluation_is_left_at_a_signal(arguments, train_file, monkeypatch):
     args = arguments(max_steps=6, save_steps=100, eval_file=str(train_file), eval_steps=2, max_tokens_per_pack="60")
-    honest, packs, trained = Qwen3AudioForConditionalGeneration.forward, [], []
+    honest, packs, trained = Executor.run_pack, [], []
 
-    def forward(self, **batch):
-        if self.training:
+    def run_pack(self, batch):
+        if self.model.training:
             trained.append(batch)
         elif trained:  # the evaluation before the first step leaves nothing to save
             packs.append(batch)
             if len(packs) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return honest(self, **batch)
+        return honest(self, batch)
 
-    monkeypatch.setattr(Qwen3AudioForConditionalGeneration, "forward", forward)
+    monkeypatch.setattr(Executor, "run_pack", run_pack)
     assert outcome_of(args).code == 128 + signal.SIGTERM
     assert len(packs) == 1, "the evaluation went on"
     assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-2"

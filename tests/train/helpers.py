@@ -83,8 +83,8 @@ def adam_state(run) -> dict:
 def loss_and_gradients(run, samples, *, max_tokens, packing=True):
     run.executor.model.zero_grad(set_to_none=True)
     run.executor.max_tokens_per_pack, run.executor.packing = max_tokens, packing
-    loss, _ = run.executor.forward_backward(samples, sum(s.num_supervised for s in samples))
-    return float(loss), gradients(run)
+    step = run.executor.forward_backward(samples, sum(s.num_supervised for s in samples))
+    return float(step.loss), gradients(run)
 
 
 def assert_same(first, second):

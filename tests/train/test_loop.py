@@ -1,5 +1,6 @@
 """One step at a time: what moves, what stays, what is written."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -123,8 +124,11 @@ def test_bad_steps_in_a_row_rewind_to_the_snapshot_at_half_the_rate_and_the_data
 def test_after_the_last_rewind_the_run_ends_with_exit_code_5(arguments, monkeypatch):
     from qwhisper.engine import executor
 
+    def lost(step):
+        return dataclasses.replace(step, loss=step.loss * math.nan)
+
     honest = executor.Executor.run_packs
-    monkeypatch.setattr(executor.Executor, "run_packs", lambda self, s, n: honest(self, s, n) * float("nan"))
+    monkeypatch.setattr(executor.Executor, "run_packs", lambda self, s, n: lost(honest(self, s, n)))
     args = arguments(max_bad_steps=2, max_rewinds=1)
     with pytest.raises(NumericalError, match="dead at step 4 after 1 rewinds") as caught:
         main(args)

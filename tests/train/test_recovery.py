@@ -33,10 +33,10 @@ def runs(monkeypatch) -> list[set[str]]:
 def test_what_is_left_of_a_step_of_several_packs_equals_the_step_without_the_bad_sample(run_and_samples, monkeypatch):
     run, samples = run_and_samples
     rest = [sample for sample in samples if sample is not samples[3]]
-    statistics = run_samples(run, rest, num_supervised(rest))
+    statistics, _ = run_samples(run, rest, num_supervised(rest))
     expected = statistics.loss, gradients(run)
     plant(monkeypatch, loss_times(math.nan), samples={samples[3].id})
-    failed = run_samples(run, samples, num_supervised(samples))
+    failed, _ = run_samples(run, samples, num_supervised(samples))
     assert failed.not_finite
     kept, statistics = drop_bad_samples(run, samples, failed)
     assert {sample.id for sample in kept} == {sample.id for sample in rest}
@@ -47,7 +47,8 @@ def test_only_a_bad_pack_is_run_again_sample_by_sample(run_and_samples, monkeypa
     run, samples = run_and_samples
     packs = [{sample.id for sample in pack} for pack in run.executor.packs(samples)]
     plant(monkeypatch, loss_times(math.nan), samples={samples[3].id})
-    drop_bad_samples(run, samples, run_samples(run, samples, num_supervised(samples)))
+    failed, _ = run_samples(run, samples, num_supervised(samples))
+    drop_bad_samples(run, samples, failed)
     bad = next(pack for pack in packs if samples[3].id in pack)
     assert [ids for ids in runs if len(ids) == 3] == packs
     assert [ids for ids in runs if len(ids) == 1] == [{sample.id} for sample in samples if sample.id in bad]

@@ -113,7 +113,7 @@ def test_any_packing_and_chunking_finds_the_same_right(forgetful, monkeypatch):
     for limit, packing, at_once in ((4096, True, 2**26), (100, True, 1), (4096, False, 3000), (1, False, 2**26)):
         monkeypatch.setattr(executor, "max_tokens_per_pack", limit)
         monkeypatch.setattr(executor, "packing", packing)
-        monkeypatch.setattr("qwhisper.engine.executor.MAX_LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("qwhisper.engine.forward.MAX_LOGITS_AT_ONCE", at_once)
         assert executor.answered_right(rows) == alone
         assert executor.answered_right(rows[::-1]) == alone[::-1]
     assert executor.answered_right([]) == [] and executor.model.training

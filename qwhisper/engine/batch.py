@@ -1,0 +1,332 @@
+"""A pack of samples as tensors, with every index that the model selects by, made on the host.
+
+`PackShape` holds the sizes that all shapes of a pack follow from. A batch can be built to a larger shape than its
+samples need, so that few shapes are met in a run: what is rounded up points at rows of zeros that no result depends on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwhisper.data.rows import Sample
+from qwhisper.frames import FrameArithmetic
+from qwhisper.model.audio_layout import (
+    AudioLayout,
+    AudioSizes,
+    audio_layout,
+    audio_sizes,
+    on_device,
+    padding_segments,
+    row_source,
+)
+from qwhisper.model.loss import IGNORE_INDEX
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackShape:
+    """tokens of all segments; max_length: of the longest. supervised: positions that a loss is taken at. windows = 0 is
+    a pack of text alone; max_window: encoder frames of the longest window. teacher: of the row that a teacher reads.
+    """
+
+    tokens: int
+    segments: int
+    max_length: int
+    supervised: int
+    audio_tokens: int = 0
+    encoder_frames: int = 0
+    mel_frames: int = 0
+    windows: int = 0
+    max_window: int = 0
+    teacher: "PackShape | None" = None
+
+    def __post_init__(self):
+        if self.teacher is not None and self.teacher.supervised != self.supervised:
+            raise ValueError(
+                f"{self.teacher.supervised} supervised positions of a teacher for {self.supervised} of the pack"
+            )
+
+    @property
+    def audio(self) -> AudioSizes:
+        return AudioSizes(
+            windows=self.windows,
+            mel_frames=self.mel_frames,
+            encoder_frames=self.encoder_frames,
+            max_window=self.max_window,
+            tokens=self.audio_tokens,
+        )
+
+    @property
+    def waveform_samples(self) -> int:
+        """Of the row that the windows are laid into with their margins."""
+        return self.audio.samples if self.windows else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """Samples end to end in one row, or one padded row each.
+
+    input_ids: int64 [rows, columns], 0 at placeholders. real: bool [rows, columns], False at the tokens that fill a
+    packed row up. position_ids: int64 [1, tokens], restarting at 0; cu_seq_lens: int32 [segments + 1], borders of the
+    segments, and cu_seq_lens_host, the same on the host: None in padded rows, which have attention_mask instead, int64
+    [rows, columns]. max_length: of the longest segment, or more.
+
+    positions: int64 [supervised], where in the rows, end to end, the hidden state stands that predicts; one past the
+    last for padding. targets: int64 [supervised], -100 for padding. segments: int64 [supervised], the sample of each;
+    the number of segments for padding.
+    """
+
+    input_ids: Tensor
+    real: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
+    cu_seq_lens: Tensor | None
+    cu_seq_lens_host: tuple[int, ...] | None
+    max_length: int
+    positions: Tensor
+    targets: Tensor
+    segments: Tensor
+
+    def keywords(self) -> dict:
+        """For the language model's attention."""
+        if self.cu_seq_lens is None:
+            return {"attention_mask": self.attention_mask}
+        return {
+            "position_ids": self.position_ids,
+            "cu_seq_lens_q": self.cu_seq_lens,
+            "cu_seq_lens_k": self.cu_seq_lens,
+            "max_length_q": self.max_length,
+            "max_length_k": self.max_length,
+            "cu_seq_lens_host": self.cu_seq_lens_host,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioPart:
+    """row: float32, the windows with their margins, see `audio_layout.row_source`. positions: int64 [audio tokens], the
+    placeholders in the text's rows, end to end; one past the last for padding.
+    """
+
+    row: Tensor
+    layout: AudioLayout
+    positions: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """teacher: the row that a teacher reads, whose supervised positions stand in the order of the batch's own."""
+
+    shape: PackShape
+    text: TextPart
+    audio: AudioPart | None = None
+    teacher: "Batch | None" = None
+
+    @property
+    def teacher_position(self) -> Tensor | None:
+        """int64 [supervised], where in the teacher's row the same token is predicted; one past the last for none."""
+        return None if self.teacher is None else self.teacher.text.positions
+
+    @property
+    def taught(self) -> Tensor | None:
+        """bool [supervised], which positions have a teacher."""
+        return None if self.teacher is None else self.teacher.text.targets != IGNORE_INDEX
+
+    def to(self, device: torch.device | str, encoder_device: torch.device | str | None = None) -> "Batch":
+        """A copy on the device, without a wait. encoder_device: where the encoder is, if not there."""
+        moved = on_device(self, device)
+        if self.audio is None or encoder_device in (None, device):
+            return moved
+        audio = on_device(self.audio, encoder_device)
+        positions, groups = self.audio.positions.to(device), self.audio.layout.groups.to(device)
+        return replace(moved, audio=replace(audio, positions=positions, layout=replace(audio.layout, groups=groups)))
+
+
+def taught_by(samples: Sequence[Sample]) -> list[Sample]:
+    """The rows that a teacher reads beside these samples."""
+    return [sample.teacher for sample in samples if sample.teacher is not None]
+
+
+def pack_shape(samples: Sequence[Sample], frames: FrameArithmetic, *, teach: bool = False) -> PackShape:
+    """The exact sizes of a pack of these samples. teach: with what their teachers read, where there is any."""
+    supervised = sum(sample.num_supervised for sample in samples)
+    teachers = taught_by(samples) if teach else []
+    audio = audio_sizes([len(window) for sample in samples for window in sample.windows], frames)
+    return PackShape(
+        tokens=sum(len(sample.input_ids) for sample in samples),
+        segments=len(samples),
+        max_length=max(len(sample.input_ids) for sample in samples),
+        supervised=supervised,
+        audio_tokens=audio.tokens,
+        encoder_frames=audio.encoder_frames,
+        mel_frames=audio.mel_frames,
+        windows=audio.windows,
+        max_window=audio.max_window,
+        teacher=replace(pack_shape(teachers, frames), supervised=supervised) if teachers else None,
+    )
+
+
+def packed_batch(
+    samples: Sequence[Sample],
+    frames: FrameArithmetic,
+    audio_token_id: int,
+    *,
+    teach: bool = False,
+    shape: PackShape | None = None,
+) -> Batch:
+    """Samples end to end in one row, on the host. shape: larger sizes than theirs; ValueError where they do not fit."""
+    shape = shape or pack_shape(samples, frames, teach=teach)
+    if teach and shape.teacher is None and taught_by(samples):
+        raise ValueError("the samples have teachers, and the shape has none")
+    teacher = None
+    if shape.teacher is not None:
+        teacher = _packed([sample.teacher for sample in samples], samples, frames, audio_token_id, shape.teacher)
+    return replace(_packed(samples, samples, frames, audio_token_id, shape), teacher=teacher)
+
+
+def padded_batch(
+    samples: Sequence[Sample],
+    frames: FrameArithmetic,
+    audio_token_id: int,
+    pad_token_id: int,
+    *,
+    teach: bool = False,
+    multiple_of: int = 1,
+) -> Batch:
+    """One row a sample, filled up on the right to a multiple of so many tokens, on the host: for language models that
+    can't keep samples of one row apart.
+    """
+    shape = pack_shape(samples, frames, teach=teach)
+    teacher = None
+    if shape.teacher is not None:
+        read = [sample.teacher for sample in samples]
+        teacher = _padded(read, samples, frames, audio_token_id, pad_token_id, multiple_of, shape.teacher)
+    batch = _padded(samples, samples, frames, audio_token_id, pad_token_id, multiple_of, shape)
+    return replace(batch, teacher=teacher)
+
+
+def _packed(
+    rows: Sequence[Sample | None],
+    samples: Sequence[Sample],
+    frames: FrameArithmetic,
+    audio_token_id: int,
+    shape: PackShape,
+) -> Batch:
+    """`rows`, the samples or what the teacher of each reads, end to end."""
+    lengths = [0 if row is None else len(row.input_ids) for row in rows]
+    ids = np.zeros(shape.tokens, dtype=np.int64)
+    ends = np.cumsum([0, *lengths])
+    full = [length for length in lengths if length]
+    segments = [*full, *padding_segments(full, shape.tokens, shape.segments, shape.max_length)]
+    for row, start, end in zip(rows, ends, ends[1:], strict=False):
+        if row is not None:
+            ids[start:end] = row.input_ids
+    placeholders = np.flatnonzero(ids == audio_token_id)
+    ids[placeholders] = 0
+    borders = np.cumsum([0, *segments]).tolist()
+    borders += [shape.tokens] * (shape.segments + 1 - len(borders))
+    text = TextPart(
+        input_ids=torch.from_numpy(ids)[None],
+        real=(torch.arange(shape.tokens) < ends[-1])[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in segments]))[None],
+        attention_mask=None,
+        cu_seq_lens=torch.tensor(borders, dtype=torch.int32),
+        cu_seq_lens_host=tuple(borders),
+        max_length=shape.max_length,
+        **_supervised(rows, ends, samples, shape, nowhere=shape.tokens),
+    )
+    return Batch(shape=shape, text=text, audio=_audio(rows, placeholders, frames, shape, nowhere=shape.tokens))
+
+
+def _padded(
+    rows: Sequence[Sample | None],
+    samples: Sequence[Sample],
+    frames: FrameArithmetic,
+    audio_token_id: int,
+    pad_token_id: int,
+    multiple_of: int,
+    shape: PackShape,
+) -> Batch:
+    """The same in a row each; rows without anything are filled with padding."""
+    lengths = [0 if row is None else len(row.input_ids) for row in rows]
+    columns = -(-max(lengths) // multiple_of) * multiple_of
+    ids = np.full((len(rows), columns), pad_token_id)
+    for number, row in enumerate(rows):
+        if row is not None:
+            ids[number, : lengths[number]] = row.input_ids
+    placeholders = np.flatnonzero(ids == audio_token_id)
+    ids.reshape(-1)[placeholders] = 0
+    mask = torch.arange(columns) < torch.tensor(lengths)[:, None]
+    text = TextPart(
+        input_ids=torch.from_numpy(ids),
+        real=torch.ones_like(mask),  # the attention mask keeps padding apart
+        position_ids=None,
+        attention_mask=mask.long(),
+        cu_seq_lens=None,
+        cu_seq_lens_host=None,
+        max_length=columns,
+        **_supervised(rows, np.arange(len(rows)) * columns, samples, shape, nowhere=ids.size),
+    )
+    return Batch(shape=shape, text=text, audio=_audio(rows, placeholders, frames, shape, nowhere=ids.size))
+
+
+def _supervised(
+    rows: Sequence[Sample | None],
+    starts: Sequence[int] | np.ndarray,
+    samples: Sequence[Sample],
+    shape: PackShape,
+    *,
+    nowhere: int,
+) -> dict[str, Tensor]:
+    """positions, targets and segments of a `TextPart`, in the order of the samples' own supervised tokens."""
+    counts = [sample.num_supervised for sample in samples]
+    if sum(counts) > shape.supervised:
+        raise ValueError(f"{sum(counts)} supervised tokens do not fit into {shape.supervised}")
+    positions = np.full(shape.supervised, nowhere)
+    targets = np.full(shape.supervised, IGNORE_INDEX)
+    segments = np.full(shape.supervised, shape.segments)
+    first = 0
+    for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        here = slice(first, first + count)
+        first += count
+        if row is None:
+            continue
+        found = np.flatnonzero(row.labels[1:] != IGNORE_INDEX)
+        if len(found) != count:
+            raise ValueError(f"{row.id}: its teacher has {len(found)} supervised tokens, not {count}")
+        positions[here] = starts[number] + found
+        targets[here] = row.labels[1:][found]
+        segments[here] = number
+    return {
+        "positions": torch.from_numpy(positions),
+        "targets": torch.from_numpy(targets),
+        "segments": torch.from_numpy(segments),
+    }
+
+
+def _audio(
+    rows: Sequence[Sample | None], placeholders: np.ndarray, frames: FrameArithmetic, shape: PackShape, *, nowhere: int
+) -> AudioPart | None:
+    """Raises ValueError where placeholders and audio do not agree."""
+    windows = [window for row in rows if row is not None for window in row.windows]
+    lengths, sizes = [len(window) for window in windows], shape.audio
+    needed = audio_sizes(lengths, frames)
+    if len(placeholders) != needed.tokens:
+        raise ValueError(
+            f"{len(placeholders)} audio placeholders in {', '.join(row.id for row in rows if row is not None)}, but "
+            f"the audio gives {needed.tokens} tokens: both must be encoded for this model, whose configuration holds "
+            "silence, stack and audio_token_id"
+        )
+    if needed.mel_frames > sizes.mel_frames or needed.tokens > sizes.tokens:
+        raise ValueError(f"{needed} does not fit into {sizes}")
+    if not sizes.windows:
+        return None
+    positions = np.full(sizes.tokens, nowhere)
+    positions[: len(placeholders)] = placeholders
+    waveforms = np.concatenate([*windows, np.zeros(1, dtype=np.float32)])
+    return AudioPart(
+        row=torch.from_numpy(waveforms[row_source(lengths, sizes)]),
+        layout=audio_layout(lengths, frames, sizes),
+        positions=torch.from_numpy(positions),
+    )

@@ -1,0 +1,88 @@
+"""One pack through the model: hidden states, what the teacher makes of them, the loss of each supervised token."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwhisper.engine.batch import Batch
+from qwhisper.model.audio_layout import with_zero_row
+from qwhisper.model.lora import adapter_off
+from qwhisper.model.loss import MAX_LOGITS_AT_ONCE, Lesson, TokenLosses, head_logits, token_losses
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
+
+
+def hidden_states_of(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Tensor:
+    """The language model's last hidden states, [rows, columns, hidden]. Waits for no device."""
+    body, text = model.model, batch.text
+    if batch.audio is None:
+        embeddings = body.get_input_embeddings()(text.input_ids)
+    else:
+        tokens = body.audio_embeddings(batch.audio.row, batch.audio.layout)
+        embeddings = body.embed_with_audio(text.input_ids, tokens, batch.audio.positions)
+    embeddings = torch.where(text.real[..., None], embeddings, 0.0)
+    return body(inputs_embeds=embeddings, use_cache=False, **text.keywords()).last_hidden_state
+
+
+def at(hidden_states: Tensor, positions: Tensor) -> Tensor:
+    """[positions, hidden] of [rows, columns, hidden], zeros for a position past the last."""
+    return with_zero_row(hidden_states.flatten(0, 1)).index_select(0, positions.to(hidden_states.device))
+
+
+@torch.no_grad()
+def teacher_states(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Tensor:
+    """The same of the language model as it was before its adapter, in evaluation mode."""
+    language_model, was_training = model.model.language_model, model.training
+    try:
+        language_model.eval()
+        with adapter_off(language_model):
+            return hidden_states_of(model, batch)
+    finally:
+        language_model.train(was_training)
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """Of one pack. hidden_states: [rows, columns, hidden], the language model's last. lesson: None without a teacher.
+    tokens: loss and divergence of each supervised position.
+    """
+
+    hidden_states: Tensor
+    lesson: Lesson | None
+    tokens: TokenLosses
+
+
+def run_pack(model: Qwen3AudioForConditionalGeneration, batch: Batch, distill_weight: float) -> PackResult:
+    """Forward pass of a pack. distill_weight: of the divergence from its teacher, where it has one."""
+    hidden_states, lesson = hidden_states_of(model, batch), None
+    if batch.teacher is not None and batch.taught is not None:
+        states = teacher_states(model, batch.teacher)
+        lesson = Lesson(at(states, batch.teacher.text.positions), batch.taught.to(states.device), distill_weight)
+    tokens = token_losses(
+        at(hidden_states, batch.text.positions),
+        batch.text.targets.to(hidden_states.device),
+        model.lm_head,
+        softcap=model.softcap,
+        lesson=lesson,
+    )
+    return PackResult(hidden_states, lesson, tokens)
+
+
+def likeliest_tokens(model: Qwen3AudioForConditionalGeneration, batch: Batch, hidden_states: Tensor) -> Tensor:
+    """int64 [supervised], what greedy decoding would give at each supervised position."""
+    rows = max(1, MAX_LOGITS_AT_ONCE // model.lm_head.weight.shape[0])
+    return torch.cat([_likeliest(model, part) for part in at(hidden_states, batch.text.positions).split(rows)])
+
+
+def _likeliest(model: Qwen3AudioForConditionalGeneration, hidden_states: Tensor) -> Tensor:
+    logits = head_logits(hidden_states, model.lm_head, model.softcap)
+    audio = model.config.audio_token_id
+    logits[:, audio : audio + 1] = -math.inf  # it is never generated, and may lie outside of the vocabulary
+    return logits.argmax(-1)
+
+
+def by_sample(batch: Batch, values: Tensor) -> Tensor:
+    """[segments], sums of values [supervised] over the supervised positions of each sample of a pack."""
+    sums = values.new_zeros(batch.shape.segments + 1)
+    return sums.index_add(0, batch.text.segments.to(values.device), values)[:-1]

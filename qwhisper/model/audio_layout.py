@@ -1,0 +1,229 @@
+"""Where each number of the audio path comes from: indices made on the host, from window lengths alone.
+
+Log-mel, encoder and projector compute from these tensors. They wait for no device, and their shapes follow from
+`AudioSizes`, so that a batch can be rounded up to sizes that are met again. What is rounded up points at rows of zeros.
+All index tensors are int64 unless they say otherwise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwhisper.frames import CONV_STRIDE, HOP_LENGTH, N_FFT, FrameArithmetic, encoder_frames, mel_frames
+
+MARGIN_HOPS = 2  # of a window in the row, beyond one hop a frame: its last frame reaches 240 samples further
+Layout = TypeVar("Layout")
+END_HOPS = 3  # zeros at the row's end, where the frames that stand for none lie
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioSizes:
+    """Sizes of the audio of a batch. encoder_frames: of all windows, before the silence is dropped; max_window: of the
+    longest. tokens: after the projector.
+    """
+
+    windows: int = 0
+    mel_frames: int = 0
+    encoder_frames: int = 0
+    max_window: int = 0
+    tokens: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Of the row that the windows are laid into."""
+        return HOP_LENGTH * (self.mel_frames + MARGIN_HOPS * self.windows + END_HOPS)
+
+    @property
+    def conv_slots(self) -> int:
+        """Mel frames, and the empty ones between windows, that the convolutions read."""
+        return CONV_STRIDE * (self.encoder_frames + self.windows)
+
+
+@dataclass(frozen=True)
+class MelLayout:
+    """frames: [mel frames], which frame of the row each is. windows: [mel frames], the window of each, `num_windows`
+    for padding.
+    """
+
+    frames: Tensor
+    windows: Tensor
+    num_windows: int
+
+
+@dataclass(frozen=True)
+class EncoderLayout:
+    """mel: [conv slots], the mel frame in each slot; the number of mel frames where it is empty. slots: [encoder
+    frames], where each lies behind the convolutions. positions: [encoder frames], within their windows. cu_seq_lens:
+    int32 [windows + 1], borders of the windows; cu_seq_lens_host: the same on the host. max_length: frames of the
+    longest window, or more.
+    """
+
+    mel: Tensor
+    slots: Tensor
+    positions: Tensor
+    cu_seq_lens: Tensor
+    cu_seq_lens_host: tuple[int, ...]
+    max_length: int
+
+
+@dataclass(frozen=True)
+class AudioLayout:
+    """All indices from a row of samples to audio tokens. groups: [tokens, stack], the encoder frames that the projector
+    joins; the number of encoder frames where there is none.
+    """
+
+    mel: MelLayout
+    encoder: EncoderLayout
+    groups: Tensor
+
+
+def audio_sizes(lengths: Sequence[int], arithmetic: FrameArithmetic) -> AudioSizes:
+    """Exact sizes of windows of these lengths, in samples, silence included."""
+    mel = [mel_frames(n) for n in lengths]
+    frames = [encoder_frames(n) for n in mel]
+    return AudioSizes(
+        windows=len(frames),
+        mel_frames=sum(mel),
+        encoder_frames=sum(frames),
+        max_window=max(frames, default=0),
+        tokens=sum(arithmetic.window_tokens(n) for n in lengths),
+    )
+
+
+def audio_layout(lengths: Sequence[int], arithmetic: FrameArithmetic, sizes: AudioSizes | None = None) -> AudioLayout:
+    """lengths: samples of each window, silence included. sizes: exact or larger ones; None: the exact ones.
+
+    Raises ValueError where the windows do not fit into the sizes.
+    """
+    sizes = sizes or audio_sizes(lengths, arithmetic)
+    mel = [mel_frames(n) for n in lengths]
+    frames = [encoder_frames(n) for n in mel]
+    starts = np.cumsum([0, *frames])
+    kept = [arithmetic.kept_frames(n) for n in frames]
+    spans = [(start + part.start, start + part.stop) for start, part in zip(starts, kept, strict=False)]
+    return AudioLayout(
+        mel=mel_layout(lengths, sizes),
+        encoder=encoder_layout(mel, sizes),
+        groups=stack_groups(spans, arithmetic.stack, nothing=sizes.encoder_frames, tokens=sizes.tokens),
+    )
+
+
+def row_source(lengths: Sequence[int], sizes: AudioSizes) -> np.ndarray:
+    """[samples of the row] int64, which sample of the windows, end to end, stands at each place; the number of samples
+    of all windows, where a zero must follow them, for none.
+
+    Each window begins at a multiple of the hop with the reflected margin that Whisper's STFT pads it with, so that its
+    mel frames are frames of the row.
+    """
+    total = sum(lengths)
+    source = np.full(sizes.samples, total)
+    place = start = 0
+    for length in lengths:
+        frames, padded = mel_frames(length), max(length, N_FFT)
+        within = np.abs(np.arange((frames - 1) * HOP_LENGTH + N_FFT) - N_FFT // 2)
+        within = np.where(within < padded, within, 2 * (padded - 1) - within)
+        source[place : place + len(within)] = np.where(within < length, start + within, total)
+        place += (frames + MARGIN_HOPS) * HOP_LENGTH
+        start += length
+    return source
+
+
+def waveform_row(waveforms: Tensor, lengths: Sequence[int], sizes: AudioSizes) -> Tensor:
+    """[samples of the row] float32, of windows end to end [sum(lengths)], on their device."""
+    if sum(lengths) != waveforms.shape[0]:
+        raise ValueError(f"window lengths sum to {sum(lengths)} samples, but the waveforms have {waveforms.shape[0]}")
+    source = torch.from_numpy(row_source(lengths, sizes)).to(waveforms.device)
+    return torch.nn.functional.pad(waveforms.float(), (0, 1)).index_select(0, source)
+
+
+def mel_layout(lengths: Sequence[int], sizes: AudioSizes) -> MelLayout:
+    """lengths: samples of each window."""
+    mel = [mel_frames(n) for n in lengths]
+    nothing = sizes.mel_frames + MARGIN_HOPS * sizes.windows  # the frame of zeros at the row's end
+    frames = np.full(sizes.mel_frames, nothing)
+    windows = np.full(sizes.mel_frames, sizes.windows)
+    first = 0
+    for number, length in enumerate(mel):
+        frames[first : first + length] = np.arange(first, first + length) + MARGIN_HOPS * number
+        windows[first : first + length] = number
+        first += length
+    return MelLayout(torch.from_numpy(frames), torch.from_numpy(windows), sizes.windows)
+
+
+def encoder_layout(mel_lengths: Sequence[int], sizes: AudioSizes | None = None) -> EncoderLayout:
+    """mel_lengths: mel frames of each window. sizes: see `audio_layout`.
+
+    Windows start at even slots, so that the stride-2 convolution meets each at its own first frame, with at least one
+    empty slot between two: the zero padding that a window alone would have.
+    """
+    frames = [encoder_frames(n) for n in mel_lengths]
+    if sizes is None:
+        sizes = AudioSizes(
+            windows=len(frames), mel_frames=sum(mel_lengths), encoder_frames=sum(frames), max_window=max(frames)
+        )
+    segments = [*frames, *padding_segments(frames, sizes.encoder_frames, sizes.windows, sizes.max_window)]
+    starts = np.cumsum([0, *(n + 1 for n in segments)])[:-1]  # behind the convolutions; an empty one after each
+    mel = np.full(sizes.conv_slots, sizes.mel_frames)
+    first = 0
+    for start, length in zip(CONV_STRIDE * starts, mel_lengths, strict=False):
+        mel[start : start + length] = np.arange(first, first + length)
+        first += length
+    borders = np.cumsum([0, *segments]).tolist()
+    borders += [sizes.encoder_frames] * (sizes.windows + 1 - len(borders))
+    positions = np.concatenate([np.arange(n) for n in segments])
+    return EncoderLayout(
+        mel=torch.from_numpy(mel),
+        slots=torch.from_numpy(np.repeat(starts, segments) + positions),
+        positions=torch.from_numpy(positions),
+        cu_seq_lens=torch.tensor(borders, dtype=torch.int32),
+        cu_seq_lens_host=tuple(borders),
+        max_length=sizes.max_window,
+    )
+
+
+def stack_groups(spans: Sequence[tuple[int, int]], stack: int, *, nothing: int, tokens: int | None = None) -> Tensor:
+    """[tokens, stack] of spans (start, end) of encoder frames, one a window, whose last group is filled up with
+    `nothing`. tokens: as many as there are groups, or more.
+    """
+    counts = [-(-(end - start) // stack) for start, end in spans]
+    groups = np.full((sum(counts) if tokens is None else tokens, stack), nothing)
+    first = 0
+    for (start, end), count in zip(spans, counts, strict=True):
+        groups.reshape(-1)[first * stack : first * stack + end - start] = np.arange(start, end)
+        first += count
+    return torch.from_numpy(groups)
+
+
+def padding_segments(lengths: Sequence[int], total: int, segments: int, longest: int) -> list[int]:
+    """Lengths of the segments, at most `longest` each, that fill segments of `lengths` up to `total`.
+
+    Raises ValueError where they do not fit into `segments` of that length.
+    """
+    rest, spare = total - sum(lengths), segments - len(lengths)
+    if min(rest, spare) < 0 or max(lengths, default=0) > longest or rest > spare * longest:
+        raise ValueError(
+            f"segments of {sum(lengths)} rows (the longest of {max(lengths, default=0)}) do not fit into {segments} "
+            f"segments of {total} rows and at most {longest}, with room for {rest} rows of padding in {spare} segments"
+        )
+    return [min(longest, rest - start) for start in range(0, rest, longest)] if rest else []
+
+
+def with_zero_row(rows: Tensor) -> Tensor:
+    """[rows + 1, size]: a row of zeros after the last, which index entries for nothing point at."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+
+
+def on_device(layout: Layout, device: torch.device | str) -> Layout:
+    """A copy of a dataclass with all of its tensors, also those of dataclasses in it, on the device. Waits for none."""
+    moved: dict[str, Any] = {}
+    for field in fields(layout):  # type: ignore[arg-type]
+        value = getattr(layout, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif is_dataclass(value):
+            moved[field.name] = on_device(value, device)
+    return replace(layout, **moved)  # type: ignore[type-var]
