@@ -20,7 +20,7 @@ from qwhisper.model.audio_layout import (
     audio_sizes,
     on_device,
     padding_segments,
-    row_source,
+    waveform_row,
 )
 from qwhisper.model.loss import IGNORE_INDEX
 
@@ -105,8 +105,8 @@ class TextPart:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioPart:
-    """row: float32, the windows with their margins, see `audio_layout.row_source`. positions: int64 [audio tokens], the
-    placeholders in the text's rows, end to end; one past the last for padding.
+    """row: float32, the windows with their margins, see `audio_layout.waveform_row`. positions: int64 [audio tokens],
+    the placeholders in the text's rows, end to end; one past the last for padding.
     """
 
     row: Tensor
@@ -324,9 +324,9 @@ def _audio(
         return None
     positions = np.full(sizes.tokens, nowhere)
     positions[: len(placeholders)] = placeholders
-    waveforms = np.concatenate([*windows, np.zeros(1, dtype=np.float32)])
+    waveforms = np.concatenate([np.zeros(0, dtype=np.float32), *windows])
     return AudioPart(
-        row=torch.from_numpy(waveforms[row_source(lengths, sizes)]),
+        row=waveform_row(torch.from_numpy(waveforms), lengths, sizes),
         layout=audio_layout(lengths, frames, sizes),
         positions=torch.from_numpy(positions),
     )

@@ -112,32 +112,26 @@ def audio_layout(lengths: Sequence[int], arithmetic: FrameArithmetic, sizes: Aud
     )
 
 
-def row_source(lengths: Sequence[int], sizes: AudioSizes) -> np.ndarray:
-    """[samples of the row] int64, which sample of the windows, end to end, stands at each place; the number of samples
-    of all windows, where a zero must follow them, for none.
+def waveform_row(waveforms: Tensor, lengths: Sequence[int], sizes: AudioSizes) -> Tensor:
+    """[samples of the row] float32, of windows end to end [sum(lengths)], on their device; zeros between them.
 
     Each window begins at a multiple of the hop with the reflected margin that Whisper's STFT pads it with, so that its
     mel frames are frames of the row.
     """
-    total = sum(lengths)
-    source = np.full(sizes.samples, total)
-    place = start = 0
-    for length in lengths:
-        frames, padded = mel_frames(length), max(length, N_FFT)
-        within = np.abs(np.arange((frames - 1) * HOP_LENGTH + N_FFT) - N_FFT // 2)
-        within = np.where(within < padded, within, 2 * (padded - 1) - within)
-        source[place : place + len(within)] = np.where(within < length, start + within, total)
-        place += (frames + MARGIN_HOPS) * HOP_LENGTH
-        start += length
-    return source
-
-
-def waveform_row(waveforms: Tensor, lengths: Sequence[int], sizes: AudioSizes) -> Tensor:
-    """[samples of the row] float32, of windows end to end [sum(lengths)], on their device."""
     if sum(lengths) != waveforms.shape[0]:
         raise ValueError(f"window lengths sum to {sum(lengths)} samples, but the waveforms have {waveforms.shape[0]}")
-    source = torch.from_numpy(row_source(lengths, sizes)).to(waveforms.device)
-    return torch.nn.functional.pad(waveforms.float(), (0, 1)).index_select(0, source)
+    row = waveforms.new_zeros(sizes.samples, dtype=torch.float32)
+    margin, place = N_FFT // 2, 0
+    for window in waveforms.split(list(lengths)):
+        frames, window = mel_frames(len(window)), torch.nn.functional.pad(window, (0, max(0, N_FFT - len(window))))
+        begin, end = place + margin, place + (frames - 1) * HOP_LENGTH + N_FFT  # of the window; of its last frame
+        row[place:begin] = window[1 : margin + 1].flip(0)
+        kept = min(len(window), end - begin)
+        row[begin : begin + kept] = window[:kept]
+        if rest := end - begin - kept:
+            row[begin + kept : end] = window[-rest - 1 : -1].flip(0)
+        place += (frames + MARGIN_HOPS) * HOP_LENGTH
+    return row
 
 
 def mel_layout(lengths: Sequence[int], sizes: AudioSizes) -> MelLayout:

@@ -33,7 +33,7 @@ def _filters(num_mel_bins: int, device: torch.device) -> Tensor:
 
 
 def log_mel(row: Tensor, layout: MelLayout, num_mel_bins: int) -> Tensor:
-    """Log-mel features [mel frames, num_mel_bins] float32 of a row of samples, see `audio_layout.row_source`.
+    """Log-mel features [mel frames, num_mel_bins] float32 of a row of samples, see `audio_layout.waveform_row`.
 
     Each window is normalised by itself: clamped to 8 below its own maximum, then (x + 4) / 4, as Whisper was trained
     (Radford et al., 2022, section 2.2).

@@ -111,8 +111,8 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
     def audio_embeddings(self, row: Tensor, layout: AudioLayout) -> Tensor:
         """Audio tokens [tokens, hidden_size], in the projector's dtype, of a row of samples.
 
-        row: see `audio_layout.row_source`. It and the indices of mel and encoder lie on the encoder's device. Waits for
-        no device, but to carry the encoder's frames from one to another.
+        row: see `audio_layout.waveform_row`. It and the indices of mel and encoder lie on the encoder's device. Waits
+        for no device, but to carry the encoder's frames from one to another.
         """
         mel = log_mel(row, layout.mel, self.config.audio_config.num_mel_bins)
         frames = self._encode(mel, layout.encoder)

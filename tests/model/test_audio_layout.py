@@ -17,7 +17,7 @@ from qwhisper.model.audio_layout import (
     encoder_layout,
     on_device,
     padding_segments,
-    row_source,
+    waveform_row,
 )
 from tests.model.parts import noise
 from tests.small import small_model
@@ -27,8 +27,7 @@ ROOM = AudioSizes(windows=3, mel_frames=211, encoder_frames=120, max_window=40, 
 
 
 def row_of(windows: list[np.ndarray], sizes: AudioSizes) -> torch.Tensor:
-    end_to_end = np.concatenate([*windows, np.zeros(1, dtype=np.float32)])
-    return torch.from_numpy(end_to_end[row_source([len(w) for w in windows], sizes)])
+    return waveform_row(torch.from_numpy(np.concatenate(windows)), [len(w) for w in windows], sizes)
 
 
 def larger(sizes: AudioSizes) -> AudioSizes:
