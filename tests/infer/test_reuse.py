@@ -29,7 +29,7 @@ class Counted:
         body.language_model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
 
     def _count_windows(self, module, inputs):
-        self.windows += len(inputs[1])
+        self.windows += len(inputs[1].cu_seq_lens_host) - 1
 
     def _count_tokens(self, module, inputs, keywords):
         self.tokens += keywords["inputs_embeds"].shape[1]
