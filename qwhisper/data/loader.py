@@ -3,7 +3,7 @@
 A bad dialogue becomes a named rejection, never an exception.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -121,8 +121,8 @@ def _sort(items: list[list[Sample] | Rejection]) -> tuple[list[Sample], list[Rej
 
 def step_samples(
     source: Source, encoder: DialogueEncoder, *, position: Position = None, num_workers: int = 0, poll: Poll = nothing
-) -> Iterator[StepSamples]:
-    """Endless, from a position of the source on.
+) -> Generator[StepSamples, None, None]:
+    """Endless, from a position of the source on; closing it ends the workers.
 
     Neither the workers nor a resume change which samples a step has. Where a worker dies, all are started again at the
     position that was reached, without the samples that kill whoever reads them. Raises DataError where they die in a

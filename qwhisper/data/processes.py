@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import cycle, islice
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ AHEAD = 2  # tasks that a worker has been given: the one that it does, and the n
 # network drive.
 ANSWER_SECONDS = 900.0
 STOP_SECONDS = 1.0  # a killed process that is not gone by then hangs in the kernel, on a dead disk: left to itself
+ENDING_WAITS = 30  # of STOP_SECONDS, for a process that has closed its socket
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Poll = Callable[[], None]  # called at least once a second in every wait; what it raises ends the wait
@@ -129,8 +130,10 @@ class Worker:
         self._messages.put(pickled_work)
         try:
             self.channel, its_end = socket.socketpair()
-            with its_end:
+            with its_end, ExitStack() as failed:
+                failed.enter_context(self.channel)
                 self.process = _start(its_end.fileno())
+                failed.pop_all()
         except OSError as error:  # no memory, or a limit of processes or open files
             raise WorkerDied(f"no process could be started ({error.strerror})") from None
         threading.Thread(target=self._send_all, daemon=True).start()
@@ -150,18 +153,20 @@ class Worker:
         try:
             message = worker.receive(self.channel, waited)
         except (EOFError, OSError):
-            raise WorkerDied(self._how_it_ended()) from None
+            raise WorkerDied(self._how_it_ended(poll)) from None
         result, error = pickle.loads(message)
         if error is not None:
             raise error
         return result
 
-    def _how_it_ended(self) -> str:
-        try:
-            code = self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "it closed its socket"
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+    def _how_it_ended(self, poll: Poll) -> str:
+        """Its socket is closed already; a process that takes much memory takes a while to end."""
+        for _ in range(ENDING_WAITS):
+            with suppress(subprocess.TimeoutExpired):
+                code = self.process.wait(STOP_SECONDS)
+                return f"signal {-code}" if code < 0 else f"exit code {code}"
+            poll()
+        return "it closed its socket"
 
     def _send_all(self) -> None:
         with suppress(OSError):  # dead: found out where its answer is missed

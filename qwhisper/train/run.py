@@ -5,7 +5,7 @@ Everything that can be refused is refused before a model is loaded.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -138,7 +138,8 @@ def go(session: Session, signals: StopSignals) -> int:
         num_workers=args.dataloader_num_workers,
         poll=signals.poll,
     )
-    code = train(session, steps, signals)
+    with closing(steps):
+        code = train(session, steps, signals)
     if code:
         saved = bool(checkpoints(session.log.folder))  # not before the first step
         go_on = resume_command(session.log.folder) if saved else start_command(session.log.folder)
