@@ -35,7 +35,7 @@ from qwhisper.engine.preflight import Attention, Layout, make_inputs, reference
 from qwhisper.errors import NumericalError
 from qwhisper.guards.diagnose import diagnose
 from qwhisper.infer.answer import encoder_for_text
-from qwhisper.model.attention import PACKED_KERNELS, restore_kernels
+from qwhisper.model.attention import PACKED_KERNELS, PADDED_KERNELS
 from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
@@ -190,6 +190,18 @@ def weights_are_finite(model: nn.Module) -> bool:
 
 
 @contextmanager
+def our_guard(on: bool) -> Iterator[None]:
+    """Without it qwhisper's padded batches take torch's choice of a kernel, cuDNN's among them."""
+    guarded = PADDED_KERNELS["sdpa"]
+    if not on:
+        PADDED_KERNELS["sdpa"] = guarded.__wrapped__
+    try:
+        yield
+    finally:
+        PADDED_KERNELS["sdpa"] = guarded
+
+
+@contextmanager
 def cudnn_attention(on: bool) -> Iterator[None]:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(on)
@@ -267,7 +279,6 @@ class Heard:
         }
         found = diagnose(model, run.executor.batch(rows[0]))
         findings = check_kernels(model, max(self.args.padded_to))
-        restore_kernels()
         return result | {
             "diagnosis_of_a_batch": found and f"{found.where}: {found.message}",
             "preflight": [str(finding) for finding in findings],
@@ -286,11 +297,12 @@ def real_runs(args: argparse.Namespace) -> None:
     settings |= {"batch": args.batch}
 
     def record(name: str, cudnn: bool, result: Callable[[], dict]) -> None:
-        with cudnn_attention(cudnn):
+        with our_guard(not cudnn):
             append_result("nan_kernel", {"run": name, "cudnn_attention": cudnn} | settings | result())
 
     for cudnn in (True, False):
-        record("HF Trainer", cudnn, lambda: plain_trainer(args, rows, reader.pad_token_id))
+        with cudnn_attention(cudnn):
+            record("HF Trainer", cudnn, lambda: plain_trainer(args, rows, reader.pad_token_id))
     record("qwhisper, padded", False, lambda: shared.run("padded", packing=False))
     record("qwhisper, packed", False, lambda: shared.run("packed", packing=True))
     record("qwhisper, padded, cuDNN put back on", True, lambda: shared.run("padded-cudnn", packing=False))

@@ -15,6 +15,7 @@ from qwhisper import __version__
 from qwhisper.commands import VERBS, Verb
 from qwhisper.commands.exit_code import exit_code_of
 from qwhisper.errors import UsageError
+from qwhisper.parsing import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,14 +41,11 @@ def _run(argv: list[str]) -> int | None:
         print(_overview({key: verb for key, verb in VERBS.items() if key.startswith(name + " ")}))
         return 0
     verb = VERBS[name]
-
-    from qwhisper.parsing import parse  # takes HfArgumentParser from transformers: about a second
-
     arguments = parse(name, verb, load(verb.arguments), rest)
     if arguments is None:  # --help
         return 0
 
-    from qwhisper.versions import check_versions
+    from qwhisper.versions import check_versions  # importlib.metadata is slow to import
 
     check_versions(quantized=getattr(arguments, "load_in_4bit", False))
     return load(verb.command)(arguments)

@@ -56,9 +56,7 @@ LIMITS = [f.name for f in dataclasses.fields(Bounds)]  # what a flag's declarati
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
-    """A dataclass field. options: the limits of a number, by the names of `Bounds`, and what HfArgumentParser hands on
-    to argparse.
-    """
+    """A dataclass field. options: the limits of a number, by the names of `Bounds`, and what argparse takes."""
     limits = {name: options.pop(name) for name in LIMITS if name in options}
     metadata = {"help": help, **options} | ({"bounds": Bounds(**limits)} if limits else {})
     if isinstance(default, list):

@@ -1,7 +1,7 @@
 """The flag that a user meant who typed another name."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # What the same thing is called in other trainers, papers and speech. The first name that the verb has is taken.
 ELSEWHERE: dict[tuple[str, ...], str] = {
@@ -57,6 +57,15 @@ ELSEWHERE: dict[tuple[str, ...], str] = {
     ("system",): "system_prompt system_message",
 }
 TYPO = 0.8  # difflib's ratio from which on two names are one
+
+
+def unknown_flag(name: str, flags: Sequence[str], no_flags: Mapping[str, str], *, dashes: str) -> str:
+    """Why this name is no flag, in one sentence, with what to do. dashes: before a flag's name, where it is given."""
+    if name in no_flags:
+        return f"{dashes}{name} {no_flags[name]}"
+    nearest = nearest_flag(name, flags)
+    instead = f"; did you mean {dashes}{nearest}?" if nearest else "; --help lists all"
+    return f"unknown flag {dashes}{name}{instead}"
 
 
 def nearest_flag(name: str, flags: Sequence[str]) -> str | None:

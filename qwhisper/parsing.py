@@ -1,7 +1,7 @@
 """From a verb's command line and its recipe to its arguments dataclass.
 
-Flags come from the dataclass through transformers' HfArgumentParser; a recipe's entries are put before the command
-line's as if they had been typed there, so that both pass the same checks and the command line wins.
+A field becomes a flag as in transformers' HfArgumentParser, which takes a second to import. A recipe's entries are put
+before the command line's as if they had been typed there, so that both pass the same checks and the command line wins.
 """
 
 import argparse
@@ -10,16 +10,14 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
-
-import yaml
-from transformers.hf_argparser import HfArgumentParser
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from qwhisper.checkpoint.places import found_again, run_of_config
 from qwhisper.commands import Verb
 from qwhisper.errors import UsageError
 from qwhisper.flags import Arguments
-from qwhisper.nearest_flag import nearest_flag
+from qwhisper.nearest_flag import nearest_flag, unknown_flag
 
 RECIPES = Path(__file__).parent / "recipes"
 _OWN = ("help", "config")  # flags of every verb that are no field
@@ -52,16 +50,8 @@ def parse(name: str, verb: Verb, arguments_class: type[Arguments], argv: list[st
 
 def make_parser(name: str, verb: Verb, arguments_class: type[Arguments]) -> "Parser":
     """A parser with one group of flags for every section of the dataclass."""
-    sections = []
-    for title, fields in sections_of(arguments_class):
-        hints = get_type_hints(arguments_class)
-        flags = [(f.name, hints[f.name], _copy(f)) for f in fields if f.name not in verb.positionals]
-        sections.append(
-            dataclasses.make_dataclass(title, flags, namespace={"_argument_group_name": title}, kw_only=True)
-        )
     words = "".join(f" {word.upper()}" for word in verb.positionals)
     parser = Parser(
-        sections,
         prog=f"qwhisper {name}",
         usage=f"qwhisper {name}{words} [--flag value ...]",
         description=verb.summary,
@@ -69,7 +59,12 @@ def make_parser(name: str, verb: Verb, arguments_class: type[Arguments]) -> "Par
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    fields_by_name = {f.name: f for f in dataclasses.fields(arguments_class)}
+    fields_by_name, hints = {f.name: f for f in dataclasses.fields(arguments_class)}, get_type_hints(arguments_class)
+    for title, fields in sections_of(arguments_class):
+        group = parser.add_argument_group(title)
+        for f in fields:
+            if f.name not in verb.positionals:
+                _add_flag(group, f, hints[f.name])
     for word in verb.positionals:
         parser.add_argument(word, metavar=word.upper(), help=fields_by_name[word].metadata["help"])
     parser.add_argument(
@@ -93,16 +88,42 @@ def flag_names(arguments_class: type[Arguments], positionals: Iterable[str] = ()
     return [f.name for f in fields] + [f"no_{f.name}" for f in fields if f.default is True]
 
 
-def _copy(f: dataclasses.Field) -> dataclasses.Field:
-    given = {
-        name: getattr(f, name) for name in ("default", "default_factory") if getattr(f, name) is not dataclasses.MISSING
-    }
-    metadata = {name: value for name, value in f.metadata.items() if name != "bounds"}  # the rest goes to argparse
-    metadata["help"] = metadata["help"].replace("%", "%%")  # which formats help texts
-    return dataclasses.field(metadata=metadata, kw_only=True, **given)
+def _add_flag(group: argparse._ArgumentGroup, f: dataclasses.Field, hint: Any) -> None:
+    """--snake_case with --kebab-case beside it; --no_… as well for a bool that is on by default."""
+    options = {name: value for name, value in f.metadata.items() if name != "bounds"}  # the rest goes to argparse
+    options["help"] = options["help"].replace("%", "%%")  # which formats help texts
+    options["required"] = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    if f.default is not dataclasses.MISSING:
+        options["default"] = f.default
+    elif f.default_factory is not dataclasses.MISSING:
+        options["default"] = f.default_factory()
+    if NoneType in get_args(hint):
+        hint = get_args(hint)[0]
+    if hint is bool:
+        options |= {"type": _truth, "nargs": "?", "const": True}
+    elif get_origin(hint) is Literal:
+        options["choices"] = get_args(hint)
+    elif get_origin(hint) is list:
+        options |= {"type": get_args(hint)[0], "nargs": "+"}
+    else:
+        options["type"] = hint
+    group.add_argument(*_spellings(f.name), **options)
+    if f.default is True:
+        group.add_argument(*_spellings(f"no_{f.name}"), dest=f.name, action="store_false", default=True)
 
 
-class Parser(HfArgumentParser):
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _truth(word: str) -> bool:
+    known = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
+    if word.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return known[word.lower()]
+
+
+class Parser(argparse.ArgumentParser):
     """Reports what argparse finds as a UsageError, without the wall of usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -142,19 +163,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def _check_flags(argv: list[str], flags: list[str], no_flags: Mapping[str, str]) -> None:
     for name in _flags_in(argv):
         if name not in flags and name not in _OWN:
-            raise UsageError(_explain(name, flags, no_flags, dashes="--"))
+            raise UsageError(unknown_flag(name, flags, no_flags, dashes="--"))
 
 
 def _flags_in(argv: Iterable[str]) -> list[str]:
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--") and word != "--"]
-
-
-def _explain(name: str, flags: list[str], no_flags: Mapping[str, str], *, dashes: str) -> str:
-    """Why this name is no flag, in one sentence, with what to do."""
-    if name in no_flags:
-        return f"{dashes}{name} {no_flags[name]}"
-    nearest = nearest_flag(name, flags)
-    return f"unknown flag {dashes}{name}" + (f"; did you mean {dashes}{nearest}?" if nearest else "; --help lists all")
 
 
 def _config_of(argv: list[str]) -> str | None:
@@ -197,6 +210,8 @@ class Recipe:
 
     @classmethod
     def _read(cls, path: Path, flags: list[str], no_flags: Mapping[str, str]) -> "Recipe":
+        import yaml  # --help does without
+
         try:
             text = path.read_text(encoding="utf-8")
             node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
@@ -212,7 +227,7 @@ class Recipe:
             if key.value in lines:
                 raise UsageError(f"{path}:{line}: {key.value} stands in line {lines[key.value]} already; keep one")
             if key.value not in flags:
-                raise UsageError(f"{path}:{line}: {_explain(key.value, flags, no_flags, dashes='')}")
+                raise UsageError(f"{path}:{line}: {unknown_flag(key.value, flags, no_flags, dashes='')}")
             if key.value.startswith("no_"):
                 raise UsageError(
                     f"{path}:{line}: write `{key.value.removeprefix('no_')}: false` instead of {key.value}"

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +41,8 @@ def parsed(*argv):
     return parse(argv[0], verb, cli.load(verb.arguments), list(argv[1:]))
 
 
-def test_overview_names_every_verb_and_needs_neither_torch_nor_transformers():
-    code = (
-        "import sys; from qwhisper.cli import main; main([]); main(['--help']); main(['--version']); "
-        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    )
+def test_overview_names_every_verb():
+    code = "from qwhisper.cli import main; main([]); main(['--help']); main(['--version'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for verb in VERBS:
@@ -55,13 +51,15 @@ def test_overview_names_every_verb_and_needs_neither_torch_nor_transformers():
 
 
 @pytest.mark.parametrize("command", [["-m", "qwhisper", "train"], ["finetune_audio.py"]])
-def test_both_doors_lead_to_train_without_loading_torch(command):
+def test_both_entry_points_lead_to_train_and_load_no_library(command):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *command, "--help"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0
     assert "--early_lr_factor" in done.stdout
-    assert "| torch\n" not in done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "qwhisper.train.flag_sections" in loaded
+    assert loaded & {"torch", "transformers", "numpy", "yaml"} == set()
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -225,12 +223,6 @@ class PercentArguments(Arguments):
 def test_percent_signs_in_help_texts_are_printed(capsys):
     assert parse("demo", VERBS["demo"], PercentArguments, ["--help"]) is None
     assert "50 % by default" in capsys.readouterr().out
-
-
-def test_overview_comes_at_once():
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "qwhisper", "--help"], check=True, capture_output=True, cwd=ROOT)
-    assert time.perf_counter() - started < 2  # 0.05 s on an idle machine
 
 
 def test_what_the_outputs_encoding_lacks_is_told_all_the_same():

@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
+from qwhisper import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.checkpoint.folders import write_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.commands import VERBS
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.infer.generate import load_for_inference
-from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
+from qwhisper.infer.assistant import Assistant
 from qwhisper.parsing import parse
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main as train
@@ -144,9 +144,9 @@ def test_a_run_of_before_whose_paths_are_relative_is_resumed_from_a_third_folder
 
 def test_every_reader_finds_the_bases_of_a_moved_tree(moved, monkeypatch):
     newest = moved / "run/checkpoint-2"
-    model, _, encoder = load_for_inference("../else where/moved/run")
-    assert_is(model, newest)
-    assert model.config.text_base["name"] == str(moved / "bases/qwen3")
+    assistant = Assistant.from_pretrained("../else where/moved/run")
+    assert_is(assistant.model, newest)
+    assert assistant.model.config.text_base["name"] == str(moved / "bases/qwen3")
     proof = verify("../else where/moved/run")
     assert proof.folder == newest
     assert proof.dialogue == f"{moved / 'data/train.jsonl'}:1"
@@ -155,7 +155,7 @@ def test_every_reader_finds_the_bases_of_a_moved_tree(moved, monkeypatch):
         newest.with_name("checkpoint-1"),
     )
     processor = Qwen3AudioProcessor.from_pretrained(moved / "run")
-    assert processor.chat_template == encoder.chat_template
+    assert processor.chat_template == assistant.encoder.chat_template
 
 
 @pytest.mark.parametrize("place", ["with/run", "with"])  # beside the checkpoint, beside the run
@@ -174,7 +174,7 @@ def test_another_model_of_that_name_is_not_taken(moved, capsys):
     shutil.rmtree(moved / "bases/qwen3")
     other.rename(moved / "bases/qwen3")
     with pytest.raises(UsageError, match="its text base was not found"):
-        load_for_inference(moved / "run")
+        Assistant.from_pretrained(moved / "run")
 
 
 def test_a_renamed_base_is_named_with_the_places_and_taken_from_the_flag(moved, trained, capsys):
@@ -206,7 +206,7 @@ def test_a_base_that_changed_where_it_lies_is_no_moved_one(moved, tmp_path):
     shutil.rmtree(moved / "bases/qwen3")
     other.rename(moved / "bases/qwen3")
     with pytest.raises(CheckpointError, match=r"was trained on another text base than .*qwen3 is now: .*--text_model"):
-        load_for_inference(tmp_path / "here")
+        Assistant.from_pretrained(tmp_path / "here")
 
 
 def test_a_second_stage_starts_from_a_moved_run_and_names_the_bases_that_it_found(moved, tmp_path):

@@ -216,6 +216,7 @@ def test_base_with_an_adapter_is_refused(tmp_path, canary):
 def test_all_loaders_of_transformers_are_called_in_one_place():
     """A call of `Auto….from_pretrained` elsewhere would ask on stdin again."""
     allowed = {
+        "commands/chat.py": {"Assistant.from_pretrained"},  # ours
         "model/pretrained.py": None,
         "model/loading.py": {
             "GenerationConfig.from_pretrained",
@@ -224,6 +225,7 @@ def test_all_loaders_of_transformers_are_called_in_one_place():
         },
         "model/trained_folder.py": {"Qwen3AudioConfig.from_pretrained"},
         "model/modeling_qwen3_audio.py": {"AutoModel.from_config", "AutoModelForCausalLM.from_config"},
+        "model/qwen3_audio.py": {"Qwen3AudioForConditionalGeneration.from_pretrained"},
         "model/processor.py": {"super.from_pretrained", "Qwen3AudioProcessor.from_pretrained"},
     }  # fmt: skip
     for file in sorted(PACKAGE.rglob("*.py")):

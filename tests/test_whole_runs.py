@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwhisper import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.checkpoint.folders import write_checkpoint
 from qwhisper.checkpoint.names import MANIFEST
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError
-from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.train.verification import verify
 
 

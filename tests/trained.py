@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qwhisper.infer.generate import encoder_of
 from qwhisper.model.bases import LoadOptions
+from qwhisper.model.processor import encoder_of
 from qwhisper.model.qwen3_audio import build_from_bases
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main as train

@@ -33,20 +33,20 @@ class ChatArguments(Arguments):
 
 def main(arguments: ChatArguments) -> None:
     """One answer to --audio and --text, or a conversation until the input ends."""
+    from qwhisper.infer.assistant import Assistant
     from qwhisper.infer.chat import HELP, Chat, converse, read_clip
-    from qwhisper.infer.generate import load_for_inference
     from qwhisper.report.terminal import quieten_transformers
 
     quieten_transformers()
     clips = [read_clip(path) for path in arguments.audio]
-    model, _, encoder = load_for_inference(
+    assistant = Assistant.from_pretrained(
         arguments.checkpoint,
         arguments.device,
         arguments.dtype,
         audio_model=arguments.audio_model,
         text_model=arguments.text_model,
     )
-    chat = Chat(model, encoder, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
+    chat = Chat(assistant, system=arguments.system, max_new_tokens=arguments.max_new_tokens)
     if clips or arguments.text is not None:
         chat.ask(clips, arguments.text or "")
         return

@@ -115,7 +115,7 @@ def untrained(paths: "DemoPaths") -> "Evaluation":
     from qwhisper.data.dialogue import read_dialogues
     from qwhisper.demo.bases import LEAD_SILENCE_S, TAIL_SILENCE_S
     from qwhisper.evaluate.evaluation import evaluate_model
-    from qwhisper.infer.generate import encoder_of
+    from qwhisper.model.processor import encoder_of
     from qwhisper.model.qwen3_audio import build_from_bases
 
     model, processor = build_from_bases(

@@ -58,7 +58,8 @@ def main(arguments: EvalArguments) -> None:
     from qwhisper.evaluate.evaluation import evaluate_model
     from qwhisper.evaluate.tables import markdown
     from qwhisper.evaluate.trained_on import shared_with_training
-    from qwhisper.infer.generate import load_chosen
+    from qwhisper.infer.assistant import load_chosen
+    from qwhisper.model.processor import encoder_of
     from qwhisper.report.terminal import note, quieten_transformers
 
     quieten_transformers()
@@ -72,10 +73,10 @@ def main(arguments: EvalArguments) -> None:
         loaded = load_chosen(folder, arguments.device, arguments.dtype, **bases)
         return loaded, trained_kinds(folder), shared_with_training(folder, arguments.eval_file, dialogues)
 
-    (model, _, encoder), kinds, shared = read_checkpoint(arguments.checkpoint, read)
+    (model, processor), kinds, shared = read_checkpoint(arguments.checkpoint, read)
     evaluation = evaluate_model(
         model,
-        encoder,
+        encoder_of(processor),
         dialogues,
         swap=arguments.swap_audio,
         text_model=arguments.ask_text_model,

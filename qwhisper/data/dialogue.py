@@ -6,8 +6,9 @@ Whatever is wrong with a file is found here, without tokenizer or model; a fault
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,20 @@ def read_dialogues(
     the faults: equal ones as one line, the 20 most frequent.
     """
     dialogues, faults = scan_dialogues(path, data_root=data_root, max_samples=max_samples)
+    refuse(faults, f"`qwhisper data check {path}` lists them all")
+    return dialogues
+
+
+def refuse(faults: Sequence[str], all_of_them: str) -> None:
+    """Raises DataError if there are faults, see `read_dialogues`. all_of_them: the end of its last line, if they are
+    not all shown.
+    """
     if faults:
         lines = grouped(faults)
         shown = lines[:MAX_LINES_SHOWN]
         if len(lines) > len(shown):
-            shown.append(f"... and {len(lines) - len(shown)} more; `qwhisper data check {path}` lists them all")
+            shown.append(f"... and {len(lines) - len(shown)} more; {all_of_them}")
         raise DataError("\n".join(shown))
-    return dialogues
 
 
 def scan_dialogues(
@@ -107,15 +115,33 @@ def scan_dialogues(
         raise DataError(f"{path} {fault}: give a JSONL file with one dialogue a line")
     if fault := not_json_lines(path):
         raise DataError(f"{path} is {fault}")
-    dialogues: list[Dialogue] = []
     faults: list[str] = []
+    records = ((source, convert(record) if convert and isinstance(record, dict) else record)
+               for source, record in read_records(path))  # fmt: skip
+    dialogues = list(islice(parse_records(records, path.parent, data_root, faults, answered=answered), max_samples))
+    if not dialogues and not faults:
+        faults.append(f"{path}: no dialogue in it; each line should be a JSON object with `messages`")
+    return dialogues, faults
+
+
+def parse_records(
+    records: Iterable[tuple[str, dict | str]],
+    root: str | Path,
+    data_root: str | Path | None,
+    faults: list[str],
+    *,
+    answered: bool = True,
+) -> Iterator[Dialogue]:
+    """The good ones of records, each given with its source; `faults` takes a sentence for each fault of the others.
+
+    A text in place of a record says what is wrong with it. The rest is as for `parse_dialogue` and `scan_dialogues`.
+    """
     first_seen: dict[str, str] = {}
-    for source, record in read_records(path):
+    for source, record in records:
         if isinstance(record, str):
             faults.append(f"{source}: {record}")
             continue
-        record = convert(record) if convert else record
-        dialogue, found = _parse(record, source, path.parent, data_root, answered)
+        dialogue, found = _parse(record, source, Path(root), data_root, answered)
         faults += [f"{source}: {fault}" for fault in found]
         if dialogue is None:
             continue
@@ -124,12 +150,7 @@ def scan_dialogues(
             faults.append(f"{source}: id {identity} was used before, at {first_seen[dialogue.id]}")
             continue
         first_seen[dialogue.id] = source
-        dialogues.append(dialogue)
-        if len(dialogues) == max_samples:
-            break
-    if not dialogues and not faults:
-        faults.append(f"{path}: no dialogue in it; each line should be a JSON object with `messages`")
-    return dialogues, faults
+        yield dialogue
 
 
 def parse_dialogue(

@@ -50,6 +50,7 @@ class DialogueEncoder:
         elif fault := template_fault(tokenizer, chat_template):
             raise UsageError(f"this chat template can't be trained with: {fault}; leave it out to have one made")
         self.tokenizer = tokenizer
+        self.audio_token_id = audio_token_id
         self.chat_template = chat_template
         self.train_on = train_on
         self.max_length = max_length

@@ -71,6 +71,7 @@ class Executor:
         self.model = model
         self.distill_weight = distill_weight
         self.before_pack: Callable[[], None] = lambda: None  # what it raises leaves step or evaluation half done
+        self.start_gradients: Callable[[], None] = model.zero_grad  # in a training those of its GradientBuffers
         self.divergence: Tensor | None = None  # from the teacher, of the last training pass, in nats a taught token
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
@@ -101,18 +102,19 @@ class Executor:
         return [[samples[i] for i in pack] for pack in plan_packs(lengths, self.max_tokens_per_pack)]
 
     def forward_backward(self, samples: Sequence[Sample], num_supervised: int) -> tuple[Tensor, list[Halved]]:
-        """Adds the gradients of sum(token losses) / num_supervised over all samples.
+        """Leaves the gradients of sum(token losses) / num_supervised over all samples, in place of any before.
 
-        num_supervised: supervised tokens of the whole optimizer step. Gradients must be None or zero before.
+        num_supervised: supervised tokens of the whole optimizer step.
         Returns that loss and the halvings that memory forced. Raises MemoryLimitError where a pack of one sample does
         not fit, NumericalError where --manual_loss finds another loss.
         """
         put_generators_back = generators_as_now(self.device)
 
         def start_again() -> None:
-            self.model.zero_grad(set_to_none=True)
+            self.start_gradients()
             put_generators_back()
 
+        self.start_gradients()
         loss, halvings = self.within_memory(lambda: self.run_packs(samples, num_supervised), samples, start_again)
         if self.loss_scale != 1.0:
             scaled = [p.grad for p in self.model.parameters() if p.grad is not None]

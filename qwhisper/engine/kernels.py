@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from qwhisper.engine.preflight import Attention, Fault, Kernel, Layout, first_fault, trials
 from qwhisper.errors import NumericalError
@@ -28,20 +29,22 @@ def check_kernels(
 ) -> list[WrongKernel]:
     """Tries the kernels that this model's attention uses, on each of its devices, and replaces those that are wrong.
 
-    longest: tokens of the longest row that the run may have. before_trial: what it raises ends the check. What earlier
-    calls replaced is tried anew. Touches neither weights nor generators. Raises NumericalError where no kernel is
-    right.
+    A replacement stands in this model's configurations: other models are not concerned. longest: tokens of the longest
+    row that the run may have. before_trial: what it raises ends the check. Touches neither weights nor generators.
+    Raises NumericalError where no kernel is right.
     """
-    kernels.restore_kernels()
+    kernels.set_encoder_attention(model.model.audio_tower.config)
+    kernels.set_text_attention(model.model.language_model.config)
     findings: list[WrongKernel] = []
     while (wrong := _first_wrong(model, longest, before_trial)) is not None:
         name, fault = wrong
-        replaced_by = kernels.replace_kernel(name)
+        replaced_by = kernels.next_kernel(name)
         if replaced_by is None:
             raise NumericalError(
                 f"no attention kernel is right on this machine; the last, {name}: {fault.what}; {fault.case}. Update "
                 "PyTorch or the driver, or try another --dtype or another card"
             )
+        _replace(model, name, replaced_by)
         findings.append(WrongKernel(name, fault.case, fault.what, replaced_by))
     return findings
 
@@ -53,7 +56,7 @@ def _first_wrong(
     for attention in attentions(model):
         in_encoder = attention.owner == "encoder"
         tokens = model.config.audio_config.max_source_positions if in_encoder else longest
-        for name, kernel, packed in kernels_in_use(attention, padded=not in_encoder):
+        for name, kernel, packed in kernels_in_use(attention, _config_of(attention, model)._attn_implementation):
             for case in trials(attention, tokens, packed=packed):
                 before_trial()
                 if (fault := first_fault(kernel, [case])) is not None:
@@ -61,12 +64,25 @@ def _first_wrong(
     return None
 
 
-def kernels_in_use(attention: Attention, *, padded: bool) -> Iterator[tuple[str, Kernel, bool]]:
-    """(name, kernel, whether it is for packed rows)."""
+def _replace(model: Qwen3AudioForConditionalGeneration, wrong: str, right: str) -> None:
+    """In encoder and language model, whichever uses the wrong kernel."""
+    for attention in attentions(model):
+        config = _config_of(attention, model)
+        if any(name == wrong for name, _, _ in kernels_in_use(attention, config._attn_implementation)):
+            config._attn_implementation = kernels.with_kernel(config._attn_implementation, right)
+
+
+def _config_of(attention: Attention, model: Qwen3AudioForConditionalGeneration) -> PreTrainedConfig:
+    part = model.model.audio_tower if attention.owner == "encoder" else model.model.language_model
+    return part.config
+
+
+def kernels_in_use(attention: Attention, implementation: str) -> Iterator[tuple[str, Kernel, bool]]:
+    """(name, kernel, whether it is for packed rows), under one of our implementations."""
     query = torch.empty(0, attention.head_dim, dtype=attention.dtype, device=attention.device)
-    yield (name := kernels.packed_kernel(query)), _packed(name), True
-    if padded:
-        yield (name := kernels.padded_kernel()), _padded(name), False
+    yield (name := kernels.packed_kernel(implementation, query)), _packed(name), True
+    if attention.owner != "encoder":  # whose windows are always packed
+        yield (name := kernels.IMPLEMENTATIONS[implementation].padded), _padded(name), False
 
 
 def _packed(name: str) -> Kernel:
@@ -108,7 +124,7 @@ def attentions(model: Qwen3AudioForConditionalGeneration) -> list[Attention]:
         Attention(owner="encoder", groups=1, head_dim=head_dim, scale=1.0, causal=False, window=None,
                   dtype=weight.dtype, device=weight.device, trained=body.encoder_is_trained)
     ]  # fmt: skip
-    if body.language_model.config._attn_implementation == kernels.PACKED_ATTENTION:
+    if body.language_model.config._attn_implementation in kernels.IMPLEMENTATIONS:
         found += _language_model_attentions(body.language_model)
     return found
 

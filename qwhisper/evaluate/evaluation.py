@@ -24,7 +24,7 @@ from qwhisper.evaluate.metrics import (
     word_error_rate,
 )
 from qwhisper.evaluate.turns import Turn, answer_row, turns_of
-from qwhisper.infer.generate import answer_prompts
+from qwhisper.infer.assistant import answer_prompts
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 DIALOGUES_AT_ONCE = 256  # whose audio is in memory together

@@ -20,7 +20,7 @@ from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.turns import Turn, answer_row, turns_of
-from qwhisper.infer.generate import answer_prompts
+from qwhisper.infer.assistant import answer_prompts
 from qwhisper.model.lora import adapter_off
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 

@@ -47,7 +47,8 @@ def _fetch(scalars: list[Tensor], device: torch.device) -> list[float]:
 
 
 def drop_gradients(groups: Groups) -> None:
-    """Sets every gradient to None, so that no optimizer touches the parameter, its moments or its step count.
+    """Sets every gradient to None, so that no optimizer touches the parameter, its moments or its step count. Buffers
+    (gradient_buffers.py) are detached by it.
 
     A zeroed gradient would not do: AdamW moves on its momentum.
     """

@@ -1,6 +1,7 @@
 """Copies of the trainable weights and the optimizer's moments in host memory: what a run rewinds to."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,7 @@ class Snapshots:
             for copy in self.kept
             for index, entry in enumerate(copy.tensors)
             for name, tensor in entry.items()
+            if name == WEIGHT or was_stepped(entry)
         }
         return tensors | {TRIED: torch.tensor(-1 if self.restored is None else self.restored)}
 
@@ -81,7 +83,8 @@ class Snapshots:
 
     @torch.no_grad()
     def restore(self) -> int | None:
-        """Puts the newest copy back, or the older one where the newest has just been tried.
+        """Puts the newest copy back, or the older one where the newest has just been tried: in place, so that weights
+        and moments stay where they are in memory.
 
         Returns the step that it is of; None if there is none.
         """
@@ -94,11 +97,16 @@ class Snapshots:
             parameter.copy_(saved[WEIGHT])
             state, moments = self.optimizer.state[parameter], saved.keys() - {WEIGHT}
             for key in state.keys() - moments:
-                del state[key]
+                state[key].zero_()  # as it was before the parameter's first step
             for key in moments:
-                state[key] = saved[key].to(state[key].device, copy=True)
+                state[key].copy_(saved[key])
         self.restored = copy.step
         return copy.step
+
+
+def was_stepped(moments: Mapping[str, Tensor]) -> bool:
+    """Whether the optimizer has stepped this parameter: a rewind to before its first step leaves moments of zeros."""
+    return "step" in moments and bool(moments["step"] != 0)
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

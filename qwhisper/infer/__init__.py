@@ -1,1 +1,1 @@
-"""From a checkpoint to answers: batches for evaluation, a conversation in the terminal."""
+"""From a checkpoint to answers: in Python, in the terminal, and for a training file."""

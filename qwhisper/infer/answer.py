@@ -29,7 +29,8 @@ from qwhisper.data.tools import CALL_MARKS
 from qwhisper.disk import write_whole
 from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic
-from qwhisper.infer.generate import Answer, iterate_answers
+from qwhisper.infer.batches import answer_batches
+from qwhisper.infer.decoding import Request
 from qwhisper.locks import hold
 from qwhisper.model.base_kinds import refuse_empty_tokenizer
 from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit
@@ -47,6 +48,14 @@ class Question:
 
     key: str
     prompt: Sample
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer as the cache has it. ended: whether the model ended its turn; else it was cut at `max_new_tokens`."""
+
+    text: str
+    ended: bool
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,7 @@ def answer_all(
     *,
     max_new_tokens: int,
     batch_size: int,
-) -> tuple[dict[str, Answer], int]:
+) -> tuple[dict[str, Written], int]:
     """Answers by key, the questions' among them, and how many were not in the cache. load: gives the model, which is
     called for only where something is asked.
     """
@@ -157,13 +166,16 @@ def answer_all(
     missing = sum(question.key not in answers for question in unique)
     if not missing:
         return answers, 0
-    model = load()
+    model, request = load(), Request(max_new_tokens=max_new_tokens)
     with tqdm(total=missing, unit="answer", disable=None, leave=False) as bar:
         for first in range(0, len(unique), WINDOW):
             asked = [question for question in unique[first : first + WINDOW] if question.key not in answers]
             prompts = [question.prompt for question in asked]
-            for batch in iterate_answers(model, encoder, prompts, max_new_tokens, batch_size):
-                found = {asked[index].key: answer for index, answer in batch.items()}
+            for batch in answer_batches(model, encoder, prompts, request, batch_size):
+                found = {
+                    asked[index].key: Written(answer.text, answer.finish_reason == "stop")
+                    for index, answer in batch.items()
+                }
                 keep_answers(cache, found)
                 answers |= found
                 bar.update(len(found))
@@ -171,7 +183,7 @@ def answer_all(
 
 
 def with_answers(
-    dialogues: Sequence[Dialogue], questions: dict[int, Question], answers: dict[str, Answer]
+    dialogues: Sequence[Dialogue], questions: dict[int, Question], answers: dict[str, Written]
 ) -> tuple[list[Dialogue], list[str], int]:
     """The dialogues that have an answer now or had one, in their order, what was wrong with an answer, and how many
     were left out because they reached the limit of tokens.
@@ -193,13 +205,13 @@ def with_answers(
     return answered, faults, cut
 
 
-def read_answers(cache: Path) -> dict[str, Answer]:
+def read_answers(cache: Path) -> dict[str, Written]:
     """What was answered so far, by key; lines that this command has not written are passed over."""
     answers = {}
     for record in read_jsonl(cache):
         match record:
             case {"key": str(key), "text": str(text), "ended": bool(ended)}:
-                answers[key] = Answer(text, ended)
+                answers[key] = Written(text, ended)
     return answers
 
 
@@ -280,7 +292,7 @@ def folder_of_far_audio(dialogues: Sequence[Dialogue], folder: Path) -> str | No
     return os.path.commonpath(far) if far else None
 
 
-def keep_answers(cache: Path, answers: dict[str, Answer]) -> None:
+def keep_answers(cache: Path, answers: dict[str, Written]) -> None:
     lines = [json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) for key, answer in answers.items()]
     torn = ends_in_half_a_line(cache)
     with cache.open("a", encoding="utf-8") as file:

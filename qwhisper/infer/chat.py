@@ -9,14 +9,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transformers import TextStreamer
-
 from qwhisper.data.clips import URL, AudioClip, load_clip, read_own_audio
 from qwhisper.data.dialogue import Message
-from qwhisper.data.encode import DialogueEncoder
 from qwhisper.errors import BadClipError, DataError
-from qwhisper.infer.generate import decode_answer, generate_tokens
-from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.infer.assistant import Assistant
 
 FIRST_WORD = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|((?:\\.|\S)*))\s*(.*)""", re.DOTALL)
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aiff", ".aif")
@@ -26,18 +22,10 @@ HELP = """A line is sent as text. A line that begins with audio files (`a.wav b.
 
 
 class Chat:
-    """A dialogue with a model: its messages so far."""
+    """A dialogue with an assistant: its messages so far."""
 
-    def __init__(
-        self,
-        model: Qwen3AudioForConditionalGeneration,
-        encoder: DialogueEncoder,
-        *,
-        system: str | None = None,
-        max_new_tokens: int = 256,
-    ):
-        self.model = model
-        self.encoder = encoder
+    def __init__(self, assistant: Assistant, *, system: str | None = None, max_new_tokens: int = 256):
+        self.assistant = assistant
         self.max_new_tokens = max_new_tokens
         self.opening = [Message("system", (system,))] if system else []
         self.messages = list(self.opening)
@@ -54,10 +42,11 @@ class Chat:
         """
         heard = [read_own_audio(clip, f"clip {n}") for n, clip in enumerate(clips, 1)]
         question = Message("user", (*heard, text) if text else tuple(heard))
-        prompt = self.encoder.encode_prompt([*self.messages, question])
-        streamer = TextStreamer(self.encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        generated = generate_tokens(self.model, self.encoder, [prompt], self.max_new_tokens, streamer=streamer)
-        answer = decode_answer(self.encoder, generated[0, len(prompt.input_ids) :])
+        answer = ""
+        for piece in self.assistant.stream([*self.messages, question], max_new_tokens=self.max_new_tokens):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
         self.messages += [question, Message("assistant", (answer,))]
         return answer
 

@@ -1,16 +1,22 @@
-"""Attention over packed rows, under the name `qwhisper_packed` in transformers' attention registry.
+"""Attention implementations for transformers' registry, each a choice of kernels for packed rows and padded batches.
 
-Samples lie end to end in one row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses. CUDA
-uses `torch.nn.attention.varlen`; where that cannot run (CPU, fp32, dropout, heads wider than 256) the same result comes
-from one SDPA call a segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own SDPA,
-with its mask. A kernel that is found wrong (see `kernels.check_kernels`) is replaced by its next fallback.
+Samples lie end to end in a packed row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses.
+CUDA uses `torch.nn.attention.varlen`; where that cannot run (CPU, fp32, dropout, heads wider than 256) the same result
+comes from one SDPA call a segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own
+SDPA, with its mask. A configuration names its implementation, so two models may use different kernels; a kernel that is
+found wrong for one model (`engine.kernels.check_kernels`) is replaced in that model's configurations alone.
 
-cuDNN's attention is switched off at import: its masked backward gives NaN in grad_q where length % 128 = 64 and a row's
-log-sum-exp is under -88.7 (pytorch#196678), and on some cards gradients that are wrong by up to 960 times.
+cuDNN's attention is left out of each call: its masked backward gives NaN in grad_q where length % 128 = 64 and a row's
+log-sum-exp is under -88.7 (pytorch#196678), and on some cards gradients that are wrong by up to 960 times. The choice
+in the forward pass fixes the kernel of the backward pass.
 """
 
+import functools
 import inspect
 import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +26,65 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 PACKED_ATTENTION = "qwhisper_packed"
+PACKED_SDPA = "qwhisper_packed_sdpa"
+PACKED_MATH = "qwhisper_packed_math"
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_SWITCHES = threading.Lock()  # torch's switches for SDPA's backends belong to the whole process
 
-torch.backends.cuda.enable_cudnn_sdp(False)
+
+def without_cudnn(attend: Callable) -> Callable:
+    """`attend`, during which torch's SDPA cannot choose cuDNN; its other backends stay as the process has them."""
+
+    @functools.wraps(attend)
+    def guarded(*args, **kwargs):
+        if torch.compiler.is_compiling():  # the backend is chosen while tracing; Dynamo traces this form alone
+            with sdpa_kernel(NOT_CUDNN):
+                return attend(*args, **kwargs)
+        with _SWITCHES:
+            before = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)  # 1 µs; `sdpa_kernel` takes 30
+            try:
+                return attend(*args, **kwargs)
+            finally:
+                torch.backends.cuda.enable_cudnn_sdp(before)
+
+    return guarded
+
+
+def math_alone(attend: Callable) -> Callable:
+    """`attend` with torch's SDPA as separate matrix products and softmax, in fp32 within: slow, and right wherever
+    those are.
+    """
+
+    @functools.wraps(attend)
+    def guarded(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            with sdpa_kernel(SDPBackend.MATH):
+                return attend(*args, **kwargs)
+        with _SWITCHES, sdpa_kernel(SDPBackend.MATH):
+            return attend(*args, **kwargs)
+
+    return guarded
 
 
 def attention_for(text_config: PreTrainedConfig) -> str:
     """The attention implementation for a language model: ours, or eager for one whose scores are soft-capped."""
     return PACKED_ATTENTION if getattr(text_config, "attn_logit_softcapping", None) is None else "eager"
+
+
+def set_text_attention(config: PreTrainedConfig) -> None:
+    """Gives a language model ours where none is set or "sdpa" is, which would call cuDNN; any other stays as it is."""
+    requested = config._attn_implementation
+    if requested in (None, "sdpa"):
+        ours = attention_for(config)
+        config._attn_implementation = PACKED_SDPA if requested and ours == PACKED_ATTENTION else ours
+
+
+def set_encoder_attention(config: PreTrainedConfig) -> None:
+    """Gives an encoder ours whatever is set: with any other implementation its packed windows would see each other."""
+    requested = config._attn_implementation
+    if requested not in IMPLEMENTATIONS:
+        config._attn_implementation = {"sdpa": PACKED_SDPA, "eager": PACKED_MATH}.get(requested, PACKED_ATTENTION)
 
 
 def packed_row_mask(hidden_states: Tensor) -> Tensor:
@@ -39,14 +97,16 @@ def packed_row_mask(hidden_states: Tensor) -> Tensor:
 
 
 def varlen_keywords(num_key_value_groups: int) -> dict:
-    """torch 2.11 repeats key heads by itself; from 2.12 on it wants to be told."""
+    """torch 2.11 repeats key heads by itself; from 2.12 on it does so where `enable_gqa` asks for it."""
     from torch.nn.attention.varlen import varlen_attn
 
     takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
     return {"enable_gqa": True} if takes_gqa and num_key_value_groups > 1 else {}
 
 
-def _varlen(query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout) -> Tensor:
+def _varlen(
+    query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None
+) -> Tensor:
     """[1, heads, tokens, head_dim] each, bf16 or fp16 on CUDA, dropout 0. Returns [tokens, heads, head_dim]."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -76,9 +136,11 @@ def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
     return (distance >= 0) & (distance < window)
 
 
-def _sdpa_per_segment(query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout) -> Tensor:
-    """The exact, slower twin of `_varlen`."""
-    bounds = cu_seq_lens.tolist()
+def _sdpa_per_segment(
+    query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None
+) -> Tensor:
+    """The exact, slower twin of `_varlen`. Without `cu_seq_lens_host` it waits for the device to read the borders."""
+    bounds = cu_seq_lens.tolist() if cu_seq_lens_host is None else cu_seq_lens_host
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
@@ -97,40 +159,45 @@ def _sdpa_per_segment(query, key, value, cu_seq_lens, max_length, *, scale, caus
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
-def _math_per_segment(*args, **kwargs) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return _sdpa_per_segment(*args, **kwargs)
-
-
 def _sdpa(*args, **kwargs) -> Tensor:
     return sdpa_attention_forward(*args, **kwargs)[0]
 
 
-def _math(*args, **kwargs) -> Tensor:
-    """Separate matrix products and softmax, in fp32 within: slow, and right wherever those are."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return _sdpa(*args, **kwargs)
+# Of each kind a kernel and its fallbacks: the first that runs is used. What each computes is the same.
+PACKED_KERNELS = {
+    "varlen": _varlen,
+    "sdpa_per_segment": without_cudnn(_sdpa_per_segment),
+    "math_per_segment": math_alone(_sdpa_per_segment),
+}
+PADDED_KERNELS = {"sdpa": without_cudnn(_sdpa), "math": math_alone(_sdpa)}
 
 
-# A kernel and its fallbacks: the first that runs and was not found wrong is used. What each computes is the same.
-PACKED_KERNELS = {"varlen": _varlen, "sdpa_per_segment": _sdpa_per_segment, "math_per_segment": _math_per_segment}
-PADDED_KERNELS = {"sdpa": _sdpa, "math": _math}
-_found_wrong: set[str] = set()
+@dataclass(frozen=True)
+class Kernels:
+    """The kernel for packed rows and the one for padded batches; where the first cannot run, the next in its table."""
+
+    packed: str
+    padded: str
 
 
-def replace_kernel(name: str) -> str | None:
-    """Takes a kernel out of use in this process. Returns the one that follows; None, and no change, if none does."""
+IMPLEMENTATIONS = {
+    name + suffix: Kernels(packed, padded)
+    for name, packed in zip((PACKED_ATTENTION, PACKED_SDPA, PACKED_MATH), PACKED_KERNELS, strict=True)
+    for suffix, padded in zip(("", "_padded_math"), PADDED_KERNELS, strict=True)
+}
+
+
+def next_kernel(name: str) -> str | None:
+    """The kernel that takes the place of one that is wrong; None for the last of its table."""
     names = list(PACKED_KERNELS if name in PACKED_KERNELS else PADDED_KERNELS)
-    following = [other for other in names[names.index(name) + 1 :] if other not in _found_wrong]
-    if not following:
-        return None
-    _found_wrong.add(name)
-    return following[0]
+    return next(iter(names[names.index(name) + 1 :]), None)
 
 
-def restore_kernels() -> None:
-    """All kernels are in use again."""
-    _found_wrong.clear()
+def with_kernel(implementation: str, kernel: str) -> str:
+    """The implementation that differs from the given one in this kernel, for the rows that the kernel is for."""
+    kind = "packed" if kernel in PACKED_KERNELS else "padded"
+    wanted = replace(IMPLEMENTATIONS[implementation], **{kind: kernel})
+    return next(name for name, kernels in IMPLEMENTATIONS.items() if kernels == wanted)
 
 
 def varlen_can_run(query: Tensor, dropout: float) -> bool:
@@ -138,15 +205,10 @@ def varlen_can_run(query: Tensor, dropout: float) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0 and query.shape[-1] <= 256
 
 
-def packed_kernel(query: Tensor, dropout: float = 0.0) -> str:
+def packed_kernel(implementation: str, query: Tensor, dropout: float = 0.0) -> str:
     """Which of PACKED_KERNELS attends over packed rows of such queries."""
-    usable = (name for name in PACKED_KERNELS if name not in _found_wrong)
-    return next(name for name in usable if name != "varlen" or varlen_can_run(query, dropout))
-
-
-def padded_kernel() -> str:
-    """Which of PADDED_KERNELS attends in padded batches and in generation."""
-    return next(name for name in PADDED_KERNELS if name not in _found_wrong)
+    kernel = IMPLEMENTATIONS[implementation].packed
+    return "sdpa_per_segment" if kernel == "varlen" and not varlen_can_run(query, dropout) else kernel
 
 
 def packed_attention_forward(
@@ -161,11 +223,15 @@ def packed_attention_forward(
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_host: list[int] | None = None,
+    implementation: str = PACKED_ATTENTION,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query [batch, heads, tokens, head_dim]; key and value have their own heads.
 
     cu_seq_lens_q: [segments + 1] int32 borders of the segments of a packed row (batch 1); None for an ordinary batch.
+    cu_seq_lens_host: the same numbers on the CPU, which save the kernels by segment a wait for the device.
+    implementation: which of IMPLEMENTATIONS.
     Returns ([batch, tokens, heads, head_dim], None).
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
@@ -176,9 +242,9 @@ def packed_attention_forward(
         )
     if cu_seq_lens_q is None:
         keywords = {"scaling": scaling, "is_causal": is_causal, **kwargs}
-        attend = PADDED_KERNELS[padded_kernel()]
+        attend = PADDED_KERNELS[IMPLEMENTATIONS[implementation].padded]
         return attend(module, query, key, value, attention_mask, dropout, **keywords), None
-    attend = PACKED_KERNELS[packed_kernel(query, dropout)]
+    attend = PACKED_KERNELS[packed_kernel(implementation, query, dropout)]
     out = attend(
         query,
         key,
@@ -189,9 +255,11 @@ def packed_attention_forward(
         causal=module.is_causal if is_causal is None else is_causal,
         window=sliding_window,
         dropout=dropout,
+        cu_seq_lens_host=cu_seq_lens_host,
     )
     return out[None], None
 
 
-AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
-AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+for _name in IMPLEMENTATIONS:
+    AttentionInterface.register(_name, functools.partial(packed_attention_forward, implementation=_name))
+    AttentionMaskInterface.register(_name, sdpa_mask)  # without it transformers would make no mask at all

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 from qwhisper.checkpoint.names import ADAPTER_CONFIG, PREFIX, PROJECTOR_FILE
 from qwhisper.errors import UsageError
 from qwhisper.memory import is_out_of_memory
-from qwhisper.model.attention import PACKED_ATTENTION, packed_row_mask
+from qwhisper.model.attention import IMPLEMENTATIONS, packed_row_mask
 from qwhisper.model.pretrained import UntrustedCodeError, load_config
 
 TAKES = {
@@ -127,7 +127,7 @@ def refuse_empty_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> Non
 @torch.no_grad()
 def refuse_unpackable(name: str, language_model: PreTrainedModel) -> None:
     """A model that carries a state from token to token would mix the samples of a packed row."""
-    if language_model.config._attn_implementation != PACKED_ATTENTION:
+    if language_model.config._attn_implementation not in IMPLEMENTATIONS:
         return
     embeddings = language_model.get_input_embeddings()
     hidden_states = embeddings(torch.arange(8, device=embeddings.weight.device)[None])

@@ -11,6 +11,7 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from qwhisper.frames import CONV_STRIDE, encoder_frames
+from qwhisper.model.attention import set_encoder_attention
 from qwhisper.model.half_precision import OverflowClamp
 
 
@@ -34,6 +35,7 @@ def _positions(starts: list[int], lengths: list[int], device) -> Tensor:
 class TrueLengthWhisperEncoder(WhisperEncoder):
     """Whisper's encoder over packed windows. Frozen by default in training: the caller wraps it in `no_grad` then.
 
+    Whichever attention is set, a forward pass uses one of ours (`set_encoder_attention`), so that windows stay apart.
     overflow: bounds and counts what would leave fp16's range.
     """
 
@@ -46,6 +48,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 
         Returns [sum of encoder frames, d_model] in the encoder's dtype, ceil(frames / 2) for each window.
         """
+        set_encoder_attention(self.config)
         limit = self.max_source_positions * CONV_STRIDE
         if max(mel_lengths) > limit:
             raise ValueError(

@@ -2,9 +2,10 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from qwhisper.checkpoint.facts import run_arguments
 from qwhisper.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.errors import CheckpointError, UsageError, first_line
 from qwhisper.model.adapter_config import read_adapter_config
@@ -125,6 +127,15 @@ def load_trained(
     return model
 
 
+def options_as_trained(name: str | os.PathLike, given: Mapping[str, Any]) -> LoadOptions:
+    """given: fields of LoadOptions. Those that are None or missing are as in the run that a folder was trained in: a
+    base that was trained on in 4 bits is loaded in 4 bits.
+    """
+    run = run_arguments(Path(name)) if os.path.isdir(name) else {}
+    as_trained = {key: run[key] for key in ("load_in_4bit", "projector_fp32") if key in run}
+    return LoadOptions(**as_trained | {key: value for key, value in given.items() if value is not None})
+
+
 def is_whole_folder(name: str | os.PathLike) -> bool:
     """Whether a folder or hub repository holds a model of ours with its bases' weights."""
     check_files(name)
@@ -159,23 +170,40 @@ def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwarg
 
 
 def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model:
-    """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on.
+    """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on; see `options_as_trained`.
 
-    config: only the folder's own, as the Auto classes pass it. Any other keyword is refused, none is ignored.
+    config: only the folder's own, as the Auto classes pass it. attn_implementation: as in transformers; the Auto
+    classes pass it within the config. Any other keyword is refused, none is ignored.
     """
     # The Auto classes add keywords such as _from_auto, and adapter_kwargs with what a user gave.
     kwargs |= kwargs.pop("adapter_kwargs", None) or {}
     kwargs = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
-    _refuse_other_config(name, kwargs.pop("config", None))
+    if kwargs.get("local_files_only") is False:  # what a pipeline passes, and the default
+        del kwargs["local_files_only"]
+    config = kwargs.pop("config", None)
+    _refuse_other_config(name, config)
+    attention = kwargs.pop("attn_implementation", None) or _attention_in(config)
     _refuse_code(name, kwargs.pop("trust_remote_code", False))
     moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}
     unknown = kwargs.keys() - {field.name for field in fields(LoadOptions)}
     if unknown:
-        known = ", ".join([field.name for field in fields(LoadOptions)] + ["audio_model", "text_model"])
+        own = ["attn_implementation", "audio_model", "text_model"]
+        known = ", ".join([field.name for field in fields(LoadOptions)] + own)
         raise UsageError(
             f"{name} holds trained weights alone; loading it takes {known}, not {', '.join(sorted(unknown))}"
         )
-    return load_trained(cls, name, LoadOptions(**kwargs), **moved)
+    model = load_trained(cls, name, options_as_trained(name, kwargs), **moved)
+    if attention:
+        model.set_attn_implementation(attention)
+    return model
+
+
+def _attention_in(config: Qwen3AudioConfig | str | os.PathLike | None) -> dict[str, str]:
+    """The attention implementation of each part that a given configuration names one for."""
+    if not isinstance(config, Qwen3AudioConfig):
+        return {}
+    parts = {"audio_config": config.audio_config, "text_config": config.text_config}
+    return {name: part._attn_implementation for name, part in parts.items() if part._attn_implementation}
 
 
 def refuse_for_whole(name: str | os.PathLike, keywords: dict) -> None:

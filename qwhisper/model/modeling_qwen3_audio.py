@@ -9,7 +9,13 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from qwhisper.frames import encoder_frames
-from qwhisper.model.attention import PACKED_ATTENTION, attention_for, packed_row_mask
+from qwhisper.model.attention import (
+    IMPLEMENTATIONS,
+    PACKED_ATTENTION,
+    packed_row_mask,
+    set_encoder_attention,
+    set_text_attention,
+)
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.loss import head_logits, supervised_loss
@@ -36,16 +42,20 @@ class Qwen3AudioPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """As transformers', but the encoder keeps one of ours, and "sdpa" for the language model means ours as well."""
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        set_encoder_attention(self.config.audio_config)
+        set_text_attention(self.config.text_config)
+
 
 class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
     """Audio tower, projector and language model without its head."""
 
     def __init__(self, config: Qwen3AudioConfig):
         super().__init__(config)
-        # The encoder hands its layers packed windows, which only our attention reads.
-        config.audio_config._attn_implementation = PACKED_ATTENTION
-        if config.text_config._attn_implementation in (None, "sdpa"):
-            config.text_config._attn_implementation = attention_for(config.text_config)
+        set_encoder_attention(config.audio_config)
+        set_text_attention(config.text_config)
         self.audio_tower = TrueLengthWhisperEncoder(config.audio_config)
         self.multi_modal_projector = AudioProjection(config)
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
@@ -178,9 +188,10 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
                 audio_features=audio_features,
                 audio_lengths=audio_lengths,
             )
+        set_text_attention(self.language_model.config)  # it may have been set on the language model itself
         if kwargs.get("cu_seq_lens_q") is not None:
             implementation = self.language_model.config._attn_implementation
-            if implementation != PACKED_ATTENTION:
+            if implementation not in IMPLEMENTATIONS:
                 raise ValueError(
                     f"packed rows need attn_implementation={PACKED_ATTENTION!r}, not {implementation!r}: "
                     "give this model padded batches (ConversationCollator's packed=False)"

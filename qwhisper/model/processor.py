@@ -13,6 +13,7 @@ from transformers import BatchFeature
 from qwhisper.checkpoint.names import MODEL_CONFIG, PROCESSOR_CONFIG
 from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
 from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, quoted, raise_or_warn, read_own_audio
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.keys import unknown_keys
 from qwhisper.data.messages import KNOWN as MESSAGE_KEYS
 from qwhisper.data.messages import ROLES, parse_reasoning
@@ -135,6 +136,17 @@ def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
     if fault is not None:
         raise CheckpointError(f"{folder}: its chat template can't be used ({fault})")
     return processor
+
+
+def encoder_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -> DialogueEncoder:
+    """The encoder whose prompts and labels are those of a processor; max_length: tokens a training row may have."""
+    return DialogueEncoder(
+        processor.tokenizer,
+        processor.frames,
+        audio_token_id=processor.audio_token_id,
+        chat_template=processor.chat_template,
+        max_length=max_length,
+    )
 
 
 def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[list[list[dict]], list[AudioClip]]:

@@ -49,8 +49,8 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
 
         Of a run's folder it is the best checkpoint by evaluation, else the newest. Files of a checkpoint must be what
         its manifest says. For a folder of trained weights the keywords are the fields of `bases.LoadOptions` (dtype,
-        device_map, load_in_4bit …) and audio_model, text_model, where a base has moved. Weights that are missing are an
-        error, not a warning.
+        device_map, load_in_4bit …) and audio_model, text_model, where a base has moved; load_in_4bit and projector_fp32
+        are those of its run unless they are given. Weights that are missing are an error, not a warning.
         """
         name = pretrained_model_name_or_path
         if is_run_folder(name) or (os.path.isdir(name) and loading.is_trained_folder(name)):
@@ -152,6 +152,16 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
                 hidden_states, labels, self.lm_head, lesson=lesson, **keywords
             )
         return loss
+
+
+class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
+    """The model without its head, as `AutoModel` gives it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads what `Qwen3AudioForConditionalGeneration.from_pretrained` does, with the same keywords."""
+        loaded = Qwen3AudioForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return (loaded[0].model, loaded[1]) if isinstance(loaded, tuple) else loaded.model
 
 
 def build_from_bases(

@@ -92,7 +92,7 @@ class GradientSum:
             for parameter in (p for parameters in self.session.groups.values() for p in parameters):
                 if parameter.grad is not None:
                     known = self.gradients.get(parameter)
-                    self.gradients[parameter] = parameter.grad if known is None else known + parameter.grad
+                    self.gradients[parameter] = parameter.grad.clone() if known is None else known.add_(parameter.grad)
         drop_gradients(self.session.groups)
         return statistics
 
@@ -106,8 +106,11 @@ class GradientSum:
 
     def leave(self, *, weight: float) -> StepStatistics:
         """Puts the sum, times `weight`, where the gradients belong."""
+        buffers = self.session.gradient_buffers
+        buffers.start()
         for parameter, gradient in self.gradients.items():
-            parameter.grad = gradient * weight
+            buffers.attach(parameter)
+            torch.mul(gradient, weight, out=parameter.grad)
         return step_statistics(
             torch.tensor(self.loss * weight, device=self.session.executor.device), self.session.groups
         )

@@ -42,8 +42,13 @@ from qwhisper.train.start import (
 )
 
 
-def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int:
-    """Runs a training and returns its exit code. callbacks: any `TrainerCallback`s; ours configure the run."""
+def main(
+    args: TrainArguments, callbacks: Sequence[TrainerCallback] = (), write_data: Callable[[], None] = lambda: None
+) -> int:
+    """Runs a training and returns its exit code. callbacks: any `TrainerCallback`s; ours configure the run.
+
+    write_data: makes the files of the arguments that don't exist yet; called when the run folder is known to be free.
+    """
     begun: list[Session] = []  # a run that was refused has no log: its folder may be another run's
 
     def log_lost_output(lines: int) -> None:
@@ -51,11 +56,14 @@ def main(args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> int
             session.report(OutputLost(lines=lines))
 
     with unfailing_output(on_lost=log_lost_output):
-        return configure_and_go(args, callbacks, begun.append)
+        return configure_and_go(args, callbacks, begun.append, write_data)
 
 
 def configure_and_go(
-    args: TrainArguments, callbacks: Sequence[TrainerCallback], on_begin: Callable[[Session], None]
+    args: TrainArguments,
+    callbacks: Sequence[TrainerCallback],
+    on_begin: Callable[[Session], None],
+    write_data: Callable[[], None],
 ) -> int:
     for callback in callbacks:
         if isinstance(callback, ConfiguringCallback):
@@ -66,7 +74,7 @@ def configure_and_go(
     refuse_missing_run(args)
     try:
         with run_lock(Path(args.output_dir)):
-            return prepare_and_go(args, callbacks, on_begin)
+            return prepare_and_go(args, callbacks, on_begin, write_data)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -80,10 +88,14 @@ def configure_and_go(
 
 
 def prepare_and_go(
-    args: TrainArguments, callbacks: Sequence[TrainerCallback], on_begin: Callable[[Session], None]
+    args: TrainArguments,
+    callbacks: Sequence[TrainerCallback],
+    on_begin: Callable[[Session], None],
+    write_data: Callable[[], None],
 ) -> int:
     folder = Path(args.output_dir)
     resumed = find_resume_point(args, folder)
+    write_data()
     trackers = tracker_callbacks(args.report_to)
     if resumed:
         refuse_missing_data(args)

@@ -22,6 +22,7 @@ from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.forgetting import choose_questions
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
+from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.guards.gradients import Groups, frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.model.processor import Qwen3AudioProcessor
@@ -54,6 +55,7 @@ class Session:
     source: Source
     num_dialogues: int
     groups: Groups
+    gradient_buffers: GradientBuffers
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     executor: Executor
@@ -155,6 +157,7 @@ def build_session(
     if held_out and not eval_samples:
         raise DataError(f"--eval_file {args.eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
     groups = parameter_groups(model)
+    gradient_buffers = GradientBuffers(groups)
     optimizer = make_optimizer(groups, args, plan)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: guarded_factor(step, args, plan, state.guards)
@@ -165,6 +168,7 @@ def build_session(
         pad_token_id=encoder.pad_token_id,
         distill_weight=args.distill_weight,
     )
+    executor.start_gradients = gradient_buffers.start
     hooks = Hooks(
         callbacks,
         hf_arguments(args, plan),
@@ -180,6 +184,7 @@ def build_session(
         source=ShuffledDialogues(dialogues=dialogues, samples_per_step=args.samples_per_step, seed=args.seed),
         num_dialogues=len(dialogues),
         groups=groups,
+        gradient_buffers=gradient_buffers,
         optimizer=optimizer,
         scheduler=scheduler,
         executor=executor,

@@ -18,6 +18,7 @@ from qwhisper.data.source import Position, check_position, epoch_position
 from qwhisper.errors import CheckpointError
 from qwhisper.files import read_json
 from qwhisper.guards.alarms import Alarms
+from qwhisper.guards.snapshot import was_stepped
 from qwhisper.guards.state import LARGEST_SCALE as LARGEST
 from qwhisper.guards.state import SMALLEST_SCALE as SMALLEST
 from qwhisper.guards.state import GuardState
@@ -115,7 +116,7 @@ def write_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, 
     """Each parameter's moments and step count under "name|moment"; parameters never stepped have none."""
     tensors = {}
     for parameter, moments in optimizer.state.items():
-        for key, value in moments.items():
+        for key, value in moments.items() if was_stepped(moments) else ():
             tensors[f"{names[parameter]}|{key}"] = value.detach().cpu().contiguous()
     save_file(tensors, folder / OPTIMIZER_FILE)
 

@@ -28,8 +28,9 @@ from qwhisper.engine.executor import Executor
 from qwhisper.errors import CheckpointError, DataError, UsageError
 from qwhisper.files import files_of
 from qwhisper.frames import SAMPLE_RATE
-from qwhisper.infer.generate import decode_answer, encoder_of, generate_tokens, load_chosen
+from qwhisper.infer.assistant import answer_prompts, load_chosen
 from qwhisper.model.pretrained import UntrustedCodeError
+from qwhisper.model.processor import encoder_of
 from qwhisper.train.resume import check_resumable, saved_parameters
 from qwhisper.train.state import TrainState
 
@@ -90,7 +91,7 @@ def _prove(
 ) -> Proof:
     tensors = _check_saved_numbers(folder)
     try:
-        model, processor, _ = load_chosen(folder, device, dtype, **bases)
+        model, processor = load_chosen(folder, device, dtype, **bases)
     except UntrustedCodeError:
         raise
     except UsageError as error:  # one of its bases
@@ -173,12 +174,15 @@ def _made_dialogue(scratch: Path) -> Dialogue:
 
 
 def _answer(folder: Path, model, encoder: DialogueEncoder, prompt: Sample) -> str:
-    generated = generate_tokens(
-        model, encoder, [prompt], ANSWER_TOKENS, return_dict_in_generate=True, output_logits=True
-    )
-    if not all(torch.isfinite(logits).all() for logits in generated.logits):
-        raise CheckpointError(f"{folder}: the logits of an answer are not finite")
-    return decode_answer(encoder, generated.sequences[0, len(prompt.input_ids) :])
+    def check(module: nn.Module, inputs: tuple, logits: torch.Tensor) -> None:
+        if not torch.isfinite(logits).all():
+            raise CheckpointError(f"{folder}: the logits of an answer are not finite")
+
+    watched = model.lm_head.register_forward_hook(check)
+    try:
+        return answer_prompts(model, encoder, [prompt], ANSWER_TOKENS)[0]
+    finally:
+        watched.remove()
 
 
 def _step(folder: Path, model, encoder: DialogueEncoder, sample: Sample) -> tuple[float, int, int]:

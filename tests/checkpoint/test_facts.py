@@ -65,5 +65,5 @@ def test_the_package_imports_neither_torch_nor_anything_above_it():
     code = "import sys; from qwhisper.checkpoint import facts, reading; print(*sorted(sys.modules))"
     modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert not {"torch", "numpy", "transformers"} & set(modules)
-    ground = {"checkpoint", "disk", "errors", "files", "locks", "typed_json"}
+    ground = {"auto_classes", "checkpoint", "disk", "errors", "files", "locks", "typed_json"}
     assert {name.split(".")[1] for name in modules if name.startswith("qwhisper.")} <= ground

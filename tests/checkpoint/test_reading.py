@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwhisper import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.checkpoint import folders, manifest, reading
 from qwhisper.checkpoint.folders import rotate, write_checkpoint
 from qwhisper.checkpoint.reading import choose_checkpoint, newest_usable, read_checkpoint
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.infer.generate import load_for_inference
-from qwhisper.model import Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor, loading
+from qwhisper.infer.assistant import Assistant
+from qwhisper.model import loading
 from qwhisper.train.verification import verify
 
 
@@ -190,7 +191,7 @@ def rotated_in_the_middle(finished_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "load", [lambda run: load_for_inference(run)[0], Qwen3AudioForConditionalGeneration.from_pretrained]
+    "load", [lambda run: Assistant.from_pretrained(run).model, Qwen3AudioForConditionalGeneration.from_pretrained]
 )
 def test_a_model_is_loaded_from_the_newest_where_the_one_before_goes_meanwhile(rotated_in_the_middle, load):
     model = load(rotated_in_the_middle)

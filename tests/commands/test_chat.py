@@ -37,7 +37,7 @@ def test_piped_lines_are_a_conversation(finished_run, capsys, monkeypatch):
 
 
 def test_missing_file_is_found_before_a_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("qwhisper.infer.generate.load_for_inference", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("qwhisper.infer.assistant.load_chosen", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(BadClipError, match=r"nope\.wav: no such file") as caught:
         main(ChatArguments(checkpoint="run", audio=["nope.wav"]))
     assert caught.value.exit_code == 3
@@ -45,7 +45,7 @@ def test_missing_file_is_found_before_a_model_is_loaded(monkeypatch):
 
 @pytest.mark.parametrize("path", ["~nosuchuser/x.wav", "~/nosuch.wav", "", ".", "a\0.wav", "x" * 5000, "\udcff.wav"])
 def test_a_path_that_leads_to_no_file_is_one_sentence(monkeypatch, path):
-    monkeypatch.setattr("qwhisper.infer.generate.load_for_inference", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("qwhisper.infer.assistant.load_chosen", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(BadClipError) as error:
         main(ChatArguments(checkpoint="run", audio=[path]))
     assert str(error.value) == f"{path}: no such file; give the path of an audio file"

@@ -53,7 +53,7 @@ def test_command_says_what_it_does_not_use_and_does_not_ask_for(finished_run, tm
 
 @pytest.mark.parametrize("flags", [["--eval_file", "nowhere.jsonl"], ["--text_file", "nowhere.jsonl"]])
 def test_command_names_a_missing_file_before_it_loads(finished_run, tmp_path, capsys, monkeypatch, flags):
-    monkeypatch.setattr("qwhisper.infer.generate.load_chosen", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("qwhisper.infer.assistant.load_chosen", lambda *_, **__: pytest.fail("a model was loaded"))
     eval_file = write_dialogues(tmp_path / "data", 1, name="eval.jsonl")
     assert cli(["eval", str(finished_run), "--eval_file", str(eval_file), *flags]) == 3
     assert "nowhere.jsonl does not exist" in capsys.readouterr().err
@@ -66,7 +66,8 @@ def test_clips_of_the_text_file_may_lie_in_the_data_root_as_well(finished_run, t
         given.update(values)
         raise DataError("that is all")
 
-    monkeypatch.setattr("qwhisper.infer.generate.load_chosen", lambda *_, **__: (None, None, None))
+    monkeypatch.setattr("qwhisper.infer.assistant.load_chosen", lambda *_, **__: (None, None))
+    monkeypatch.setattr("qwhisper.model.processor.encoder_of", lambda _: None)
     monkeypatch.setattr("qwhisper.evaluate.evaluation.evaluate_model", evaluate)
     eval_file = write_dialogues(tmp_path / "data", 1, name="eval.jsonl")
     text_file = tmp_path / "other" / "text.jsonl"

@@ -26,10 +26,9 @@ QWEN3 = Attention(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def all_kernels_in_use():
-    yield
-    ladders.restore_kernels()
+def implementations(model) -> tuple[str, str]:
+    """Of the encoder and of the language model."""
+    return model.model.audio_tower.config._attn_implementation, model.model.language_model.config._attn_implementation
 
 
 def plant(monkeypatch, name: str, wrong) -> list:
@@ -55,7 +54,7 @@ def test_right_kernels_give_no_finding_and_leave_no_trace(family, dtype):
     assert check_kernels(model, LONGEST) == []
     assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
     assert all(p.grad is None for p in model.parameters())
-    assert ladders.packed_kernel(torch.empty(0, 8)) == "sdpa_per_segment" and ladders.padded_kernel() == "sdpa"
+    assert implementations(model) == (ladders.PACKED_ATTENTION, ladders.PACKED_ATTENTION)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +69,8 @@ def test_right_kernels_give_no_finding_and_leave_no_trace(family, dtype):
 )
 def test_every_kernel_of_the_ladders_is_right_on_this_machine(attention):
     tried = []
-    for replaced in ((), ("sdpa_per_segment", "sdpa")):
-        for name in replaced:
-            ladders.replace_kernel(name)
-        for name, kernel, packed in kernels_in_use(attention, padded=attention.causal):
+    for implementation in ("qwhisper_packed_sdpa", "qwhisper_packed_math_padded_math"):
+        for name, kernel, packed in kernels_in_use(attention, implementation):
             assert first_fault(kernel, trials(attention, LONGEST, packed=packed)) is None
             tried.append(name)
     padded = ["sdpa", "math"] if attention.causal else []
@@ -137,13 +134,43 @@ def test_with_no_right_kernel_left_the_run_does_not_begin(monkeypatch):
         check_kernels(small_model(), LONGEST)
 
 
-def test_each_run_tries_all_kernels_anew(monkeypatch):
+def test_a_verdict_belongs_to_the_model_that_it_was_made_for(monkeypatch):
+    checked, other = small_model(), small_model()
+    calls = plant(monkeypatch, "sdpa", padded_with_nan_gradient)
+    check_kernels(checked, LONGEST)
+    assert implementations(checked) == ("qwhisper_packed", "qwhisper_packed_padded_math")
+    assert implementations(other) == implementations(small_model()) == ("qwhisper_packed", "qwhisper_packed")
+    batch = pad_samples([make_sample(checked, [30]), make_sample(checked, [9], seed=1)], pad_token_id=0)
+    called = []
+    for model in (checked, other, checked):
+        calls.clear()
+        assert model(**batch).loss.isfinite()
+        called.append(len(calls))
+    assert called == [0, len(other.model.language_model.layers), 0]
+
+
+def test_a_kernel_is_replaced_in_the_parts_that_use_it_alone(monkeypatch):
+    def not_causal_is_wrong(right):
+        return lambda *args, causal, **rest: right(*args, causal=True, **rest)
+
     model = small_model()
-    with monkeypatch.context() as patched:
-        plant(patched, "sdpa", padded_with_nan_gradient)
-        check_kernels(model, LONGEST)
-    assert ladders.padded_kernel() == "math"
-    assert check_kernels(model, LONGEST) == [] and ladders.padded_kernel() == "sdpa"
+    plant(monkeypatch, "sdpa_per_segment", not_causal_is_wrong)
+    model.set_attn_implementation({"text_config": "qwhisper_packed_math"})
+    check_kernels(model, LONGEST)
+    assert implementations(model) == ("qwhisper_packed_math", "qwhisper_packed_math")
+    model = small_model()
+    model.set_attn_implementation({"text_config": "eager"})
+    check_kernels(model, LONGEST)
+    assert implementations(model) == ("qwhisper_packed_math", "eager")
+
+
+def test_kernels_are_tried_as_the_forward_pass_will_use_them():
+    """An implementation that was set past the model's own method is replaced by ours before kernels are tried."""
+    model = small_model()
+    model.model.language_model.set_attn_implementation("sdpa")
+    model.config.audio_config._attn_implementation = "eager"
+    assert check_kernels(model, LONGEST) == []
+    assert implementations(model) == ("qwhisper_packed_math", "qwhisper_packed_sdpa")
 
 
 def test_what_is_tried_are_the_models_own_attentions():

@@ -18,7 +18,7 @@ from qwhisper.evaluate.forgetting import (
     text_shift,
 )
 from qwhisper.evaluate.turns import turns_of
-from qwhisper.infer.generate import answer_prompts
+from qwhisper.infer.assistant import answer_prompts
 from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
 
 

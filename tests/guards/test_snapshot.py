@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwhisper.guards.snapshot import Snapshots
+from qwhisper.guards.snapshot import Snapshots, was_stepped
 
 
 @pytest.fixture
@@ -25,8 +25,15 @@ def step(groups, optimizer, only=("lora", "projector")):
 
 def bits(groups, optimizer):
     parameters = [p for group in groups.values() for p in group]
-    moments = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in parameters]
+    states = [optimizer.state[p] if was_stepped(optimizer.state[p]) else {} for p in parameters]
+    moments = [{key: value.clone() for key, value in state.items()} for state in states]
     return [p.detach().clone() for p in parameters], moments
+
+
+def addresses(groups, optimizer) -> list[int]:
+    """Where weights and moments are in memory."""
+    parameters = [p for group in groups.values() for p in group]
+    return [tensor.data_ptr() for p in parameters for tensor in (p, *optimizer.state[p].values())]
 
 
 def same(first, second) -> bool:
@@ -46,11 +53,37 @@ def test_what_comes_back_is_bit_identical_also_before_a_parameters_first_step(pa
     for _ in range(3):
         step(groups, optimizer)
     assert not same(bits(groups, optimizer), expected)
+    places = addresses(groups, optimizer)
     assert snapshots.restore() == 1
     assert same(bits(groups, optimizer), expected)
     step(groups, optimizer)  # the copy is not what now moves
     assert snapshots.restore() == 1
+    assert same(bits(groups, optimizer), expected) and addresses(groups, optimizer) == places
+
+
+def test_after_a_rewind_to_before_its_first_step_a_parameter_learns_as_if_it_had_never_been_stepped(parts):
+    groups, optimizer, snapshots = parts
+    snapshots.take(0)
+    torch.manual_seed(1)
+    step(groups, optimizer)
+    expected = bits(groups, optimizer)
+    step(groups, optimizer)
+    snapshots.restore()
+    assert not any(was_stepped(moments) for moments in optimizer.state.values())
+    torch.manual_seed(1)
+    step(groups, optimizer)
     assert same(bits(groups, optimizer), expected)
+
+
+def test_moments_of_zeros_are_not_saved(parts):
+    groups, optimizer, snapshots = parts
+    snapshots.take(0)
+    step(groups, optimizer, only=("lora",))
+    snapshots.restore()
+    step(groups, optimizer, only=("projector",))
+    snapshots.take(1)
+    saved = {key for key in snapshots.as_tensors() if key.startswith("1|")}
+    assert saved == {"1|0|weight", *(f"1|1|{name}" for name in ("weight", "step", "exp_avg", "exp_avg_sq"))}
 
 
 def test_the_second_rewind_without_a_new_copy_goes_further_back(parts):

@@ -21,7 +21,7 @@ from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.instructions import instruction_pool
 from qwhisper.errors import DataError, MemoryLimitError, QwhisperError, UsageError
 from qwhisper.infer import answer as module
-from qwhisper.infer.generate import Answer
+from qwhisper.infer.decoding import Answer
 from tests.audio_parts import parts_of, write_chirp
 from tests.small import tone, write_small_bases
 
@@ -55,15 +55,15 @@ def whole_answers(request, monkeypatch):
 
     Its weights are random, so it also writes marks of reasoning and calls, with which no answer is taken.
     """
-    iterate = module.iterate_answers
+    iterate = module.answer_batches
 
     def all_whole(*arguments):
         for batch in iterate(*arguments):
             texts = {index: re.sub("</?(think|tool_call)>", "+", answer.text) for index, answer in batch.items()}
-            yield {index: replace(answer, ended=True, text=texts[index]) for index, answer in batch.items()}
+            yield {index: replace(answer, finish_reason="stop", text=texts[index]) for index, answer in batch.items()}
 
     if "cut" not in request.node.name:
-        monkeypatch.setattr(module, "iterate_answers", all_whole)
+        monkeypatch.setattr(module, "answer_batches", all_whole)
 
 
 def audio(words: str | None) -> dict:
@@ -103,12 +103,16 @@ def alone(text_model: str, messages: list[dict]) -> str:
     return tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
 
 
+def answer(text: str, finish_reason: str = "stop") -> Answer:
+    return Answer(text, finish_reason, prompt_tokens=9, audio_tokens=0, completion_tokens=3)
+
+
 class Asked:
     """Counts the prompts that the text model is asked, and kills the run after some batches."""
 
     def __init__(self, monkeypatch, dies_after: int | None = None):
         self.batches: list[list[int]] = []
-        iterate = module.iterate_answers
+        iterate = module.answer_batches
 
         def counted(model, encoder, prompts, *rest):
             for batch in iterate(model, encoder, prompts, *rest):
@@ -117,7 +121,7 @@ class Asked:
                 self.batches.append([len(prompts[index].input_ids) for index in batch])
                 yield batch
 
-        monkeypatch.setattr(module, "iterate_answers", counted)
+        monkeypatch.setattr(module, "answer_batches", counted)
 
 
 def test_answers_are_those_of_the_text_model_reading_the_words(folder, text_model):
@@ -220,9 +224,9 @@ def test_what_cannot_be_answered_is_named_and_the_rest_is_written(folder, text_m
 
 def test_a_cut_answer_is_left_out_and_counted(folder, text_model, monkeypatch, capsys):
     write(folder / "in.jsonl", [question("low"), question("high"), question("hm")])
-    given = {0: Answer("one", True), 1: Answer("this would teach to stop in the", False), 2: Answer("two", True)}
+    given = {0: answer("one"), 1: answer("this would teach to stop in the", "length"), 2: answer("two")}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "iterate_answers", lambda *_: iter([given]))
+        patch.setattr(module, "answer_batches", lambda *_: iter([given]))
         assert main(told(folder, text_model)) == 0
     assert answers_in(folder / "out.jsonl") == ["one", "two"]
     assert "2 of them answered" in (said := capsys.readouterr().out) and "left out, cut at 6 tokens: 1;" in said
@@ -235,9 +239,7 @@ def test_nothing_answered_is_exit_code_3(folder, text_model, monkeypatch, capsys
     assert main(told(folder, text_model)) == 3
     assert not (folder / "out.jsonl").exists()
     write(path, [question("low"), question("high")])
-    monkeypatch.setattr(
-        module, "iterate_answers", lambda *_: iter([{0: Answer("", True), 1: Answer("Well</think>low", True)}])
-    )
+    monkeypatch.setattr(module, "answer_batches", lambda *_: iter([{0: answer(""), 1: answer("Well</think>low")}]))
     assert main(told(folder, text_model)) == 3
     said = capsys.readouterr().out
     assert f"{path}:1: the text model answered nothing" in said and f"{path}:2: the text model answered reas" in said

@@ -3,10 +3,9 @@ import os
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from qwhisper.errors import BadClipError, DataError
-from qwhisper.infer import chat as chat_module
+from qwhisper.infer.assistant import Assistant
 from qwhisper.infer.chat import Chat, converse, split_line
 from tests.small import tone
 
@@ -114,36 +113,39 @@ def test_conversation_goes_on_after_a_mistake(capsys):
     assert "nope.wav: no such file" in capsys.readouterr().out
 
 
-def test_history_is_what_was_said(small_model, capsys, monkeypatch):
-    model, encoder = small_model
-    prompts = []
-    generate = chat_module.generate_tokens
-    monkeypatch.setattr(
-        chat_module, "generate_tokens", lambda m, c, p, n, **k: prompts.extend(p) or generate(m, c, p, n, **k)
-    )
-    chat = Chat(model, encoder, system="Be brief.", max_new_tokens=4)
+@pytest.fixture
+def assistant(small_model, monkeypatch) -> Assistant:
+    """One that remembers its prompts, in `asked`."""
+    assistant = Assistant(*small_model)
+    assistant.asked = []
+    stream = assistant.stream
+
+    def remembered(messages, **request):
+        assistant.asked.append(assistant.encoder.encode_prompt(messages))
+        return stream(messages, **request)
+
+    monkeypatch.setattr(assistant, "stream", remembered)
+    return assistant
+
+
+def test_history_is_what_was_said(assistant, capsys):
+    chat = Chat(assistant, system="Be brief.", max_new_tokens=4)
     (clip,), _ = split_line("a.wav")
     first = chat.ask([clip], "Pitch?")
-    assert capsys.readouterr().out.strip() == first
+    assert first and capsys.readouterr().out == first + "\n"
     chat.ask([], "Sure?")
     assert [message.role for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert [message.text for message in chat.messages[:4]] == ["Be brief.", "Pitch?", first, "Sure?"]
-    before, after = prompts
+    before, after = assistant.asked
     assert (after.input_ids[: len(before.input_ids)] == before.input_ids).all()  # what was served stays in front
     assert len(after.windows) == 1
     chat.reset()
-    chat.ask([clip], "Pitch?")
-    assert (prompts[2].input_ids == before.input_ids).all()
+    assert chat.ask([clip], "Pitch?") == first
+    assert (assistant.asked[2].input_ids == before.input_ids).all()
 
 
-def test_clips_of_every_form_are_asked_about(small_model, clips, monkeypatch):
-    model, encoder = small_model
-    prompts = []
-    monkeypatch.setattr(
-        chat_module, "generate_tokens", lambda m, c, p, n, **k: prompts.extend(p) or torch.zeros(1, 999)
-    )
-    monkeypatch.setattr(chat_module, "decode_answer", lambda *_: "Low.")
-    chat = Chat(model, encoder)
+def test_clips_of_every_form_are_asked_about(assistant, clips):
+    chat = Chat(assistant, max_new_tokens=1)
     samples, rate = soundfile.read("a.wav", dtype="float32")
     (by_url,), _ = split_line(f"{(clips / 'a.wav').as_uri()} Pitch?")
     stretch = {"offset": 0.1, "duration": 0.1}
@@ -151,10 +153,11 @@ def test_clips_of_every_form_are_asked_about(small_model, clips, monkeypatch):
     for form in [*forms, {"audio": "a.wav", **stretch}, {"array": samples, **stretch}]:
         chat.reset()
         chat.ask([form], "Pitch?")
-    whole, part = [sample.windows[0] for sample in prompts[:5]], [sample.windows[0] for sample in prompts[5:]]
+    asked = assistant.asked
+    whole, part = [sample.windows[0] for sample in asked[:5]], [sample.windows[0] for sample in asked[5:]]
     assert all(np.array_equal(window, whole[0]) for window in whole)
     assert np.array_equal(part[0], part[1]) and len(whole[0]) - len(part[0]) == 0.2 * 16_000
-    assert all((sample.input_ids == prompts[0].input_ids).all() for sample in prompts[:5])
+    assert all((sample.input_ids == asked[0].input_ids).all() for sample in asked[:5])
 
 
 @pytest.mark.parametrize(
@@ -165,15 +168,15 @@ def test_clips_of_every_form_are_asked_about(small_model, clips, monkeypatch):
         (np.full(800, np.nan), "clip 1, `audio`: .*NaN or Inf"),
     ],
 )
-def test_clip_that_cannot_be_used_is_named_and_nothing_was_said(small_model, clip, reason):
-    chat = Chat(*small_model)
+def test_clip_that_cannot_be_used_is_named_and_nothing_was_said(assistant, clip, reason):
+    chat = Chat(assistant)
     with pytest.raises(DataError, match=reason):
         chat.ask([clip], "Pitch?")
     assert chat.messages == []
 
 
-def test_turn_that_cannot_be_heard_leaves_no_trace(small_model):
-    chat = Chat(*small_model)
+def test_turn_that_cannot_be_heard_leaves_no_trace(assistant):
+    chat = Chat(assistant)
     (clip,), _ = split_line("a.wav")
     with pytest.raises(BadClipError):
         chat.ask([type(clip)("gone.wav")], "Pitch?")

@@ -1,16 +1,21 @@
-from contextlib import contextmanager
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Gemma2Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration
 from qwhisper.data.packing import pack_samples, pad_samples
-from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, attention
+from qwhisper.model import attention
 from qwhisper.model.attention import attention_for, packed_attention_forward
 from qwhisper.model.lora import add_lora
 from tests.model.parts import gradients, make_sample
+from tests.sdpa_switches import switches, switches_of_calls
 from tests.small import SHAPE, SLIDING_WINDOW, VOCABULARY, large_weights, small_model, text_config, whisper_config
 
 FAMILIES = ["qwen3", "gemma3", "gpt2"]  # grouped-query heads; sliding window; learned positions and no grouped heads
@@ -33,21 +38,6 @@ def loss_and_gradients(model, batch: dict):
     loss = model(**batch).loss
     loss.backward()
     return loss.detach(), gradients(model)
-
-
-@contextmanager
-def sdpa_calls():
-    """The set of (math, flash, memory-efficient) switches that torch's attention was called under."""
-    seen, plain = set(), torch.nn.functional.scaled_dot_product_attention
-    cuda = torch.backends.cuda
-
-    def spy(*args, **keywords):
-        seen.add((cuda.math_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()))
-        return plain(*args, **keywords)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-        yield seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,11 +128,10 @@ def test_left_padded_generation_equals_each_prompt_alone(family, num_beams):
 
 
 def test_packed_rows_need_our_attention():
-    model = trainable_model("qwen3")
-    model.model.language_model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="packed rows need attn_implementation='qwhisper_packed', not 'sdpa'"):
+    model = small_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="packed rows need attn_implementation='qwhisper_packed', not 'eager'"):
         model(**pack_samples([make_sample(model, [5])]))
-    model.model.language_model.set_attn_implementation(attention.PACKED_ATTENTION)
 
 
 @pytest.mark.parametrize("extra", [{"softcap": 50.0}, {"s_aux": torch.zeros(2)}])
@@ -179,46 +168,150 @@ def test_grouped_heads_are_told_to_a_varlen_that_asks(monkeypatch):
         assert attention.varlen_keywords(groups) == expected
 
 
-def test_cudnn_attention_is_off():
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kernel_of_a_ladder_gives_the_same_loss_and_gradients(family):
+def test_every_implementation_gives_the_same_loss_and_gradients(family):
     model = trainable_model(family)
     samples = [make_sample(model, [3 * SLIDING_WINDOW]), make_sample(model, [4, 5], [2000], seed=1)]
     batches = [pack_samples(samples), pad_samples(samples, pad_token_id=0)]
     expected = [loss_and_gradients(model, batch) for batch in batches]
     try:
-        attention.replace_kernel("sdpa_per_segment")
-        attention.replace_kernel("sdpa")
-        with sdpa_calls() as backends:
-            found = [loss_and_gradients(model, batch) for batch in batches]
+        for name in attention.IMPLEMENTATIONS:
+            model.set_attn_implementation(name)
+            for batch, (right_loss, right_grads) in zip(batches, expected, strict=True):
+                loss, grads = loss_and_gradients(model, batch)
+                torch.testing.assert_close(loss, right_loss, atol=1e-6, rtol=1e-6)
+                for parameter, grad in grads.items():
+                    torch.testing.assert_close(grad, right_grads[parameter], atol=2e-5, rtol=1e-3)
     finally:
-        attention.restore_kernels()
-    assert backends == {(True, False, False)}
-    for (loss, grads), (right_loss, right_grads) in zip(found, expected, strict=True):
-        torch.testing.assert_close(loss, right_loss, atol=1e-6, rtol=1e-6)
-        for name, grad in grads.items():
-            torch.testing.assert_close(grad, right_grads[name], atol=2e-5, rtol=1e-3)
+        model.set_attn_implementation(attention.PACKED_ATTENTION)
 
 
-def test_kernels_are_replaced_down_their_ladder_and_the_last_one_stays():
-    try:
-        query = torch.empty(0, 64)
-        assert attention.packed_kernel(query) == "sdpa_per_segment"  # varlen does not run here
-        assert attention.replace_kernel("sdpa_per_segment") == "math_per_segment"
-        assert attention.replace_kernel("varlen") == "math_per_segment"
-        assert attention.replace_kernel("math_per_segment") is None
-        assert attention.packed_kernel(query) == "math_per_segment" and attention.padded_kernel() == "sdpa"
-        assert attention.replace_kernel("sdpa") == "math" and attention.replace_kernel("math") is None
-        assert attention.padded_kernel() == "math"
-    finally:
-        attention.restore_kernels()
-    assert attention.packed_kernel(query) == "sdpa_per_segment" and attention.padded_kernel() == "sdpa"
+def test_an_implementation_names_a_kernel_for_each_kind_of_row():
+    query = torch.empty(0, 64)
+    chosen = {name: (attention.packed_kernel(name, query), k.padded) for name, k in attention.IMPLEMENTATIONS.items()}
+    assert chosen == {  # varlen does not run here
+        "qwhisper_packed": ("sdpa_per_segment", "sdpa"),
+        "qwhisper_packed_padded_math": ("sdpa_per_segment", "math"),
+        "qwhisper_packed_sdpa": ("sdpa_per_segment", "sdpa"),
+        "qwhisper_packed_sdpa_padded_math": ("sdpa_per_segment", "math"),
+        "qwhisper_packed_math": ("math_per_segment", "sdpa"),
+        "qwhisper_packed_math_padded_math": ("math_per_segment", "math"),
+    }
+
+
+def test_a_wrong_kernel_is_followed_by_the_next_of_its_table():
+    kernels = ("varlen", "sdpa_per_segment", "math_per_segment", "sdpa", "math")
+    following = [attention.next_kernel(name) for name in kernels]
+    assert following == ["sdpa_per_segment", "math_per_segment", None, "math", None]
+    assert attention.with_kernel("qwhisper_packed", "sdpa_per_segment") == "qwhisper_packed_sdpa"
+    assert attention.with_kernel("qwhisper_packed_sdpa", "math") == "qwhisper_packed_sdpa_padded_math"
+    assert (
+        attention.with_kernel("qwhisper_packed_padded_math", "math_per_segment") == "qwhisper_packed_math_padded_math"
+    )
 
 
 def test_packed_rows_on_cuda_prefer_varlen(monkeypatch):
     monkeypatch.setattr(attention, "varlen_can_run", lambda query, dropout: dropout == 0)
     query = torch.empty(0, 64)
-    assert attention.packed_kernel(query) == "varlen" and attention.packed_kernel(query, 0.1) == "sdpa_per_segment"
+    assert attention.packed_kernel("qwhisper_packed", query) == "varlen"
+    assert attention.packed_kernel("qwhisper_packed", query, 0.1) == "sdpa_per_segment"
+    assert attention.packed_kernel("qwhisper_packed_sdpa", query) == "sdpa_per_segment"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_borders_on_the_host_spare_the_kernels_a_look_at_the_device(family, monkeypatch):
+    model = trainable_model(family)
+    batch = pack_samples([make_sample(model, [9]), make_sample(model, [4, 5], [2000], seed=1)])
+    right_loss, right_grads = loss_and_gradients(model, batch)
+    on_host = batch["cu_seq_lens_q"].tolist()
+    batch["cu_seq_lens_q"] = torch.full_like(batch["cu_seq_lens_q"], -1)  # were it read, the result would be another
+    loss, grads = loss_and_gradients(model, batch | {"cu_seq_lens_host": on_host})
+    assert torch.equal(loss, right_loss) and all(torch.equal(grads[name], grad) for name, grad in right_grads.items())
+
+
+# torch's switches of SDPA's backends
+
+
+def heads() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, 6, 8, generator=generator) for _ in range(3)]
+
+
+class Causal(torch.nn.Module):
+    is_causal, num_key_value_groups = True, 1
+
+
+CAUSAL = Causal()
+
+
+def attend(implementation: str, query, key, value, **keywords) -> torch.Tensor:
+    function = ALL_ATTENTION_FUNCTIONS[implementation]
+    return function(CAUSAL, query, key, value, None, scaling=0.3, **keywords)[0]
+
+
+PACKED_ROW = {"cu_seq_lens_q": torch.tensor([0, 4, 6]), "max_length_q": 4}
+
+
+@pytest.mark.parametrize("keywords", [{}, PACKED_ROW], ids=["padded", "packed"])
+def test_a_call_leaves_out_cudnn_and_the_switches_as_they_were(keywords):
+    for name, kernels in attention.IMPLEMENTATIONS.items():
+        before = switches()
+        with switches_of_calls() as seen:
+            attend(name, *heads(), **keywords)
+        math_alone = (kernels.packed if keywords else kernels.padded).startswith("math")
+        others = {"flash": not math_alone, "mem_efficient": not math_alone, "math": True}
+        assert seen and all(one == {"cudnn": False, **others} for one in seen), name
+        assert switches() == before
+    assert before["cudnn"]
+
+
+def test_what_else_the_process_switched_off_stays_off():
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]), switches_of_calls() as seen:
+        attend("qwhisper_packed", *heads())
+        assert switches()["cudnn"] and not switches()["flash"]
+    assert seen == [{"cudnn": False, "flash": False, "mem_efficient": False, "math": True}]
+
+
+def test_switches_come_back_after_a_call_that_fails():
+    query, key, value = heads()
+    for name in ("qwhisper_packed", "qwhisper_packed_math_padded_math"):
+        for keywords in ({}, PACKED_ROW):
+            with pytest.raises(RuntimeError):
+                attend(name, query, key[..., :3], value, **keywords)
+    assert all(switches().values())
+
+
+def test_threads_don_t_switch_cudnn_on_for_each_other():
+    def calls() -> None:
+        for _ in range(300):
+            attend("qwhisper_packed", *inputs)
+
+    inputs, interval = heads(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with switches_of_calls() as seen, ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(calls) for _ in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(seen) == 1200 and not any(one["cudnn"] for one in seen)
+    assert all(switches().values())
+
+
+def test_compiled_attention_is_one_graph_and_leaves_out_cudnn():
+    seen = []
+
+    class Runs(torch.fx.Interpreter):
+        """The graph node by node, as AOTAutograd's tracing does, where backends are chosen."""
+
+        def call_function(self, target, args, kwargs):
+            if "scaled_dot_product_attention" in str(target):
+                seen.append(switches())
+            return super().call_function(target, args, kwargs)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=lambda graph, _: Runs(graph).run)
+    for name in ("qwhisper_packed", "qwhisper_packed_math_padded_math"):
+        for keywords in ({}, PACKED_ROW | {"cu_seq_lens_host": [0, 4, 6]}):
+            torch.testing.assert_close(compiled(name, *heads(), **keywords), attend(name, *heads(), **keywords))
+    assert len(seen) == 6 and not any(one["cudnn"] for one in seen)
+    assert all(switches().values())

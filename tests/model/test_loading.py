@@ -17,9 +17,9 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.data.packing import pack_samples
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.model import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
 from qwhisper.model.bases import LoadOptions, fingerprint
 from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora, lora_parameters
@@ -109,6 +109,24 @@ def test_what_is_not_honoured_is_refused_by_name(saved, auto):
         auto.from_pretrained(folder, trust_remote_code=True)
     with pytest.raises(UsageError, match=r"not cache_dir"):
         auto.from_pretrained(folder, adapter_kwargs={"cache_dir": "cache"})
+
+
+@pytest.mark.parametrize("auto", [Qwen3AudioForConditionalGeneration, AutoModelForMultimodalLM])
+@pytest.mark.parametrize(
+    ("name", "encoder", "text"),
+    [
+        ("sdpa", "qwhisper_packed_sdpa", "qwhisper_packed_sdpa"),
+        ("eager", "qwhisper_packed_math", "eager"),
+        ({"text_config": "eager"}, "qwhisper_packed", "eager"),
+    ],
+)
+def test_an_attention_that_is_asked_for_is_set_so_that_windows_stay_apart(saved, tmp_path, auto, name, encoder, text):
+    whole = tmp_path / "whole"
+    small_model().save_pretrained(whole)
+    for folder in (saved[1], whole):
+        model = auto.from_pretrained(folder, attn_implementation=name)
+        assert model.model.audio_tower.config._attn_implementation == encoder
+        assert model.model.language_model.config._attn_implementation == text
 
 
 @pytest.mark.parametrize("keyword", ["trust_remote_code", "text_model", "load_in_4bit", "whisper_cpu"])

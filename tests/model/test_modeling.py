@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,12 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.data.windows import clip_windows
+from qwhisper.model import attention
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.lora import add_lora
 from qwhisper.model.mel import packed_log_mel
 from tests.model.parts import gradients, make_sample, noise
+from tests.sdpa_switches import switches_of_calls
 from tests.small import VOCABULARY, large_weights, small_model, text_config, whisper_config
 
 CLIPS = [800, 7_000, 16_001]
@@ -333,6 +337,65 @@ def test_attention_of_both_parts_is_the_packed_one_by_default():
     model = small_model()
     assert model.config.text_config._attn_implementation == PACKED_ATTENTION
     assert model.model.audio_tower.config._attn_implementation == PACKED_ATTENTION
+
+
+WAYS = {
+    "model": lambda model, name: model.set_attn_implementation(name),
+    "without head": lambda model, name: model.model.set_attn_implementation(name),
+    "by part": lambda model, name: model.set_attn_implementation({"audio_config": name, "text_config": name}),
+    "parts themselves": lambda model, name: [
+        part.set_attn_implementation(name) for part in (model.model.audio_tower, model.model.language_model)
+    ],
+    "configuration": lambda model, name: setattr(model.config, "_attn_implementation", name),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["sdpa", "eager", "qwhisper_packed_math"])
+def test_windows_stay_apart_and_cudnn_out_whichever_attention_is_set(way, name):
+    model = small_model()
+    large_weights(model.model.audio_tower)
+    batch = pad_samples([make_sample(model, [3, 2, 4], CLIPS[:2]), make_sample(model, [5], seed=1)], 0, "left")
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    windows = [torch.from_numpy(noise(n, seed)) for seed, n in enumerate(CLIPS)]
+
+    def results() -> list[torch.Tensor]:
+        features, _ = model.model.encode_audio(torch.cat(windows), CLIPS)
+        logits = model(**batch).logits[batch["attention_mask"].bool()]
+        return [features, logits, model.generate(**batch, **settings)]
+
+    expected = results()
+    alone = [model.model.encode_audio(window, [len(window)])[0] for window in windows]
+    torch.testing.assert_close(expected[0], torch.cat(alone), atol=1e-5, rtol=1e-5)
+    WAYS[way](model, name)
+    with switches_of_calls() as seen:
+        found = results()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert seen and not any(one["cudnn"] for one in seen)
+    encoder, text = model.model.audio_tower.config, model.model.language_model.config
+    ours = {"sdpa": "qwhisper_packed_sdpa", "eager": "qwhisper_packed_math"}
+    assert encoder._attn_implementation == ours.get(name, name)
+    assert text._attn_implementation == (name if name != "sdpa" else ours[name])
+
+
+def test_two_models_of_a_process_use_different_kernels(monkeypatch):
+    called = []
+
+    def spy(name: str, kernel):
+        return lambda *args, **keywords: called.append(name) or kernel(*args, **keywords)
+
+    for name, kernel in list(attention.PACKED_KERNELS.items()):
+        monkeypatch.setitem(attention.PACKED_KERNELS, name, spy(name, kernel))
+    one = small_model()
+    other = copy.deepcopy(one)
+    other.set_attn_implementation("qwhisper_packed_math")
+    losses = []
+    for model, kernel in ((one, "sdpa_per_segment"), (other, "math_per_segment"), (one, "sdpa_per_segment")):
+        called.clear()
+        losses.append(model(**audio_batch(model)).loss)
+        assert set(called) == {kernel} and len(called) == 4  # two layers of the encoder, two of the language model
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 def test_a_packed_row_fills_no_cache():

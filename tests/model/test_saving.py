@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForMultimodalLM, GenerationConfig
 
+from qwhisper import Qwen3AudioForConditionalGeneration
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.infer.generate import load_for_inference
-from qwhisper.model import Qwen3AudioForConditionalGeneration
+from qwhisper.infer.assistant import Assistant
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora
@@ -427,7 +427,7 @@ def test_a_whole_model_answers_as_any_checkpoint(joined, tmp_path):
     write_embedding(model)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    again, _, _ = load_for_inference(tmp_path, "cpu", "fp32")
+    again = Assistant.from_pretrained(tmp_path, "cpu", "fp32").model
     assert torch.equal(logits(again), logits(model))
 
 

@@ -16,7 +16,7 @@ LONGEST = 100
 RIGHT = attention.PACKED_KERNELS | attention.PADDED_KERNELS
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
     """LoRA on a small LM with a massive activation as Qwen's: every row's log-sum-exp is under -100."""
     torch.manual_seed(0)
@@ -34,12 +34,6 @@ def model():
             attend.q_norm.weight.fill_(6.5)
             attend.k_norm.weight.fill_(6.5)
     return model.train()
-
-
-@pytest.fixture(autouse=True)
-def all_kernels_in_use():
-    yield
-    attention.restore_kernels()
 
 
 def without_preflight(monkeypatch):

@@ -12,10 +12,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from qwhisper import Qwen3AudioForConditionalGeneration
 from qwhisper.data.collator import ConversationCollator
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.errors import NothingLearnedError
-from qwhisper.model import Qwen3AudioForConditionalGeneration
 from qwhisper.train import hf as hooks
 from qwhisper.train.hf import (
     LoRAStabilizeCallback,
@@ -27,6 +27,7 @@ from qwhisper.train.hf import (
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
 from qwhisper.train.run import main
+from tests.sdpa_switches import switches, switches_of_calls
 from tests.test_faults.inject import outcome_of
 from tests.train.helpers import read_lines, same_bits
 
@@ -156,6 +157,18 @@ def test_plain_trainer_saves_what_it_trained(plain_trainer, tmp_path, state_dict
         trained = trainer.model.state_dict()
         assert all(torch.equal(again[name], trained[name]) for name in start)
         assert {name for name in start if torch.equal(again[name], start[name])} == set()
+
+
+@pytest.mark.parametrize("implementation", [None, "sdpa"])
+def test_plain_trainer_leaves_out_cudnns_attention(plain_trainer, train_file, implementation):
+    trainer = plain_trainer(max_steps=1)
+    if implementation:
+        trainer.model.set_attn_implementation(implementation)
+    with switches_of_calls() as seen:
+        trainer.train()
+        trainer.evaluate(trainer.train_dataset[:2])
+    assert seen and not any(one["cudnn"] for one in seen)
+    assert all(switches().values())
 
 
 def test_projector_freeze_hook_in_a_plain_trainer(plain_trainer):

@@ -6,7 +6,7 @@ import pytest
 
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.evaluate.evaluation import evaluate_model
-from qwhisper.infer.generate import load_for_inference
+from qwhisper.infer.assistant import Assistant
 from qwhisper.train.run import main
 from tests.small import teach_to_read, write_dialogues, write_small_bases
 from tests.train.helpers import read_lines
@@ -45,8 +45,8 @@ def test_swapped_audio_ends_up_costing_more_than_the_true_audio(arguments, tmp_p
         early_lr_steps=0,
     )
     assert main(args) == 0
-    model, _, encoder = load_for_inference(args.output_dir, "cpu")
-    result = evaluate_model(model, encoder, read_dialogues(held_out), max_new_tokens=2)
+    assistant = Assistant.from_pretrained(args.output_dir, "cpu")
+    result = evaluate_model(assistant.model, assistant.encoder, read_dialogues(held_out), max_new_tokens=2)
     assert result.counts["swapped_same_question"] > 0
     assert result.loss_swapped > result.loss_unswapped + 1.0
 
@@ -60,9 +60,11 @@ def test_a_base_in_4_bits_trains_evaluates_and_resumes(arguments):
     losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "loss" in line]
     assert len(losses) == 4
     assert all(0 < loss < 20 for loss in losses)
-    model, _, encoder = load_for_inference(args.output_dir, "cpu")
-    assert model.is_loaded_in_4bit
-    result = evaluate_model(model, encoder, read_dialogues(args.train_file)[:3], swap=False, max_new_tokens=2)
+    assistant = Assistant.from_pretrained(args.output_dir, "cpu")
+    assert assistant.model.is_loaded_in_4bit
+    result = evaluate_model(
+        assistant.model, assistant.encoder, read_dialogues(args.train_file)[:3], swap=False, max_new_tokens=2
+    )
     assert 0 < result.loss < 20
 
 

@@ -16,7 +16,7 @@ from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
 from qwhisper.data.loader import StepSamples
 from qwhisper.data.rows import IGNORE
 from qwhisper.frames import SAMPLE_RATE
-from qwhisper.infer.generate import encoder_of
+from qwhisper.model.processor import encoder_of
 from qwhisper.train.loop import train_step
 from qwhisper.train.probe import (
     MAX_PAIRS,

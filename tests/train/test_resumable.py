@@ -13,7 +13,7 @@ from qwhisper.checkpoint.manifest import write_manifest
 from qwhisper.checkpoint.names import GENERATOR_FILE, MANIFEST, OPTIMIZER_FILE, SNAPSHOT_FILE, STATE_FILE
 from qwhisper.cli import main as cli
 from qwhisper.errors import CheckpointError
-from qwhisper.infer.generate import load_chosen
+from qwhisper.infer.assistant import load_chosen
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.learning import Learning
 from qwhisper.train.resume import check_resumable, saved_parameters

@@ -22,7 +22,7 @@ from qwhisper.evaluate.forgetting import (
     scores_by_ear,
 )
 from qwhisper.guards.alarms import Alarms, StepFacts
-from qwhisper.infer.generate import answer_prompts
+from qwhisper.infer.assistant import answer_prompts
 from qwhisper.train import probe as probe_module
 from qwhisper.train import session
 from qwhisper.train.monitor import as_facts

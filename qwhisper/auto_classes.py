@@ -1,0 +1,133 @@
+"""Our entries in transformers' Auto classes, made when these are loaded; a class of ours is imported when looked up.
+
+So `import qwhisper` is enough for `AutoModelForMultimodalLM.from_pretrained(checkpoint)`, and imports no transformers.
+What is registered with an Auto class stands in a dict, `_extra_content` of its mapping: here that dict is replaced by
+one that has our entry as well. Where transformers has no such mapping, nothing is changed.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODEL_TYPE, CONFIG = "qwen3_audio", "Qwen3AudioConfig"
+# By the module that makes them, transformers' mappings and the name of our class in each. CONFIG_MAPPING's keys are
+# model types, those of the others are configurations.
+AUTO = "transformers.models.auto"
+ENTRIES = {
+    f"{AUTO}.configuration_auto": {"CONFIG_MAPPING": CONFIG},
+    f"{AUTO}.modeling_auto": {
+        "MODEL_MAPPING": "Qwen3AudioModel",
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING": "Qwen3AudioForConditionalGeneration",
+    },
+    f"{AUTO}.processing_auto": {"PROCESSOR_MAPPING": "Qwen3AudioProcessor"},
+}
+Load = Callable[[str], Any]  # gives the class of a name
+
+
+class Registered(dict):
+    """What is registered with one Auto class, and our class, of which only as much is imported as a caller asks for.
+
+    A lookup of another key imports nothing, a list of keys the configuration alone. Where ours can't be imported, its
+    own lookup raises the ImportError, and lists leave it out.
+    """
+
+    def __init__(self, registered: dict, load: Load, name: str, by_type: bool):
+        super().__init__(registered)
+        self._load, self._name, self._by_type = load, name, by_type
+
+    def _key(self) -> Any:
+        return MODEL_TYPE if self._by_type else self._load(CONFIG)
+
+    def __contains__(self, key: object) -> bool:
+        may_be_ours = getattr(key, "model_type", key) == MODEL_TYPE
+        return super().__contains__(key) or (may_be_ours and key == self._key())
+
+    def __missing__(self, key: Any) -> Any:
+        if key not in self:
+            raise KeyError(key)
+        self[key] = found = self._load(self._name)
+        return found
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        with suppress(KeyError):
+            return self[key]
+        return default
+
+    def _all_keys(self) -> list:
+        with suppress(ImportError, AttributeError):  # AttributeError: its import is under way, and asks for the list
+            return list(dict.fromkeys([*super().keys(), self._key()]))
+        return list(super().keys())
+
+    def __iter__(self) -> Iterator:
+        return iter(self._all_keys())
+
+    def __len__(self) -> int:
+        return len(self._all_keys())
+
+    def keys(self) -> Any:
+        return dict.fromkeys(self._all_keys()).keys()
+
+    def values(self) -> Any:
+        return self._whole().values()
+
+    def items(self) -> Any:
+        return self._whole().items()
+
+    def _whole(self) -> dict:
+        with suppress(ImportError, AttributeError):
+            return {key: self[key] for key in self._all_keys()}
+        return dict(super().items())
+
+
+class Finder:
+    """A finder of modules that has our entries made in each module of ENTRIES as soon as it has been imported."""
+
+    def __init__(self, load: Load):
+        self._load = load
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in ENTRIES:
+            return None
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            if spec := finder.find_spec(name, path, target):
+                spec.loader = _Loader(spec.loader, self._load)  # type: ignore[assignment]
+                return spec
+        return None
+
+
+class _Loader:
+    """Runs a module as its own loader does, and then makes our entries in it."""
+
+    def __init__(self, loader: Any, load: Load):
+        self._loader, self._load = loader, load
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader  # whoever asks for the module's source asks its own loader
+        self._loader.exec_module(module)
+        _register(module, self._load)
+
+
+def _register(module: ModuleType, load: Load) -> None:
+    for mapping_name, class_name in ENTRIES[module.__name__].items():
+        mapping: Any = getattr(module, mapping_name, None)
+        known = getattr(mapping, "_extra_content", None)
+        if type(known) is dict:  # neither another form of transformers, nor done already
+            by_type = mapping_name == "CONFIG_MAPPING"
+            mapping._extra_content = Registered(known, load, class_name, by_type)
+
+
+def register_when_loaded(load: Load) -> None:
+    """Make our entries in the mappings that are loaded, and in the others once they are. load: see `Load`."""
+    sys.meta_path.insert(0, Finder(load))  # first, so that no module slips in between
+    for name in ENTRIES:
+        if name in sys.modules:
+            _register(import_module(name), load)  # waits for another thread that imports it

@@ -1,0 +1,252 @@
+"""Assistant: a checkpoint that answers messages, one conversation at a time or many together, whole or piece by piece.
+
+assistant = Assistant.from_pretrained("run")
+messages = [{"role": "user", "content": [{"type": "audio", "audio": "question.wav"}]}]
+print(assistant.answer(messages).text)
+"""
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qwhisper.checkpoint.reading import read_checkpoint
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.messages import Message
+from qwhisper.data.rows import Sample
+from qwhisper.errors import DataError
+from qwhisper.infer.batches import answer_batches, naming_the_prompt
+from qwhisper.infer.decoding import Answer, AnswerText, Chooser, Reader, Request, never_written
+from qwhisper.infer.reuse import PromptTokens, Reading, ReadingCache
+from qwhisper.memory import is_out_of_memory
+from qwhisper.model.loading import options_as_trained
+from qwhisper.model.processor import Qwen3AudioProcessor, encoder_of, load_processor
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, load_trained
+from qwhisper.versions import check_versions
+
+CACHE_BYTES = 2**30  # of Qwen3-1.7B in bf16 9000 tokens
+AT_ONCE = 256  # conversations whose audio is in memory together
+
+Messages = Sequence[Message | dict]
+
+
+class Assistant:
+    """A model and the encoder that makes its prompts as they were in training.
+
+    It keeps what it computed for the last conversations, so that their next turns compute only what is new. While
+    anything is kept the weights must stay as they are: whoever changes them, or switches the adapter off, calls
+    `forget` before and after.
+
+    Every method takes the fields of `Request` as keywords (max_new_tokens, temperature, top_p, stop, seed), and
+    messages in the canonical form or in transformers': text, and audio as paths, bytes, base64 or arrays. They raise
+    DataError for messages that can't be read, BadClipError for a clip that can't be used, UsageError for a request that
+    means nothing, MemoryLimitError if one prompt is too much.
+    """
+
+    def __init__(
+        self, model: Qwen3AudioForConditionalGeneration, encoder: DialogueEncoder, *, cache_bytes: int = CACHE_BYTES
+    ):
+        """model: in evaluation mode. cache_bytes: of device memory for what is kept; 0 keeps nothing."""
+        self.model = model
+        self.encoder = encoder
+        self._cache = ReadingCache(cache_bytes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        run_or_checkpoint: str | os.PathLike,
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        *,
+        audio_model: str | None = None,
+        text_model: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> "Assistant":
+        """A checkpoint, or of a run's folder the best by evaluation, else the newest.
+
+        device: "cpu", "cuda", "cuda:1" (None: the first GPU if there is one). dtype: "auto" is bf16 on a GPU and fp32
+        on a CPU. A base that was trained on in 4 bits is loaded in 4 bits. audio_model, text_model: where the bases lie
+        now, if they are neither where they were nor beside the checkpoint. Raises UsageError for a folder that is none
+        and for a device that is not there, CheckpointError for a folder that is damaged or whose bases have changed.
+        """
+        bases = {"audio_model": audio_model, "text_model": text_model}
+        model, processor = read_checkpoint(
+            run_or_checkpoint, lambda folder: load_chosen(folder, device, dtype, **bases)
+        )
+        return cls(model, encoder_of(processor), cache_bytes=cache_bytes)
+
+    def answer(self, messages: Messages, **request: Any) -> Answer:
+        """The whole answer to the last message; see `stream`."""
+        stream = self.stream(messages, **request)
+        for _ in stream:
+            pass
+        assert stream.answer is not None
+        return stream.answer
+
+    def stream(self, messages: Messages, **request: Any) -> "AnswerStream":
+        """The answer's text in pieces, as it is written; then the stream's `answer` is set.
+
+        Messages are read, and their clips decoded, before this returns.
+        """
+        wanted = Request(**request)
+        prompt = self.encoder.encode_prompt(messages)
+        return AnswerStream(self._tokens(prompt, wanted), AnswerText(self.encoder, prompt, wanted))
+
+    def answer_all(self, conversations: Sequence[Messages], *, batch_size: int = 8, **request: Any) -> list[Answer]:
+        """Answers in the order of the conversations, in batches of similar length; see `answer_batches`.
+
+        Nothing is kept of them. Of `answer` they differ by rounding alone.
+        """
+        Request(**request)
+        answers: list[Answer] = []
+        for first in range(0, len(conversations), AT_ONCE):
+            prompts = [
+                self._encode_one_of_many(messages, number)
+                for number, messages in enumerate(conversations[first : first + AT_ONCE], first + 1)
+            ]
+            answers += self.answer_prompts(prompts, batch_size=batch_size, **request)
+        return answers
+
+    def answer_prompts(self, prompts: Sequence[Sample], *, batch_size: int = 8, **request: Any) -> list[Answer]:
+        """`answer_all` for conversations that are encoded, see `DialogueEncoder.encode_prompt`."""
+        answers: dict[int, Answer] = {}
+        with tqdm(total=len(prompts), unit="answer", disable=None, leave=False) as bar:
+            for batch in answer_batches(self.model, self.encoder, prompts, Request(**request), batch_size):
+                answers |= batch
+                bar.update(len(batch))
+        return [answers[position] for position in range(len(prompts))]
+
+    def forget(self) -> bool:
+        """Free what was kept of earlier conversations. Returns whether there was anything."""
+        found = self._cache.clear()
+        if found and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return found
+
+    def _encode_one_of_many(self, messages: Messages, number: int) -> Sample:
+        try:
+            return self.encoder.encode_prompt(messages)
+        except DataError as error:
+            raise type(error)(f"conversation {number}: {error}") from error
+
+    def _tokens(self, prompt: Sample, request: Request) -> Generator[int, None, None]:
+        """The tokens that the model writes after a prompt, without end; what it has read is kept at the close."""
+        chooser = Chooser(request, 1, never_written(self.model))
+        with naming_the_prompt(prompt):
+            reading, reader, logits = self._begin(PromptTokens(self.model, prompt))
+            try:
+                while True:
+                    token = chooser.choose(logits)
+                    yield int(token)
+                    logits = reader.read_tokens(token)
+                    reading.tokens.append(int(token))
+            except GeneratorExit:  # between two steps: each layer has read the same
+                reading.past = reader.past
+                self._cache.keep(reading)
+                raise
+
+    def _begin(self, prompt: PromptTokens) -> tuple[Reading, Reader, Tensor]:
+        """`_read`; memory that runs out costs what was kept of other conversations first."""
+        try:
+            return self._read(prompt)
+        except Exception as error:
+            if not is_out_of_memory(error) or not self.forget():
+                raise
+        return self._read(prompt)  # outside the handler, whose traceback keeps the tensors of the first attempt alive
+
+    def _read(self, prompt: PromptTokens) -> tuple[Reading, Reader, Tensor]:
+        """The model with the prompt read, as far as it was not yet, and the logits of what follows."""
+        known = self._cache.take(prompt.tokens)
+        reader = Reader(self.model, past=known.past)
+        logits = reader.read(prompt.embed_rest(known))
+        return Reading(list(prompt.tokens), heard=known.heard), reader, logits
+
+
+class AnswerStream(Iterator[str]):
+    """The text of one answer in pieces, which joined are `answer.text`.
+
+    answer: None until the iteration has ended. A stream that is not read to its end is closed, by `close` or as the
+    context of a `with`; its answer then has the text that was read.
+    """
+
+    def __init__(self, tokens: Generator[int, None, None], written: AnswerText):
+        self.answer: Answer | None = None
+        self._tokens = tokens
+        self._written = written
+        self._read = ""
+        self._cancelled = Event()
+
+    def __next__(self) -> str:
+        piece = ""
+        while self.answer is None and not piece:
+            piece = self._advance()
+        if not piece:
+            raise StopIteration
+        return piece
+
+    def cancel(self) -> None:
+        """End the answer after the token that is being computed. Any thread may call this, at any time."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """End the answer now. For the thread that reads it; to be called any number of times."""
+        if self.answer is None:
+            self._end(replace(self._written.answer(), text=self._read, finish_reason="cancelled"))
+
+    def __enter__(self) -> "AnswerStream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _advance(self) -> str:
+        """Writes one token. Returns the text that it makes certain, which may be none."""
+        if self._cancelled.is_set():
+            self.close()
+            return ""
+        self._written.add(next(self._tokens))
+        certain = self._written.certain
+        piece, self._read = certain[len(self._read) :], certain
+        if self._written.finish_reason is not None:
+            self._end(self._written.answer())
+        return piece
+
+    def _end(self, answer: Answer) -> None:
+        self.answer = answer
+        self._tokens.close()
+
+
+def answer_prompts(
+    model: Qwen3AudioForConditionalGeneration,
+    encoder: DialogueEncoder,
+    prompts: Sequence[Sample],
+    max_new_tokens: int,
+    batch_size: int = 8,
+) -> list[str]:
+    """The texts of a model's most probable answers, see `Assistant.answer_prompts`."""
+    answers = Assistant(model, encoder).answer_prompts(prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return [answer.text for answer in answers]
+
+
+def load_chosen(
+    folder: Path,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    audio_model: str | None = None,
+    text_model: str | None = None,
+) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
+    """The model in evaluation mode and the processor of a checkpoint that `read_checkpoint` has chosen and checked.
+
+    Arguments as `Assistant.from_pretrained`'s.
+    """
+    options = options_as_trained(folder, {"dtype": dtype, "device_map": {"": device} if device else None})
+    check_versions(quantized=options.load_in_4bit)
+    model = load_trained(folder, options, audio_model=audio_model, text_model=text_model)
+    return model.eval(), load_processor(folder)

@@ -1,0 +1,209 @@
+"""Decoding: the tokens of an answer, chosen one after another, and the text that they become."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.rows import Sample
+from qwhisper.data.template import end_of_turn_ids
+from qwhisper.errors import UsageError
+
+MOST_UNSETTLED = 64  # tokens that are decoded again with each new one, unless they can't be divided
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """How an answer is written. Nothing is taken from the base's generation_config.json: Qwen's samples and penalises.
+
+    temperature: 0 takes the most probable token. Above 0 tokens are drawn, from the most probable ones that together
+    have `top_p` of the probability. seed: of what is drawn; None: another answer each time. stop: texts that end the
+    answer and are no part of it. Raises UsageError for values that mean nothing.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: str | Sequence[str] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; an answer needs 1 at least")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature is {self.temperature}; give 0 (the most probable answer) or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; give a share of the probability, above 0 and at most 1")
+        if "" in self.stop_texts:
+            raise UsageError("stop holds an empty text, which would end every answer at once; leave it out")
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: without special tokens and surrounding white space.
+
+    finish_reason: "stop" (the model ended its turn, or wrote a stop text), "length" (max_new_tokens were written) or
+    "cancelled". prompt_tokens: all that the model was asked, audio_tokens: those of them that are audio.
+    completion_tokens: all that it wrote, with the token that ends the turn.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    audio_tokens: int
+    completion_tokens: int
+
+
+class Reader:
+    """A causal LM, and the keys and values of what it has read.
+
+    attention_mask: int64 [rows, tokens], 0 at the padding on the left of what is read first; None: there is none.
+    past: a cache by the name that the model's output has for it and its forward takes it by, which transformers 5.24
+    changed; empty if nothing was read.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, attention_mask: Tensor | None = None, past: dict[str, Cache] | None = None
+    ):
+        self.model = model
+        self.attention_mask = attention_mask
+        self.past = dict(past or {})
+        self._accepted = inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def read(self, embeddings: Tensor) -> Tensor:
+        """embeddings: [rows, new tokens, hidden], after those read before.
+
+        Returns float32 [rows, vocabulary]: the logits of the token that comes next.
+        """
+        keywords: dict[str, Any] = {"logits_to_keep": 1, **self._place(embeddings)}
+        keywords = {name: value for name, value in keywords.items() if name in self._accepted}
+        outputs = self.model(inputs_embeds=embeddings, use_cache=True, **keywords, **self.past)
+        self.past = {name: value for name, value in outputs.items() if isinstance(value, Cache)}
+        return outputs.logits[:, -1].float()
+
+    @torch.no_grad()
+    def read_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [rows], one for each row. Returns as `read`."""
+        return self.read(self.model.get_input_embeddings()(tokens[:, None]))
+
+    def _place(self, embeddings: Tensor) -> dict[str, Tensor]:
+        """Where the new tokens stand; without padding the model counts the positions itself."""
+        if self.attention_mask is None:
+            return {}
+        if self.past:
+            new = self.attention_mask.new_ones(embeddings.shape[:2])
+            self.attention_mask = torch.cat([self.attention_mask, new], dim=1)
+        positions = (self.attention_mask.cumsum(-1) - 1).masked_fill(self.attention_mask == 0, 0)
+        return {"attention_mask": self.attention_mask, "position_ids": positions[:, -embeddings.shape[1] :]}
+
+
+def never_written(model: PreTrainedModel) -> list[int]:
+    """Ids that are no token of an answer: the placeholder of audio, if it has a row in the vocabulary."""
+    placeholder: int | None = getattr(model.config, "audio_token_id", None)
+    if placeholder is None or placeholder >= model.config.get_text_config().vocab_size:
+        return []
+    return [placeholder]
+
+
+class Chooser:
+    """Chooses the next token of each row. The global random generators are neither used nor changed.
+
+    Each row draws from its own generator, so that the same seed gives an answer in a batch that it gives alone.
+    forbidden: tokens that are never chosen.
+    """
+
+    def __init__(self, request: Request, num_rows: int, forbidden: Sequence[int] = ()):
+        self._request = request
+        self._forbidden = list(forbidden)
+        self._generators = [torch.Generator() for _ in range(num_rows)] if request.temperature else []
+        for generator in self._generators:
+            if request.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(request.seed)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """logits: float32 [rows, vocabulary], which is changed. Returns int64 [rows]."""
+        logits[:, self._forbidden] = -math.inf
+        if not self._generators:
+            return logits.argmax(dim=-1)
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / self._request.temperature
+        probabilities, tokens = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
+        mass = probabilities.cumsum(dim=-1)
+        last = ((mass - probabilities) < self._request.top_p).sum(dim=-1, keepdim=True) - 1
+        drawn = torch.stack([torch.rand(1, generator=generator) for generator in self._generators])
+        place = torch.searchsorted(mass, drawn.to(mass) * mass.gather(-1, last), right=True)
+        return tokens.gather(-1, place.minimum(last))[:, 0]
+
+
+class AnswerText:
+    """The answer to one prompt as its tokens come. `finish_reason` is None until one of them ends it."""
+
+    def __init__(self, encoder: DialogueEncoder, prompt: Sample, request: Request):
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self._prompt_tokens = len(prompt.input_ids)
+        self._audio_tokens = int((prompt.input_ids == encoder.audio_token_id).sum())
+        self._tokenizer = encoder.tokenizer
+        self._ends = end_of_turn_ids(encoder.tokenizer, encoder.chat_template)
+        self._max_tokens = request.max_new_tokens
+        self._stop = request.stop_texts
+        self._settled, self._num_settled = "", 0  # the text of the first tokens, which is not decoded again
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        if token in self._ends or (self._stop and self._stop_place(self._decoded()) is not None):
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self._max_tokens:
+            self.finish_reason = "length"
+
+    @property
+    def text(self) -> str:
+        """Up to the end of the turn or to a stop text, without special tokens and surrounding white space."""
+        text = self._decoded()
+        return text[: self._stop_place(text)].rstrip()
+
+    @property
+    def certain(self) -> str:
+        """The beginning of `text` that no further token changes."""
+        if self.finish_reason is not None:
+            return self.text
+        text = self._decoded().rstrip("\ufffd")  # a character whose last bytes are still to come
+        begun = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return text[: len(text) - max(begun, default=0)].rstrip()
+
+    def answer(self) -> Answer:
+        """The text as it stands, which is cut short where nothing has ended it."""
+        reason = self.finish_reason or "cancelled"
+        return Answer(self.text, reason, self._prompt_tokens, self._audio_tokens, len(self.tokens))
+
+    def _decoded(self) -> str:
+        ended = bool(self.tokens) and self.tokens[-1] in self._ends
+        rest = self.tokens[self._num_settled : -1 if ended else None]
+        text = self._decode(rest)
+        decoded = (self._settled + text).lstrip()
+        if len(rest) > MOST_UNSETTLED:
+            half = len(rest) // 2
+            first = self._decode(rest[:half])
+            if first + self._decode(rest[half:]) == text:  # not within a character, nor before a space that gets lost
+                self._settled += first
+                self._num_settled += half
+        return decoded
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _stop_place(self, text: str) -> int | None:
+        """Where the first stop text begins."""
+        return min((place for place in map(text.find, self._stop) if place >= 0), default=None)

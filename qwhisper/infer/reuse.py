@@ -1,0 +1,153 @@
+"""What a later prompt need not compute again: the keys and values of what it begins with, and clips that were encoded.
+
+Two prompts begin alike as far as their tokens are equal, and at the tokens of audio the windows that they came from.
+So a history that has changed, or an answer that is tokenised in another way than it was written, is computed again from
+there on; it is never taken for what it is not.
+"""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from qwhisper.data.rows import Sample
+from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
+
+# An id, or of a token of audio the hash of its window and its place in it.
+Token = int | tuple[bytes, int]
+
+
+@dataclass(eq=False)
+class Reading:
+    """Tokens that a language model has read.
+
+    past: as `Reader`'s, of exactly these tokens. heard: by the hash of a window its encoder frames [frames, d_model].
+    """
+
+    tokens: list[Token] = field(default_factory=list)
+    past: dict[str, Cache] = field(default_factory=dict)
+    heard: dict[bytes, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        layers = [layer for cache in self.past.values() for layer in cache.layers]
+        tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in (*tensors, *self.heard.values()))
+
+
+class ReadingCache:
+    """Readings of earlier prompts and their answers, the least recently used dropped first. Threads may share it.
+
+    limit_bytes: of all readings together, on the device; one that is larger by itself is not kept.
+    """
+
+    def __init__(self, limit_bytes: int):
+        self._limit_bytes = limit_bytes
+        self._kept: list[Reading] = []  # the least recently used first
+        self._lock = Lock()
+
+    def take(self, tokens: Sequence[Token]) -> Reading:
+        """A beginning of a prompt that was read before, all but its last token at most; the caller may extend it.
+
+        A reading that the prompt continues is handed over. From one that it branches off, the common part is taken,
+        which needs a cache that can be cut: one with a sliding window can't, and gives its clips alone.
+        """
+        with self._lock:
+            heard = self._heard(tokens)
+            best = max(self._kept, key=lambda reading: _num_shared(reading.tokens, tokens), default=Reading())
+            shared = _num_shared(best.tokens, tokens)
+            if not shared:
+                return Reading(heard=heard)
+            if shared == len(best.tokens):
+                self._kept.remove(best)
+                return Reading(best.tokens, best.past, best.heard | heard)
+            if not all(_can_be_cut(cache) for cache in best.past.values()):
+                return Reading(heard=heard)
+            self._kept.append(self._kept.pop(self._kept.index(best)))
+            past = {name: _beginning(cache, shared) for name, cache in best.past.items()}
+            return Reading(best.tokens[:shared], past, heard)
+
+    def keep(self, reading: Reading) -> None:
+        with self._lock:
+            self._kept.append(reading)
+            while self._kept and sum(kept.num_bytes for kept in self._kept) > self._limit_bytes:
+                self._kept.pop(0)
+
+    def clear(self) -> bool:
+        """Whether there was anything to drop."""
+        with self._lock:
+            found = bool(self._kept)
+            self._kept.clear()
+            return found
+
+    def _heard(self, tokens: Sequence[Token]) -> dict[bytes, Tensor]:
+        windows = dict.fromkeys(token[0] for token in tokens if isinstance(token, tuple))
+        known = {window: frames for kept in self._kept for window, frames in kept.heard.items()}
+        return {window: known[window] for window in windows if window in known}
+
+
+class PromptTokens:
+    """A prompt as a model of ours reads it: its tokens, and the embeddings of those that it has not read yet."""
+
+    def __init__(self, model: Qwen3AudioForConditionalGeneration, prompt: Sample):
+        self._model = model
+        self._device = next(model.get_input_embeddings().parameters()).device
+        self._windows = {_hash(window): window for window in prompt.windows}
+        self._input_ids = torch.from_numpy(prompt.input_ids)
+        frames = model.config.frames
+        audio = iter(
+            (_hash(window), place) for window in prompt.windows for place in range(frames.window_tokens(len(window)))
+        )
+        self.tokens: list[Token] = [
+            next(audio) if token == model.config.audio_token_id else token for token in prompt.input_ids.tolist()
+        ]
+
+    @torch.no_grad()
+    def embed_rest(self, reading: Reading) -> Tensor:
+        """[1, tokens, hidden] of what follows the reading. Encodes the windows that it lacks, and adds them to it."""
+        rest = self.tokens[len(reading.tokens) :]
+        windows = [token[0] for token in rest if isinstance(token, tuple) and token[1] == 0]
+        new = [window for window in dict.fromkeys(windows) if window not in reading.heard]
+        body = self._model.model
+        if new:
+            waveforms = [torch.from_numpy(self._windows[window]) for window in new]
+            frames, lengths = body.encode_audio(torch.cat(waveforms), [len(waveform) for waveform in waveforms])
+            reading.heard |= dict(zip(new, frames.split(lengths), strict=True))
+        input_ids = self._input_ids[len(reading.tokens) :][None].to(self._device)
+        if not windows:
+            return body.embed(input_ids)
+        heard = [reading.heard[window] for window in windows]
+        return body.embed(
+            input_ids, audio_features=torch.cat(heard), audio_lengths=torch.tensor([len(frames) for frames in heard])
+        )
+
+
+def _hash(window) -> bytes:
+    return hashlib.blake2b(window, digest_size=16).digest()
+
+
+def _num_shared(read: Sequence[Token], tokens: Sequence[Token]) -> int:
+    """How many tokens of a prompt were read: not the last one, whose logits are asked for, and whole windows alone."""
+    pairs = zip(read, tokens[:-1], strict=False)
+    shared = next((n for n, (own, other) in enumerate(pairs) if own != other), min(len(read), len(tokens) - 1))
+    cut = tokens[shared] if shared else 0
+    return shared - cut[1] if isinstance(cut, tuple) else shared
+
+
+def _can_be_cut(cache: Cache) -> bool:
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _beginning(cache: Cache, length: int) -> Cache:
+    """A cache of the first tokens of another, which stays as it is: a DynamicLayer never writes into its tensors."""
+    beginning = copy.copy(cache)
+    beginning.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in beginning.layers:
+        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+    return beginning

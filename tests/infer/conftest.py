@@ -1,0 +1,77 @@
+"""Prompts of many lengths, and a model that writes letters alone."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import soundfile
+import torch
+
+from qwhisper.data.dialogue import AudioClip, Message
+from qwhisper.data.rows import Sample
+from qwhisper.infer.decoding import Chooser
+from tests.small import tone
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory) -> list[AudioClip]:
+    folder = tmp_path_factory.mktemp("tones")
+    clips = []
+    for n, (frequency, seconds) in enumerate([(200, 0.3), (800, 1.1), (2000, 0.05), (900, 0.3)]):
+        soundfile.write(folder / f"{n}.wav", tone(frequency, seconds), 16_000)
+        clips.append(AudioClip(str(folder / f"{n}.wav")))
+    return clips
+
+
+@pytest.fixture(scope="session")
+def conversations(tones) -> list[list[Message]]:
+    """No clip, one, several, in one turn and in two."""
+    return [
+        [Message("user", ("Hello",))],
+        [Message("user", (tones[0], "Pitch?"))],
+        [Message("user", (tones[1],))],
+        [Message("user", ("A long question about nothing at all, without any audio. " * 4,))],
+        [
+            Message("user", (tones[1], tones[0], "Which is higher?")),
+            Message("assistant", ("the first",)),
+            Message("user", (tones[2],)),
+        ],
+    ]
+
+
+@pytest.fixture(scope="session")
+def prompts(small_model, conversations) -> list[Sample]:
+    return [small_model[1].encode_prompt(messages) for messages in conversations]
+
+
+@pytest.fixture
+def letters(small_model) -> Iterator[None]:
+    """The small model writes small letters alone: what it writes is tokenised as it was written, and never ends."""
+    model, encoder = small_model
+    ids = encoder.tokenizer("abcdefghijklmnopqrstuvwxyz")["input_ids"]
+
+    def leave_letters(module, inputs, logits):
+        others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        others[ids] = False
+        return logits.masked_fill(others, -torch.inf)
+
+    hook = model.lm_head.register_forward_hook(leave_letters)
+    yield
+    hook.remove()
+
+
+@pytest.fixture
+def write_out(small_model, monkeypatch) -> Callable[[str], None]:
+    """Makes the model write a text, whatever it was asked."""
+    tokenizer = small_model[1].tokenizer
+
+    def write_out(text: str) -> None:
+        script = tokenizer(text, add_special_tokens=False)["input_ids"]
+        places: dict[Chooser, int] = {}
+
+        def choose(chooser, logits):
+            places[chooser] = places.get(chooser, -1) + 1
+            return torch.full(logits.shape[:1], script[places[chooser]])
+
+        monkeypatch.setattr(Chooser, "choose", choose)
+
+    return write_out

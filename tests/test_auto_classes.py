@@ -1,0 +1,208 @@
+"""transformers' Auto classes know our model after a bare `import qwhisper`, in any order of imports."""
+
+import builtins
+import importlib
+import json
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from qwhisper import auto_classes
+from qwhisper.auto_classes import ENTRIES, Finder, Registered
+
+ROOT = Path(__file__).parents[1]
+CONFIG_AUTO, MODEL_AUTO, PROCESSOR_AUTO = ENTRIES
+
+
+def run(code: str, *arguments: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_bare_import_is_enough_for_auto_classes_and_pipelines(finished_run):
+    code = """
+import sys, qwhisper
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, pipeline
+for auto in (AutoConfig, AutoTokenizer, AutoProcessor, AutoModel, AutoModelForMultimodalLM):
+    print(type(auto.from_pretrained(sys.argv[1])).__name__)
+answer = pipeline("any-to-any", model=sys.argv[1])
+print(type(answer.model).__name__, type(answer.processor).__name__)
+question = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+print(answer(text=question, max_new_tokens=2)[0]["generated_text"][-1]["role"])
+"""
+    assert run(code, str(finished_run / "checkpoint-2")) == [
+        "Qwen3AudioConfig",
+        "TokenizersBackend",
+        "Qwen3AudioProcessor",
+        "Qwen3AudioModel",
+        "Qwen3AudioForConditionalGeneration",
+        "Qwen3AudioForConditionalGeneration Qwen3AudioProcessor",
+        "assistant",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["AutoConfig", "AutoConfig, AutoProcessor, AutoModelForMultimodalLM"])
+def test_auto_classes_that_were_imported_before_know_our_model_as_well(before, finished_run):
+    code = f"""
+import sys
+from transformers import {before}
+import qwhisper
+from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+config = AutoConfig.from_pretrained(sys.argv[1])
+assert type(config) in AutoModel._model_mapping and type(config) in PROCESSOR_MAPPING
+assert type(config) in AutoModelForMultimodalLM._model_mapping
+print("qwhisper.model.qwen3_audio" in sys.modules, AutoModelForMultimodalLM._model_mapping[type(config)].__name__)
+"""
+    assert run(code, str(finished_run / "checkpoint-2")) == ["False Qwen3AudioForConditionalGeneration"]
+
+
+class Config:
+    model_type = "qwen3_audio"
+
+
+CLASSES = {"Qwen3AudioConfig": Config, "Ours": object()}
+
+
+@pytest.fixture
+def loaded():
+    """Names of our classes that a mapping has imported so far."""
+    return []
+
+
+@pytest.fixture
+def registered(loaded):
+    """What is registered by configuration: a class of somebody else, and ours."""
+
+    def load(name):
+        loaded.append(name)
+        return CLASSES[name]
+
+    return Registered({int: "theirs"}, load, "Ours", by_type=False)
+
+
+def test_a_lookup_of_another_model_imports_nothing_of_ours(registered, loaded):
+    assert int in registered and registered[int] == registered.get(int) == "theirs"
+    assert str not in registered and registered.get(str) is None
+    with pytest.raises(KeyError):
+        registered[str]
+    assert loaded == []
+
+
+def test_a_list_of_the_keys_imports_our_configuration_alone(registered, loaded):
+    assert list(registered) == list(registered.keys()) == [int, Config] and len(registered) == 2
+    assert Config in registered
+    assert set(loaded) == {"Qwen3AudioConfig"}
+
+
+def test_our_class_is_looked_up_listed_and_copied_like_any_other(registered):
+    ours = CLASSES["Ours"]
+    assert registered[Config] is registered.get(Config) is ours
+    assert list(registered.values()) == ["theirs", ours]
+    assert dict(registered) == dict(registered.items()) == {int: "theirs", Config: ours}
+
+
+def test_what_a_user_registers_in_our_place_stays(registered):
+    registered[Config] = "another"
+    assert registered[Config] == "another" and list(registered.values()) == ["theirs", "another"]
+
+
+def test_a_configuration_derived_from_ours_is_not_taken_for_ours(registered):
+    derived = type("Derived", (Config,), {})
+    assert derived not in registered and registered.get(derived) is None
+
+
+def test_where_our_class_cannot_be_imported_its_own_lookup_says_so_and_lists_go_on():
+    def load(name):
+        raise ImportError(f"no {name}")
+
+    by_type = Registered({"theirs": int}, load, "Ours", by_type=True)
+    by_config = Registered({int: "theirs"}, load, "Ours", by_type=False)
+    assert dict(by_type.items()) == {"theirs": int} and list(by_config.values()) == ["theirs"]
+    assert len(by_config) == 1 and list(by_config) == [int]
+    with pytest.raises(ImportError, match="no Ours"):
+        by_type["qwen3_audio"]
+    with pytest.raises(ImportError, match="no Qwen3AudioConfig"):
+        by_config[Config]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package in which a module `mappings` makes CONFIG_MAPPING, and ENTRIES for it and for one that makes none."""
+    (tmp_path / "autos").mkdir()
+    (tmp_path / "autos/__init__.py").touch()
+    (tmp_path / "autos/mappings.py").write_text(
+        "from types import SimpleNamespace\nCONFIG_MAPPING = SimpleNamespace(_extra_content={})\n"
+    )
+    (tmp_path / "autos/empty.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not isinstance(finder, Finder)])
+    entries = {"autos.mappings": {"CONFIG_MAPPING": "Ours", "NO_MAPPING": "Ours"}, "autos.empty": {"OLD": "Ours"}}
+    monkeypatch.setattr(auto_classes, "ENTRIES", entries)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "autos"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("first", ["mappings", "ours"])
+def test_entries_are_made_whichever_is_imported_first(package, first):
+    if first == "mappings":
+        importlib.import_module("autos.mappings")
+    auto_classes.register_when_loaded(CLASSES.get)
+    module = importlib.import_module("autos.mappings")
+    assert module.CONFIG_MAPPING._extra_content["qwen3_audio"] is CLASSES["Ours"]
+    importlib.import_module("autos.empty")
+
+
+def test_entries_are_made_in_a_module_that_another_thread_is_importing(package, tmp_path, monkeypatch):
+    entered, go_on = threading.Event(), threading.Event()
+    source = tmp_path / "autos/mappings.py"
+    source.write_text("import builtins\nbuiltins.wait_in_mappings()\n" + source.read_text())
+    monkeypatch.setattr(builtins, "wait_in_mappings", lambda: (entered.set(), go_on.wait()), raising=False)
+    importing = threading.Thread(target=importlib.import_module, args=["autos.mappings"])
+    importing.start()
+    entered.wait()
+
+    def import_module(name):
+        go_on.set()
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(auto_classes, "import_module", import_module)
+    auto_classes.register_when_loaded(CLASSES.get)
+    go_on.set()
+    importing.join()
+    assert "qwen3_audio" in sys.modules["autos.mappings"].CONFIG_MAPPING._extra_content
+
+
+def test_a_module_that_was_hooked_keeps_its_own_loader(package):
+    auto_classes.register_when_loaded(CLASSES.get)
+    module = importlib.import_module("autos.mappings")
+    loader = module.__spec__.loader
+    assert module.__loader__ is loader and type(loader).__name__ == "SourceFileLoader"
+    assert "SimpleNamespace" in loader.get_source("autos.mappings")
+
+
+def test_entries_are_made_once_and_other_modules_are_left_to_others(package):
+    auto_classes.register_when_loaded(CLASSES.get)
+    auto_classes.register_when_loaded(CLASSES.get)
+    registered = importlib.import_module("autos.mappings").CONFIG_MAPPING._extra_content
+    auto_classes.register_when_loaded(CLASSES.get)
+    assert importlib.import_module("autos.mappings").CONFIG_MAPPING._extra_content is registered
+    assert dict(registered) == {"qwen3_audio": CLASSES["Ours"]}
+    assert next(finder for finder in sys.meta_path if isinstance(finder, Finder)).find_spec("autos", None) is None
+
+
+@pytest.mark.parametrize("mapping", [None, {}, SimpleNamespace(), SimpleNamespace(_extra_content=OrderedDict())])
+def test_a_mapping_of_another_form_is_left_as_it_is(mapping):
+    module = ModuleType(CONFIG_AUTO)
+    module.CONFIG_MAPPING = mapping
+    before = json.dumps(vars(mapping) if isinstance(mapping, SimpleNamespace) else mapping)
+    auto_classes._register(module, CLASSES.get)
+    assert json.dumps(vars(mapping) if isinstance(mapping, SimpleNamespace) else mapping) == before
