@@ -1,7 +1,7 @@
-"""Writes the flag table of `qwhisper train` into README.md, between its two marks: python docs/make_flag_table.py
+"""Writes the flag table of `qwhisper train` into docs/flags.md, between its two marks: python docs/make_flag_table.py
 
-The text comes from qwhisper/train/flag_sections.py. README.zh-CN.md has its reasons in Chinese, by hand;
-tests/test_docs.py checks that both tables have the flags and defaults that the code has.
+The text comes from qwhisper/train/flag_sections.py. The reasons in docs/flags.zh.md are written by hand;
+tests/test_docs.py checks that both tables have the flags and defaults of the code.
 """
 
 import dataclasses
@@ -13,12 +13,23 @@ from marked import table, write_between_marks
 from qwhisper.parsing import sections_of
 from qwhisper.train.arguments import TrainArguments
 
-ROOT = Path(__file__).parents[1]
+PAGE = Path(__file__).parent / "flags.md"
+CHINESE_DEFAULTS = {
+    "required": "必填",
+    "on": "开",
+    "off": "关",
+    "none": "无",
+    "the JSONL file's own folder": "JSONL 所在目录",
+    "the length that the language model was made for": "语言模型支持的长度",
+    "the first GPU if there is one": "有 GPU 则用第一块",
+    "all of them": "全部",
+    "the name of --output_dir": "--output_dir 的名字",
+}
 STATED_DEFAULT = re.compile(r" ?\(default: (?P<short>[^;,)]*)(?P<rest>[;,][^)]*)?\)")
 
 
 def default_and_reason(field: dataclasses.Field) -> tuple[str, str]:
-    """The table's last two columns. A default that hangs on other flags is stated in the help text: its first words."""
+    """The table's last two columns. A default that depends on other flags stands in the help text."""
     reason = field.metadata["help"]
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         return "required", reason
@@ -47,7 +58,7 @@ def flag_table() -> str:
 
 
 def main() -> None:
-    write_between_marks(ROOT / "README.md", {"flags": flag_table()})
+    write_between_marks(PAGE, {"flags": flag_table()})
 
 
 if __name__ == "__main__":

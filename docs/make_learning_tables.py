@@ -35,6 +35,7 @@ WORDS: dict[str, dict[str, str]] = {
         "kinds_head": "recipe | {kinds}",
         "speakers_head": "never heard | seed | clip | last | sum | retention | text shift | swapped",
         "numbers_head": "never heard | steps | altered copies | synthesised | clip | last | sum | retention | swapped",
+        "and": ", ",
         "text": "the text model, reading the words",
         "more": "more than {}",
     },
@@ -44,6 +45,7 @@ WORDS: dict[str, dict[str, str]] = {
         "kinds_head": "配方 | {kinds}",
         "speakers_head": "未听过的人 | 种子 | clip | last | sum | 保持率 | 文本偏移 | 换音频",
         "numbers_head": "未听过的人 | 步数 | 变化副本 | 合成片段 | clip | last | sum | 保持率 | 换音频",
+        "and": "、",
         "text": "文本模型读文字",
         "more": "超过 {}",
     },
@@ -97,7 +99,7 @@ def cautions_table(words: dict[str, str]) -> str:
             reached = [line["steps_to_loss_0.2"] for line in lines]
             steps = [words["more"].format(lines[0]["steps"]) if step is None else str(step) for step in reached]
             kept = scores(lines, ("clip", "last", "retention", "text_shift"))
-            rows.append([f"`{recipe}`", len(lines), ", ".join(steps), *kept])
+            rows.append([f"`{recipe}`", len(lines), words["and"].join(steps), *kept])
     return table(words["cautions_head"], rows)
 
 

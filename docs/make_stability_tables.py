@@ -8,6 +8,7 @@ whose results are not there names the command that makes them.
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,49 +63,63 @@ WORDS: dict[str, dict[str, str]] = {
         "careful_rates": "rates of 3e-5: the stable recipe",
         "fused AdamW": "*labels and kernel alone, fused AdamW*",
         "guards alone": "*labels, kernel and guards alone*",
+        "exit code": "exit code {code}: {why}",
+        "and": ", ",
+        "then": "; ",
     },
     "zh": {
         "no_result": "`{command}` 的结果还没有放进来。",
-        "from": "数据来自 [{file}](../benchmarks/results/{file}):{device},torch {torch}{more}。",
-        "kernels_head": "内核 | 掩码 | {lengths} | 其余误差(以舍入为单位)",
+        "from": "数据来自 [{file}](../benchmarks/results/{file})：{device}，torch {torch}{more}。",
+        "kernels_head": "内核 | 掩码 | {lengths} | 其余误差（以舍入为单位）",
         "tokens": "{} 个 token",
         "yes": "有",
         "no": "无",
-        "share": "{share}(从 {first} 起)",
+        "share": "{share}（从 {first} 起）",
         "runs_head": "训练 | cuDNN attention | 出现 NaN 的步数 | 最先出现在 | 结束时的权重 | 如何结束",
         "on": "开",
         "off": "关",
         "finite": "有限",
         "is_nan": "NaN",
-        "logged": "最后记录的 loss {last},报告的平均值 {mean}",
-        "skipped": "{ended};跳过 {count} 步",
-        "stages_head": "新增措施 | 哪里坏了 | 最大范数,LoRA | 投影器 | 超过 1000 的步数 | 最后 20 步的 loss | "
+        "logged": "最后记录的 loss {last}，报告的平均值 {mean}",
+        "skipped": "{ended}；跳过 {count} 步",
+        "stages_head": "新增措施 | 哪里坏了 | 最大范数，LoRA | 投影器 | 超过 1000 的步数 | 最后 20 步的 loss | "
         "留出集 loss | 互换音频使它增加",
         "left_out_head": "去掉的措施 | fp16 | 加上防护 | bf16 | 加上防护",
         "nothing": "什么都不去掉",
-        "naive": "–(朴素写法)",
-        "deaf": "权重有限,留出集 loss 为 NaN",
+        "naive": "–（朴素写法）",
+        "deaf": "权重有限，留出集 loss 为 NaN",
         "step_of": "第 {step} 步{what}",
         "logits": " logits 出现非有限值",
         "loss": " loss 为 NaN",
-        "gradient": "梯度出现非有限值,最先在 `{name}`",
-        "weights": "第 {step} 步之后权重为 NaN:{lost}",
-        "setting": ",{text_model},{steps} 步,每步 {batch} 个样本",
-        "padded_to": ",补齐到 {} 个 token",
+        "gradient": "梯度出现非有限值，最先在 `{name}`",
+        "weights": "第 {step} 步之后权重为 NaN：{lost}",
+        "setting": "，{text_model}，{steps} 步，每步 {batch} 个样本",
+        "padded_to": "，补齐到 {} 个 token",
         "labels": "按聊天模板划定标签区间",
-        "kernel": "关闭 cuDNN attention(有防护时改为打包)",
+        "kernel": "关闭 cuDNN attention（有防护时改为打包）",
         "projector_fp32": "投影器用 fp32",
         "lora_fp32": "LoRA 用 fp32",
         "layer_norm": "投影器前加 LayerNorm",
         "small_xavier": "投影器 Xavier × 0.1",
         "small_lora": "LoRA 的 A × 0.1",
-        "clip": "裁剪:LoRA 5.0,全局 1.0",
-        "gentle_start": "早期学习率 × 0.2,投影器冻结 20 步",
+        "clip": "裁剪：LoRA 5.0，全局 1.0",
+        "gentle_start": "早期学习率 × 0.2，投影器冻结 20 步",
         "bf16": "bf16 代替 fp16",
-        "guards": "防护(qwhisper 的训练循环)",
-        "careful_rates": "学习率 3e-5:稳定配方",
-        "fused AdamW": "*只有标签和内核两项,fused AdamW*",
+        "guards": "防护（qwhisper 的训练循环）",
+        "careful_rates": "学习率 3e-5：稳定配方",
+        "fused AdamW": "*只有标签和内核两项，fused AdamW*",
         "guards alone": "*只有标签、内核和防护*",
+        "done": "正常结束",
+        "exit code": "退出码 {code}：{why}",
+        "and": "、",
+        "then": "；",
+        "none of 8 samples of this batch can be trained on: d0: no supervised token is left": "这一批的 8 个样本都没有"
+        "受监督的 token",
+        "numerically dead at step 20": "第 20 步数值失效",
+        "qwhisper, padded": "qwhisper，填充",
+        "qwhisper, packed": "qwhisper，打包",
+        "qwhisper, padded, cuDNN put back on": "qwhisper，填充，重新打开 cuDNN attention",
+        "projector": "投影器",
     },
 }
 
@@ -146,11 +161,11 @@ def kernels_table(words: dict[str, str], trials: dict[tuple, dict]) -> str:
     lengths = sorted({length for _, length, _ in trials})
     rows = []
     for kernel in dict.fromkeys(name for name, _, _ in trials):
-        for mask, told in (("masked", "yes"), ("unmasked", "no")):
+        for mask, shown in (("masked", "yes"), ("unmasked", "no")):
             found = {key[1:]: line[mask] for key, line in trials.items() if key[0] == kernel and mask in line}
             if found:
                 cells = [share_of_nan(words, found, length) for length in lengths]
-                rows.append([kernel, words[told], *cells, max(one["error_in_roundings"] for one in found.values())])
+                rows.append([kernel, words[shown], *cells, max(one["error_in_roundings"] for one in found.values())])
     head = words["kernels_head"].format(lengths=" | ".join(words["tokens"].format(length) for length in lengths))
     return table(head, rows)
 
@@ -170,12 +185,19 @@ def runs_table(words: dict[str, str], runs: dict[tuple, dict]) -> str:
         if "last_logged_loss" in line:
             ended = words["logged"].format(last=line["last_logged_loss"], mean=line["reported_train_loss"])
         else:
-            told = line["ended"].split(" after ")[0].split(" (samples")[0]
-            ended = words["skipped"].format(ended=told, count=line["steps_skipped"])
+            ended = how_it_ended(words, line)
         weights = words["finite" if line["weights_finite"] else "is_nan"]
         nan, first = f"{line['steps_not_finite']} / {line['steps']}", named(line["first_parameter"])
-        rows.append([run, words["on" if cudnn else "off"], nan, first and f"`{first}`", weights, ended])
+        rows.append([words.get(run, run), words["on" if cudnn else "off"], nan, first and f"`{first}`", weights, ended])
     return table(words["runs_head"], rows)
+
+
+def how_it_ended(words: dict[str, str], line: dict) -> str:
+    """The reason, and how many steps were skipped."""
+    ended = line["ended"].split(" after ")[0].split(" (samples")[0]
+    if failed := re.fullmatch(r"exit code (?P<code>\d+): (?P<why>.*)", ended):
+        ended = words["exit code"].format(code=failed["code"], why=words.get(failed["why"], failed["why"]))
+    return words["skipped"].format(ended=words.get(ended, ended), count=line["steps_skipped"])
 
 
 def named(parameter: str | None) -> str | None:
@@ -240,7 +262,7 @@ def cell(words: dict[str, str], line: dict | None) -> str:
 def outcome(words: dict[str, str], line: dict) -> str:
     """The first thing that broke; what only follows from broken weights is left out."""
     if "ended" in line:
-        return words["skipped"].format(ended=line["ended"].split(" after ")[0], count=line["steps_skipped"])
+        return how_it_ended(words, line)
     broke = line["first_not_finite"]
     if not broke:
         return words["finite"]
@@ -250,9 +272,9 @@ def outcome(words: dict[str, str], line: dict) -> str:
         what = words[first].format(name=named(line.get("first_gradient")))
         parts.append(words["step_of"].format(what=what, step=broke[first] + 1))
     if weights is not None:
-        lost = ", ".join(f"{kind} {count}" for kind, count in line["weights_lost"].items())
+        lost = words["and"].join(f"{words.get(kind, kind)} {count}" for kind, count in line["weights_lost"].items())
         parts.append(words["weights"].format(step=weights + 1, lost=lost))
-    return "; ".join(parts)
+    return words["then"].join(parts)
 
 
 def draw() -> None:

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 WORD_BYTES = 8
-ROW = 65_521  # words; a prime, so that rows of a matrix that change places don't meet in one column
+ROW = 65_521  # words; a prime, so that swapped rows of a matrix don't fall into the same column
 
 
 @torch.no_grad()
 def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """An exact checksum of each tensor, of any dtype: its bits as 8-byte words, laid in rows of `ROW`, each times the
+    """An exact checksum of each tensor, of any dtype: its bits as 8-byte words in rows of `ROW`, each multiplied by the
     odd number of its column, summed modulo 2^64.
 
-    One pass over the memory where each tensor lies, nothing copied, and one wait for all of them: 0.07 s a GB on a
-    core. A change within one word always shows; several changes, or words that change places, cancel by chance alone.
+    One pass over the memory of each tensor, without a copy, and one wait for all of them: 0.07 s per GB on one core. A
+    change within one word always shows; several changes, or swapped words, cancel only by chance.
     """
     sums = {name: _weighted_sum(tensor) for name, tensor in tensors}
     if not sums:
@@ -26,7 +26,7 @@ def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
 
 
 def changed(before: Mapping[str, Hashable], after: Mapping[str, Hashable]) -> list[str]:
-    """Names whose checksum differs, or that only one of the two has, in the order of `before`."""
+    """Names whose checksum differs or that only one of the two has, in the order of `before`."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 

@@ -1,7 +1,7 @@
 """The command line: finds the verb, parses its flags, runs its command, and turns the result into an exit code.
 
-What a user did wrong is a QwhisperError and ends with one message and its exit code; anything else is our bug: a
-traceback.
+A user's error is a QwhisperError and ends with one message and its exit code; any other exception is a bug and ends
+with a traceback.
 """
 
 import difflib
@@ -52,18 +52,18 @@ def _run(argv: list[str]) -> int | None:
 
 
 def load(reference: str) -> Any:
-    """The object that "module:name" names."""
+    """The object with the name "module:name"."""
     module, name = reference.split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def _verb_length(argv: list[str]) -> int:
-    """How many words of the command line are its verb; 0 if it begins with none."""
+    """Number of words of the verb at the beginning of the command line; 0 if there is none."""
     return next((length for length in (2, 1) if " ".join(argv[:length]) in VERBS), 0)
 
 
 def _split_verb(argv: list[str]) -> tuple[str, list[str]]:
-    """The verb (one word or two) and what follows it; a group alone or with --help comes back as its one word."""
+    """The verb (one word or two) and the rest; a group without a verb, or with --help, is returned as one word."""
     if length := _verb_length(argv):
         return " ".join(argv[:length]), argv[length:]
     group = [name for name in VERBS if name.startswith(argv[0] + " ")]

@@ -1,6 +1,6 @@
-"""Bring files to the disk, and hash what is there: flush, write a text file whole, remove.
+"""Write files durably: flush, write a text file whole, remove; and hash files.
 
-Files that somebody else may have written are read with `files.py`, which also refuses pipes before anything is hashed.
+To read files from another source use `files.py`, which also refuses pipes before anything is hashed.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file. Whatever happens, it then holds all of `text` or what it held before."""
+    """Write a text file. After a failure it holds all of `text` or its old content."""
     aside = path.with_name(f".{path.name}{WRITING}")
     try:
         aside.write_text(text, encoding="utf-8")

@@ -1,11 +1,11 @@
 """Errors that a user can cause, each with the exit code that the command line ends with.
 
-Everything else is a bug of ours and is allowed to crash with its traceback.
+Everything else is a bug and may crash with its traceback.
 """
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what PyTorch may add below; its type where it says nothing, as MemoryError does."""
+    """First part of an error's message, without PyTorch's additions; its type if the message is empty (MemoryError)."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -32,13 +32,13 @@ class BadClipError(DataError):
 
 
 class MemoryLimitError(QwhisperError):
-    """Out of memory where no smaller pack could help."""
+    """Out of memory, and no smaller pack helps."""
 
     exit_code = 4
 
 
 class NumericalError(QwhisperError):
-    """Numbers went wrong in a way that must not be passed over."""
+    """The numbers are wrong, and the run must not continue."""
 
     exit_code = 5
 
@@ -50,12 +50,12 @@ class CheckpointError(QwhisperError):
 
 
 class NothingLearnedError(QwhisperError):
-    """A training ran to its end, and its numbers say that it learned nothing."""
+    """A training finished, and its numbers show that it learned nothing."""
 
     exit_code = 7
 
 
 class DiskError(QwhisperError):
-    """The disk does not take what must be written."""
+    """The disk can't write what must be saved."""
 
     exit_code = 8

@@ -1,7 +1,6 @@
-"""Reading files that somebody else may have written: nothing here waits for a pipe or fills the memory.
+"""Read files from an untrusted source: nothing here waits for a pipe or fills the memory.
 
-Knows nothing of models; what to do with the content is up to the caller. Errors are CheckpointError, or the type that a
-caller gives as `fault` (UsageError for a base model).
+Errors are CheckpointError, or the type that a caller gives as `fault` (UsageError for a base model).
 """
 
 import errno
@@ -17,7 +16,7 @@ from qwhisper.errors import CheckpointError, QwhisperError
 
 MIB = 1 << 20
 MAX_JSON_BYTES = 16 * MIB  # configurations are kilobytes; the index of a sharded model reaches some megabytes
-# By file name's end, the first that fits. The largest tokenizers in use (Gemma's) have 33 MB.
+# By the end of the file name; the first match counts. The largest tokenizers in use (Gemma's) have 33 MB.
 MAX_BYTES = (
     (("tokenizer.json", "vocab.json", ".model", "vocab.txt", "merges.txt"), 64 * MIB),
     ((".jinja",), MIB),
@@ -29,7 +28,7 @@ LOADED_SUFFIXES = (
 )  # fmt: skip
 MAX_FILES = 10_000  # a checkpoint has about 15
 SPARSE_FROM_BYTES = 1 << 30
-SPARSE_SHARE = 16  # a file with less than this part of its bytes on the disk was never written by a save
+SPARSE_SHARE = 16  # a file with less than 1/16 of its bytes on the disk was not written by a save
 
 
 def read_bytes(path: Path, max_bytes: int, fault: type[QwhisperError] = CheckpointError) -> bytes:
@@ -49,7 +48,7 @@ def read_bytes(path: Path, max_bytes: int, fault: type[QwhisperError] = Checkpoi
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, fault: type[QwhisperError] = CheckpointError) -> Any:
-    """A JSON file's value. Raises `fault` where it is not readable as one."""
+    """A JSON file's value. Raises `fault` if it is not readable as JSON."""
     content = read_bytes(path, max_bytes, fault)
     try:
         return json.loads(content)
@@ -58,7 +57,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, fault: type[QwhisperE
 
 
 def read_json_object(path: Path, fault: type[QwhisperError] = CheckpointError) -> dict[str, Any]:
-    """The same of a file that holds an object."""
+    """The same for a file that must hold an object."""
     value = read_json(path, fault=fault)
     if not isinstance(value, dict):
         raise fault(f"{path}: holds {type(value).__name__} where an object is expected")
@@ -68,11 +67,11 @@ def read_json_object(path: Path, fault: type[QwhisperError] = CheckpointError) -
 def files_of(
     folder: Path, fault: type[QwhisperError] = CheckpointError, *, patterns: Sequence[str] = ()
 ) -> dict[str, Path]:
-    """Regular files by their path in the folder, sorted, those in its subfolders as well; links to folders are not
-    followed. patterns: only files of the folder itself whose names fit one of them are looked at.
+    """Regular files by their path in the folder, sorted, subfolders included; links to folders are not followed.
+    patterns: look only at files of the folder itself whose names match one of them.
 
-    Raises `fault` where a file that would be loaded is a pipe or device, too large for its kind, or sparse, and where
-    there are more files than any save writes.
+    Raises `fault` if a file that would be loaded is a pipe or device, too large for its kind, or sparse, or if there
+    are more files than any save writes.
     """
     found = {}
     for entry in _entries(folder, fault, patterns):
@@ -80,7 +79,7 @@ def files_of(
         try:
             status = entry.stat()
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP):  # a link to nowhere: as good as missing
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # a dangling link counts as missing
                 continue
             raise fault(f"{path}: can't be read ({error})") from error
         if stat.S_ISREG(status.st_mode):
@@ -92,7 +91,7 @@ def files_of(
 
 
 def _entries(folder: Path, fault: type[QwhisperError], patterns: Sequence[str]) -> Iterator[os.DirEntry]:
-    """Everything in a folder but its subfolders."""
+    """All entries of a folder and its subfolders, without the subfolders themselves."""
     count, folders = 0, [folder]
     try:
         while folders:

@@ -1,6 +1,6 @@
-"""How a flag is declared, with its bounds: a value that no run can have is refused before anything is loaded.
+"""Declaration of a flag with its bounds: a value that no run can use is refused before anything is loaded.
 
-The command line gives every flag the type of its field; from Python a value may have any.
+The command line gives every flag the type of its field; from Python a value may have any type.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ MOST_SAMPLES = 2**20  # at once, or in one optimizer step
 class Bounds:
     """at_least, above, at_most, below: the limits, the second and the fourth excluded.
 
-    besides: one value outside of them that is allowed, such as the 0 that turns a bound off. why: what a value outside
-    would do, as the end of a sentence.
+    besides: one allowed value outside of them, such as the 0 that turns a bound off. why: the effect of a value
+    outside, as the end of a sentence.
     """
 
     at_least: float = -math.inf
@@ -36,7 +36,7 @@ class Bounds:
         """What is wrong with `value`, or None."""
         if value == self.besides:
             return None
-        if not -math.inf < value < math.inf:  # no call of a function, which an integer of 400 digits would overflow
+        if not -math.inf < value < math.inf:  # not math.isfinite, which overflows on an integer of 400 digits
             found = "must be a finite number"
         elif value < self.at_least:
             found = f"must be {self.at_least:.15g} or more"
@@ -73,12 +73,12 @@ def required(help: str) -> Any:
 class Arguments:
     """Base of every verb's arguments. Construction checks each value."""
 
-    # Why a name is no flag of this verb, though another program has it: what follows the name in a sentence.
+    # Why a name that other programs have is no flag of this verb: the rest of a sentence that begins with the name.
     NO_FLAGS: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
-        """Raises UsageError for the first field whose value lies outside its `bounds`, or is not of its type; None
-        passes where it is the default. Paths become strings.
+        """Raise UsageError for the first field whose value is outside its `bounds` or not of its type. None is allowed
+        if it is the default. Paths become strings.
         """
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):

@@ -1,20 +1,20 @@
-"""How many samples, mel frames, encoder frames and placeholder tokens a clip has: one arithmetic for data and model.
+"""Numbers of samples, mel frames, encoder frames and placeholder tokens of a clip: one arithmetic for data and model.
 
-Plain integers, no torch. A clip is cut into windows of nearly equal length (31 s are two of 15.5 s, not 30 + 1), each
-of which the encoder sees by itself, with silence before and after it. The silence is context for the encoder, which
-never learned from speech that begins or ends at the edge of its window. Its frames are dropped before the projector,
-but for a short rest after the speech, so it costs the language model next to nothing.
+Plain integers, no torch. A clip is cut into windows of nearly equal length (31 s become two of 15.5 s, not 30 + 1). The
+encoder sees each window separately, with silence before and after it: it was never trained on speech that begins or
+ends at the edge of its window. The frames of the silence are dropped before the projector, except a few after the
+speech, so the silence costs the language model almost nothing.
 """
 
 from dataclasses import dataclass
 
 SAMPLE_RATE = 16_000
-HOP_LENGTH = 160  # samples a mel frame
-N_FFT = 400  # samples an STFT window; also the shortest window that reflect padding allows for comfortably
-CONV_STRIDE = 2  # mel frames an encoder frame
+HOP_LENGTH = 160  # samples per mel frame
+N_FFT = 400  # samples per STFT window; also the shortest window that reflect padding handles safely
+CONV_STRIDE = 2  # mel frames per encoder frame
 FRAME_SAMPLES = HOP_LENGTH * CONV_STRIDE  # 20 ms
 DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S = 0.25, 1.0  # around the speech, see docs/silence.md
-KEPT_SILENCE_FRAMES = 12  # after the speech: what was said last is also in the frames behind it
+KEPT_SILENCE_FRAMES = 12  # after the speech: they also carry what was said last
 
 
 def mel_frames(num_samples: int) -> int:
@@ -70,12 +70,12 @@ class FrameArithmetic:
 
     @property
     def silence_samples(self) -> int:
-        """Of one window, before and after the speech."""
+        """Samples of silence in one window, before and after the speech."""
         return (self.lead_frames + self.tail_frames) * FRAME_SAMPLES
 
     @property
     def max_speech_samples(self) -> int:
-        """Of one window; a whole number of tokens."""
+        """Largest number of speech samples in one window; a whole number of tokens."""
         speech_frames = self.max_encoder_frames - self.lead_frames - self.tail_frames
         return speech_frames // self.stack * self.samples_per_token
 
@@ -89,7 +89,7 @@ class FrameArithmetic:
         return [piece + self.silence_samples for piece in pieces]
 
     def kept_frames(self, num_encoder_frames: int) -> slice:
-        """Which of a window's encoder frames reach the projector: the speech and a short rest after it."""
+        """The encoder frames of a window that reach the projector: the speech and a few frames after it."""
         end = num_encoder_frames - max(0, self.tail_frames - KEPT_SILENCE_FRAMES)
         if end <= self.lead_frames:
             raise ValueError(

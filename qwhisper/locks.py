@@ -1,4 +1,4 @@
-"""Files that one process holds at a time: two writers of one place would write over each other's work."""
+"""Locks on files, so that two processes never write to the same place."""
 
 import errno
 import fcntl
@@ -16,11 +16,11 @@ LOCK_FILE = ".lock"  # of a run folder
 def hold(
     descriptor: int, lock: Callable[[int, int], None], *, name: str, place: str, writer: str, another: str
 ) -> None:
-    """Takes an open file until it is closed, or the process ends, however that ends; the lock is the kernel's.
+    """Lock an open file until it is closed or the process ends in any way; the kernel holds the lock.
 
-    lock: `fcntl.lockf`, which forked processes don't hold on to, but which any other closing of the file in this
-    process ends; or `fcntl.flock`, the other way round. name, place: what is held, for an error and for a note. Raises
-    UsageError where another process has it; nothing is changed then. Where no file can be locked, it says so.
+    lock: `fcntl.lockf`, which forked processes don't inherit, but which ends when this process closes the file
+    anywhere; or `fcntl.flock`, which is the reverse. name, place: the locked thing, for an error and for a note. Raises
+    UsageError if another process has the lock; nothing is changed then. If the file system has no locks, print a note.
     """
     try:
         lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,11 +43,11 @@ def _is_utf8(folder: Path) -> bool:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Holds a run folder, which is made where it is missing, for this process.
+    """Lock a run folder for this process; make the folder if it is missing.
 
-    The lock is the kernel's and dies with the process, however that ends. It is no `flock`, which the data workers that
-    are forked later would hold on to. Raises UsageError where another process has it, or where no run could be saved in
-    such a folder; nothing is changed then.
+    The kernel holds the lock and drops it when the process ends in any way. Not `flock`, which child processes would
+    inherit. Raises UsageError if another process has the lock, or if no run can be saved in the folder; nothing is
+    changed then.
     """
     if not _is_utf8(folder):
         raise UsageError(

@@ -1,9 +1,9 @@
-"""The flag that a user meant who typed another name."""
+"""Finds the flag that a user probably meant."""
 
 import difflib
 from collections.abc import Mapping, Sequence
 
-# What the same thing is called in other trainers, papers and speech. The first name that the verb has is taken.
+# Names of the same thing in other trainers and papers. The first one that the verb has is used.
 ELSEWHERE: dict[tuple[str, ...], str] = {
     ("per_device_train_batch_size", "batch_size"): "bs batch batch_size batchsize micro_batch_size mbs",
     ("per_device_eval_batch_size",): "eval_batch_size eval_bs",
@@ -69,7 +69,7 @@ def unknown_flag(name: str, flags: Sequence[str], no_flags: Mapping[str, str], *
 
 
 def nearest_flag(name: str, flags: Sequence[str]) -> str | None:
-    """Of `flags`, what `name` most probably stands for: a typo, a name used elsewhere, or an abbreviation."""
+    """Of `flags`, the one that `name` most probably means: a typo, a name used elsewhere, or an abbreviation."""
     if name.startswith("no_"):
         meant = nearest_flag(name.removeprefix("no_"), [flag for flag in flags if not flag.startswith("no_")])
         return f"no_{meant}" if f"no_{meant}" in flags else meant

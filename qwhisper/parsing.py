@@ -1,7 +1,7 @@
 """From a verb's command line and its recipe to its arguments dataclass.
 
 A field becomes a flag as in transformers' HfArgumentParser, which takes a second to import. A recipe's entries are put
-before the command line's as if they had been typed there, so that both pass the same checks and the command line wins.
+before the words of the command line, so that both pass the same checks and the command line wins.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def make_parser(name: str, verb: Verb, arguments_class: type[Arguments]) -> "Par
 
 
 def sections_of(arguments_class: type[Arguments]) -> list[tuple[str, list[dataclasses.Field]]]:
-    """Title and fields of every section: the bases that name an `_argument_group_name`, else the class itself."""
+    """Title and fields of every section: the bases with an `_argument_group_name`, or else the class itself."""
     by_name = {f.name: f for f in dataclasses.fields(arguments_class)}
     bases = [base for base in reversed(arguments_class.__mro__) if "_argument_group_name" in vars(base)]
     if not bases:
@@ -83,7 +83,7 @@ def sections_of(arguments_class: type[Arguments]) -> list[tuple[str, list[datacl
 
 
 def flag_names(arguments_class: type[Arguments], positionals: Iterable[str] = ()) -> list[str]:
-    """Every name that may follow "--", the `no_` form of flags that are on by default included."""
+    """Every name that may follow "--", including the `no_` form of flags that are on by default."""
     fields = [f for f in dataclasses.fields(arguments_class) if f.name not in positionals]
     return [f.name for f in fields] + [f"no_{f.name}" for f in fields if f.default is True]
 
@@ -124,7 +124,7 @@ def _truth(word: str) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports what argparse finds as a UsageError, without the wall of usage."""
+    """Raises argparse's errors as UsageError, without the long usage text."""
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"/--[a-z0-9-]+", "", message).replace("argument --", "--")
@@ -132,7 +132,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One line a flag: --snake_case alone, with --no_… beside it; a default only where there is one."""
+    """One line per flag: only --snake_case, with --no_… beside it; the default only if there is one."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36)
@@ -186,7 +186,7 @@ class Recipe:
     """A YAML file of flags: its entries as command-line words, and the line of each for messages.
 
     Relative paths in it are relative to the current folder, as on the command line. A run's own config.yaml has none,
-    and its output_dir is the folder in which it lies.
+    and its output_dir is the folder that contains it.
     """
 
     path: Path | None
@@ -236,7 +236,7 @@ class Recipe:
         if run_folder := run_of_config(path):
             values = found_again(values, run_folder)
         argv = [word for key, value in values.items() for word in cls._words(f"{path}:{lines[key]}", key, value)]
-        # A flag with one value comes last, so that a list before it can't swallow the command line's first word.
+        # A flag with one value comes last, so that no list takes the first word of the command line.
         return cls(path, [*argv, f"--config={path}"], lines)
 
     @staticmethod
@@ -250,7 +250,7 @@ class Recipe:
         return [f"--{key}={value}"]
 
     def locate(self, message: str, argv: list[str]) -> str:
-        """`message` with file and line before it, if it is about a flag that the recipe alone has set."""
+        """`message` after file and line, if it is about a flag that only the recipe sets."""
         for name in re.findall(r"--(\w+)", message):
             if name in self.lines and name not in _flags_in(argv):
                 return f"{self.path}:{self.lines[name]}: {message}"

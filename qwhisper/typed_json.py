@@ -1,6 +1,6 @@
-"""JSON back to the dataclasses that it was made from with `dataclasses.asdict`, every key and type checked.
+"""JSON from `dataclasses.asdict` back to the dataclasses, with every key and type checked.
 
-A field that older checkpoints don't have declares `metadata=ADDED_LATER`; any other must be there.
+A field that older checkpoints don't have declares `metadata=ADDED_LATER`; any other is required.
 """
 
 import dataclasses
@@ -27,10 +27,9 @@ def from_json(cls: type[T], value: Any, where: str = "") -> T:
 
 
 def checked(hint: Any, value: Any, where: str) -> Any:
-    """`value` as a field of type `hint` holds it. Raises ValueError as `from_json` does.
+    """`value` as a field of type `hint`. Raises ValueError as `from_json` does.
 
-    Any takes every value, for others to check. A number without a fraction passes as a float, as Python writes it; true
-    and false are no numbers.
+    A whole number is accepted as a float; true and false are not numbers. Any takes every value, for others to check.
     """
     if hint is Any:
         return value

@@ -1,4 +1,4 @@
-"""Names a mismatch of installed packages at start, with the command that fixes it. Reads metadata alone."""
+"""Check the versions of installed packages, from metadata alone; an error has the command that fixes it."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -14,9 +14,9 @@ REQUIRED = (
         "transformers calls its unwrap_model with keep_torch_compile, which it does not know "
         "(TypeError: unwrap_model() got an unexpected keyword argument 'keep_torch_compile')",
     ),
-    ("transformers", "5.23", "its model classes differ from those that qwhisper is built on"),
-    ("torch", "2.11", "packed training stands on torch.nn.attention.varlen as it is since then"),
-    ("peft", "0.21", "earlier ones are not tested with transformers 5"),
+    ("transformers", "5.23", "its model classes differ from those that qwhisper uses"),
+    ("torch", "2.11", "packed training needs torch.nn.attention.varlen of that version"),
+    ("peft", "0.21", "older versions are not tested with transformers 5"),
 )
 
 

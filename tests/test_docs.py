@@ -6,35 +6,45 @@ import re
 import shlex
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
+import qwhisper
 from qwhisper import cli
+from qwhisper.checkpoint.manifest import write_manifest
 from qwhisper.commands import VERBS
 from qwhisper.guards.alarms import Alarm
 from qwhisper.model.qwen3_audio import build_from_bases
 from qwhisper.parsing import parse, shipped_recipes
 from qwhisper.report.kinds import KINDS
+from qwhisper.train.state import TrainState
 from tests.small import write_dialogues, write_small_bases
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.zh-CN.md")
+DATA = ("docs/data.md", "docs/data.zh.md")
+FLAGS = ("docs/flags.md", "docs/flags.zh.md")
 STABILITY = ("docs/stability.md", "docs/stability.zh.md")
 LEARNING = ("docs/learning.md", "docs/learning.zh.md")
+PAIRS = (READMES, DATA, FLAGS, STABILITY, LEARNING)
+CHINESE = tuple(chinese for _, chinese in PAIRS)
 PAGES = (
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    *DATA,
+    *FLAGS,
     *STABILITY,
     *LEARNING,
     "docs/audio.md",
     "docs/events.md",
+    "docs/reliability.md",
     "docs/silence.md",
     "docs/performance.md",
 )
-
 
 sys.path.insert(0, str(ROOT / "docs"))  # which is no package
 between_marks = importlib.import_module("marked").between_marks
@@ -55,13 +65,14 @@ def first_two_columns(text):
     return [(row[0], row[1]) for row in rows]
 
 
-def test_flag_table_of_the_readme_is_the_one_of_the_code(table):
-    assert between_marks(read("README.md"), "flags") == table.flag_table(), "run: python docs/make_flag_table.py"
+def test_the_flag_table_is_the_one_of_the_code(table):
+    assert between_marks(read(FLAGS[0]), "flags") == table.flag_table(), "run: python docs/make_flag_table.py"
 
 
-def test_chinese_flag_table_has_the_same_flags_and_defaults(table):
-    chinese = between_marks(read("README.zh-CN.md"), "flags")
-    assert first_two_columns(chinese) == first_two_columns(table.flag_table())
+def test_the_chinese_flag_table_has_the_same_flags_and_defaults(table):
+    english = first_two_columns(table.flag_table())
+    expected = [(flag, table.CHINESE_DEFAULTS.get(default, default)) for flag, default in english]
+    assert first_two_columns(between_marks(read(FLAGS[1]), "flags")) == expected
 
 
 def commands(name):
@@ -70,13 +81,18 @@ def commands(name):
     return [line[1:] for line in words if line[:1] == ["qwhisper"]]
 
 
-def test_both_readmes_show_the_same_commands():
-    assert commands(READMES[0]) == commands(READMES[1])
-    assert len(commands(READMES[0])) >= 8
+@pytest.mark.parametrize("pages", PAIRS)
+def test_both_languages_show_the_same_commands(pages):
+    assert commands(pages[0]) == commands(pages[1])
 
 
-@pytest.mark.parametrize("argv", commands("README.md"), ids=" ".join)
-def test_commands_of_the_readme_parse(argv, tmp_path):
+def test_the_readme_shows_the_whole_path():
+    verbs = {argv[0] for argv in commands("README.md")}
+    assert verbs >= {"train", "verify", "eval", "chat"} and len(commands("README.md")) >= 8
+
+
+@pytest.mark.parametrize("argv", [argv for english, _ in PAIRS for argv in commands(english)], ids=" ".join)
+def test_commands_of_the_pages_parse(argv, tmp_path):
     (tmp_path / "config.yaml").write_text("train_file: data.jsonl\noutput_dir: run\n", encoding="utf-8")
     argv = [str(tmp_path / "config.yaml") if word == "run/config.yaml" else word for word in argv]
     name = next(name for name in VERBS if argv[: len(name.split())] == name.split())
@@ -90,8 +106,36 @@ def test_every_recipe_is_named(name):
 
 @pytest.mark.parametrize("name", [*READMES, *PAGES])
 def test_links_within_the_repository_lead_somewhere(name):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", read(name))
-    assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", read(name))
+    targets = [(((ROOT / name).parent / path) if path else ROOT / name, anchor) for path, anchor in links]
+    assert [str(path) for path, anchor in targets if not path.exists()] == []
+    assert [(str(path), anchor) for path, anchor in targets if anchor and anchor not in anchors(path)] == []
+
+
+def anchors(page):
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def prose(name):
+    """The lines of a page without code and addresses of links."""
+    text = re.sub(r"```.*?```|^    [^\n]*$|<!--.*?-->", "", read(name), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "`", re.sub(r"\]\([^)]*\)|https?://\S+", "]", text)).splitlines()
+
+
+@pytest.mark.parametrize("name", CHINESE)
+def test_chinese_sentences_have_full_width_punctuation(name):
+    half = re.compile(r"[\u3001-\u9fff\uff01-\uff5e`][,:;?!(]|[\u4e00-\u9fff]\)|[,:;?!)(][\u4e00-\u9fff]")
+    assert [line for line in prose(name) if half.search(line)] == []
+
+
+@pytest.mark.parametrize("name", CHINESE)
+def test_chinese_paragraphs_stand_on_one_line(name):
+    """A line break shows as a space, which Chinese text has none of."""
+    lines = prose(name)
+    broken = [line for before, line in pairwise(lines) if before.strip() and re.match(r"\s*[\u4e00-\u9fff]", line)]
+    assert [line for line in broken if not line.lstrip().startswith("|")] == []
 
 
 def test_the_table_of_silences_is_the_one_of_the_results():
@@ -105,7 +149,13 @@ def test_the_tables_of_events_and_metrics_are_those_of_the_code():
         assert between_marks(page, name) == make(), "run: python docs/make_event_tables.py"
 
 
-@pytest.mark.parametrize("script", ["make_stability_tables", "make_learning_tables"])
+def test_the_tables_of_faults_are_those_of_the_fault_tests():
+    made, page = importlib.import_module("make_reliability_table"), read("docs/reliability.md")
+    for name, make in made.TABLES.items():
+        assert between_marks(page, name) == make(), "run: python docs/make_reliability_table.py"
+
+
+@pytest.mark.parametrize("script", ["make_stability_tables", "make_learning_tables", "make_readme_results"])
 def test_the_tables_of_a_page_are_those_of_the_results(script):
     made = importlib.import_module(script)
     for language, page in made.PAGES.items():
@@ -121,7 +171,7 @@ def outline(name):
     return list(zip(sections[::2], rows, strict=True))
 
 
-@pytest.mark.parametrize("pages", [STABILITY, LEARNING])
+@pytest.mark.parametrize("pages", PAIRS)
 def test_both_pages_have_the_same_sections_tables_links_and_example(pages):
     english, chinese = pages
     assert outline(english) == outline(chinese)
@@ -148,10 +198,6 @@ def examples(name):
     return re.findall(r"```python\n(.*?)```", read(name), flags=re.DOTALL)
 
 
-def test_both_readmes_show_the_same_python():
-    assert examples(READMES[0]) == examples(READMES[1])
-
-
 @pytest.fixture
 def beside_models(tmp_path, monkeypatch):
     """A working folder in which the names of the real models are small ones, with dialogues and a trained run."""
@@ -163,16 +209,24 @@ def beside_models(tmp_path, monkeypatch):
     model, processor = build_from_bases(str(audio), str(text))
     for part in (model, processor):
         part.save_pretrained(tmp_path / "run" / "checkpoint-200")
+    TrainState(step=200).write(tmp_path / "run" / "checkpoint-200")
+    write_manifest(tmp_path / "run" / "checkpoint-200", 200, True)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.usefixtures("beside_models")
-def test_the_readmes_python_answers(capsys):
-    (example,) = examples("README.md")
-    names = {}
-    exec(example, names)
-    assert len(names["answer"]) > 0 and "<|audio_pad|>" not in names["answer"]
-    assert names["answer"] in capsys.readouterr().out
+def test_the_readmes_python_answers_and_trains(capsys, monkeypatch):
+    train, bases = qwhisper.finetune, {"audio_model": "openai/whisper-large-v3-turbo", "text_model": "Qwen/Qwen3-0.6B"}
+    monkeypatch.setattr(qwhisper, "finetune", lambda *given, **flags: train(*given, **flags | bases | {"max_steps": 1}))
+    assistant, training, model = examples("README.md")
+    names: dict = {}
+    exec(assistant.replace("stream.answer.text", "'It says ' + stream.answer.text"), names)  # white space, untrained
+    assert len(names["messages"]) == 3 and names["stream"].answer.completion_tokens > 0
+    exec(training, names)
+    exec(model, names)
+    said = capsys.readouterr().out
+    assert names["result"].steps == 1 and names["result"].checkpoint == Path("my-run/checkpoint-1")
+    assert names["answer"] and "<|audio_pad|>" not in names["answer"] and names["answer"] in said
 
 
 @pytest.mark.usefixtures("beside_models")
@@ -185,9 +239,10 @@ def test_the_example_with_a_plain_trainer_trains(monkeypatch):
     assert (Path("hf-run") / "final" / "projector.safetensors").is_file()
 
 
-def test_both_readmes_cite_the_same_sources():
-    sources = [re.findall(r"\]\((https?://[^)]+)\)", read(name)) for name in READMES]
-    assert sources[0] == sources[1]
+@pytest.mark.parametrize("pages", PAIRS)
+def test_both_languages_cite_the_same_sources(pages):
+    english, chinese = (re.findall(r"\]\((https?://[^)]+)\)", read(name)) for name in pages)
+    assert english == chinese
 
 
 def test_every_flag_that_is_named_exists():

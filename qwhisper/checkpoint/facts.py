@@ -1,6 +1,6 @@
-"""What a checkpoint says about its run to whoever does not train: its arguments, and a few values of its state.
+"""Facts about a run, read from its checkpoint outside of training: its arguments, and a few values of its state.
 
-A folder that no run has saved, such as one of `save_pretrained`, says nothing.
+A folder from `save_pretrained` alone has none.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from qwhisper.errors import CheckpointError
 from qwhisper.files import read_json_object
 from qwhisper.typed_json import checked
 
-# What is read here of arguments.json, with its type, and of that what every run has written.
+# The values of arguments.json that are read here, with their types; and those that every run has written.
 ARGUMENTS: dict[str, Any] = {
     "output_dir": str,
     "load_in_4bit": bool,
@@ -33,7 +33,7 @@ def read_arguments(
     """The arguments of the run that wrote a checkpoint, as they are stored.
 
     Raises CheckpointError if they can't be read, if one of `needed` is missing, or if a value is not of the type that
-    `hints` has for its name; names without a hint pass.
+    `hints` has for its name; names without a hint are not checked.
     """
     file = checkpoint / ARGUMENTS_FILE
     saved = read_json_object(file)
@@ -41,14 +41,14 @@ def read_arguments(
         if name not in saved:
             raise CheckpointError(f"{file}: {name} is missing")
     try:
-        # Flags that came or went with another version are passed over.
+        # Flags that another version added or removed are ignored.
         return saved | {name: checked(hints[name], value, name) for name, value in saved.items() if name in hints}
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
 def run_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The same, with paths that have moved together with the run where they are now; empty if there is no such file."""
+    """The same, with the present paths of files that moved together with the run; empty if there is no such file."""
     if not (checkpoint / ARGUMENTS_FILE).is_file():
         return {}
     return found_again(read_arguments(checkpoint), checkpoint.absolute().parent)

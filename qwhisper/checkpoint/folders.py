@@ -1,10 +1,10 @@
 """A run's checkpoint folders: written aside, flushed to the disk, renamed; listed, put aside, rotated.
 
-Knows files and hashes, nothing of models or torch: whoever saves hands over a function that fills a folder.
+Handles files and hashes, not models or torch: the caller passes a function that fills a folder.
 
-A save can be killed anywhere. What it leaves then is a hidden folder that nobody reads (`.checkpoint-N.writing`,
-`.checkpoint-N.deleting`), or, where a step is saved for the second time, the first one under a hidden name
-(`.checkpoint-N.old`), which counts until its successor is there. The next save clears them away.
+A save can be killed anywhere. It then leaves a hidden folder that is never read (`.checkpoint-N.writing`,
+`.checkpoint-N.deleting`). If a step is saved for the second time, the first checkpoint keeps a hidden name
+(`.checkpoint-N.old`) and counts until its successor is complete. The next save removes these leftovers.
 """
 
 import os
@@ -28,7 +28,7 @@ def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None], 
     """Write `run_folder`/checkpoint-`step`, which appears whole or not at all; replace an earlier one of this step.
 
     fill: writes all files into the folder that it is given. finite: whether all weights are; if not, no run resumes
-    from this checkpoint. Raises OSError if the disk does not take it, and leaves all checkpoints as they were.
+    from this checkpoint. Raises OSError if it can't be written, and leaves all checkpoints unchanged.
     """
     _clear_leftovers(run_folder)
     final = run_folder / checkpoint_name(step)
@@ -81,8 +81,8 @@ def by_step(run_folder: Path) -> dict[int, Path]:
 def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
     """Rename the checkpoints of later steps than `resumed`, oldest first, and return their new names.
 
-    They belong to another course of the run: they must neither count among the newest that are kept nor be resumed.
-    `resumed` may lie elsewhere, as a copy does.
+    They belong to another course of the run and must neither count among the newest that are kept nor be resumed.
+    `resumed` may be a copy in another folder.
     """
     resumed_step = read_manifest(resumed)["step"]
     later = [(step, folder) for step, folder in sorted(by_step(run_folder).items()) if step > resumed_step]
@@ -97,5 +97,5 @@ def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:
     healthy = next((folder.name for folder in reversed(found) if says_finite(folder)), None)
     for folder in found[:-keep_last]:
         if folder.name not in protected | {healthy}:
-            # By a name that nobody reads: a kill in the middle leaves no half of a checkpoint.
+            # Under a name that is never read: a kill in the middle leaves no half checkpoint.
             remove(folder.rename(_free(run_folder, f".{folder.name}", DELETING)))

@@ -1,6 +1,6 @@
 """One checkpoint's manifest: the hash and size of every file, its step, and whether all its weights are finite.
 
-Written when all other files are there; a checkpoint is read only if every file is what its manifest says.
+Written after all other files. A checkpoint is read only if every file agrees with its manifest.
 """
 
 import json
@@ -70,7 +70,7 @@ def check_manifest(folder: Path) -> dict[str, Any]:
 def _sha256_or_error(path: Path) -> str:
     try:
         return file_sha256(path)
-    except OSError as error:  # a disk that no longer gives back what it holds
+    except OSError as error:  # the disk can no longer read it
         return str(error)
 
 
@@ -83,10 +83,10 @@ def check_usable(folder: Path) -> None:
     except OSError as error:  # such as a file that a trainer deletes at this moment
         raise CheckpointError(f"{folder}: it can't be read ({error})") from error
     if not manifest["finite"]:
-        raise CheckpointError(f"{folder}: a weight in it is not finite; go on from an older checkpoint")
+        raise CheckpointError(f"{folder}: a weight in it is not finite; use an older checkpoint")
     step = manifest["step"]
     if (named := step_in_name(folder)) is not None and named != step:
-        raise CheckpointError(f"{folder}: it is of step {step}, not {named}; call it {checkpoint_name(step)} again")
+        raise CheckpointError(f"{folder}: it is of step {step}, not {named}; rename it to {checkpoint_name(step)}")
 
 
 def says_finite(folder: Path) -> bool:

@@ -1,11 +1,11 @@
-"""What a run's checkpoints and the files in them are called; each name is declared here alone."""
+"""Names of a run's checkpoints and of the files in them, declared only here."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 PREFIX = "checkpoint-"  # and the step
-OLD = ".old"  # end of the hidden name that a checkpoint has while its replacement comes
+OLD = ".old"  # end of the hidden name of a checkpoint that is being replaced
 
 # Every checkpoint of a run has these.
 MANIFEST = "manifest.json"
@@ -13,7 +13,7 @@ ARGUMENTS_FILE = "arguments.json"
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 GENERATOR_FILE = "generators.safetensors"
-SNAPSHOT_FILE = "snapshots.safetensors"  # only where the newest snapshot is of an earlier step
+SNAPSHOT_FILE = "snapshots.safetensors"  # only if the newest snapshot is of an earlier step
 
 # Trained weights alone, or the whole model.
 MODEL_CONFIG = "config.json"

@@ -1,7 +1,4 @@
-"""Paths among a run's arguments: absolute where they are stored, and found again when the run has moved.
-
-Knows files and names, nothing of models.
-"""
+"""Paths in a run's arguments: stored as absolute paths, and found again after the run has moved."""
 
 import os
 from collections.abc import Mapping
@@ -20,7 +17,7 @@ HEADING = "# Written by qwhisper train. If this folder moves, its new place is t
 
 
 def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` by their names, with absolute paths, so that they mean the same from any current folder."""
+    """`values` with absolute paths, so that they mean the same in any current folder."""
     placed = dict(values)
     for name in ("output_dir", *PATHS, *BASES, "resume_from_checkpoint"):
         value = placed.get(name)
@@ -32,8 +29,8 @@ def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
 def found_again(values: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
     """What `absolute` stored, for a run whose folder is now `run_folder`.
 
-    A path that no longer exists is taken from where it lay beside the run, if it exists there: a tree that was moved
-    as a whole keeps working.
+    A path that no longer exists is looked up at the same place relative to the run: a tree that was moved as a whole
+    keeps working.
     """
     was, now = values.get("output_dir"), os.path.abspath(run_folder)
     if not isinstance(was, str):

@@ -1,4 +1,4 @@
-"""Choose and read a checkpoint of a run that may be in training: a trainer saves and deletes others meanwhile."""
+"""Choose and read a checkpoint of a run, while a trainer may save and delete others."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from qwhisper.errors import CheckpointError, QwhisperError, UsageError
 from qwhisper.files import files_of, read_json_object
 
 Read = TypeVar("Read")
-ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes meanwhile
+ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes at the same time
 
 
 def is_run_folder(name: str | os.PathLike) -> bool:
@@ -25,7 +25,7 @@ def is_run_folder(name: str | os.PathLike) -> bool:
 
 
 def _seen(run_folder: Path) -> set[tuple[str, int]]:
-    """Name and inode of each checkpoint. If it differs later, a trainer has saved or deleted one meanwhile."""
+    """Name and inode of each checkpoint: if they differ later, a trainer has saved or deleted one."""
     seen = set()
     for folder in run_folder.glob(f"*{PREFIX}*"):
         with suppress(OSError):
@@ -60,7 +60,7 @@ def _newest_usable(run_folder: Path) -> tuple[Path | None, list[str]]:
 def choose_checkpoint(path: str | os.PathLike) -> Path:
     """The checkpoint that `path` names: itself, or of a run the best by evaluation, else the newest usable one.
 
-    Raises UsageError if there is no checkpoint, CheckpointError if what there is is damaged or not finite. A trainer
+    Raises UsageError if there is no checkpoint, CheckpointError if all are damaged or not finite. A trainer
     may save and delete checkpoints of the run at the same time.
     """
     folder = Path(path)
@@ -89,7 +89,7 @@ def _choose(folder: Path) -> Path:
         return folder
     if not checkpoints(folder):
         if folder.name.startswith(PREFIX):
-            raise CheckpointError(f"{folder}: {MANIFEST} is missing, so nothing in it can be relied on")
+            raise CheckpointError(f"{folder}: {MANIFEST} is missing, so its files can't be verified")
         raise UsageError(f"{folder}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
     newest, passed_over = newest_usable(folder)
     if newest is None:
@@ -122,11 +122,11 @@ def _holds_model(folder: Path) -> bool:
 def read_checkpoint(path: str | os.PathLike, read: Callable[[Path], Read]) -> Read:
     """`read(folder)` for the checkpoint that `path` names, see `choose_checkpoint`. The folder's path is absolute.
 
-    What is returned was read from one whole checkpoint. If a trainer deletes it meanwhile, the best or newest one that
-    the run has then is read, at most ATTEMPTS times. Raises CheckpointError if that is not enough, or if `path` names
-    the deleted checkpoint itself; otherwise as `choose_checkpoint` and `read` do.
+    The result comes from one whole checkpoint. If a trainer deletes it during the reading, read the best or newest one
+    that the run has then, at most ATTEMPTS times. Raises CheckpointError if that is not enough, or if `path` names the
+    deleted checkpoint itself; otherwise as `choose_checkpoint` and `read` do.
     """
-    # A relative path that is no longer there would be taken for the name of a repository on the hub.
+    # A relative path that no longer exists would be read as the name of a repository on the hub.
     given = Path(os.path.abspath(path))
     existed = given.is_dir()
     for _ in range(ATTEMPTS):
@@ -154,7 +154,7 @@ def read_checkpoint(path: str | os.PathLike, read: Callable[[Path], Read]) -> Re
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Another one: the checkpoint was deleted, or replaced by one of the same step."""
+    """Device and inode: they change if the checkpoint was deleted, or replaced by one of the same step."""
     try:
         found = folder.stat()
     except OSError:

@@ -1,7 +1,7 @@
-"""The verbs: which there are, and what runs each. A command's module is imported only when its verb runs.
+"""The table of verbs. A command's module is imported only when its verb runs.
 
-A command is `main(arguments) -> int | None`, its arguments a dataclass whose fields are the verb's flags. It reads,
-prints and writes; the work is done by the libraries, which know no command.
+A command is `main(arguments) -> int | None`; the fields of its arguments dataclass are the verb's flags. It reads,
+prints and writes; the libraries do the work and don't know any command.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class Verb:
     """One line of the table.
 
-    command, arguments: "module:name". positionals: the fields without a flag. waits_for_reader: whether the last line
-    waits for a slow reader of the output.
+    command, arguments: "module:name". positionals: the fields without a flag. waits_for_reader: whether the command
+    waits for a slow reader of its output.
     """
 
     summary: str

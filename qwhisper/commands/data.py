@@ -1,4 +1,4 @@
-"""`qwhisper data check` and `qwhisper data answer`: what is done with a file of dialogues before a training."""
+"""`qwhisper data check` and `qwhisper data answer`: prepare a file of dialogues for training."""
 
 import shlex
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class DataCheckArguments(Arguments):
 
 
 def check(arguments: DataCheckArguments) -> int:
-    """Print what is in a file and what is wrong with it; 3 if a run on it would end with 3."""
+    """Print the contents and the faults of a file; return 3 if a run on it would end with 3."""
     from qwhisper.data.check import check_dataset, report_lines
 
     tokenizer = _load_tokenizer(arguments.text_model, arguments.hub) if arguments.text_model else None
@@ -85,28 +85,29 @@ def _find_model(name: str, hub: str, flag: str) -> str:
 class DataAnswerArguments(Arguments):
     in_file: str = required(
         'JSONL of dialogues that end with the user speaking, or of lines {"audio": path, "transcript": text}, each of '
-        "which is given an instruction. Dialogues that have their answers are kept as they are."
+        "which is given an instruction. Dialogues with answers are kept unchanged."
     )
     out_file: str = required(
-        "JSONL of the same dialogues with their answers. What was answered so far lies beside it in a .cache.jsonl: "
-        "after a crash the same command goes on where it stopped."
+        "JSONL of the same dialogues with their answers. Answers so far are kept beside it in a .cache.jsonl: after "
+        "a crash the same command continues where it stopped."
     )
     text_model: str = required(
-        "Language model that answers, reading the transcripts: hub id or folder. The one that will be trained: answers "
-        "of its own change it least."
+        "Language model that answers, reading the transcripts: hub id or folder. Use the one that will be "
+        "trained: its own answers change it least."
     )
     data_root: str | None = flag(None, DATA_ROOT_HELP)
     instructions: str | None = flag(
-        None, 'File with instructions of your own, one a line, in place of the shipped ones; a line "" is an empty one.'
+        None,
+        'File with your own instructions, one a line, instead of the shipped ones; a line "" is an empty instruction.',
     )
-    language: Literal["both", "en", "zh"] = flag("both", "Which of the shipped instructions are drawn from.")
+    language: Literal["both", "en", "zh"] = flag("both", "Language of the shipped instructions that are drawn.")
     seed: int = flag(0, "Decides, with a line's content, which instruction the line is given.", at_least=0)
     batch_size: int = flag(
-        8, "Prompts answered at once; out of memory halves it by itself.", at_least=1, at_most=MOST_SAMPLES
+        8, "Prompts answered at once; out of memory halves it automatically.", at_least=1, at_most=MOST_SAMPLES
     )
     max_new_tokens: int = flag(
         256,
-        "Tokens an answer may have. One that is longer is left out, since it would end in mid-sentence.",
+        "Tokens an answer may have. A longer one is left out, since it would end in mid-sentence.",
         at_least=1,
         at_most=MOST_NEW_TOKENS,
     )
@@ -122,7 +123,7 @@ class DataAnswerArguments(Arguments):
 
 
 def answer(arguments: DataAnswerArguments) -> int:
-    """Answer a file and name what could not be answered; 3 if nothing was left to write."""
+    """Answer a file and name the lines that could not be answered; return 3 if nothing was left to write."""
     from qwhisper.data.dialogue import unused_notes
     from qwhisper.data.faults import grouped
     from qwhisper.infer.answer import answer_dialogues, folder_of_far_audio, read_unanswered, refuse_foreign_output
@@ -162,7 +163,7 @@ def answer(arguments: DataAnswerArguments) -> int:
         f"{len(result.dialogues) - result.given} had their answers; {len(faults)} faults"
     )
     if result.cut:
-        print(f"left out, cut at {arguments.max_new_tokens} tokens: {result.cut}; --max_new_tokens gives them more")
+        print(f"left out, cut at {arguments.max_new_tokens} tokens: {result.cut}; raise --max_new_tokens to keep them")
     if root := folder_of_far_audio(result.dialogues, out_file.parent):
         print(f"its audio lies in another folder: `train` and `data check` need --data_root {shlex.quote(root)}")
     return 0 if result.dialogues else DataError.exit_code

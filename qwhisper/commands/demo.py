@@ -1,6 +1,6 @@
-"""`qwhisper demo`: the whole path on this computer with nothing faked, only small.
+"""`qwhisper demo`: the whole path on this computer, real but small.
 
-First speech and the two base models, then the product's other commands.
+First speech and the two base models, then the other commands of qwhisper.
 """
 
 import json

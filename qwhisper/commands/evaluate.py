@@ -39,7 +39,7 @@ class EvalArguments(Arguments):
         "what the base answers to the instructions that qwhisper ships).",
     )
     batch_size: int = flag(
-        8, "Dialogues answered at once; the result does not depend on it.", at_least=1, at_most=MOST_SAMPLES
+        8, "Dialogues answered at once; it does not change the result.", at_least=1, at_most=MOST_SAMPLES
     )
     max_new_tokens: int = flag(128, "Tokens an answer may have.", at_least=1, at_most=MOST_NEW_TOKENS)
     output_json: str | None = flag(None, "File for all numbers and answers as JSON (default: none is written).")

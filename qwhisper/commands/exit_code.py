@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and one line on stderr for what a user did wrong."""
+"""The end of a command: its exit code, and one line on stderr for a user's error."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +12,7 @@ INTERRUPTED = 130  # the shell's 128 + SIGINT
 def exit_code_of(work: Callable[[], int | None], *, waits_for_reader: bool = True) -> int:
     """Run `work` and return its exit code. A QwhisperError and Ctrl-C end with one line; any other exception passes.
 
-    waits_for_reader: False drops the line where nobody reads it in time.
+    waits_for_reader: False drops the line if nobody reads it in time.
     """
     try:
         return work() or 0

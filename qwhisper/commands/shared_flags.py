@@ -1,4 +1,4 @@
-"""What the flags of several verbs have in common: help texts, types and limits. Imports nothing heavy."""
+"""Help texts, types and limits that flags of several verbs share. Imports nothing heavy."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ TEXT_MODEL_HELP = "Where the language model that it was trained on lies now, in 
 DATA_ROOT_HELP = (
     "Folder that absolute audio paths must lie in (default: the file's own folder). Nothing outside it is read."
 )
-HUB_HELP = "Where hub ids are fetched from."
+HUB_HELP = "Where models are downloaded from."
 DEVICE_HELP = "cpu, cuda, cuda:1 and so on (default: the first GPU if there is one)."
 DTYPE_HELP = "Number format of the two base models (auto: bf16 on a GPU, fp32 on a CPU)."
-MOST_NEW_TOKENS = 2**20  # no language model has positions for more
+MOST_NEW_TOKENS = 2**20  # more than any language model has positions for

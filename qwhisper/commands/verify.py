@@ -23,7 +23,7 @@ class VerifyArguments(Arguments):
 
 
 def main(arguments: VerifyArguments) -> None:
-    """Print what was proved; raises CheckpointError otherwise."""
+    """Print what was verified. Raises CheckpointError if a check fails."""
     from qwhisper.report.terminal import quieten_transformers
     from qwhisper.train.verification import verify
 

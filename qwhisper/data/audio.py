@@ -16,18 +16,18 @@ from qwhisper.data.files import FileBytes, opened
 from qwhisper.data.mono import Mono
 from qwhisper.errors import BadClipError
 
-# What a file may have in the stretch that is read: a header that claims more is refused before any of it is decoded,
-# and one that claims too little as soon as there is more.
+# Limits of the stretch that is read. A header that claims more is refused before decoding; if a header claims too
+# little, decoding stops at the limit.
 MAX_SECONDS = 4 * 3600  # 0.9 GB of waveform
 MAX_CHANNELS = 64
 SAMPLE_RATES = (1_000, 768_000)
 MAX_SAMPLES = 2**33  # of all channels together; an hour of 8 channels at 192 kHz has 5.5e9
 
-BLOCK_SAMPLES = 2**20  # an hour of 48 kHz stereo is 1.4 GB as float32; read in blocks it never exists as a whole
-SMALL_BLOCK = 2**12  # frames, to find where a damaged file stops
+BLOCK_SAMPLES = 2**20  # an hour of 48 kHz stereo is 1.4 GB as float32: it is read in blocks, never as a whole
+SMALL_BLOCK = 2**12  # frames per block while searching for the end of a damaged file
 SILENCE_PEAK = 1e-4  # below this no sample differs from dither
-LOUDEST_PEAK = 100.0  # 40 dB above full scale: no sound, but integers stored as floats, or broken
-MISSING_SECONDS = 0.1  # the padding of a decoder and the rounding of a list of stretches; more is speech that is lost
+LOUDEST_PEAK = 100.0  # 40 dB above full scale: integers stored as floats, or broken data
+MISSING_SECONDS = 0.1  # a decoder's padding, and rounding of stretches; a larger gap is lost speech
 
 
 def load_audio(
@@ -43,13 +43,13 @@ def load_audio(
     """The stretch from `start` to `end` (seconds; None: the file's edge) as float32 [samples], mono, 16 kHz.
 
     source: a path, or the bytes of a whole file. Any sample rate from 1 to 768 kHz, up to 64 channels (their mean, or
-    the one numbered `channel`, from 0; where they cancel each other, the loudest), up to `at_most_s` seconds and 2^33
-    samples of all channels together. follow_links=False refuses a path with a link in it. notes: what a user should
-    know of how it was read is appended. docs/audio.md has the formats.
+    the one numbered `channel`, from 0; if they cancel each other, the loudest), up to `at_most_s` seconds and 2^33
+    samples of all channels together. follow_links=False refuses a path with a link in it. notes: remarks for the user
+    on how it was read are appended. docs/audio.md lists the formats.
 
-    Raises BadClipError where a limit is exceeded, the path is no file, can't be read or decoded, the channel doesn't
-    exist, the stretch is empty or goes on more than 0.1 s after the sound has ended, or the sound is not finite, silent
-    or absurdly loud.
+    Raises BadClipError if a limit is exceeded, the path is no file or can't be read or decoded, the channel doesn't
+    exist, the stretch is empty or ends more than 0.1 s after the sound, or the sound is not finite, silent or absurdly
+    loud.
     """
     name = f"audio of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     wanted = _Wanted(name, start or 0.0, end, channel, at_most_s)
@@ -57,7 +57,7 @@ def load_audio(
         try:
             waveform, said = _load(source, wanted, follow_links)
         except (OSError, MemoryError, soundfile.LibsndfileError):
-            # Perhaps of this moment alone: of a network drive, or of another process that took the memory.
+            # Possibly temporary: a network drive, or another process that took the memory.
             waveform, said = _load(source, wanted, follow_links)
     if notes is not None:
         notes += said
@@ -67,7 +67,7 @@ def load_audio(
 def claimed_seconds(
     source: str | Path | bytes, start: float | None = None, end: float | None = None, *, follow_links: bool = True
 ) -> float:
-    """How long the stretch is by the file's headers; 0 where they don't tell or can't be read. Nothing is decoded."""
+    """Length of the stretch by the file's headers; 0 if they don't say or can't be read. Nothing is decoded."""
     seconds = 0.0
     try:
         with opened(source, follow_links=follow_links) as descriptor:
@@ -75,12 +75,12 @@ def claimed_seconds(
                 with sndfile(descriptor, stream) as decoder:
                     seconds += (decoder.num_frames or 0) / decoder.rate
     except (BadClipError, OSError, soundfile.SoundFileError):
-        return 0.0  # decoding names the fault
+        return 0.0  # decoding will name the fault
     return max(0.0, min(seconds, seconds if end is None else end) - (start or 0.0))
 
 
 class DamagedError(BadClipError):
-    """A known format whose bytes are damaged, or stop."""
+    """The format is known, but the bytes are damaged or incomplete."""
 
 
 class TooLongError(BadClipError):
@@ -89,7 +89,7 @@ class TooLongError(BadClipError):
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is asked for. name: of the file, in messages. start, end, at_most_s: seconds."""
+    """The request. name: of the file, for messages. start, end, at_most_s: seconds."""
 
     name: str
     start: float
@@ -107,7 +107,7 @@ class _Wanted:
 
 @contextmanager
 def faults_named(name: str) -> Iterator[None]:
-    """Whatever a decoder makes of a broken file, out of memory for what a header claims too, is the file's fault."""
+    """Any error of a decoder, also out of memory for a claimed size, counts as a fault of the file."""
     try:
         yield
     except BadClipError:
@@ -120,7 +120,7 @@ def faults_named(name: str) -> Iterator[None]:
         raise BadClipError(f"{name}: unreadable audio ({what}); convert it to WAV or FLAC, or leave it out") from error
 
 
-# A decoder that is open, and why sound behind its end is missing.
+# An open decoder, and why sound after its end is missing.
 _Opened = tuple[Decoder, str | None]
 
 
@@ -146,7 +146,7 @@ def _load(source: str | Path | bytes, wanted: _Wanted, follow_links: bool) -> tu
 def libsndfile_fault(
     error: soundfile.LibsndfileError, descriptor: int, layout: Layout, wanted: _Wanted
 ) -> BadClipError:
-    """What to say if nothing else can read it: whether the format is unknown, or where the sound is damaged."""
+    """The message if no decoder can read it: the format is unknown, or where the sound is damaged."""
     reason = error.error_string.rstrip(".")
     try:
         ends, claimed = _stops_at(descriptor, layout)
@@ -154,8 +154,8 @@ def libsndfile_fault(
         if lost := next((stream.lost for stream in layout.streams if stream.lost), None):
             return BadClipError(f"{wanted.name}: {lost} (libsndfile: {reason}); copy it again")
         return BadClipError(
-            f"{wanted.name}: unreadable audio (libsndfile: {reason}); FFmpeg, which may read it, is not there: install "
-            "the program `ffmpeg` or `pip install imageio-ffmpeg`, or convert the file to WAV or FLAC"
+            f"{wanted.name}: unreadable audio (libsndfile: {reason}); FFmpeg, which may read it, is not installed: "
+            "install the program `ffmpeg` or `pip install imageio-ffmpeg`, or convert the file to WAV or FLAC"
         )
     claim = "without a length in its header" if claimed is None else f"and its header claims {claimed:.3f} s"
     return DamagedError(
@@ -165,7 +165,7 @@ def libsndfile_fault(
 
 
 def _stops_at(descriptor: int, layout: Layout) -> tuple[float, float | None]:
-    """How many seconds can be decoded, and how many headers claim. Raises LibsndfileError where it can't be opened."""
+    """Seconds that can be decoded, and seconds that headers claim. Raises LibsndfileError if it can't be opened."""
     seconds, claimed = 0.0, 0.0
     for decoder, _ in _sndfile_streams(descriptor, layout):
         claimed += math.inf if decoder.num_frames is None else decoder.num_frames / decoder.rate
@@ -230,7 +230,7 @@ def _read(streams: Generator[_Opened], wanted: _Wanted, channel: int | None) -> 
 
 
 def _read_stream(decoder: Decoder, mono: Mono, wanted: _Wanted, first: int, last: int | None) -> int:
-    """Frames from `first` up to `last`, or to the decoder's end, into `mono`; how many frames have passed."""
+    """Feed frames from `first` up to `last`, or to the decoder's end, into `mono`; return the number of frames read."""
     position = decoder.seek(first) if first and decoder.seeks else 0
     block_frames = max(1, BLOCK_SAMPLES // decoder.channels)
     while last is None or position < last:
@@ -266,7 +266,7 @@ def check_header(decoder: Decoder, wanted: _Wanted, before_s: float, first: int,
 
 
 def _check_so_far(mono: Mono, wanted: _Wanted) -> None:
-    """The limits of `check_header`, for headers with a wrong length or none."""
+    """Apply the limits of `check_header` to headers with a wrong length or none."""
     if mono.seconds > wanted.at_most_s + MISSING_SECONDS or mono.num_samples > MAX_SAMPLES:
         raise TooLongError(
             f"{wanted.name}: it goes on after {mono.seconds:.5g} s and {mono.num_samples:.2g} samples (at most "
@@ -283,7 +283,7 @@ def check_samples(block: np.ndarray, wanted: _Wanted) -> None:
 
 
 def check_complete(decoder: Decoder, wanted: _Wanted, position: int, ends: float, lost: str | None) -> None:
-    """After the last frame of a stream: whether its container says that there was more."""
+    """Check, after the last frame of a stream, whether its container claims more."""
     missing = 0.0 if decoder.num_frames is None else (decoder.num_frames - position) / decoder.rate
     if missing > MISSING_SECONDS:
         raise _cut_short(wanted, ends, ends + missing)
@@ -304,6 +304,6 @@ def _cut_short(wanted: _Wanted, ends: float, should_end: float) -> BadClipError:
 
 
 def check_audible(waveform: np.ndarray, wanted: _Wanted) -> None:
-    peak = (float(waveform.max()) - float(waveform.min())) / 2  # a constant offset is no sound
+    peak = (float(waveform.max()) - float(waveform.min())) / 2  # a constant offset is not sound
     if peak < SILENCE_PEAK:
         raise wanted.fault(f"silent (peak {peak:.1e}) {wanted.stretch}; check the recording")

@@ -1,4 +1,4 @@
-"""Placeholders for audio in a text: ms-swift's are filled, any other stands for audio that is not there."""
+"""Placeholders for audio in a text: ms-swift's are filled; any other means that audio is missing."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,8 @@ from pathlib import Path
 from qwhisper.data.clips import AudioClip, is_list, parse_audio
 from qwhisper.data.messages import Message
 
-FILLED = "<audio>"  # what ms-swift's and LLaMA-Factory's `audios` go into
-# What other models' processors and data sets put in the place of audio. Case counts, and a mark is found as a whole:
+FILLED = "<audio>"  # where the `audios` of ms-swift and LLaMA-Factory go
+# Placeholders of other models' processors and data sets. Case counts, and only a whole mark matches:
 # `<audio src=…>` is ordinary text.
 AUDIO_MARKS = (
     FILLED,
@@ -40,9 +40,9 @@ ANY_MARK = re.compile("|".join([*map(re.escape, AUDIO_MARKS), *NUMBERED]))
 def place_audios(
     messages: Sequence[Message], audios: object, roots: list[Path], faults: list[str], unused: list[str]
 ) -> list[Message]:
-    """Put the clips of `audios` where `<audio>` stands in the text; no other mark may stand there.
+    """Replace each `<audio>` in the text with a clip of `audios`; no other mark is allowed.
 
-    What an assistant or a tool wrote is never searched: an answer may speak of HTML's <audio>.
+    Texts of an assistant or a tool are never searched: an answer may mention HTML's <audio>.
     """
     if audios is not None:
         messages = _fill(messages, audios, roots, faults, unused)

@@ -1,4 +1,4 @@
-"""The check of a data set: every fault in one pass, before a run would meet the first of them."""
+"""Checks a data set before a run: finds every fault in one pass."""
 
 import statistics
 from collections import defaultdict
@@ -18,7 +18,7 @@ from qwhisper.data.text_tokens import typed_tokens
 from qwhisper.errors import BadClipError, DataError
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 
-MAX_BAD_FRACTION = 0.01  # what training puts up with by default
+MAX_BAD_FRACTION = 0.01  # what training allows by default
 
 
 def check_dataset(
@@ -32,11 +32,10 @@ def check_dataset(
     """Structure of every line, every clip decoded; with a tokenizer also every dialogue's labels and length.
 
     Returns counts (`masked`: answers that are not learned), `faults` (sentences with file and line), `bad_clips` (the
-    same; of dialogues with too much audio, too), `notes` (what is not used, or perhaps not meant, and how a clip was
-    read, where a user should know), and `ok`: no fault, and at most 1 %
-    of the dialogues lost to bad clips or without labels. With a tokenizer also `template`, `tokens` and `answer_tokens`
-    (least, median, most), `cuts` and `without_labels` (sentences). Raises DataError only if there is no such file,
-    or it is no JSONL file at all.
+    same; also dialogues with too much audio), `notes` (what is not used or perhaps unintended, and how a clip was read,
+    if a user should know), and `ok`: no fault, and at most 1 % of the dialogues lost to bad clips or without labels.
+    With a tokenizer also `template`, `tokens` and `answer_tokens` (least, median, most), `cuts` and `without_labels`
+    (sentences). Raises DataError only if there is no such file, or it is not a JSONL file.
     """
     dialogues, faults = scan_dialogues(path, data_root=data_root)
     clips = _decode_clips(dialogues)
@@ -63,7 +62,7 @@ def check_dataset(
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """A report as the lines that are printed: numbers first, then the faults, then the verdict."""
+    """A report as lines to print: numbers first, then the faults, then the verdict."""
     masked = f" ({report['masked']} of them masked)" if report["masked"] else ""
     lines = [
         f"{report['file']}: {report['dialogues']} dialogues, {report['answers']} answers{masked}, "
@@ -85,7 +84,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 @dataclass
 class _Clips:
-    """For each clip its seconds or why it can't be used, and notes on how it was read; dialogues that are too long."""
+    """For each clip its seconds, or why it can't be used, and notes on how it was read; and dialogues that are too
+    long.
+    """
 
     seconds: dict[AudioClip, float] = field(default_factory=dict)
     bad: dict[AudioClip, str] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class _Clips:
         return faults + ([self.too_long[dialogue.source]] if dialogue.source in self.too_long else [])
 
     def all_notes(self, dialogues: Sequence[Dialogue]) -> list[str]:
-        """Each note once, where its clip is used first."""
+        """Each note once, at the first use of its clip."""
         first = {clip: dialogue.source for dialogue in reversed(dialogues) for clip in dialogue.clips}
         return [f"{source}: {clip.name}: {note}" for clip, source in first.items() for note in self.notes[clip]]
 
@@ -106,7 +107,7 @@ class _Clips:
 
 
 def _decode_clips(dialogues: Sequence[Dialogue]) -> _Clips:
-    """Decode every clip once; none of a dialogue whose headers claim too much."""
+    """Decode every clip once, except those of a dialogue whose headers claim too much."""
     clips = _Clips()
     for dialogue in dialogues:
         try:
@@ -133,7 +134,7 @@ def _check_labels(
     dialogues: Sequence[Dialogue], tokenizer, frames: FrameArithmetic, max_length: int | None
 ) -> dict[str, Any]:
     template, origin = listening_template(tokenizer)
-    # Any id serves as the placeholder's here: nothing is looked up.
+    # Any id can be the placeholder's here: no embedding is looked up.
     encoder = DialogueEncoder(
         tokenizer, frames, audio_token_id=len(tokenizer), chat_template=template, max_length=max_length
     )
@@ -159,7 +160,7 @@ def _check_labels(
 
 
 def _typed_tokens(dialogues: Sequence[Dialogue], tokenizer) -> list[str]:
-    """Control tokens that stand in an answer: a model learns to write them letter by letter."""
+    """Report control tokens in an answer: a model would learn to write them letter by letter."""
     return [
         f"{dialogue.source}: message {number}: {token} in an answer is learned as text, not as the token"
         for dialogue in dialogues

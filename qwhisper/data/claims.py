@@ -1,6 +1,6 @@
-"""Whether all the bytes of sound are there that the headers of W64, CAF, VOC and NIST Sphere files claim.
+"""Whether W64, CAF, VOC and NIST Sphere files have all the bytes of sound that their headers claim.
 
-libsndfile and FFmpeg take such a file that was cut for a short one. RIFF, AIFF, AU and the rest: see `containers`.
+libsndfile and FFmpeg read such a cut file as a short one. For RIFF, AIFF, AU and others see `containers`.
 """
 
 import struct
@@ -8,16 +8,16 @@ import struct
 from qwhisper.data.files import FileBytes
 
 _W64 = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
-_W64_HEAD = 24  # bytes of a chunk's name and size, which the size counts as well
+_W64_HEAD = 24  # bytes of a chunk's name and size, which the size includes
 _VOC = b"Creative Voice File\x1a"
 _NIST = b"NIST_1A\n"
 _FEW_BYTES = 800  # 0.1 s of telephone sound
 
 
 def missing_bytes(data: FileBytes, start: int) -> str | None:
-    """What a file claims and what is there, as in "cut short, its header claims …"; None if that is no less.
+    """A message such as "cut short, its header claims …", or None if nothing is missing.
 
-    Also None for a format that isn't known here, and where the length is unknown: it was written to a pipe.
+    Also None for a format that isn't known here, or an unknown length (the file was written to a pipe).
     """
     magic = data.get(start, 20)
     for begins, sound in ((_W64, _w64_sound), (b"caff", _caf_sound), (_VOC, _voc_sound), (_NIST, _nist_sound)):
@@ -32,7 +32,7 @@ def short_of(claimed: int, there: int) -> str:
     return f"cut short, its header claims {claimed} bytes of sound, {there} are there"
 
 
-# Each of these gives (where the sound begins, how many bytes it has by the header), or (0, 0) if it does not say.
+# Each of these returns (start of the sound, its bytes by the header), or (0, 0) if the header does not say.
 
 
 def _w64_sound(data: FileBytes, start: int) -> tuple[int, int]:
@@ -56,7 +56,7 @@ def _caf_sound(data: FileBytes, start: int) -> tuple[int, int]:
 
 
 def _voc_sound(data: FileBytes, start: int) -> tuple[int, int]:
-    """Up to the end of the last block, by the sizes of the blocks: there is no other length."""
+    """To the end of the last block, by the sizes of the blocks: the format has no other length."""
     at = first = start + int.from_bytes(data.get(start + 20, 2), "little")
     while len(head := data.get(at, 4)) == 4 and head[0] != 0:
         at += 4 + int.from_bytes(head[1:], "little")

@@ -1,8 +1,8 @@
-"""Which stretches of a file are streams of sound, by its own structure: RIFF, AIFF, AU, Ogg, FLAC and MPEG audio.
+"""Finds the streams of sound in a file by its structure: RIFF, AIFF, AU, Ogg, FLAC and MPEG audio.
 
-libsndfile believes the first length that a header gives. A file that was written to a pipe has none there, or a made-up
-one; files that were joined hold several streams. What is found here is handed to the decoder stream by stream, with the
-length that the bytes have. A format that isn't known here is left to the decoder as it is.
+libsndfile believes the first length in a header. A file that was written to a pipe has no length there, or an invented
+one; joined files hold several streams. The streams found here go to the decoder one by one, with their true length.
+Other formats go to the decoder unchanged.
 """
 
 import struct
@@ -13,13 +13,13 @@ from qwhisper.data.claims import missing_bytes, short_of
 from qwhisper.data.files import FileBytes, Piece
 from qwhisper.data.mpeg import MpegLayout, MpegStream, mpeg_layout, skip_id3
 
-# What writes to a pipe can't know the length. These claims (bytes) stand for "unknown" where fewer are there: 0, about
-# 2^31 and 2^32 (less the headers), SoX's AIFF, and two billion. Any other claim that isn't met is a file that was cut.
+# A writer to a pipe can't know the length. These claims (bytes) mean "unknown" if fewer bytes are there: 0, about
+# 2^31 and 2^32 (less the headers), SoX's AIFF, and two billion. Any other claim that isn't met means a cut file.
 _UNKNOWN = [(2_000_000_000, 2_000_065_536), (0x7F000000, 0x7F010000), (0x7FFF0000, 0x80010000), (0xFFFF0000, 2**63)]
 _MPEG_IN_WAV = (0x50, 0x55)  # format tags
 _SOUND = {"<": b"data", ">": b"SSND"}  # the chunk of sound in RIFF and in AIFF
 _MAX_RIFF = 2**32 - 2**16
-_LONG_S = 0.1  # what is missing or left over may be a decoder's padding up to here
+_LONG_S = 0.1  # up to this, missing or surplus bytes may be padding
 _FEW_BYTES = 800  # 0.1 s of telephone sound
 
 
@@ -27,9 +27,9 @@ _FEW_BYTES = 800  # 0.1 s of telephone sound
 class Stream:
     """Sound that one decoder can read: `pieces` of the file, None for the whole file.
 
-    seeks: a seek lands on the sample that a full decode has there. lost: why sound behind its end is missing, or None.
-    num_frames: how many frames it has, where the container tells and the decoder might not. skip: frames that the
-    decoder gives before the first.
+    seeks: a seek reaches the same sample as a full decode. lost: why sound after its end is missing, or None.
+    num_frames: number of frames, if the container has it and the decoder might not. skip: frames that the decoder gives
+    before the first.
     """
 
     pieces: list[Piece] | None = None
@@ -41,14 +41,14 @@ class Stream:
 
 @dataclass
 class Layout:
-    """A file's streams in their order, and what should be said of it."""
+    """A file's streams in order, and notes on the file."""
 
     streams: list[Stream] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def find_layout(data: FileBytes, end: float | None = None) -> Layout:
-    """The streams of a file. end: seconds that are needed; what lies behind them may be left out."""
+    """The streams of a file. end: seconds needed; streams after that may be left out."""
     start = skip_id3(data, 0, data.size)
     magic = data.get(start, 12)
     if magic[:4] in (b"RIFF", b"RIFX", b"RF64") and magic[8:12] == b"WAVE":
@@ -74,7 +74,7 @@ def find_layout(data: FileBytes, end: float | None = None) -> Layout:
 
 
 def is_unknown(claimed: int) -> bool:
-    """Whether a claim of bytes that are not there stands for an unknown length."""
+    """Whether a claim of missing bytes means an unknown length."""
     return claimed == 0 or any(low <= claimed <= high for low, high in _UNKNOWN)
 
 
@@ -82,7 +82,7 @@ def _of_mpeg(found: MpegLayout) -> Layout:
     layout = Layout()
     for part in found.streams:
         pieces, skip = part.with_count()
-        # An encoder's header has the delay that a decoder leaves out; without one, every sample counts.
+        # An encoder's header holds the delay that a decoder skips; without a header, every sample counts.
         num_frames = part.num_frames * part.frame.samples if part.claimed_frames is None else None
         layout.streams.append(Stream(pieces, False, _missing_in_mpeg(part), num_frames, skip))
     if found.skipped:
@@ -110,7 +110,7 @@ class _Chunk:
 
 
 def _chunks(data: FileBytes, start: int, order: str):
-    """The chunks from `start` on, for as long as the bytes look like chunks that fit into the file."""
+    """The chunks from `start` on, as long as the bytes look like chunks that fit into the file."""
     while start + 8 <= data.size:
         head = data.get(start, 8)
         name, size = head[:4], struct.unpack(f"{order}I", head[4:])[0]
@@ -131,7 +131,7 @@ def _riff_layout(data: FileBytes, start: int | None) -> Layout:
 
 
 def _riff_stream(data: FileBytes, start: int, layout: Layout) -> tuple[Stream | None, int | None]:
-    """The stream of the RIFF file at `start` (None if it is in `layout` already), and where the next file begins."""
+    """The stream of the RIFF file at `start` (None if `layout` already has it), and the start of the next file."""
     magic = data.get(start, 4)
     order, size_64, form = (">" if magic == b"RIFX" else "<"), None, (0, 0)
     for chunk in _chunks(data, start + 12, order):
@@ -177,7 +177,7 @@ def _riff_stream(data: FileBytes, start: int, layout: Layout) -> tuple[Stream | 
 
 
 def _rewritten(start: int, chunk: _Chunk, stop: int, order: str) -> list[Piece]:
-    """A RIFF file whose sizes are those of the sound from `chunk.start` to `stop`; it ends with its sound."""
+    """A RIFF file with the sizes of the sound from `chunk.start` to `stop`, which ends with its sound."""
     sizes = [struct.pack(f"{order}I", size) for size in (stop - start - 8, stop - chunk.start)]
     magic = {">": b"RIFX", "<": b"RIFF"}[order]
     return [magic + sizes[0], (start + 8, chunk.start - 4), sizes[1], (chunk.start, stop)]
@@ -191,7 +191,7 @@ def _is_chunk_list(data: FileBytes, start: int, order: str) -> bool:
 
 
 def _behind_data(data: FileBytes, at: int, order: str, claimed: int, allowed: int) -> tuple[int | None, str | None]:
-    """Where the next RIFF file begins behind the sound, and what is wrong with what lies there."""
+    """Start of the next RIFF file after the sound, and what is wrong with the bytes there."""
     for chunk in _chunks(data, at, order):
         if chunk.name in (b"RIFF", b"RIFX", b"RF64") and data.get(chunk.start, 4) == b"WAVE":
             return chunk.start - 8, None
@@ -204,7 +204,7 @@ def _behind_data(data: FileBytes, at: int, order: str, claimed: int, allowed: in
 
 
 def _left_over(data: FileBytes, at: int, claimed: int, allowed: int) -> str | None:
-    """What follows the sound that a header claims, where it is more than `allowed` bytes and no tag."""
+    """Message about bytes after the claimed sound, if they are more than `allowed` and no tag."""
     at = skip_id3(data, at, data.size)
     rest = data.size - at
     if rest <= max(allowed, 128) or data.only_zeros(at, data.size):
@@ -234,7 +234,7 @@ def _au_stream(data: FileBytes, start: int) -> Stream:
 
 @dataclass
 class _OggLink:
-    """One of the streams that are chained, and for each of its logical streams its last page's end."""
+    """One of the chained streams, and for each of its logical streams the end of its last page."""
 
     start: int
     stop: int = 0
@@ -261,7 +261,7 @@ def _ogg_layout(data: FileBytes) -> Layout:
 
 
 def _ogg_links(data: FileBytes) -> tuple[list[_OggLink], int, int]:
-    """The links; bytes that belong to no page (zeros don't count); bytes that the last page lacks."""
+    """The chained streams; bytes that belong to no page (zeros don't count); bytes that the last page lacks."""
     links: list[_OggLink] = []
     position, skipped, in_headers = 0, 0, False
     while position < data.size:
@@ -292,7 +292,7 @@ _FLAC_BEGINNINGS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 
 
 def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
-    """FLAC files end to end: usually one. Where `end` lies within the first, no more is looked at."""
+    """FLAC files end to end: usually one. If `end` is within the first, the rest is not searched."""
     rate, num_frames = _flac_claim(data, start)
     if end is not None and rate and Fraction(end) * rate <= num_frames:
         return Layout([Stream()])
@@ -304,7 +304,7 @@ def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
         if not found and data.get(max(sound, stop - 128), 3) == b"TAG":
             stop -= 128
         num_frames = _flac_claim(data, start)[1]
-        # With an unknown length in its header, libFLAC decodes to the end whatever was claimed.
+        # With an unknown length in the header, libFLAC decodes to the end.
         unknown = bytes((data.get(start + 21, 1)[0] & 0xF0, 0, 0, 0, 0))
         pieces: list[Piece] = [(start, start + 21), unknown, (start + 26, stop)]
         layout.streams.append(Stream(pieces, False, num_frames=num_frames or None))
@@ -314,13 +314,13 @@ def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
 
 
 def _flac_claim(data: FileBytes, start: int) -> tuple[int, int]:
-    """Sample rate and number of frames by a FLAC header; 0 frames is unknown."""
+    """Sample rate and number of frames in a FLAC header; 0 frames means unknown."""
     info = int.from_bytes(data.get(start + 18, 8).ljust(8, b"\0"), "big")
     return info >> 44, info & (1 << 36) - 1
 
 
 def _behind_flac_metadata(data: FileBytes, start: int) -> int:
-    """Where the sound begins, behind the metadata, which may hold anything (a picture, another file)."""
+    """Start of the sound, after the metadata, which may hold anything (a picture, another file)."""
     at = start + 4
     while at + 4 <= data.size:
         head = data.get(at, 4)

@@ -1,8 +1,8 @@
-"""Decoders: libsndfile for what it reads, the `ffmpeg` program for the rest. Both give blocks of frames, in order.
+"""Decoders: libsndfile for the formats that it reads, the `ffmpeg` program for others. Both return blocks of frames.
 
-FFmpeg runs as a separate process: a file that crashes it crashes nothing here. It reads the descriptor that is open
-already, with no other protocol than that file and pipes, and only by demuxers that open no further files: a playlist
-can't make it read another one.
+FFmpeg runs as a separate process, so a file that crashes it does not crash this one. It reads a descriptor that is
+already open, may use no protocols but files and pipes, and only demuxers that open no further files: a playlist can't
+make it read another file.
 """
 
 import io
@@ -23,11 +23,11 @@ from qwhisper.data.containers import Stream, is_unknown
 from qwhisper.data.files import BLOCK, Pieces
 from qwhisper.errors import BadClipError
 
-# libsndfile takes a file that was cut for a short one: the bytes that its header claims stand in the log alone.
+# libsndfile reads a cut file as a short one: only its log has the number of bytes that the header claims.
 CLAIM = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
-UNKNOWN_FRAMES = 2**62  # libsndfile's word for it is 2^63 - 1
+UNKNOWN_FRAMES = 2**62  # libsndfile's value for an unknown length is 2^63 - 1
 
-# Demuxers that read one file and nothing that it names (so no playlists, `concat`, `dash`, image sequences).
+# Demuxers that read only the one file (no playlists, `concat`, `dash`, image sequences).
 DEMUXERS = (
     "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,eac3,flac,flv,g722,gsm,loas,matroska,webm,mov,mp3,mpeg,"
     "mpegts,mpc,mpc8,ogg,rm,shn,sox,tak,tta,voc,w64,wav,wv"
@@ -44,7 +44,7 @@ class UnreadableError(BadClipError):
 
 
 class Decoder(Protocol):
-    """An open stream of sound. num_frames: what its header claims, None if it is unknown."""
+    """An open stream of sound. num_frames: the header's claim, None if unknown."""
 
     rate: int
     channels: int
@@ -56,19 +56,19 @@ class Decoder(Protocol):
         ...
 
     def seek(self, frame: int) -> int:
-        """Go to a frame, or to the end where there are fewer; return where it stands."""
+        """Go to a frame, or to the end if there are fewer; return the position."""
         ...
 
 
 class _InOrder(soundfile.SoundFile):
-    """soundfile seeks after every read of a seekable file: that fails where the length is unknown, and moves in MP3."""
+    """soundfile seeks after every read of a seekable file: it fails if the length is unknown, and is inexact in MP3."""
 
     def seekable(self) -> bool:
         return False
 
 
 class SndfileDecoder:
-    """A stream through libsndfile. Raises LibsndfileError where it doesn't know the format or the bytes are damaged."""
+    """A stream through libsndfile. Raises LibsndfileError for an unknown format or damaged bytes."""
 
     def __init__(self, descriptor: int, stream: Stream):
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -102,7 +102,7 @@ class SndfileDecoder:
         self._file.close()
 
     def _claimed_frames(self, stream: Stream) -> int | None:
-        """The length by the header, also where the file is shorter."""
+        """The length by the header, even if the file is shorter."""
         if stream.num_frames is not None:
             return stream.num_frames
         if self._file.frames >= UNKNOWN_FRAMES:
@@ -123,7 +123,7 @@ def sndfile(descriptor: int, stream: Stream) -> Iterator[SndfileDecoder]:
 
 
 def find_ffmpeg() -> str | None:
-    """The program on the PATH, or the one that the package imageio-ffmpeg brings."""
+    """The program on the PATH, or the one from the package imageio-ffmpeg."""
     if found := shutil.which("ffmpeg"):
         return found
     try:
@@ -136,7 +136,7 @@ def find_ffmpeg() -> str | None:
 class FfmpegDecoder:
     """The first audio track of a file through `ffmpeg`, as an AU stream: 24 bytes of header, then float32.
 
-    Raises UnreadableError where it reports an error, stops early or takes too long.
+    Raises UnreadableError if it reports an error, stops early or takes too long.
     """
 
     num_frames: int | None = None
@@ -211,10 +211,10 @@ class FfmpegDecoder:
             resource.prlimit(self._process.pid, resource.RLIMIT_CPU, (FFMPEG_SECONDS, FFMPEG_SECONDS))
             resource.prlimit(self._process.pid, resource.RLIMIT_AS, (FFMPEG_MEMORY, FFMPEG_MEMORY))
         except (ImportError, AttributeError, OSError):
-            pass  # not on this system, or it has ended already
+            pass  # not on this system, or it has already ended
 
     def _fill(self, num_bytes: int) -> None:
-        """Wait for that many bytes, or for the end."""
+        """Wait for this many bytes, or for the end."""
         while len(self._pending) < num_bytes and self._selector.get_map():
             ready = self._selector.select(STALLED_SECONDS)
             if not ready:
@@ -229,7 +229,7 @@ class FfmpegDecoder:
                     self._log += content
 
     def _check_ended(self) -> None:
-        """Whether all of it was decoded: without an error and to about where the container says that it ends."""
+        """Check that everything was decoded: without an error, and to about the container's end."""
         self._fill(len(self._pending) + 1)  # the rest of the log
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STALLED_SECONDS)
@@ -248,7 +248,7 @@ class FfmpegDecoder:
             )
 
     def _claimed_seconds(self) -> float | None:
-        """The container's duration, where it is no estimate and no other track may be the longer one."""
+        """The container's duration, if it is no estimate and no other track may be longer."""
         log = self._log.partition(b"Output #0")[0]
         duration = re.search(rb"Duration: (\d+):(\d\d):(\d\d\.\d+)", log)
         if duration is None or b"Estimating duration" in log or len(re.findall(rb"Stream #0:", log)) > 1:
@@ -257,7 +257,7 @@ class FfmpegDecoder:
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
     def _errors(self) -> list[str]:
-        """What it reports as errors, of the sound alone: a picture may be broken."""
+        """Reported errors of the sound; a picture may be broken."""
         lines = self._log.decode(errors="replace").splitlines()
         return [re.sub(r"^(\[[^]]*\] )+|/proc/self/fd/\d+: ", "", line) for line in lines if ERROR.match(line)]
 

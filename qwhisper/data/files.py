@@ -1,7 +1,7 @@
-"""A file of sound opened once, so that what was looked at is what is read. Nothing here knows audio.
+"""Opens a file once, so that the checked file is the one that is read. Nothing here is about audio.
 
-A path that was checked may be another file a moment later: whoever can write to a folder can put a link there. So a
-file is opened once, the descriptor is looked at, and everything is read from that descriptor.
+A checked path may lead to another file a moment later: anyone who can write to a folder can put a link there. So a file
+is opened once, the descriptor is checked, and everything is read from that descriptor.
 """
 
 import errno
@@ -14,14 +14,16 @@ from pathlib import Path
 
 from qwhisper.errors import BadClipError
 
-READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a FIFO put there meanwhile must not wait for a writer
+READ = (
+    os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+)  # not blocking: a FIFO put there after the check must not wait for a writer
 BLOCK = 2**16
 
 Piece = bytes | tuple[int, int]  # bytes themselves, or from and up to which offset of the file
 
 
 def file_fault(path: str | Path) -> str | None:
-    """What keeps `path` from being read as a file, or None. Nothing is opened: a FIFO would wait for its writer."""
+    """Why `path` can't be read as a file, or None. Nothing is opened: a FIFO would wait for its writer."""
     try:
         return kind_fault(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -35,7 +37,7 @@ def opened(source: str | Path | bytes, *, follow_links: bool = True) -> Iterator
     """A descriptor of a file, or of bytes that are a whole file; closed at the end.
 
     follow_links: False refuses a path with a link anywhere in it: for a path that was resolved when it was checked.
-    Raises BadClipError where there is no regular file, OSError where it can't be read at this moment.
+    Raises BadClipError if it is no regular file, OSError if it can't be read at this moment.
     """
     descriptor = _in_memory(source) if isinstance(source, bytes) else _open_file(source, follow_links)
     try:
@@ -63,7 +65,7 @@ def _open_file(path: str | Path, follow_links: bool) -> int:
 
 
 def open_without_links(path: str | Path) -> int:
-    """Open folder by folder, each within the one before: no link can lead out, at whatever moment it is put there."""
+    """Open folder by folder, each within the one before: no link can lead out, whenever it is put there."""
     *folders, name = Path(os.path.abspath(path)).parts
     folder = os.open(folders[0], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -91,7 +93,7 @@ def kind_fault(mode: int) -> str | None:
 
 
 class FileBytes:
-    """Bytes of a descriptor by offset, read in blocks; its position is not moved."""
+    """Bytes of a descriptor by offset, read in blocks; its position does not change."""
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
@@ -158,7 +160,7 @@ class Pieces(io.RawIOBase):
                 buffer[filled : filled + len(content)] = content
                 filled += len(content)
                 self._position += len(content)
-                if len(content) < count:  # the file was made shorter meanwhile
+                if len(content) < count:  # the file was shortened in the meantime
                     break
             begin += length
         return filled

@@ -1,4 +1,4 @@
-"""Instructions to put beside speech that comes with none: a shipped pool in English and Chinese, or one's own file."""
+"""Instructions for speech that has none: a shipped pool in English and Chinese, or the user's own file."""
 
 import json
 import random
@@ -14,19 +14,19 @@ from qwhisper.errors import UsageError
 
 POOLS = Path(__file__).parent / "instructions"
 LANGUAGES = ("en", "zh")
-NOTHING = '""'  # the line of a pool that stands for no instruction at all: the model just reacts to what is said
+NOTHING = '""'  # a pool's line for no instruction: the model just reacts to what is said
 
 
 def instruction_pool(language: str = "both") -> list[str]:
-    """The pool of one of LANGUAGES, or of "both"; one of each is empty."""
+    """The pool of one of LANGUAGES, or of "both"; each language includes the empty instruction."""
     chosen = LANGUAGES if language == "both" else (language,)
     return list(dict.fromkeys(line for name in chosen for line in read_instructions(POOLS / f"{name}.txt")))
 
 
 def read_instructions(path: str | Path) -> list[str]:
-    """One instruction a line, UTF-8; blank lines count for nothing, and `""` is the empty instruction.
+    """One instruction a line, UTF-8; blank lines are ignored, and `""` is the empty instruction.
 
-    Raises UsageError where there is no such file or no instruction in it.
+    Raises UsageError if there is no such file, or no instruction in it.
     """
     if fault := file_fault(path):
         raise UsageError(f"--instructions {path} {fault}: give a text file with one instruction a line")
@@ -40,11 +40,11 @@ def read_instructions(path: str | Path) -> list[str]:
 
 
 def as_question(record: dict[str, Any], instructions: Sequence[str], seed: int) -> dict[str, Any]:
-    """A bare line, {"audio": path, "transcript": text} and perhaps id, kind and what an audio part may have, in the
-    canonical form: one user's message of the audio and an instruction. Other keys stay the record's. What is
-    no bare line comes back as it is.
+    """Convert a bare line, {"audio": path, "transcript": text} and perhaps id, kind and keys of an audio part, to the
+    canonical form: one user's message of the audio and an instruction. Other keys stay in the record. Any other record
+    is returned unchanged.
 
-    The instruction is drawn by the line's content and the seed alone: wherever the line stands, it has the same.
+    Line content and seed alone decide the instruction: it does not depend on the line's position.
     """
     if "messages" in record or not any(name in record for name in SOURCES):
         return record
@@ -57,7 +57,7 @@ def as_question(record: dict[str, Any], instructions: Sequence[str], seed: int) 
 
 
 def _is_about_the_clip(name: str) -> bool:
-    """Whether a key belongs into the audio part: one that is known there, or that is refused there as misspelled."""
+    """Whether a key belongs in the audio part: it is known there, or refused there as misspelled."""
     if name in (*KNOWN, "kind"):
         return False
     return name in KNOWN_KEYS or bool(unknown_keys({name: True}, KNOWN_KEYS, "", IN_PART)[0])

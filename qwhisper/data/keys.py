@@ -1,7 +1,7 @@
-"""The keys of a record, a message or a part that the reader does not know.
+"""Judges unknown keys of a record, a message or a part.
 
-Such a key is a fault if it is probably a known key misspelled, or if it carries an instruction elsewhere that is not
-followed here. Any other is metadata: it is not used, and the reader reports it once.
+Such a key is a fault if it is probably a misspelled key, or if it is an instruction of another framework that is not
+followed here. Any other key is metadata: it is not used, and the reader reports it once.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
 
-# Keys by which other frameworks say what to learn and how, and what to do about each here.
+# Keys with which other frameworks control what is learned and how, and what to do about each here.
 _PREFERENCE = "preferences are not learned; keep in `messages` the answer to learn"
 _NO_VISION = "only audio is read; leave the dialogue out"
 _SHAREGPT = "ShareGPT's form is not read; write `messages` with `role` and `content`"
@@ -31,7 +31,7 @@ UNSUPPORTED = {
     "documents": "write the documents into a message",
     "refusal": "write it as `content`",
 }
-# The same for keys that say something only where they stand: in a message, and in a part of one.
+# The same for keys with a meaning only in a message, or in a part of one.
 _STRETCH = "give the stretch as `start` and `end`, in seconds; rename the key if it is metadata"
 IN_MESSAGE = UNSUPPORTED | dict.fromkeys(
     ("audio", "audios", "audio_url", "audio_path", "input_audio"),
@@ -69,7 +69,7 @@ def unknown_keys(
 
 @lru_cache(maxsize=1024)
 def _nearest(key: str, known: tuple[str, ...]) -> str | None:
-    """The known key that differs from `key` in case, in `-` and `_`, or in one letter (in a long key: two)."""
+    """The known key that differs from `key` only in case, in `-` and `_`, or in one letter (in a long key: two)."""
     if len(key) < 4 or len(key) > 40:
         return None
     return next((name for name in known if _edits(_plain(key), _plain(name)) <= (1 if len(name) < 10 else 2)), None)
@@ -80,6 +80,6 @@ def _plain(key: str) -> str:
 
 
 def _edits(one: str, other: str) -> int:
-    """How many letters differ: added, left out or replaced; two that changed places count once."""
+    """Number of letters that differ: added, left out or replaced; a swapped pair counts once."""
     common = sum(block.size for block in SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks())
     return max(len(one), len(other)) - common

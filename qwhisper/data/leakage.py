@@ -1,7 +1,7 @@
-"""Whether what a model is evaluated on is what it was trained on. Reports; refuses nothing.
+"""Finds evaluation data that is training data. Reports; refuses nothing.
 
-Audio is the same where both clips are of one file and overlap, also if the file has another name: files of equal size
-are compared by their bytes. The same recording in another format, or cut anew, is not recognised.
+Audio is the same if both clips are of one file and overlap, even if the file has another name: files of equal size are
+compared by their bytes. The same recording in another format, or cut differently, is not recognised.
 """
 
 import os
@@ -15,14 +15,14 @@ from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.waveform import sound_of_bytes
 from qwhisper.disk import file_sha256
 
-OVERLAP = 0.5  # of the shorter clip; sentences that were cut out overlap less, by the margins around them
-MAX_FILES_READ = 20_000  # of the training data, to be compared by their bytes; a few minutes on a slow disk
+OVERLAP = 0.5  # of the shorter clip; neighbouring sentences overlap less, by the margins around them
+MAX_FILES_READ = 20_000  # of the training data that are compared by their bytes; a few minutes on a slow disk
 
 
 def notes(
     eval_file: str | Path, held_out: Sequence[Dialogue], train_file: str | Path, trained: Sequence[Dialogue]
 ) -> list[str]:
-    """What the evaluation data shares with the training data, a sentence each; empty where that is nothing."""
+    """One sentence for each thing that the evaluation data shares with the training data; empty if nothing."""
     if same_file(eval_file, train_file):
         return [f"{eval_file} is the training data: its scores say what was learned by heart"]
     return overlap_notes(held_out, trained)
@@ -39,10 +39,10 @@ def same_file(a: str | Path, b: str | Path) -> bool:
 
 
 def overlap_notes(held_out: Sequence[Dialogue], trained: Sequence[Dialogue]) -> list[str]:
-    """One sentence each for whole dialogues, for audio and for ids that are in both; empty where there are none.
+    """One sentence each for whole dialogues, for audio and for ids that are in both; empty if there are none.
 
-    A dialogue counts once, for the first of these that it has. An id of digits alone counts for nothing: it is a number
-    in its own file.
+    A dialogue counts once, for the first of these that applies. An id of digits only is ignored: it is a number within
+    its own file.
     """
     training = _Training(trained, held_out)
     found: dict[str, list[str]] = {"dialogue": [], "audio": [], "id": []}
@@ -64,7 +64,7 @@ def overlap_notes(held_out: Sequence[Dialogue], trained: Sequence[Dialogue]) -> 
 
 
 class _Training:
-    """The training data by what a held-out dialogue may share with it. unread: what was not compared, or None."""
+    """Indexes of the training data for comparison with held-out dialogues. unread: what was not compared, or None."""
 
     def __init__(self, trained: Sequence[Dialogue], held_out: Sequence[Dialogue]):
         self.unread: str | None = None
@@ -84,7 +84,7 @@ class _Training:
         return {c.id: c.source for c in self._trained if c.id != c.source and not c.id.isdigit()}
 
     def places(self, dialogue: Dialogue) -> Iterable[tuple[str, str]]:
-        """What is shared, and where in the training data it stands."""
+        """What is shared, and its place in the training data."""
         content = _content(dialogue, self._names)
         if content in self._dialogues:
             yield "dialogue", self._dialogues[content]
@@ -97,7 +97,7 @@ class _Training:
             yield "id", f"id {dialogue.id!r}, {self._ids[dialogue.id]}"
 
     def _names_of_the_same_bytes(self, held_out: dict[str, AudioClip], trained: dict[str, AudioClip]) -> dict[str, str]:
-        """By a held-out recording that training has under another name: that name."""
+        """Name in the training data, by a held-out recording that has another name there."""
         others: dict[int, list[AudioClip]] = defaultdict(list)
         for name, clip in held_out.items():
             if name not in trained:
@@ -136,7 +136,7 @@ def _name(clip: AudioClip) -> str:
 
 
 def _content(dialogue: Dialogue, names: Mapping[str, str]) -> Hashable:
-    """What is learned or asked; `names`: what to call some recordings instead."""
+    """The content of a dialogue, for comparison; `names`: other names for some recordings."""
 
     def part_content(part: str | AudioClip) -> Hashable:
         if isinstance(part, str):
@@ -150,11 +150,11 @@ def _size(clip: AudioClip) -> int:
     try:
         return os.path.getsize(clip.path) if clip.sound is None else len(clip.sound.data)
     except OSError:
-        return -1  # gone since it was read
+        return -1  # deleted since it was read
 
 
 def _digest(clip: AudioClip) -> str:
     try:
         return sound_of_bytes(Path(clip.path).read_bytes(), "").digest if clip.sound is None else clip.sound.digest
-    except (OSError, ValueError):  # gone, or empty: like nothing else
+    except (OSError, ValueError):  # deleted or empty: equal to no other
         return _name(clip)

@@ -1,4 +1,4 @@
-"""A message of a dialogue, and the one place that reads it and finds its faults."""
+"""A message of a dialogue, and its reader, which finds its faults."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from qwhisper.data.clips import AudioClip, parse_content, quoted
 from qwhisper.data.keys import IN_MESSAGE, unknown_keys
 from qwhisper.data.tools import ToolCall, parse_tool_calls, split_calls
 
-# Roles as they are written. OpenAI's "developer" is the system; ms-swift has roles for calls and for their responses.
+# Roles as written in files. OpenAI's "developer" is the system; ms-swift has roles for calls and for their responses.
 ROLES = {
     "system": "system",
     "user": "user",
@@ -23,13 +23,13 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 ANSWER_KEYS = (*REASONING_KEYS, "tool_calls")
 KNOWN = ("role", "content", "kind", "tool_call_id", *LOSS_KEYS, *ANSWER_KEYS)
 THINK_MARKS = ("<think>", "</think>")
-# What chat templates write behind an answer. (`</s>` is missing: it is HTML as well.)
+# What chat templates write after an answer. (Without `</s>`, which is also HTML.)
 END_MARKS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; its role is "system", "user", "assistant" or "tool" (what a tool gave).
+    """One turn; its role is "system", "user", "assistant" or "tool" (a tool's response).
 
     kind: an optional type of question, by which evaluation groups. reasoning: precedes the answer. tool_calls: follow
     the answer's text, which may then be empty. learned: False masks the message in training; True leaves it to
@@ -58,7 +58,7 @@ class Message:
 
 
 def parse_messages(raw: Sequence, roots: list[Path], faults: list[str], unused: list[str]) -> list[Message]:
-    """One message for each of `raw`; faults and keys that are not used are added to the lists."""
+    """One message for each of `raw`; faults and unused keys are appended to the lists."""
     messages = [_parse_message(item, f"message {n}", roots, faults, unused) for n, item in enumerate(raw, 1)]
     if any(message.role == "tool" for message in messages):
         _check_call_ids(raw, faults)
@@ -66,7 +66,7 @@ def parse_messages(raw: Sequence, roots: list[Path], faults: list[str], unused: 
 
 
 def join_calls(messages: Sequence[Message], raw: Sequence, faults: list[str]) -> list[Message]:
-    """ms-swift's `tool_call` messages, put into the answer that stands before them. raw: what the messages are from."""
+    """Merge ms-swift's `tool_call` messages into the answer before them. raw: the records of the messages."""
     joined: list[Message] = []
     for number, (message, item) in enumerate(zip(messages, raw, strict=True), 1):
         before = joined[-1] if joined else None
@@ -80,13 +80,15 @@ def join_calls(messages: Sequence[Message], raw: Sequence, faults: list[str]) ->
 
 
 def parse_learned(raw: dict, where: str, faults: list[str]) -> bool | None:
-    """Whether an object is to be learned, by `loss`, `train` and `weight`; None if they say nothing."""
+    """Whether an object is to be learned, by `loss`, `train` and `weight`; None if it has none of them."""
     said = {key: raw[key] for key in LOSS_KEYS if raw.get(key) is not None}
     if not said:  # of most messages
         return None
     for key, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):
-            faults.append(f"{where}: `{key}` is {quoted.repr(value)}; it can be true or 1, false or 0, nothing between")
+            faults.append(
+                f"{where}: `{key}` is {quoted.repr(value)}; it can be true or 1, false or 0, nothing in between"
+            )
             return None
     if len({bool(value) for value in said.values()}) > 1:
         faults.append(f"{where}: {' and '.join(f'`{key}` {said[key]}' for key in said)} contradict each other")
@@ -124,7 +126,7 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
             f"{where}: only an assistant's message can be learned by itself; --train_on all learns users' text"
         )
     message = Message(role, parts, None if kind is None else str(kind), None, calls, learned is not False)
-    if len(faults) > faults_before:  # what is missing because of them is no second fault
+    if len(faults) > faults_before:  # what is missing because of them is not a second fault
         return message
     if role == "assistant":
         return parse_answer(message, raw, where, faults)
@@ -133,7 +135,7 @@ def _parse_message(raw: object, where: str, roots: list[Path], faults: list[str]
 
 
 def _joined(parts: Sequence[str | AudioClip]) -> tuple[str | AudioClip, ...]:
-    """Texts and clips in their order, neighbouring texts as one."""
+    """Texts and clips in order, neighbouring texts joined."""
     joined: list[str | AudioClip] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
@@ -144,7 +146,7 @@ def _joined(parts: Sequence[str | AudioClip]) -> tuple[str | AudioClip, ...]:
 
 
 def parse_answer(message: Message, raw: dict, where: str, faults: list[str]) -> Message:
-    """An assistant's message, its reasoning and its calls apart from the text."""
+    """An assistant's message, with reasoning and calls separated from the text."""
     if message.clips:
         faults.append(f"{where}: an assistant message holds audio, but answers are text")
     thought, text = split_thought(message.text.strip(), where, faults)
@@ -161,7 +163,7 @@ def parse_answer(message: Message, raw: dict, where: str, faults: list[str]) -> 
 def split_thought(text: str, where: str, faults: list[str]) -> tuple[str, str]:
     """The block of reasoning before an answer, and the answer.
 
-    A block without its first mark is one too: where a chat template writes `<think>` itself, a copied answer lacks it.
+    A block may lack its first mark: if the chat template writes `<think>` itself, a copied answer does not have it.
     """
     thought, mark, answer = text.partition("</think>")
     if not mark:
@@ -177,7 +179,7 @@ def split_thought(text: str, where: str, faults: list[str]) -> tuple[str, str]:
 
 
 def parse_reasoning(raw: Mapping, where: str, faults: list[str], thought: str = "") -> str | None:
-    """What an assistant's message says before its answer. thought: the block of reasoning that its text begins with."""
+    """The reasoning of an assistant's message. thought: the block of reasoning at the beginning of its text."""
     given = {key: raw[key] for key in REASONING_KEYS if raw.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, str):
@@ -193,10 +195,10 @@ def parse_reasoning(raw: Mapping, where: str, faults: list[str], thought: str = 
 
 
 def _check_question(message: Message, raw: dict, where: str, faults: list[str]) -> None:
-    """What is wrong with a message that is no answer."""
+    """The faults of a message that is no answer."""
     faults += [f"{where}: `{key}` belongs to an assistant's message" for key in ANSWER_KEYS if raw.get(key)]
     if message.role == "tool" and message.clips:
-        faults.append(f"{where}: what a tool gave must be text, not audio")
+        faults.append(f"{where}: a tool's response must be text, not audio")
     text = message.text.strip()
     if message.role == "user" and not message.clips and not text:
         faults.append(f"{where}: the user message is empty")
@@ -205,7 +207,9 @@ def _check_question(message: Message, raw: dict, where: str, faults: list[str]) 
 
 
 def _check_call_ids(raw: Sequence[object], faults: list[str]) -> None:
-    """Chat templates show whose response is whose by the order alone: ids that say otherwise would be lost."""
+    """Check the order of responses: chat templates match calls and responses by order only, and other ids would be
+    lost.
+    """
     awaited: list[object] = []
     for number, message in enumerate(raw, 1):
         if not isinstance(message, dict):

@@ -1,4 +1,4 @@
-"""Frames of any rate and number of channels to one channel at 16 kHz."""
+"""Converts frames of any rate and number of channels to one channel at 16 kHz."""
 
 import numpy as np
 import soxr
@@ -6,14 +6,14 @@ import soxr
 from qwhisper.frames import SAMPLE_RATE
 
 # The mean of N channels has the energy sum(C) / N², where C is their covariance: trace(C) / N² if they have nothing in
-# common, N times as much if they are equal. Below half of the former they cancel: two that are equally loud are
-# correlated below -0.5, which no two microphones in a room are over a whole clip. One channel alone, or two speakers on
-# two channels, give 1.
+# common, N times as much if they are equal. Below half of the former they cancel: two equally loud ones are correlated
+# below -0.5, which does not happen with two microphones in a room over a whole clip. One channel alone, or two speakers
+# on two channels, give 1.
 CANCELLED = 0.5
 
 
 class Mono:
-    """One channel, or the mean of all, at 16 kHz, as it grows; and how loud the channels and their mean are."""
+    """Collects one channel, or the mean of all, at 16 kHz; and the loudness of the channels and of their mean."""
 
     def __init__(self, channel: int | None):
         self._channel = channel
@@ -51,7 +51,7 @@ class Mono:
         return block @ np.full(channels, 1 / channels, dtype=np.float32)
 
     def loudest_of_cancelling(self) -> int | None:
-        """The loudest channel where the channels cancel each other over the whole sound, or None."""
+        """The loudest channel if the channels cancel each other over the whole sound, or None."""
         values = [covariance.value() for covariance in self._covariances.values()]
         mean = sum(value.sum() / len(value) ** 2 for value in values)
         unrelated = sum(value.trace() / len(value) ** 2 for value in values)
@@ -74,7 +74,7 @@ class Mono:
 
 
 class Covariance:
-    """Of channels, without their constant parts, as they go by."""
+    """Running covariance of channels, without their constant parts."""
 
     def __init__(self, channels: int):
         self.num_frames = 0

@@ -1,8 +1,8 @@
-"""MP3 (and MP1, MP2) frame by frame: how many there are, whatever a header says, and where a stream begins and ends.
+"""MP3 (and MP1, MP2) frame by frame: counts the frames, and finds where a stream begins and ends.
 
-libsndfile believes the frame count of a Xing or Info header and, where there is none, guesses it from the first frame's
-bit rate: it stops there, also where a second file was joined on. So the frames are counted, and a header with that
-count is put in front of each stream.
+libsndfile believes the frame count of a Xing or Info header and, without one, guesses it from the first frame's bit
+rate. It stops there, even if a second file follows. So the frames are counted here, and a header with that count is put
+in front of each stream.
 """
 
 import re
@@ -22,18 +22,18 @@ _BIT_RATES = {
 }
 _RATES = (44_100, 48_000, 32_000)
 DECODER_DELAY = 529  # samples
-_ID3_END = 128  # bytes of an ID3v1 tag, which stands at the end of a file
+_ID3_END = 128  # bytes of an ID3v1 tag, at the end of a file
 _BEGINNING = re.compile(rb"\xff[\xe0-\xff]|ID3|TAG|APETAGEX")
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What a frame's header says. `kind`: what can't change within a stream: version, layer, rate, mono or not."""
+    """A frame's header. `kind`: what is constant within a stream: version, layer, rate, mono or not."""
 
     length: int
     samples: int
     kind: tuple[int, int, int, bool]
-    info_at: int  # where a Xing or Info header would stand in it
+    info_at: int  # offset of a Xing or Info header in the frame
 
 
 @dataclass
@@ -55,12 +55,14 @@ class MpegStream:
         return int.from_bytes(self._count_of(self.info), "big")
 
     def with_count(self) -> tuple[list[Piece], int]:
-        """Its bytes for a decoder, with a header that has the number of frames; samples that come before the first."""
+        """The stream's bytes for a decoder, with a header that has the number of frames; and the samples before the
+        first.
+        """
         if self.frame.kind[1] != 3:
             return list(self.pieces), 0
         claimed = self.claimed_frames
         if self.info is None or claimed is None:
-            # mpg123 leaves out the decoder's delay where there is a header; a silent frame is left out in its place.
+            # mpg123 skips the decoder's delay if there is a header; it then skips a silent frame instead.
             header = self._made_frame()
             counted = self._counted(
                 header[: self.frame.info_at] + b"Info\0\0\0\1" + header[self.frame.info_at + 8 :], 1
@@ -76,7 +78,7 @@ class MpegStream:
         return info[:at] + (self.num_frames + more).to_bytes(4, "big") + info[at + 4 :]
 
     def _made_frame(self) -> bytes:
-        """A silent frame of this kind, without CRC and padding, at a bit rate that leaves space for a header in it."""
+        """A silent frame of this kind, without CRC and padding, at a bit rate with space for a header."""
         header = bytes((self.header[0], self.header[1] | 1, 0x80 | self.header[2] & 0x0C, self.header[3]))
         frame = read_frame(header)
         assert frame is not None
@@ -91,7 +93,7 @@ class MpegLayout:
 
 @lru_cache(maxsize=4096)
 def read_frame(header: bytes) -> Frame | None:
-    """A frame's 4 bytes of header; None if they are no header, or have a free bit rate, which needs a search."""
+    """The header in these 4 bytes; None if they are no header, or have a free bit rate, which would need a search."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
         return None
     version, layer = header[1] >> 3 & 3, 4 - (header[1] >> 1 & 3)  # version 3 is MPEG 1, 2 is MPEG 2, 0 is MPEG 2.5
@@ -109,7 +111,7 @@ def read_frame(header: bytes) -> Frame | None:
 
 
 def skip_id3(data: FileBytes, start: int, stop: int) -> int:
-    """Where the ID3v2 tags at `start` end."""
+    """End of the ID3v2 tags at `start`."""
     while start + 10 <= stop and (head := data.get(start, 10))[:3] == b"ID3" and max(head[6:10]) < 128:
         size = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
         start += 10 + size + (10 if head[5] & 0x10 else 0)
@@ -117,7 +119,7 @@ def skip_id3(data: FileBytes, start: int, stop: int) -> int:
 
 
 def mpeg_layout(data: FileBytes, start: int, stop: int) -> MpegLayout | None:
-    """The streams between two offsets; None if no frame stands at `start`, behind its tags."""
+    """The streams between two offsets; None if there is no frame at `start` after its tags."""
     layout, stream = MpegLayout(), None
     position, certain = skip_id3(data, start, stop), False
     if not _begins(data, position, stop):
@@ -153,7 +155,7 @@ def mpeg_layout(data: FileBytes, start: int, stop: int) -> MpegLayout | None:
 
 
 def _begins(data: FileBytes, position: int, stop: int) -> bool:
-    """A frame with another of its kind, a tag or the end behind it: four bytes alone look like a header too often."""
+    """A frame followed by another of its kind, a tag or the end: four bytes alone look like a header too often."""
     frame = read_frame(data.get(position, 4))
     if frame is None:
         return False
@@ -173,7 +175,7 @@ def _info_frame(data: FileBytes, position: int, frame: Frame) -> bytes | None:
 
 
 def _skip_tag(data: FileBytes, position: int, stop: int) -> int:
-    """Where a tag at `position` ends; `position` itself where none is."""
+    """End of a tag at `position`; `position` itself if there is none."""
     head = data.get(position, 32)
     if head[:3] == b"ID3":
         return min(skip_id3(data, position, stop), stop)
@@ -185,7 +187,7 @@ def _skip_tag(data: FileBytes, position: int, stop: int) -> int:
 
 
 def _next_frame(data: FileBytes, position: int, stop: int) -> int:
-    """Where the next frame or tag begins; `stop` where none does."""
+    """Start of the next frame or tag; `stop` if there is none."""
     at = position + 1
     while at < stop:
         block = data.get(at, min(BLOCK, stop - at))
@@ -195,5 +197,5 @@ def _next_frame(data: FileBytes, position: int, stop: int) -> int:
                 return found
         if len(block) < BLOCK:
             break
-        at += len(block) - 7  # the longest beginning that a block's end may cut
+        at += len(block) - 7  # the longest prefix that the end of a block may cut
     return stop

@@ -1,4 +1,4 @@
-"""Files that are given for JSONL and are something else, known by their first bytes."""
+"""Recognises other files given instead of JSONL, by their first bytes."""
 
 import csv
 import json
@@ -12,8 +12,8 @@ WITH_PANDAS = (
 )
 COLUMN = re.compile(r"\w[\w .-]{0,30}")
 UNPACK = "unpack it and give the JSONL file in it"
-AUDIO = "give a JSONL file that names it, as in README.md"
-SIGNATURES = (  # where the bytes stand, the bytes, what the file is, what to do
+AUDIO = "give a JSONL file that names it, as in docs/data.md"
+SIGNATURES = (  # offset of the bytes, the bytes, what the file is, what to do
     (0, b"PAR1", "a Parquet file", "convert it: " + WITH_DATASETS.format("parquet", "{path}")),
     (0, b"ARROW1", "an Arrow file", "convert it: " + WITH_PANDAS.format("{path}")),
     (0, b"\xff\xff\xff\xff", "an Arrow stream", "convert it: " + WITH_DATASETS.format("file", "{path}")),
@@ -44,7 +44,7 @@ SIGNATURES = (  # where the bytes stand, the bytes, what the file is, what to do
 def not_json_lines(path: Path) -> str | None:
     """What a file is instead of JSONL and what to do, as in "a Parquet file, not JSONL: …"; None if it may be JSONL.
 
-    A file with a fault in its first lines may be JSONL: which fault, the reader says.
+    A file with a fault in its first lines may still be JSONL: the reader names the fault.
     """
     with open(path, "rb") as file:
         start = file.read(FIRST_BYTES)
@@ -78,12 +78,12 @@ def _other_text(text: str, name: str) -> str | None:
 def _fields(line: str, delimiter: str) -> list[str]:
     try:
         return next(csv.reader([line], delimiter=delimiter), [])
-    except csv.Error:  # as where old Mac line breaks stand in it
+    except csv.Error:  # as with old Mac line breaks
         return []
 
 
 def _goes_on(line: str) -> bool:
-    """Whether it is the first line of JSON over several ones: it ends where a value or a name is due."""
+    """Whether it is the first of several lines of one JSON value: it ends before a value or a name."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""The JSON objects of a JSONL file, one a line, each with its place or with what is wrong with it."""
+"""Reads the JSON objects of a JSONL file, one a line, each with its place or its fault."""
 
 import json
 import re
@@ -8,12 +8,12 @@ from typing import Any
 
 from qwhisper.data.clips import quoted
 
-MAX_LINE_BYTES = 2**24  # 16 MiB of text in one dialogue; a file without line breaks would be one line of any length
+MAX_LINE_BYTES = 2**24  # 16 MiB of text in one dialogue; a file without line breaks could be one endless line
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class DuplicateKeyError(ValueError):
-    """A JSON object names one key twice: one of the two values would be lost."""
+    """A JSON object has one key twice: one of the two values would be lost."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -25,12 +25,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# One decoder for all lines: `json.loads` with a hook builds one for each, which takes twice the time.
+# One decoder for all lines: `json.loads` with a hook builds one for each line, which takes twice the time.
 parse_json = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict | str]]:
-    """(source, record) of each line that is not blank; a line that is no JSON object gives its fault instead."""
+    """(source, record) of each line that is not blank; for a line that is no JSON object, its fault instead."""
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             source = f"{path}:{number}"
@@ -45,7 +45,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict | str]]:
 
 
 def parse_line(line: bytes, encoding: str) -> dict | str | None:
-    """The object in a line, or what is wrong with it; None where it is blank."""
+    """The object in a line, or its fault; None for a blank line."""
     try:
         text = line.decode(encoding).strip()
         record = parse_json(text) if text else None
@@ -61,7 +61,7 @@ def parse_line(line: bytes, encoding: str) -> dict | str | None:
         return str(error)
     except ValueError as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and text[error.pos] == "{":
-            # `cat` makes such a line of two files, the first of which does not end with a line break.
+            # `cat` makes such a line from two files if the first does not end with a line break.
             return f"two objects on one line: a line break is probably missing before character {error.pos + 1}"
         return f"not valid JSON ({error})"
     return record if isinstance(record, dict) or not text else "not a JSON object with `messages`"

@@ -1,4 +1,4 @@
-"""Tools that an assistant may call, and its calls: the forms that are read, and the one form that is kept.
+"""Tools that an assistant may call, and its calls: reads several forms and keeps one.
 
 OpenAI's `tools` and `tool_calls`, the same without the wrapper `function`, their JSON text (ms-swift), and the blocks
 `<tool_call>{…}</tool_call>` that Qwen's models write.
@@ -14,7 +14,7 @@ from qwhisper.data.keys import unknown_keys
 from qwhisper.data.records import parse_json
 
 CALL_KEYS = ("id", "type", "function", "index", "name", "arguments")
-# What chat templates write between quotes without escaping it.
+# Characters that chat templates write between quotes without escaping.
 NAME = re.compile(r"[^\s\"\\<>{}]{1,200}")
 CALL_BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
 CALL_MARKS = ("<tool_call>", "</tool_call>")
@@ -22,7 +22,7 @@ CALL_MARKS = ("<tool_call>", "</tool_call>")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call by an assistant. arguments: the text of a JSON object, written as chat templates write it."""
+    """A call by an assistant. arguments: the text of a JSON object, in the chat templates' form."""
 
     name: str
     arguments: str
@@ -68,7 +68,7 @@ def parse_tool_calls(raw: object, where: str, faults: list[str]) -> tuple[ToolCa
 
 
 def split_calls(text: str, where: str, faults: list[str]) -> tuple[str, tuple[ToolCall, ...]]:
-    """An answer's text, and the calls that stand behind it as `<tool_call>` blocks."""
+    """An answer's text, and the calls after it in `<tool_call>` blocks."""
     if not any(mark in text for mark in CALL_MARKS):
         return text, ()
     said, _, behind = text.partition("<tool_call>")
@@ -106,7 +106,7 @@ def _parse_call(raw: object, where: str, faults: list[str]) -> ToolCall | None:
 
 
 def _from_text(raw: object, what: str, faults: list[str]) -> Any:
-    """What the JSON text says; anything but a text is returned as it is, and a blank text as None."""
+    """The value of a JSON text; None for a blank text; anything but a text is returned unchanged."""
     if not isinstance(raw, str):
         return raw
     try:
@@ -122,7 +122,7 @@ def _as_text(value: dict, where: str, faults: list[str]) -> str:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
         return text
-    except UnicodeEncodeError:  # from JSON text within JSON, where the reader of lines does not look
+    except UnicodeEncodeError:  # from JSON text within JSON, which the reader of lines does not check
         faults.append(f"{where} holds half of a surrogate pair, which is no character: fix the text")
         return "{}"
     except ValueError:

@@ -1,7 +1,7 @@
-"""Two small base models of the real architectures, pre-trained for the demo's dialogues, saved as the real ones are.
+"""Two small base models of the real architectures, pre-trained for the demo's dialogues, saved in the real formats.
 
 `make_whisper_base`: a Whisper whose encoder learned to spell (CTC on characters). `make_qwen3_base`: a Qwen3 that
-answers the demo's questions when it can read the numbers. Neither has ever met the other.
+answers the demo's questions when it can read the numbers. Neither was trained with the other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +37,8 @@ from qwhisper.model.loss import supervised_loss
 from qwhisper.model.mel import packed_log_mel
 
 NUM_MEL_BINS = 80
-# Silence around every clip while the encoder learns. What suits Whisper would triple the length of half-second clips;
-# this encoder is not used to longer silence, so training on it should ask for the same.
+# Silence around every clip while the encoder learns. Whisper's values would triple the length of half-second clips.
+# Training on this encoder should use the same silence.
 LEAD_SILENCE_S, TAIL_SILENCE_S = 0.05, 0.1
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz '"  # CTC's blank is 0, these follow
 ENCODER_STEPS, ENCODER_BATCH, ENCODER_LR = 700, 24, 2e-3
@@ -50,14 +50,14 @@ CHAT_TEMPLATE = Path(__file__).with_name("qwen3_chat_template.jinja")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 OTHER_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 VOCABULARY_SIZE = 512  # of the byte-level BPE, before the tokens above
-EMBEDDING_ROWS = 576  # more than there are tokens, as in Qwen3: <|audio_pad|> needs no resizing
+EMBEDDING_ROWS = 576  # more rows than tokens, as in Qwen3: <|audio_pad|> needs no resizing
 SPARE_ROWS = 8  # at least, with a larger tokenizer
 
 
 class TwoOptimizers:
     """Muon for the layers' matrices, AdamW for everything else; warm-up, then a linear fall to 0.
 
-    AdamW alone, at the best of its rates, had the language model at 74 % of answers where both together had it at 99 %.
+    With AdamW alone, at its best rate, the language model answers 74 % right; with both, 99 %.
     """
 
     def __init__(self, model: nn.Module, matrices: Callable[[str, Tensor], bool], adamw_lr: float, num_steps: int):
@@ -81,7 +81,7 @@ class TwoOptimizers:
 
 
 def _batches(num_samples: int, batch_size: int, num_steps: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """`num_steps` index arrays, epoch after epoch in random order; an epoch's short rest is left out."""
+    """`num_steps` index arrays, epoch after epoch in random order; an epoch's short last batch is left out."""
     order = np.zeros(0, dtype=np.int64)
     for _ in range(num_steps):
         if len(order) < batch_size:
@@ -94,7 +94,7 @@ def _batches(num_samples: int, batch_size: int, num_steps: int, generator: np.ra
 
 
 def whisper_config() -> WhisperConfig:
-    """Whisper's shape at width 128; the one-layer decoder is there for the file format's sake."""
+    """Whisper's shape at width 128; the file format needs the one-layer decoder."""
     return WhisperConfig(
         d_model=128,
         encoder_layers=3,
@@ -205,7 +205,7 @@ def make_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    # The template's own words come often enough to become single tokens, as they are in Qwen3's vocabulary.
+    # The template's own words must be frequent enough to become single tokens, as in Qwen3's vocabulary.
     texts = [*texts, *["system\n", "user\n", "assistant\n", "\n\n"] * len(texts)]
     bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
@@ -247,9 +247,9 @@ def make_qwen3_base(
 ) -> dict[str, float]:
     """Teach a small Qwen3 to answer text dialogues (canonical records) and save it with its tokenizer into `out_dir`.
 
-    The dialogues are rendered and masked as training on audio does it. Returns the last losses' mean as "loss", and the
-    share of `held_out` dialogues' answers that come out exactly as "answer_accuracy". tokenizer: one of Qwen3's kind
-    (None: a small one is made of the texts).
+    The dialogues are rendered and masked as in training on audio. Returns the last losses' mean as "loss", and the
+    share of answers to `held_out` dialogues that are exactly right as "answer_accuracy". tokenizer: one of Qwen3's kind
+    (None: make a small one from the texts).
     """
     torch.manual_seed(seed)
     dialogues = [parse_dialogue(record, record["id"], Path.cwd()) for record in texts]
@@ -287,7 +287,7 @@ def _answer_loss(model: Qwen3ForCausalLM, samples: Sequence[Sample]) -> tuple[Te
 
 @torch.no_grad()
 def _answer_accuracy(model: Qwen3ForCausalLM, samples: Sequence[Sample]) -> float:
-    """Share of answers that greedy decoding would give exactly, the right answers before them being the history."""
+    """Share of answers that greedy decoding gives exactly, with the right answers as history."""
     right = []
     for start in range(0, len(samples), 64):
         part = samples[start : start + 64]

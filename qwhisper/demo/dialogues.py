@@ -1,8 +1,8 @@
-"""Dialogues about spoken numbers whose answers only listening gives: as audio, as text, and with swapped clips.
+"""Dialogues about spoken numbers that only listening can answer: as audio, as text, and with swapped clips.
 
-A question's right answer is a function of the numbers heard so far, so it is known for any clips that are put in. No
-answer follows from the text or from the answers before it, and a question about an earlier clip can't be answered from
-the later ones: `hangs_on_hearing` enumerates all other numbers that fit the same history.
+A question's right answer is a function of the numbers heard so far, so it is known for any clips. No answer follows
+from the text or from earlier answers, and a question about an earlier clip can't be answered from later ones:
+`hangs_on_hearing` enumerates all other numbers that fit the same history.
 """
 
 import itertools
@@ -58,8 +58,8 @@ SCRIPTS = (
     (("rising", 2), ("earlier_first", 0), ("number", 1)),
 )
 ABOUT_EARLIER_CLIPS = {"earlier_number", "earlier_first", "earlier_sum", "earlier_rising", "earliest"}
-# Arithmetic takes a language model longest to learn: where it learns from text, these scripts come three times as
-# often, and 450 steps do what took 650.
+# A language model learns arithmetic most slowly: in its training on text these scripts come three times as often, and
+# 450 steps do what took 650.
 HARD_KINDS = {"sum", "rising", "earlier_sum", "earlier_rising"}
 TEXT_SCRIPTS = SCRIPTS + 2 * tuple(script for script in SCRIPTS if HARD_KINDS & {kind for kind, _ in script})
 
@@ -69,7 +69,7 @@ Script = tuple[Turn, ...]
 
 @dataclass(frozen=True)
 class Clip:
-    """A recording of one number. path: as it is to stand in the JSONL file."""
+    """A recording of one number. path: as written into the JSONL file."""
 
     path: str
     word: str
@@ -105,15 +105,15 @@ def answers(script: Script, heard: Sequence[str]) -> tuple[str, ...]:
 
 @cache
 def _possible(script: Script) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
-    """(numbers, answers) of every dialogue that this script can become."""
+    """(numbers, answers) of every possible dialogue of this script."""
     numbers = itertools.product(NUMBERS, repeat=sum(clips for _, clips in script))
     return tuple((heard, answers(script, heard)) for heard in numbers)
 
 
 @cache
 def hangs_on_hearing(script: Script, heard: tuple[str, ...]) -> bool:
-    """Whether every answer is open to somebody who knows the questions and earlier answers but has not heard the clips,
-    and every answer about an earlier clip also to somebody who heard this turn's own."""
+    """Whether no answer follows from the questions and earlier answers alone, and no answer about an earlier clip from
+    this turn's clips either."""
     given = answers(script, heard)
     end = 0
     for turn, (kind, clips) in enumerate(script):
@@ -158,7 +158,7 @@ def messages(script: Script, heard: Sequence[str], parts: Iterable[dict], genera
 
 
 def text_dialogues(num_dialogues: int, seed: int) -> list[dict]:
-    """Dialogues with the words written where the others have clips, to teach a language model the skill itself."""
+    """Dialogues with the words as text instead of clips, to teach a language model the skill itself."""
     generator = np.random.default_rng(seed)
     records = []
     for index in range(num_dialogues):
@@ -172,8 +172,8 @@ def text_dialogues(num_dialogues: int, seed: int) -> list[dict]:
 def spoken_dialogues(clips: Sequence[Clip], num_dialogues: int, name: str, seed: int) -> tuple[list[dict], list[dict]]:
     """(dialogues, the same with swapped clips), in canonical form.
 
-    A swapped dialogue has the questions and the answers of its original, but clips that make every one of those answers
-    wrong: a model that answers as before has not listened. Every clip is used about equally often.
+    A swapped dialogue has the questions and answers of its original, but clips that make all of these answers wrong: a
+    model that answers as before has not listened. Every clip is used about equally often.
     """
     generator = np.random.default_rng(seed)
     decks, others = ({w: _Deck([c for c in clips if c.word == w], generator) for w in NUMBERS} for _ in range(2))
@@ -189,7 +189,7 @@ def spoken_dialogues(clips: Sequence[Clip], num_dialogues: int, name: str, seed:
 
 
 class _Deck:
-    """One word's clips, dealt in random order and shuffled again when all have been dealt."""
+    """One word's clips in random order, shuffled again when all have been used."""
 
     def __init__(self, clips: list[Clip], generator: np.random.Generator):
         self._clips, self._generator = clips, generator
@@ -213,7 +213,7 @@ def _replace_clips(turns: list[dict], clips: list[dict]) -> list[dict]:
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> Path:
-    """One record a line, UTF-8; the folder is made if need be."""
+    """Write one record a line, UTF-8; make the folder if it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")

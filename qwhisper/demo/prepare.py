@@ -1,4 +1,4 @@
-"""All that the demo trains on, made from nothing: clips, dialogues and two base models, in one folder."""
+"""Makes everything that the demo trains on, in one folder: clips, dialogues and two base models."""
 
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ from qwhisper.demo.speech import draw_utterances, write_clips
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
-    """How much is made: 8160 dialogues are 680 steps of 12, none met twice; 306 use each of 600 clips about once."""
+    """Sizes: 8160 dialogues are 680 steps of 12, none used twice; 306 use each of 600 clips about once."""
 
     train_clips: int = 6000
     eval_clips: int = 600
@@ -34,7 +34,7 @@ class DemoPaths:
     """What `prepare` made.
 
     swapped_file: the evaluation's dialogues with other clips, which make every answer in it wrong.
-    report: how well each base learned, on voices and dialogues that it had not seen.
+    report: how well each base learned, on unseen voices and dialogues.
     """
 
     train_file: Path
@@ -46,9 +46,11 @@ class DemoPaths:
 
 
 def prepare(out_dir: str | Path, seed: int, size: DemoSize | None = None) -> DemoPaths:
-    """Make clips, dialogues and base models in `out_dir`; says how long each stage took. The same seed, the same files.
+    """Make clips, dialogues and base models in `out_dir`, and print the time of each stage. The same seed gives the
+    same files.
 
-    The two bases learn side by side, in a process with one thread each: on two cores faster than one after the other.
+    The two bases are trained in parallel, in a process with one thread each: on two cores this is faster than one after
+    the other.
     """
     out_dir, size = Path(out_dir), size or DemoSize()
     started = time.perf_counter()

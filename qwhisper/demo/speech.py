@@ -1,8 +1,8 @@
 """Speech from espeak-ng: text, voice, pitch and speed in, a waveform at 16 kHz out; and clips of many voices as files.
 
-espeak-ng comes as a shared library in the package espeakng-loader and is driven through ctypes. It keeps state from one
-utterance to the next: the same text twice in one process differs in its samples, the same sequence of calls in a fresh
-process does not. So clips that have to be reproducible are made by `write_clips`, which speaks in fresh processes.
+espeak-ng is a shared library in the package espeakng-loader, called through ctypes. It keeps state between utterances:
+the same text twice in one process gives different samples, the same sequence of calls in a fresh process does not. So
+`write_clips`, whose clips must be reproducible, speaks in fresh processes.
 """
 
 import ctypes
@@ -30,8 +30,8 @@ RATES = range(80, 451)  # words a minute
 PITCHES = range(100)
 
 ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
-# Relatives (steph, steph2) stand on one side. Left out: robots, whispers, formant synthesis (klatt), and every variant
-# with breath (f2, f3, f5, Alicia, sandro, victor), whose samples differ from one fresh process to the next.
+# Related voices (steph, steph2) are on the same side. Left out: robots, whispers, formant synthesis (klatt), and every
+# variant with breath (f2, f3, f5, Alicia, sandro, victor), whose samples differ between fresh processes.
 TRAIN_VARIANTS = (
     "Alex", "Andrea", "Andy", "Denis", "Diogo", "Gene", "Henrique", "Hugo", "Lee", "Marco", "Mario", "Michael",
     "Nguyen", "anika", "antonio", "aunty", "boris", "ed", "f1", "f4", "grandma", "gustave", "ian", "iven", "iven2",
@@ -41,12 +41,12 @@ TRAIN_VARIANTS = (
 HELD_OUT_VARIANTS = (
     "Annie", "Jacky", "Mike", "belinda", "grandpa", "linda", "m3", "m6", "paul", "robert", "shelby", "travis",
 )  # fmt: skip
-# Pitches and speeds of the two sides lie between each other, so that no voice setting is in both.
+# Pitches and speeds of the two sides alternate, so that no voice setting is in both.
 TRAIN_PITCHES, HELD_OUT_PITCHES = range(30, 71, 4), range(32, 71, 4)
 TRAIN_SPEEDS, HELD_OUT_SPEEDS = range(110, 171, 10), range(115, 170, 10)
 
-TRIM_LEVEL = 0.02  # of the peak: what is below it at either end is cut
-TRIM_MARGIN_S = 0.03  # and this much is left
+TRIM_LEVEL = 0.02  # of the peak: quieter ends are cut
+TRIM_MARGIN_S = 0.03  # and this much silence is kept
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Utterance:
 
 
 class _Engine:
-    """The library, started once a process: its state is the process's own, so there can be no second one."""
+    """The library, started once per process: its state is global, so there can be no second one."""
 
     def __init__(self):
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
@@ -111,8 +111,8 @@ def _engine() -> _Engine:
 def speak(text: str, voice: str, variant: str, pitch: int, speed: int) -> np.ndarray:
     """Speech as float32 [samples] at 16 kHz with peak 0.5, silence at both ends cut to 30 ms.
 
-    Raises UsageError for a voice, variant, pitch or speed that espeak-ng lacks (an unknown variant it would pass over),
-    and for a text with nothing to say.
+    Raises UsageError for a voice, variant, pitch or speed that espeak-ng lacks (it would ignore an unknown variant),
+    and for a text without speech.
     """
     engine = _engine()
     if variant not in engine.variants:
@@ -137,7 +137,7 @@ def _trim(waveform: np.ndarray) -> np.ndarray:
 def draw_utterances(words: Sequence[str], num_clips: int, *, held_out: bool, seed: int) -> list[Utterance]:
     """`num_clips` utterances, each word and each variant equally often, accent, pitch and speed drawn at random.
 
-    held_out: from the voices that are in no training clip.
+    held_out: use the voices that no training clip has.
     """
     generator = np.random.default_rng([seed, held_out])
     variants = HELD_OUT_VARIANTS if held_out else TRAIN_VARIANTS

@@ -1,4 +1,4 @@
-"""What a demo found: demo.json, loss.png, and the lines that it prints at its end."""
+"""Results of a demo: demo.json, loss.png, and the lines printed at its end."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def summary(
 ) -> dict[str, Any]:
     """demo.json: shares from 0 to 1.
 
-    turns_swapped: answers that still are the original's, with clips that make each of them wrong.
+    turns_swapped: answers that equal the original's although the clips make each of these wrong.
     """
     kinds = {
         kind: {

@@ -1,4 +1,4 @@
-"""Alarms for failures that leave no NaN behind: they observe, say once what was found, and change nothing.
+"""Alarms for failures that show in no NaN: they observe, report a finding once, and change nothing.
 
 Plain Python: the facts of a step in, alarms out.
 """
@@ -7,28 +7,32 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-STEPS_WITHOUT_GRADIENT = 3  # one step's audio may stand behind all of its supervised tokens; not that of three in a row
+STEPS_WITHOUT_GRADIENT = (
+    3  # the audio of one step may come after all of its supervised tokens, but not in three steps in a row
+)
 MEMORISED_LOSS = 0.01  # fp32 rounds a token's loss to 0 at a probability of 1 - 6e-8; small losses lead there first
 STEPS_UNTIL_MOVED = 10  # the last steps of a cosine are too small to move a large fp32 weight, but not all weights
 WEIGHTS_EVERY = 50  # steps between checksums: about 15 µs a tensor, of which LoRA has hundreds
 NOISES = 2.0  # standard errors: a deaf model's gain lies above them in 1 probe of 40
-HEARS = 0.7  # of the questions of trained kinds; below, what is wrong by ear may just not have been heard
-# benchmarks/results/real_lm.jsonl: runs that taught two kinds of question alone kept 0.03 to 0.31 of the others, or
-# distilled 0.14 to 0.63; with instructions besides 0.74 to 1.01. Distilled adapters moved text by 0.07 nats at most,
-# others up to 1.47.
-FORGETTING = 0.5  # share of what it hears that it must still know
+HEARS = (
+    0.7  # share of the questions of trained kinds; below it, a wrong answer may only mean that the clip was not heard
+)
+# benchmarks/results/real_lm.jsonl: runs on two kinds of question kept 0.03 to 0.31 of the others, 0.14 to 0.63 with
+# distillation, 0.74 to 1.01 with instructions as well. Distilled adapters moved text by 0.07 nats at most, others by up
+# to 1.47.
+FORGETTING = 0.5  # of `hearing`: a lower retention counts as forgetting
 SHIFT_BOUND = 0.1  # nats a token of the base's own answers to text
 AUDIO_GROUPS = ("projector", "encoder")  # without audio they have no gradient
 
 Key = tuple[str, str]  # kind of the alarm, and what it is about
-Findings = dict[Key, str | None]  # None: looked at, and in order
+Findings = dict[Key, str | None]  # None: checked and fine
 
 
 @dataclass(frozen=True)
 class Alarm:
     """kind: one of loss_zero, labels_masked, gradient_zero, not_moving, base_changed, not_listening, forgetting.
 
-    about: the group that is concerned, or "". message: what was found, where, and what to do next.
+    about: the group concerned, or "". message: what was found, where, and what to do next.
     """
 
     kind: str
@@ -38,16 +42,17 @@ class Alarm:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
-    """What the alarms know of a step. Everything by group is keyed by the group's name.
+    """The facts of a step that alarms use. Mappings are keyed by the name of a group of weights.
 
-    step: its number. loss: nats a supervised token. tokens: supervised ones. num_samples, has_audio: of the samples
-    that it was computed on. divergence: from the teacher, nats a taught token; None without one. group_norms: of
-    gradients. frozen: groups whose gradient was dropped on purpose. skipped: the optimizer did not step.
-    Not looked at in every step, and empty or None then: weight_checksums, numbers that change with any bit of the
-    group's weights; changed_weights, names of frozen tensors that are not what they were; listening_gain and its
-    standard error listening_noise, nats a supervised token; text_shift, of the language model from its base on what
-    the base answers to text, nats a token; retention and hearing, the shares of questions that are
-    answered right by ear, of kinds never trained on, of which retention_questions were asked, and of trained kinds.
+    step: its number. loss: nats a supervised token. tokens: supervised tokens. num_samples, has_audio: of the samples
+    that the loss was computed on. divergence: from the teacher, nats a taught token; None without a teacher.
+    group_norms: of gradients. frozen: groups whose gradient was dropped on purpose. skipped: no optimizer step.
+
+    Empty or None in steps without the measurement: weight_checksums, which change with any bit of the group's weights;
+    changed_weights, names of frozen tensors that have changed; listening_gain and its standard error listening_noise,
+    nats a supervised token; text_shift, divergence from the base model on its own answers to text, nats a token;
+    retention and hearing, shares of questions answered right by ear: of kinds never trained on (there were
+    retention_questions of them) and of trained kinds.
     """
 
     step: int
@@ -90,11 +95,11 @@ class StepFacts:
 
 @dataclass
 class Alarms:
-    """What alarms remember from step to step, as JSON can hold it: `Alarms(**dataclasses.asdict(alarms))` goes on.
+    """What alarms remember between steps, in JSON's types: `Alarms(**dataclasses.asdict(alarms))` is an equal copy.
 
     active: raised and not cleared yet, as "kind/about". last_loss: of the last step whose loss was not 0. By group:
-    without_gradient, steps in a row; unmoved, steps taken since its weights were last seen to change; checksums, of the
-    weights when they were last looked at.
+    without_gradient, steps in a row; unmoved, steps taken since the weights last changed; checksums, of the weights at
+    the last check.
     """
 
     active: list[str] = field(default_factory=list)
@@ -108,11 +113,11 @@ class Alarms:
         return not self.checksums or step % WEIGHTS_EVERY == 0
 
     def forget_weights(self) -> None:
-        """After a rewind: weights that were put back have not stood still."""
+        """Call after a rewind: restored weights must not count as unmoved."""
         self.unmoved, self.checksums = {}, {}
 
     def observe(self, facts: StepFacts) -> list[Alarm]:
-        """The alarms that this step raises; one that is raised is silent until it has cleared."""
+        """The alarms that this step raises. An active alarm is not raised again until it has cleared."""
         found = (
             self.masked_labels(facts)
             | self.zero_loss(facts)
@@ -155,7 +160,7 @@ class Alarms:
             return {}
         message = (
             f"the loss of step {facts.step} is exactly 0 over {facts.tokens} supervised tokens, which no model that "
-            "still learns can reach. --manual_loss computes it the plain way as well, and stops where the two part"
+            "still learns can reach. --manual_loss computes it a second way, and stops if the two differ"
         )
         return {("loss_zero", ""): message}
 
@@ -199,9 +204,9 @@ class Alarms:
         if not names:
             return {} if names is None else {("base_changed", ""): None}
         message = (
-            f"{len(names)} frozen weights are no longer what they were at the start, found at step {facts.step}; the "
+            f"{len(names)} frozen weights have changed since the start, found at step {facts.step}; the "
             f"first is {names[0]}. Checkpoints from here on hold the whole model, bases included: look for what writes "
-            "into the base models, and go on from a checkpoint of before"
+            "into the base models, and resume from an earlier checkpoint"
         )
         return {("base_changed", ""): message}
 
@@ -217,7 +222,7 @@ class Alarms:
         return {("not_listening", ""): None if facts.hears else message}
 
     def forgetting(self, facts: StepFacts) -> Findings:
-        """Nothing is found out about a model that does not hear: its wrong answers by ear say nothing."""
+        """No finding for a model that does not hear: its wrong answers by ear prove nothing."""
         if not facts.hears or (facts.hearing is not None and facts.hearing < HEARS):
             return {}
         found = [finding for finding in (lost_kinds(facts), moved_text(facts)) if finding is not None]
@@ -232,7 +237,7 @@ class Alarms:
 
 
 def lost_kinds(facts: StepFacts) -> str | None:
-    """What retention says of forgetting, "" where it finds none; None if it was not looked at."""
+    """What retention shows of forgetting; "" for none; None if it was not measured."""
     share, count, hearing = facts.retention, facts.retention_questions, facts.hearing
     if share is None or hearing is None:
         return None
@@ -246,7 +251,7 @@ def lost_kinds(facts: StepFacts) -> str | None:
 
 
 def moved_text(facts: StepFacts) -> str | None:
-    """What the text shift says of forgetting, as `lost_kinds`."""
+    """What the text shift shows of forgetting; "" and None as in `lost_kinds`."""
     shift = facts.text_shift
     if shift is None or not math.isfinite(shift):
         return None

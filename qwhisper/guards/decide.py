@@ -1,11 +1,11 @@
 """Whether a step is taken, and by how much its gradients are scaled. Plain Python: numbers in, a decision out.
 
-A norm is compared with its running average to be called a peak, or a spike. After AdaGC (Wang et al., 2025, arXiv
-2502.11034, eq. 5): the bound is a multiple of the average, and the average is fed with norms that were brought down to
-it. `NormAverage`'s fields are saved with the run.
+A norm far above its running average is a peak, or a spike. After AdaGC (Wang et al., 2025, arXiv
+2502.11034, eq. 5): the bound is a multiple of the average, and the average is fed with norms reduced to that
+bound. `NormAverage`'s fields are saved with the run.
 
-A peak is ordinary: once most samples are known, those that are not yet lie far above the average. A spike is above
-anything that the run has lately had, too.
+Peaks are ordinary: once most samples are learned, the others lie far above the average. A spike is also above
+all recent norms.
 """
 
 import math
@@ -14,20 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 BETA = 0.98  # remembers about 50 steps
-FIRST_NORMS = 20  # steps without a bound; their median is where the average starts, so that one peak does not decide it
-PEAK = 3.0  # a norm above this many averages is brought down to it
+FIRST_NORMS = 20  # steps without a bound; the average starts at their median, so that one peak does not decide it
+PEAK = 3.0  # a norm above this many averages is reduced to it
 # AdaGC takes 1.05, a tensor at a time. Norms of whole groups at batch 4 vary by a factor of two in sound runs, and what
 # a bound of three lets through changes AdamW's step by less than a factor of two.
 BAD = 10.0  # a norm this many times above its bound makes the step a bad one: it is taken, but counted
 # Of 13,500 sound steps of the demo's models, 4 to 14 % had a peak, of up to 931 averages where nearly all was learned;
 # 106 were bad, never more than two in a row. None was above 3.3 times the largest norm lately.
-SPIKE = 10.0  # a bad step's norm this many times above the largest lately is a spike
+SPIKE = 10.0  # a bad step's norm this many times above the largest recent one is a spike
 FADE = 0.5 ** (1 / 1000)  # a step, of the largest norm: hard samples may be hundreds of steps apart
 
 
 @dataclass
 class NormAverage:
-    """Exponential mean and variance of a gradient norm, and the largest lately."""
+    """Exponential mean and variance of a gradient norm, and the largest recent norm."""
 
     mean: float = 0.0
     variance: float = 0.0
@@ -36,16 +36,16 @@ class NormAverage:
 
     @property
     def bound(self) -> float:
-        """What a norm is brought down to; infinite while there are too few to know."""
+        """Larger norms are reduced to this; infinite until FIRST_NORMS are known."""
         return math.inf if len(self.first) < FIRST_NORMS else PEAK * self.mean
 
     @property
     def spike_bound(self) -> float:
-        """Above it a norm is a spike."""
+        """A larger norm is a spike."""
         return max(BAD * self.bound, SPIKE * self.largest)
 
     def feed(self, norm: float) -> None:
-        """A finite norm of a step that was taken, before it was clipped."""
+        """Add a finite norm of a step that was taken, from before clipping."""
         if len(self.first) < FIRST_NORMS:
             self.first.append(norm)
             self.mean = statistics.median(self.first)
@@ -60,15 +60,15 @@ class NormAverage:
         self.variance = BETA * (self.variance + difference * change)
 
 
-LARGEST_NORM = 1e18  # fp32 can square no more: kernels differ in what they make of it, so it counts as not finite
+LARGEST_NORM = 1e18  # fp32 can't square more, and kernels differ in the result: such a norm counts as not finite
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What is known of a step before it is taken.
+    """The numbers of a step before it is taken.
 
-    loss: nats a supervised token. gradients: 2-norm of each group's gradients, 0 for a group without any. weights: of
-    each group's weights as they are before the step; empty where loss and gradients are finite.
+    loss: nats a supervised token. gradients: 2-norm of each group's gradients, 0 for a group without any. weights:
+    2-norm of each group's weights before the step; empty if loss and gradients are finite.
     """
 
     loss: float
@@ -77,7 +77,7 @@ class StepStatistics:
 
     @property
     def not_finite(self) -> list[str]:
-        """What is not finite, in words; weights first, since they make everything else so."""
+        """What is not finite, in words; weights first, because they break the rest."""
         named = {f"weights of {name}": norm for name, norm in self.weights.items()}
         named |= {"loss": self.loss} | {f"gradient of {name}": norm for name, norm in self.gradients.items()}
         return [what for what, value in named.items() if not abs(value) <= LARGEST_NORM]
@@ -93,7 +93,7 @@ class Decision:
 
     skip: why the step is not taken, or None. grad_norm: of all groups, before clipping. factors: what each group's
     gradients are multiplied by (1 is left out). peaks: groups above their adaptive bound, with norm / average; spikes:
-    those of them that no sound run has. bad: skipped, or far above a bound.
+    peaks that no sound run has. bad: skipped, or far above a bound.
     """
 
     skip: str | None

@@ -1,6 +1,6 @@
 """Where the first value that is not finite comes from: a weight, the batch, a module's forward or its backward pass.
 
-Runs once more the few samples concerned, under hooks, and waits for the device at every module: for rare use.
+Runs the few samples concerned once more, with hooks, and waits for the device at every module: use it rarely.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-MASKS = ("attention_mask",)  # minus infinity in a mask means "do not look here", and is sound
+MASKS = ("attention_mask",)  # minus infinity is legitimate in a mask
 GRADIENT = "gradient at the output"
 
 
@@ -21,7 +21,7 @@ GRADIENT = "gradient at the output"
 class Finding:
     """The first place where a number stopped being finite.
 
-    where: name of a module, parameter or input of the batch. when: what was looked at. message: why this place.
+    where: name of a module, parameter or input of the batch. when: what was checked. message: why this place.
     inputs: `describe` of what went in: of a module its inputs and, for "backward", the gradients at its outputs; of a
     weight or an input of the batch itself.
     """
@@ -41,7 +41,7 @@ class Finding:
 
 
 def describe(name: str, tensor: Tensor) -> dict[str, Any]:
-    """What a look at a bad tensor should tell first: counts, and the range of the finite part (None without any)."""
+    """Counts of a tensor, and the range of its finite part (None without any)."""
     tensor = tensor.detach()
     finite = tensor[torch.isfinite(tensor)]
     some = finite.numel() > 0
@@ -78,17 +78,17 @@ def summary(description: dict[str, Any]) -> str:
 
 
 def diagnose(model: nn.Module, batch: dict[str, Any], *, loss_scale: float = 1.0) -> Finding | None:
-    """Looks at the weights, then at the batch, then runs `model(**batch).loss` forward and backward and names the first
-    place that is not finite; None if everything is.
+    """Check the weights, then the batch, then run `model(**batch).loss` forward and backward. Return the first place
+    that is not finite; None if everything is finite.
 
     Forward: the first module, in the order of execution, whose output is not finite although its inputs are; of nested
     ones the innermost. Backward: the first module, or parameter, whose gradient is not finite although the gradient at
-    its module's output is. Where that happens in a computation between modules, as in an attention kernel, the module
-    is named that such a gradient reaches first and that has a matrix of weights: with a wrong gradient of the query
-    q_proj, also where a norm stands between.
+    its module's output is. If a computation between modules breaks it, such as an attention kernel, the
+    result names the first module with a weight matrix that this gradient reaches: q_proj for a wrong gradient of the
+    query, even if a norm is in between.
 
-    loss_scale: what the loss is multiplied by before the backward pass, for fp16. The model runs in the mode, and the
-    caller in the autocast, that they are in. Gradients are None afterwards, hooks gone, random generators as before.
+    loss_scale: factor on the loss before the backward pass, for fp16. Mode and autocast stay as the caller has set
+    them. Afterwards gradients are None, the hooks are gone, and random generators are as before.
     """
     finding = bad_weight(model) or _bad_input(batch)
     if finding:
@@ -149,17 +149,17 @@ class _Call:
 class _Trace:
     """The hooks of one forward and backward pass, and the first bad place.
 
-    A module's input is handed to it as a separate view: the gradient of that view is what this module alone produced,
-    while the tensor's gradient sums over all that read it. Tensors hold the hooks, never the other way round, so no
-    activation lives longer for it. Under gradient checkpointing a module's second run is watched as the first one is.
+    A module gets its input as a separate view: the gradient of that view comes from this module alone, while the
+    tensor's gradient sums over all its readers. Tensors hold the hooks, not the reverse, so no activation lives longer.
+    Under gradient checkpointing a module's second run is watched like the first.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.found: Finding | None = None
         self.running: dict[str, _Call] = {}
-        self.entered: dict[str, _Call] = {}  # calls that the backward pass has come to, the latest of each module
-        self.reached: _Call | None = None  # the first that such a gradient came to, with or without a matrix
+        self.entered: dict[str, _Call] = {}  # calls that the backward pass has reached, the latest of each module
+        self.reached: _Call | None = None  # the first that such a gradient reached, with or without a matrix
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -198,7 +198,7 @@ class _Trace:
         if self.found or not all(is_finite(d) for d in call.inputs if d["name"] not in MASKS):
             return
         if not all(map(_all_finite, outputs)):
-            message = f"{self._label(name)} makes values that are not finite out of finite ones"
+            message = f"{self._label(name)} makes values that are not finite from finite inputs"
             self.found = Finding(self._label(name), "forward", message, call.seen)
 
     def _at_output(self, call: _Call, gradient: Tensor) -> None:
@@ -225,14 +225,16 @@ class _Trace:
         return Finding(where, "backward", message, call.seen if call else ())
 
     def _arrival(self, call: _Call) -> Finding:
-        """A gradient that broke before it came to this module, after it had left the one around it."""
+        """A gradient that broke between the output of the module around this one and the output of this one."""
         around, where = self._around(call.name), self._label(call.name)
         source = f"the output of {around.name}" if around else "the loss"
-        message = f"the gradient is finite at {source} and not at the output of {where}: what lies between breaks it"
+        message = (
+            f"the gradient is finite at {source} and not at the output of {where}: the computation in between breaks it"
+        )
         return Finding(where, "backward", message, call.seen)
 
     def _around(self, name: str) -> _Call | None:
-        """The innermost module around `name` that the backward pass has come to; None for the whole model."""
+        """The innermost module around `name` that the backward pass has reached; None for the whole model."""
         around = [key for key in self.entered if name.startswith(f"{key}.")]
         return self.entered[max(around, key=len)] if around else None
 

@@ -15,18 +15,18 @@ RATE_WINDOW, RATE_CALM = 20, 60
 RATE_DOWN, RATE_UP, RATE_LEAST = 0.7, 1.1, 0.1
 FAST, SLOW = 1 / 20, 1 / 100  # weights of a new loss in the two averages
 RISE = 2.5  # in 13,500 sound steps twice
-LOSSES_KNOWN = 40  # losses before the two averages say anything
+LOSSES_KNOWN = 40  # losses before the two averages mean anything
 
 # The field report's. In a 4-bit copy of Qwen2.5-1.5B what the first q_proj reads of a word stays below it but for 2
 # values in 100,000, up to 18.
 CLAMP_BOUND = 8.0
 CLAMP_SPIKES = 3  # fewer than the 5 bad steps in a row that rewind
 CLAMP_WINDOW = 50  # as long as the norms' average remembers
-CLAMP_CLEAN = 200  # four windows: going off takes longer than coming on, so that it does not swing
+CLAMP_CLEAN = 200  # four windows: turning off takes longer than turning on, so that it does not oscillate
 
 LARGEST_SCALE, SMALLEST_SCALE = 2.0**24, 1.0
-SHRINK, GROW = 1 / 4, 2.0  # a step is run again at once after an overflow: larger steps down find their place sooner
-GROWTH_STEPS = 500  # steps without overflow before it is tried larger
+SHRINK, GROW = 1 / 4, 2.0  # a step runs again at once after an overflow: larger steps down end sooner
+GROWTH_STEPS = 500  # steps without overflow before a larger one is tried
 
 SNAPSHOT_STEPS = 50  # clean steps between two snapshots
 REWIND_RATE = 0.5  # factor on the learning rate after each rewind
@@ -37,9 +37,9 @@ Act = Literal["go on", "rewind", "stop"]
 
 @dataclass
 class RecentPeaks:
-    """The peaks or spikes of the last steps, for --dynamic_lr and the clamp.
+    """The recent peaks or spikes, for --dynamic_lr and the clamp.
 
-    step: steps that `note` has counted. last_peak: the last of them with a peak. peaks: those lately.
+    step: steps that `note` has counted. last_peak: the last of them with a peak. peaks: the recent ones.
     """
 
     step: int = 0
@@ -47,7 +47,7 @@ class RecentPeaks:
     peaks: list[int] = field(default_factory=list)
 
     def note(self, peak: bool, window: int) -> None:
-        """One more step; peaks further back than `window` steps are forgotten."""
+        """Add a step; forget peaks older than `window` steps."""
         self.step += 1
         if peak:
             self.last_peak = self.step
@@ -62,18 +62,18 @@ class RecentPeaks:
 
 @dataclass
 class DynamicRate(RecentPeaks):
-    """`--dynamic_lr`: a learning rate that steps back where training is uneasy, and returns when it no longer is.
+    """`--dynamic_lr`: lowers the learning rate while training is unstable, and raises it again afterwards.
 
-    Uneasy is a step where the loss does not fall and two of the last RATE_WINDOW steps had a peak (a group's gradient
-    norm above its adaptive bound) or were skipped; and one where the loss rises. It brings the rate down by RATE_DOWN,
-    never below RATE_LEAST, and at most once in RATE_WINDOW steps. RATE_CALM steps without any bring it up by RATE_UP,
-    never above 1, and again after every further RATE_WINDOW. Going up takes longer than going down, so that it does not
-    swing. The loss falls where its average over about the last 20 steps is below that over about 100, and rises where
-    it is above by RISE standard errors. Peaks alone would not do: a run that learns well has them in one step of eight
+    A step is unstable ("uneasy") if the loss rises, or if the loss does not fall and two of the last RATE_WINDOW steps
+    had a peak (a group's gradient norm above its adaptive bound) or were skipped. Such a step multiplies the rate by
+    RATE_DOWN, at most once in RATE_WINDOW steps and never below RATE_LEAST. RATE_CALM steps without any multiply it by
+    RATE_UP, again after every further RATE_WINDOW, never above 1. Raising takes longer than lowering, so that the rate
+    does not oscillate. The loss falls if its average over about 20 steps is below that over about 100; it rises if it
+    is above by RISE standard errors. Peaks alone are no criterion: a run that learns well has one in eight steps
     (decide.py).
 
-    factor: on the learning rate. last_change, last_uneasy: the steps in which it last changed, and was last uneasy.
-    fast, slow, variance: of the losses, of which there were `losses`.
+    factor: on the learning rate. last_change, last_uneasy: steps of the last change and of the last unstable step.
+    fast, slow, variance: averages of the losses, of which there were `losses`.
     """
 
     factor: float = 1.0
@@ -85,7 +85,7 @@ class DynamicRate(RecentPeaks):
     variance: float = 0.0
 
     def observe(self, loss: float, peak: bool) -> bool:
-        """One step; True where the factor has changed. loss: one that is not finite changes no average."""
+        """Add a step; return whether the factor has changed. A loss that is not finite enters no average."""
         if math.isfinite(loss):
             self._feed(loss)
         self.note(peak, RATE_WINDOW)
@@ -120,13 +120,13 @@ class DynamicRate(RecentPeaks):
 
 @dataclass
 class ClampSwitch(RecentPeaks):
-    """When `--activation_clamp auto` is on: it answers spikes (decide.py says what one is) and steps that had to be
-    skipped, which sound runs don't have. Ordinary peaks mean nothing to it: hard samples make them.
+    """Turns `--activation_clamp auto` on and off. It reacts to spikes (decide.py defines them) and skipped steps, which
+    sound runs don't have, and ignores ordinary peaks, which hard samples cause.
 
-    On after CLAMP_SPIKES spikes within CLAMP_WINDOW steps, off after CLAMP_CLEAN steps without any.
+    On after CLAMP_SPIKES of these within CLAMP_WINDOW steps, off after CLAMP_CLEAN steps without any.
 
-    clamped: activations that were clamped since it was last turned on; the session adds them. told: how many of
-    them events have reported; checkpoints know the field by this name.
+    clamped: activations clamped since it was last turned on; the session adds them. told: how many of them events have
+    reported (checkpoints use this name).
     """
 
     on: bool = False
@@ -134,7 +134,7 @@ class ClampSwitch(RecentPeaks):
     told: int = field(default=0, metadata=ADDED_LATER)
 
     def observe(self, spiked: bool) -> Literal["on", "off"] | None:
-        """One step; what the clamp has to be from now on, or None if it stays as it is."""
+        """Add a step; return the new state of the clamp, or None if it does not change."""
         self.note(spiked, CLAMP_WINDOW)
         if not self.on and len(self.peaks) >= CLAMP_SPIKES:
             self.on, self.clamped, self.told = True, 0, 0
@@ -149,13 +149,13 @@ class ClampSwitch(RecentPeaks):
 class LossScale:
     """The factor that keeps fp16 gradients out of underflow (Micikevicius et al., 2018, section 3.2).
 
-    Only fp16 runs look at it. clean: steps since the last change."""
+    Only fp16 runs use it. clean: steps since the last change."""
 
     scale: float = 2.0**15
     clean: int = 0
 
     def shrink(self) -> bool:
-        """After an overflow. False where it is as small as it may be: then it was no overflow."""
+        """Call after an overflow. Returns False if the scale is already the smallest: then the cause is another."""
         if self.scale <= SMALLEST_SCALE:
             return False
         self.scale, self.clean = max(SMALLEST_SCALE, self.scale * SHRINK), 0
@@ -181,7 +181,7 @@ class GuardState:
     clamp: ClampSwitch = field(default_factory=ClampSwitch)
 
     def feed(self, statistics: StepStatistics, decision: Decision) -> None:
-        """After a step: averages see the norms of steps that were taken, and of groups that had gradients."""
+        """Call after a step: adds its norms to the averages if it was taken, for groups that had gradients."""
         self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if decision.bad else 0
         if decision.skip:
             return
@@ -191,7 +191,7 @@ class GuardState:
                 self.averages.setdefault(name, NormAverage()).feed(norm)
 
     def next_act(self, statistics: StepStatistics, *, max_bad_steps: int, max_rewinds: int) -> Act:
-        """Bad steps in a row, or weights that are not finite, mean that the trouble is in the weights."""
+        """Bad steps in a row, or weights that are not finite, mean that the weights are damaged."""
         if not statistics.broken_weights and self.bad_steps_in_a_row < max_bad_steps:
             return "go on"
         return "rewind" if self.rewinds < max_rewinds else "stop"

@@ -1,7 +1,7 @@
-"""`adapter_config.json` of a checkpoint, read without PEFT's own reader.
+"""Read `adapter_config.json` of a checkpoint without PEFT's reader.
 
-PEFT takes module names for regular expressions in five fields, imports the module that `megatron_core` names, and some
-ways to initialise change the base's weights. Here the fields that an adapter of qwhisper has are checked, and any other
+PEFT reads module names in five fields as regular expressions, imports the module that `megatron_core` names, and some
+of its initialisations change the base's weights. Here the fields that qwhisper's adapters use are checked; any other
 must have the value that switches it off.
 """
 
@@ -36,7 +36,7 @@ def _by_name(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def is_target(value: Any) -> bool:
-    """Plain names, or the pattern that `target_regex` makes of them: matching any other pattern may never end."""
+    """Plain names, or the pattern that `target_regex` makes from them: matching any other pattern may never end."""
     if isinstance(value, list | set):
         return bool(value) and all(isinstance(name, str) and NAME.fullmatch(name) for name in value)
     start = rf"{re.escape(LANGUAGE_MODEL)}\..+\.("
@@ -46,7 +46,7 @@ def is_target(value: Any) -> bool:
     return all(NAME.fullmatch(name) for name in names) and target_regex(names) == value
 
 
-# What a field may be, where it is not PEFT's default.
+# Allowed values of a field other than PEFT's default.
 ALLOWED: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: value == "LORA",
     "task_type": lambda value: value in (None, "CAUSAL_LM"),
@@ -65,7 +65,7 @@ ALLOWED: dict[str, Callable[[Any], bool]] = {
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """Raises CheckpointError for a field that is missing or has another value than qwhisper would give it."""
+    """Raise CheckpointError for a missing field, or a value that qwhisper would not write."""
     file = folder / ADAPTER_CONFIG
     values = read_json_object(file)
     defaults = LoraConfig().to_dict()

@@ -1,4 +1,4 @@
-"""Models of the wrong kind as --audio_model or --text_model: recognised by their files and configuration, before any
+"""Recognise a model of the wrong kind for --audio_model or --text_model by its files and configuration, before any
 weight is loaded.
 """
 
@@ -24,7 +24,7 @@ TAKES = {
     "--audio_model": "any Whisper checkpoint in Hugging Face format, such as openai/whisper-large-v3-turbo",
     "--text_model": "a causal language model in Hugging Face format, such as Qwen/Qwen3-0.6B",
 }
-# What a folder or file is, by a pattern that names it; the first that is found counts.
+# What a folder or file is, by a pattern of file names; the first match counts.
 OTHER_FORMATS = (
     ("model_index.json", "a diffusers pipeline"),
     (ADAPTER_CONFIG, "an adapter without its model (merge it into its model first)"),
@@ -53,7 +53,7 @@ def refuse_other_format(name: str, flag: str) -> None:
         raise _wrong_kind(flag, name, f"{what}, not a folder")
     weights = [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern)]
     if not path.is_dir() or (_has_model_type(path) and weights):
-        # Beside a whole model of Hugging Face's, the same in other formats does no harm.
+        # Other formats beside a whole Hugging Face model do no harm.
         return
     if found := next((what for pattern, what in OTHER_FORMATS if any(path.glob(pattern))), None):
         raise _wrong_kind(flag, name, found)
@@ -67,7 +67,7 @@ def _has_model_type(folder: Path) -> bool:
 
 
 def refuse_model(name: str, flag: str) -> None:
-    """Both checks, for a command that needs only a part of the model; a folder without config.json is let through."""
+    """Both checks, for a command that needs only a part of the model; a folder without config.json is allowed."""
     refuse_other_format(name, flag)
     try:
         config = load_config(name, flag)
@@ -93,7 +93,7 @@ def refuse_other_kind(config: PreTrainedConfig, name: str, flag: str) -> None:
 
 
 def _other_than_causal_lm(config: PreTrainedConfig) -> str | None:
-    """What a model is instead; None for a causal LM, and for one with more senses whose text part is a model itself."""
+    """What a model is instead; None for a causal LM, or for a multimodal model whose text part is one."""
     model_type, architectures = config.model_type, getattr(config, "architectures", None) or []
     if getattr(config, "is_encoder_decoder", False) or model_type in ENCODER_DECODERS:
         return "an encoder-decoder"
@@ -116,7 +116,7 @@ def _wrong_kind(flag: str, name: str, what: str) -> UsageError:
 
 
 def refuse_empty_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """transformers makes an empty one of a folder without tokenizer files; it reads any text as no token at all."""
+    """Refuse an empty tokenizer: transformers makes one if the files are missing; it turns any text into nothing."""
     if not tokenizer("a", add_special_tokens=False).input_ids:
         raise UsageError(
             f"--text_model {name}: no tokenizer can be read there; copy its files (tokenizer.json, "
@@ -126,7 +126,7 @@ def refuse_empty_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> Non
 
 @torch.no_grad()
 def refuse_unpackable(name: str, language_model: PreTrainedModel) -> None:
-    """A model that carries a state from token to token would mix the samples of a packed row."""
+    """Refuse a model with a recurrent state: it would mix the samples of a packed row."""
     if language_model.config._attn_implementation not in IMPLEMENTATIONS:
         return
     embeddings = language_model.get_input_embeddings()

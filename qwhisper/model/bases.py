@@ -1,6 +1,6 @@
-"""The two bases: finding them by folder or hub id, telling them apart, loading each in the dtype that it computes in.
+"""The two bases: find them by folder or hub id, fingerprint them, load each in its compute dtype.
 
-No fp32 copy of the language model is made, and no Whisper decoder ever reaches memory.
+No fp32 copy of the language model is made, and Whisper's decoder is never loaded.
 """
 
 import hashlib
@@ -33,18 +33,18 @@ WEIGHT_FILES = (
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-SPREADING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # of transformers: over all devices there are
+SPREADING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names: over all available devices
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a model is laid into memory, wherever its weights come from.
+    """How a model is loaded into memory.
 
     dtype: of the language model and the encoder: "bf16", "fp16", "fp32", a torch dtype or its name; "auto": see
     `compute_dtype`.
     device_map: as in transformers, for the language model; None: all of it on the first accelerator, or the CPU.
-    Raises UsageError where it names a device for everything that is not there.
-    load_in_4bit: NF4 for the language model's linears. whisper_cpu: the encoder stays on the CPU.
+    Raises UsageError if it names one device that does not exist.
+    load_in_4bit: NF4 for the language model's linear layers. whisper_cpu: keep the encoder on the CPU.
     projector_fp32: the projector in fp32 instead of `dtype`.
     """
 
@@ -60,14 +60,14 @@ class LoadOptions:
 
     @property
     def _whole(self) -> str | int | torch.device | None:
-        """The device that `device_map` names for everything, where it does."""
+        """The one device that `device_map` names for everything, or None."""
         if isinstance(self.device_map, dict):
             return self.device_map.get("")
         return None if self.device_map in SPREADING_MAPS else self.device_map
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder goes: the device that `device_map` names for everything, else the first accelerator."""
+        """The encoder's device: the one that `device_map` names for everything, else the first accelerator."""
         if self._whole is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self._whole)
@@ -137,7 +137,7 @@ def find_file(name: str | os.PathLike, file: str) -> Path | None:
 
 
 def _weight_files(name: str) -> list[Path]:
-    """The files that transformers loads from here, shards in the order of their names."""
+    """The weight files that transformers would load from this folder, shards sorted by name."""
     found = next((path for path in (find_file(name, file) for file in WEIGHT_FILES) if path is not None), None)
     if found is None:
         raise UsageError(f"{name} has no weights: none of {', '.join(WEIGHT_FILES)} is there")
@@ -151,7 +151,7 @@ def fingerprint(name: str) -> str:
     """SHA-256 over a base's configuration and the beginning, end and size of each of its weight files: quick."""
     digest = hashlib.sha256(Path(cached_file(name, "config.json")).read_bytes())
     for file in _weight_files(name):
-        if not file.is_file():  # a device could be read for ever
+        if not file.is_file():  # reading a device may never end
             raise UsageError(f"{file} is no regular file")
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
@@ -163,7 +163,7 @@ def fingerprint(name: str) -> str:
 
 
 def refuse_missing(what: str, name: str, info: dict) -> None:
-    """Weights that a checkpoint lacks are drawn at random by transformers, with a warning only."""
+    """Refuse missing weights: transformers would initialise them at random, with only a warning."""
     missing = sorted([*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])])
     if missing:
         raise UsageError(
@@ -174,7 +174,7 @@ def refuse_missing(what: str, name: str, info: dict) -> None:
 def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> TrueLengthWhisperEncoder:
     """The encoder alone, frozen and in evaluation mode, from a whole Whisper checkpoint or from one of the encoder."""
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # the decoder's unused weights would be listed one by one
+    hf_logging.set_verbosity_error()  # transformers would list the decoder's unused weights one by one
     try:
         encoder, info = load_whisper_encoder(
             name,
@@ -190,7 +190,7 @@ def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> True
 
 @contextmanager
 def naming_memory_limit(names: str, cures: str) -> Iterator[None]:
-    """Where loading runs out of memory: MemoryLimitError with what was loaded and what may help."""
+    """Turn out of memory during loading into MemoryLimitError, with what was loaded and what may help."""
     try:
         yield
     except Exception as error:
@@ -202,7 +202,7 @@ def naming_memory_limit(names: str, cures: str) -> Iterator[None]:
 
 
 def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
-    """Any causal LM, frozen, with attention over packed rows; quantised while it loads if that is wanted."""
+    """Any causal LM, frozen, with attention over packed rows; optionally quantised during loading."""
     language_model, info = load_causal_lm(
         name,
         dtype=options.compute_dtype,
@@ -214,7 +214,7 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
     for module in language_model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes repacks 4-bit weights for this CPU in the first pass in evaluation mode (and fails where a
-            # size is no multiple of 32); from then on no gradient passes through them any more, in training mode
+            # size is no multiple of 32); afterwards no gradient passes through them, not even in training mode
             # either.
             module.support_avx512bf16_for_cpu = False
     _refuse_other_head(name, language_model)
@@ -223,7 +223,7 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
 
 @torch.no_grad()
 def _refuse_other_head(name: str, language_model: PreTrainedModel) -> None:
-    """Some families scale their logits; the loss, which applies the head by itself, would be silently wrong."""
+    """Refuse models that scale their logits: the loss applies the head directly and would be silently wrong."""
     language_model.eval()
     ids = torch.arange(4, device=language_model.get_input_embeddings().weight.device)[None]
     hidden_states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -237,7 +237,7 @@ def _refuse_other_head(name: str, language_model: PreTrainedModel) -> None:
 
 
 def four_bit_config(dtype: torch.dtype):
-    """NF4 with double quantisation for the LM's linears, without its head; encoder and projector stay as they are."""
+    """NF4 with double quantisation for the LM's linear layers except its head; not for encoder and projector."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

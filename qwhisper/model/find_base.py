@@ -1,4 +1,4 @@
-"""Find a base by its fingerprint: at the path that it had in training, or beside the folder of trained weights."""
+"""Find a base by its fingerprint: at its path in training, or beside the folder of trained weights."""
 
 import os
 import re
@@ -7,9 +7,9 @@ from pathlib import Path
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.bases import fingerprint, resolve_model
 
-# A checkpoint's own folder, its run's, and the two above.
+# The checkpoint's folder, the run's folder, and the two above.
 FOLDERS_ABOVE = 3
-# How much of the stored path is looked for there: `qwen3`, `bases/qwen3`, `project/bases/qwen3`.
+# Parts of the stored path that are looked up there: `qwen3`, `bases/qwen3`, `project/bases/qwen3`.
 LONGEST_NAME = 3
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -18,7 +18,7 @@ def find_base(trained: str | os.PathLike, role: str, base: dict[str, str]) -> st
     """An absolute path or hub id of a base with the fingerprint that it had in training.
 
     trained: folder (or hub id) of trained weights; role: "audio" or "text"; base: {"name", "fingerprint"} of its
-    configuration. Raises UsageError where no such base is found, CheckpointError where another one lies in its place.
+    configuration. Raises UsageError if no such base is found, CheckpointError if another model is at its path.
     """
     stored, wanted = str(base["name"]), base["fingerprint"]
     for place in (stored, *beside(trained, stored)):
@@ -44,7 +44,7 @@ def find_base(trained: str | os.PathLike, role: str, base: dict[str, str]) -> st
 
 
 def beside(trained: str | os.PathLike, stored: str) -> list[str]:
-    """Paths at which the base is if it moved together with the folder of trained weights, the nearest first."""
+    """Paths of the base if it moved together with the folder of trained weights, nearest first."""
     return [str(folder / name) for folder in _folders(trained) for name in _names(stored)]
 
 
@@ -52,13 +52,14 @@ def _folders(trained: str | os.PathLike) -> list[Path]:
     if not os.path.isdir(trained):  # on the hub
         return []
     found: list[Path] = []
-    for folder in (Path(os.path.abspath(trained)), Path(os.path.realpath(trained))):  # a run may be reached by a link
+    # The run's path may contain a link.
+    for folder in (Path(os.path.abspath(trained)), Path(os.path.realpath(trained))):
         found += [each for each in [folder, *folder.parents][: 1 + FOLDERS_ABOVE] if each not in found]
     return found
 
 
 def _names(stored: str) -> list[str]:
-    """The last parts of a path, or of a hub id; the path may be of another system."""
+    """The last parts of a path, possibly of another operating system, or of a hub id."""
     parts = [part for part in re.split(r"[\\/]+", stored) if part not in ("", ".", "..")]
     return ["/".join(parts[-count:]) for count in range(1, min(LONGEST_NAME, len(parts)) + 1)]
 
@@ -68,5 +69,5 @@ def _fingerprint_or_none(folder: str) -> str | None:
         return None
     try:
         return fingerprint(folder)
-    except (UsageError, OSError, ValueError, LookupError, TypeError):  # not a whole model, or a list of other shards
+    except (UsageError, OSError, ValueError, LookupError, TypeError):  # not a whole model, or an index of other shards
         return None

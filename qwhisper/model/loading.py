@@ -1,4 +1,4 @@
-"""From bases to one model, and from a folder of trained weights back to it. The class of the model is given."""
+"""Build one model from its bases, or from a folder of trained weights. The caller passes the model's class."""
 
 import os
 import warnings
@@ -50,7 +50,7 @@ def join(
     *,
     projector_fp32: bool = True,
 ) -> Model:
-    """One model of loaded parts and a fresh projector; nothing is copied."""
+    """One model from loaded parts and a new projector; nothing is copied."""
     with torch.device("meta"):
         model = cls(config)
     body = language_model.base_model
@@ -74,7 +74,7 @@ def join(
 def load_and_join(
     cls: type[Model], config: Qwen3AudioConfig, audio_path: str, text_path: str, options: LoadOptions
 ) -> Model:
-    """One model of both bases, with a record of their weights and a fresh projector."""
+    """One model from both bases, with a record of their weights and a new projector."""
     cures = "--load_in_4bit, --whisper_cpu or a smaller --text_model"
     with naming_memory_limit(f"{audio_path} and {text_path} were", cures):
         encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
@@ -90,7 +90,7 @@ def is_trained_folder(name: str | os.PathLike) -> bool:
     """Whether a folder or hub repository holds trained weights whose bases live elsewhere."""
     try:
         return find_file(name, PROJECTOR_FILE) is not None
-    except OSError:  # no such repository, or no network: whoever loads it from there says so better
+    except OSError:  # no such repository, or no network: the loader's message is clearer
         return False
 
 
@@ -102,11 +102,11 @@ def load_trained(
     audio_model: str | None = None,
     text_model: str | None = None,
 ) -> Model:
-    """The bases that the folder names, then its projector and adapter. LoRA and projector come back trainable.
+    """The bases that the folder names, then its projector and adapter. LoRA and projector are trainable.
 
-    audio_model, text_model: where the bases lie now, if `find_base` does not find them; their fingerprints must agree.
-    Raises UsageError, CheckpointError for another base, before anything is loaded. A folder that holds a whole model is
-    loaded as it is; of it, too, only LoRA and projector come back trainable.
+    audio_model, text_model: present places of the bases, if `find_base` can't find them; their fingerprints must agree.
+    Raises UsageError, CheckpointError for another base, before anything is loaded. A whole model is loaded from its
+    folder alone; again only LoRA and projector are trainable.
     """
     if is_whole_folder(name):
         if audio_model or text_model:
@@ -116,7 +116,7 @@ def load_trained(
     audio_path = same_base(name, "audio", config, audio_model)
     text_path = same_base(name, "text", config, text_model)
     assert config.audio_base is not None and config.text_base is not None
-    config.audio_base["name"], config.text_base["name"] = audio_path, text_path  # what is saved next names these
+    config.audio_base["name"], config.text_base["name"] = audio_path, text_path  # the next save names these
     model = load_and_join(cls, config, audio_path, text_path, options)
     load_trained_weights(model, name)
     if find_file(name, GENERATION_CONFIG_NAME) is not None:
@@ -137,7 +137,7 @@ def options_as_trained(name: str | os.PathLike, given: Mapping[str, Any]) -> Loa
 
 
 def is_whole_folder(name: str | os.PathLike) -> bool:
-    """Whether a folder or hub repository holds a model of ours with its bases' weights."""
+    """Whether a folder or hub repository holds a qwhisper model including its bases' weights."""
     check_files(name)
     ours = Qwen3AudioConfig.get_config_dict(name)[0].get("model_type") == Qwen3AudioConfig.model_type
     return ours and find_file(name, PROJECTOR_FILE) is None and any(find_file(name, file) for file in WEIGHT_FILES)
@@ -159,7 +159,7 @@ def _load_whole(cls: type[Model], name: str | os.PathLike, options: LoadOptions)
 
 
 def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwargs):
-    """transformers' `from_pretrained` for a whole model, and the adapter beside it. Hashes are not looked at."""
+    """transformers' `from_pretrained` for a whole model, and the adapter beside it. Hashes are not checked."""
     check_files(name)
     model, info = super(Qwen3AudioForConditionalGeneration, cls).from_pretrained(  # type: ignore[misc]
         name, *args, output_loading_info=True, **kwargs
@@ -172,10 +172,10 @@ def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwarg
 def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model:
     """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on; see `options_as_trained`.
 
-    config: only the folder's own, as the Auto classes pass it. attn_implementation: as in transformers; the Auto
-    classes pass it within the config. Any other keyword is refused, none is ignored.
+    config: only the folder's own config, as the Auto classes pass it. attn_implementation: as in transformers; the Auto
+    classes pass it within the config. Any other keyword is refused, not ignored.
     """
-    # The Auto classes add keywords such as _from_auto, and adapter_kwargs with what a user gave.
+    # The Auto classes add keywords such as _from_auto, and adapter_kwargs with the user's keywords.
     kwargs |= kwargs.pop("adapter_kwargs", None) or {}
     kwargs = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
     if kwargs.get("local_files_only") is False:  # what a pipeline passes, and the default
@@ -207,7 +207,7 @@ def _attention_in(config: Qwen3AudioConfig | str | os.PathLike | None) -> dict[s
 
 
 def refuse_for_whole(name: str | os.PathLike, keywords: dict) -> None:
-    """Of the keywords for a folder of trained weights those that transformers would not act on, or not name well."""
+    """Refuse keywords of folders of trained weights, which transformers would ignore for a whole model."""
     _refuse_code(name, keywords.get("trust_remote_code", False))
     bases = {"audio_model", "text_model", "load_in_4bit", "whisper_cpu", "projector_fp32"}
     if given := sorted(bases & keywords.keys()):
@@ -236,7 +236,7 @@ def _refuse_other_config(name: str | os.PathLike, given: Qwen3AudioConfig | str 
 
 
 def same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, moved_to: str | None) -> str:
-    """Where the audio or text base of a folder of trained weights is; it must be the one that they were trained on."""
+    """Path of the audio or text base of a folder of trained weights; it must be the one used in training."""
     base = getattr(config, f"{role}_base")
     if not moved_to:
         return find_base(name, role, base)
@@ -250,13 +250,13 @@ def same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, move
 
 
 def load_trained_weights(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:
-    """Puts a folder's projector, adapter and encoder into a model of the same bases, adding LoRA if it is there."""
+    """Load a folder's projector, adapter and encoder into a model of the same bases; add LoRA if the folder has it."""
     adapter, projector, encoder = (find_file(name, file) for file in (ADAPTER_FILE, PROJECTOR_FILE, ENCODER_FILE))
     if is_whole_folder(name):
         _fill(model.model.audio_tower, _encoder_of_whole(name))
         return
     if projector is None:
-        raise CheckpointError(f"{name} has no {PROJECTOR_FILE}: it was not written by qwhisper, or not wholly")
+        raise CheckpointError(f"{name} has no {PROJECTOR_FILE}: it was not written by qwhisper, or is incomplete")
     try:
         if adapter is not None:
             _load_adapter(model, name, adapter)
@@ -276,7 +276,7 @@ def _encoder_of_whole(name: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def load_adapter_of_whole(model: Qwen3AudioForConditionalGeneration, name: str | os.PathLike) -> None:
-    """The LoRA that was saved beside a whole model, if there is one."""
+    """Load the LoRA that was saved beside a whole model, if there is one."""
     adapter = find_file(name, f"{ADAPTER_FOLDER}/{ADAPTER_FILE}")
     if adapter is not None:
         try:
@@ -286,7 +286,7 @@ def load_adapter_of_whole(model: Qwen3AudioForConditionalGeneration, name: str |
 
 
 def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts plain weights into a module that LoRA may have been added to."""
+    """Load plain weights into a module to which LoRA may have been added."""
     named = ((plain_name(key), key) for key in module.state_dict() if not is_adapters(key))
     places = {name: key for name, key in named if name is not None}
     if places.keys() != tensors.keys():
@@ -297,7 +297,7 @@ def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _refuse_other_ranks(config: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Before matrices of the ranks that the configuration gives are made: a large one would fill the memory."""
+    """Check the ranks before matrices of these sizes are made: a large one would fill the memory."""
     said = {config.r, *(config.rank_pattern or {}).values()}
     saved = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name and tensor.ndim == 2}
     if not saved or max(said) > max(saved) or not saved <= said:
@@ -317,7 +317,7 @@ def _load_adapter(
             raise ValueError(f"{config_file} is missing")
         config = read_adapter_config(found.parent)
         _refuse_other_ranks(config, tensors)
-        if model.config.text_base is not None:  # where it is now; PEFT warns of a folder that is gone
+        if model.config.text_base is not None:  # its present place; PEFT warns of a missing folder
             config.base_model_name_or_path = model.config.text_base["name"]
         inject(model, config)
         dtype = next(iter(tensors.values())).dtype

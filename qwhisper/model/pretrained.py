@@ -1,7 +1,7 @@
-"""Every call of a transformers loader: never with code that the folder brings, and never with a question on stdin.
+"""All calls of transformers' loaders: they never run code from a folder and never ask on stdin.
 
-transformers asks "[y/N]" where `trust_remote_code` is None; here it is always False. An `auto_map` is then ignored
-where a class of transformers or ours serves, and refused otherwise. A test holds all other modules to these functions.
+transformers asks "[y/N]" if `trust_remote_code` is None; here it is always False. An `auto_map` is then ignored if a
+class of transformers or qwhisper fits, and refused otherwise. A test checks that other modules use these functions.
 """
 
 import os
@@ -21,12 +21,12 @@ from qwhisper.memory import is_of_the_machine
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 
 NO_CODE = {"trust_remote_code": False}
-# What the loaders below open. A trainer's logs and optimizer beside them, of whatever size, do no harm.
+# Files that the loaders below open. Logs and optimizer files of any size beside them do no harm.
 BASE_FILES = (
     "config.json", "generation_config.json", "*_config.json", "*token*.json", "*.jinja", "vocab*", "merges.txt",
     "*.model", "model*.safetensors*", "pytorch_model*.bin*", "chat_template*",
 )  # fmt: skip
-# Parsing a configuration makes lists of a layer's or label's entry each, so a number there can fill the memory.
+# Parsing a configuration makes one list entry per layer or label, so a large number can fill the memory.
 MOST = (("layer", 1000), ("num_", 1_000_000))
 
 
@@ -35,9 +35,9 @@ class UntrustedCodeError(UsageError):
 
 
 def load_config(name: str | os.PathLike, flag: str = "") -> PreTrainedConfig:
-    """A base's configuration. Raises UsageError, as all functions here do where a base can't be loaded.
+    """A base's configuration. Like all functions here, raises UsageError if the base can't be loaded.
 
-    flag: the one that named the base, for the message.
+    flag: the flag that named the base, for the message.
     """
     with _loading(name, "model", flag):
         return AutoConfig.from_pretrained(name, **NO_CODE)
@@ -67,7 +67,7 @@ def load_whisper_encoder(name: str, **kwargs) -> tuple[TrueLengthWhisperEncoder,
 
 @contextmanager
 def _loading(name: str | os.PathLike, what: str, flag: str = "") -> Iterator[None]:
-    """What a library raises for a folder that it can't use, as a UsageError; running out of memory stays what it is."""
+    """Turn a library's exception for a folder that it can't use into a UsageError; out of memory passes unchanged."""
     try:
         if Path(name).is_dir():
             check_base(Path(name))
@@ -83,7 +83,7 @@ def _loading(name: str | os.PathLike, what: str, flag: str = "") -> Iterator[Non
                 f"{where}: its {what} needs Python code from the model's folder, which is never run. "
                 "Take a model whose architecture transformers knows, or export this one to such an architecture"
             ) from None
-        if isinstance(error, pickle.UnpicklingError):  # the library's message tells how to run its code
+        if isinstance(error, pickle.UnpicklingError):  # transformers' message explains how to run the code
             raise UsageError(
                 f"{where}: the {what}'s weights are a pickle with more than tensors in it, which is never loaded; take "
                 "a model in safetensors"
@@ -95,7 +95,7 @@ def _loading(name: str | os.PathLike, what: str, flag: str = "") -> Iterator[Non
 
 
 def check_base(folder: Path) -> None:
-    """Raises UsageError for a base's folder with pipes for files, with sizes that no model has, or with an adapter."""
+    """Raise UsageError for a base's folder with pipes instead of files, with implausible sizes, or with an adapter."""
     files = files_of(folder, UsageError, patterns=BASE_FILES)
     if ADAPTER_CONFIG in files:
         raise UsageError(
@@ -107,7 +107,7 @@ def check_base(folder: Path) -> None:
 
 
 def check_config_numbers(value: Any, file: Path, fault: type[QwhisperError], key: str = "") -> None:
-    """Raises `fault` for a number of layers or labels that would fill the memory while it is parsed."""
+    """Raise `fault` for a number of layers or labels that would fill the memory during parsing."""
     if isinstance(value, dict):
         for name, inner in value.items():
             check_config_numbers(inner, file, fault, str(name))

@@ -1,7 +1,7 @@
-"""`save_pretrained`: the trained weights alone where everything else is still the bases', the whole model otherwise.
+"""`save_pretrained`: writes only the trained weights if all others equal their bases, otherwise the whole model.
 
-A folder of trained weights holds projector, adapter, and the encoder where it was trained; its configuration names the
-bases. A folder of a whole model is an ordinary Hugging Face one, with LoRA that is not merged in its folder `adapter`.
+A folder of trained weights holds projector, adapter, and the encoder if it was trained; its configuration names the
+bases. A whole model is an ordinary Hugging Face folder, with unmerged LoRA in its subfolder `adapter`.
 """
 
 import copy
@@ -49,7 +49,7 @@ SAVE_KEYWORDS = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA that is not merged: PEFT's configuration and its tensors, by the names of PEFT's files."""
+    """Unmerged LoRA: PEFT's configuration and its tensors, by PEFT's names."""
 
     config: LoraConfig
     tensors: dict[str, Tensor]
@@ -69,11 +69,11 @@ def save_pretrained(
     save_original_format: bool = True,
     **kwargs,
 ) -> None:
-    """Writes all that is needed to load the model again; raises UsageError where a weight would be lost.
+    """Write everything needed to load the model again; raise UsageError if a weight would be lost.
 
-    base_record: of the weights that came from the model's bases; None if they are not known.
-    state_dict: weights that are saved instead of the model's, as Trainer and Accelerate gather them; the model's stand
-    in for what it lacks. Nothing is written unless `is_main_process`. max_shard_size, variant,
+    base_record: of the weights that came from the model's bases; None if unknown.
+    state_dict: weights to save instead of the model's, as Trainer and Accelerate gather them; missing ones are taken
+    from the model. Nothing is written unless `is_main_process`. max_shard_size, variant,
     save_original_format: as in transformers, for a whole model; trained weights have one file each.
     push_to_hub: also uploads what was written to `repo_id` (default: the folder's name), with the keywords of
     transformers' `push_to_hub`.
@@ -102,12 +102,12 @@ def save_pretrained(
         if variant is not None:
             raise UsageError(f"variant={variant!r}: trained weights are saved under fixed names; leave it out")
         _save_trained(model, folder, weights, adapter, bool(changed), max_shard_size)
-    if push_to_hub:  # last, so that without a network the weights are at least here
+    if push_to_hub:  # last, so that the weights are on the disk even without a network
         _upload(model, folder, before, token, kwargs)
 
 
 def _has_default(name: str, value: Any) -> bool:
-    """Keywords that other versions of the library pass along, at the value that says what is done here anyway."""
+    """Keywords that other versions of transformers pass, with the value that matches the behaviour here."""
     return value is None or (name, value) in (
         ("safe_serialization", True),
         ("save_peft_format", True),
@@ -140,7 +140,7 @@ def find_adapter(model: Qwen3AudioForConditionalGeneration, state: Mapping[str, 
         return None
     merged = {bool(module.merged) for module in model.modules() if isinstance(module, LoraLayer)}
     if merged == {True}:
-        warnings.warn("the adapter is merged: it is saved inside the weights alone", stacklevel=2)
+        warnings.warn("the adapter is merged: it is saved inside the weights only", stacklevel=2)
         return None
     if True in merged:
         raise UsageError("the adapter is merged in some layers only: merge it in all of them, or unmerge it")
@@ -166,7 +166,7 @@ def _save_trained(
     encoder_changed: bool,
     max_shard_size: int | str,
 ) -> None:
-    """Projector, adapter and encoder, in megabytes, and what is needed to find the bases."""
+    """Write projector, adapter and encoder (megabytes), and what is needed to find the bases."""
     config = copy.deepcopy(model.config)
     config.audio_tower_trained |= encoder_changed or model.model.encoder_is_trained
     files = {PROJECTOR_FILE: part(weights, PROJECTOR)}
@@ -198,10 +198,10 @@ def _save_whole(
     changed: list[str],
     **options,
 ) -> None:
-    """Everything, bases included: an ordinary Hugging Face folder."""
+    """Write everything, bases included: an ordinary Hugging Face folder."""
     if getattr(model, "hf_quantizer", None) is not None:
         if model.config.text_base is None and adapter is None:
-            PreTrainedModel.save_pretrained(model, folder, **options)  # as it was loaded, a whole model in few bits
+            PreTrainedModel.save_pretrained(model, folder, **options)  # loaded as a whole quantised model
             return
         raise UsageError(
             f"a quantised model whose weights are not all its bases' ({_some(changed) or 'its bases are not known'}) "
@@ -213,7 +213,7 @@ def _save_whole(
     ((head, embeddings),) = model._tied_weights_keys.items()
     tied = weights[embeddings]
     if config.tie_word_embeddings and not torch.equal(weights[head].to(tied.device), tied):
-        # Only one of the two was trained, replaced or resized: tied again on loading, it would be lost.
+        # Only one of the two was trained, replaced or resized: tying them on loading would lose it.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):
         _refuse_unloadable(weights, type(model)(copy.deepcopy(config)).state_dict())
@@ -229,7 +229,7 @@ def _save_whole(
 
 @contextmanager
 def _as_whole(model: Qwen3AudioForConditionalGeneration, config: Qwen3AudioConfig) -> Iterator[None]:
-    """While the library saves all weights: with another configuration, and without its mark of an adapter."""
+    """A context for saving all weights: with another configuration, and without transformers' mark of an adapter."""
     own = {"config": model.config, "_hf_peft_config_loaded": getattr(model, "_hf_peft_config_loaded", False)}
     model.config, model._hf_peft_config_loaded = config, False
     try:
@@ -240,7 +240,7 @@ def _as_whole(model: Qwen3AudioForConditionalGeneration, config: Qwen3AudioConfi
 
 
 def _refuse_unloadable(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """A model made from the configuration must have a place for each weight, of its shape."""
+    """Check that a model made from the configuration has a place of the right shape for each weight."""
     odd = [name for name in {**weights, **expected} if not _fits(weights.get(name), expected.get(name))]
     if odd:
         raise UsageError(
@@ -263,17 +263,17 @@ def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
     config = copy.copy(adapter.config)
-    config.modules_to_save, config.bias = None, "none"  # what they train is among the plain weights
+    config.modules_to_save, config.bias = None, "none"  # what they train is part of the plain weights
     layers = sorted({key.partition(".lora_")[0] for key in adapter.tensors})
     if not is_target(config.target_modules) or config.layers_to_transform or config.exclude_modules:
-        # Any other pattern is refused on loading: name the layers that it found.
+        # Loading refuses any other pattern: list the layers that it matched.
         config.target_modules = layers
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field) or {}
         found = {layer: pattern.get(get_pattern_key(pattern.keys(), layer)) for layer in layers}
         setattr(config, field, {layer: value for layer, value in found.items() if value is not None})
-    config.base_model_name_or_path = base  # left empty, every loader would ask the hub for a repository called "None"
+    config.base_model_name_or_path = base  # if empty, every loader would ask the hub for a repository called "None"
     config.save_pretrained(folder)
     try:
         read_adapter_config(folder)
@@ -282,7 +282,7 @@ def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
 
 
 def _delete_others(folder: Path, kept: set[str]) -> None:
-    """Deletes what an earlier save left here: loaded with the new weights, it would make another model."""
+    """Delete files of an earlier save: loaded together with the new weights, they would make another model."""
     names = {PROJECTOR_FILE, ENCODER_FILE, ADAPTER_FILE, ADAPTER_CONFIG, ADAPTER_FOLDER}
     names |= {file.name for pattern in WHOLE_FILES for file in folder.glob(pattern)}
     for path in (folder / name for name in names - kept):
@@ -295,7 +295,7 @@ def _delete_others(folder: Path, kept: set[str]) -> None:
 def _upload(
     model: PreTrainedModel, folder: Path, before: dict[str, float], token: str | bool | None, keywords: dict[str, Any]
 ) -> None:
-    """Uploads what was written since `before`, times by file name, to a repository that is created if need be."""
+    """Upload the files written since `before` (times by file name); create the repository if it is missing."""
     repository, private = keywords.pop("repo_id", folder.name), keywords.pop("private", None)
     repository = HfApi().create_repo(repository, private=private, token=token, exist_ok=True).repo_id
     model._upload_modified_files(folder, repository, before, token=token, **keywords)

@@ -1,7 +1,7 @@
-"""What a folder of trained weights says about itself, checked before a model is made of it.
+"""Read and check the configuration of a folder of trained weights before a model is made from it.
 
-Each file is JSON that anybody may have written: types, ranges and what must agree between two files are looked at here,
-and whatever a library raises for the rest becomes a CheckpointError.
+Each file is untrusted JSON: types, ranges and agreement between files are checked here, and any exception of a library
+becomes a CheckpointError.
 """
 
 import math
@@ -26,7 +26,7 @@ from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.pretrained import check_config_numbers
 
 MAX_STACK = 64  # encoder frames in a token: 1.28 s
-# What a feature extractor makes its filters of, and the most of each that is plausible.
+# Values from which a feature extractor makes its filters, and the largest plausible value of each.
 EXTRACTOR = {
     "feature_size": 1024,
     "n_fft": 1 << 16,
@@ -39,7 +39,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @contextmanager
 def reading(folder: str | os.PathLike, what: str) -> Iterator[None]:
-    """What a library raises for a file that it can't use, as a CheckpointError."""
+    """Turn a library's exception for a file that it can't use into a CheckpointError."""
     try:
         yield
     except CheckpointError:
@@ -53,7 +53,7 @@ def reading(folder: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 def check_files(name: str | os.PathLike) -> None:
-    """Raises CheckpointError for a folder with pipes for files, or with sizes and numbers that no model has."""
+    """Raise CheckpointError for pipes instead of files, or sizes and numbers that no model has."""
     folder = Path(name)
     if folder.is_dir():
         files = files_of(folder)
@@ -62,7 +62,7 @@ def check_files(name: str | os.PathLike) -> None:
 
 
 def read_config(name: str | os.PathLike) -> Qwen3AudioConfig:
-    """`config.json` of a folder or hub repository of trained weights. Raises CheckpointError for anything odd in it."""
+    """`config.json` of a folder or hub repository of trained weights. Raises CheckpointError for implausible values."""
     check_files(name)
     with reading(name, f"its {MODEL_CONFIG} can't be used"):
         config = Qwen3AudioConfig.from_pretrained(name, trust_remote_code=False)
@@ -88,7 +88,7 @@ def _check_config(config: Qwen3AudioConfig, file: str) -> None:
 
 
 def frames_of(config: dict[str, Any]) -> FrameArithmetic:
-    """The lengths that the values of a `config.json` give."""
+    """The lengths from the values of a `config.json`."""
     return FrameArithmetic(
         stack=config["projector_stack"],
         max_encoder_frames=config["audio_config"]["max_source_positions"],
@@ -98,7 +98,7 @@ def frames_of(config: dict[str, Any]) -> FrameArithmetic:
 
 
 def check_processor(name: str | os.PathLike) -> None:
-    """Raises CheckpointError for a folder with pipes for files, or with a processor that no model has."""
+    """Raise CheckpointError for pipes instead of files, or a processor that no model has."""
     if Path(name).is_dir():
         files = files_of(Path(name))
         own = read_json_object(files[PROCESSOR_CONFIG]) if PROCESSOR_CONFIG in files else {}
@@ -122,7 +122,7 @@ def _check_extractors(files: dict[str, Path], own: dict[str, Any]) -> None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Trained weights by name, on the CPU. Raises CheckpointError where they are not floating-point numbers."""
+    """Trained weights by name, on the CPU. Raises CheckpointError if they are not floating-point numbers."""
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:

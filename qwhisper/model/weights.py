@@ -1,8 +1,7 @@
-"""Which weights of a model are still its bases', and which are not: judged by content, never by `requires_grad`.
+"""Which weights of a model still equal their bases: judged by content, never by `requires_grad`.
 
-PEFT merges through `.data`, a callback may write to a frozen weight, a module may be replaced: no flag and no version
-counter shows all of it. So the checksum of every weight that came from a base is kept with the model, and compared
-when it is saved.
+PEFT merges through `.data`, a callback may write to a frozen weight, a module may be replaced: no flag or version
+counter shows all of these. So the model keeps the checksum of every weight from a base, and saving compares them.
 """
 
 import re
@@ -23,14 +22,14 @@ BaseRecord = dict[str, tuple[int, ...]]  # plain name to (checksum, *shape); wit
 
 
 def is_adapters(key: str) -> bool:
-    """Whether a key of a state dict is one of LoRA's own tensors."""
+    """Whether a key of a state dict is a tensor of LoRA."""
     return ".lora_" in key
 
 
 def plain_name(key: str) -> str | None:
-    """A weight's name without what PEFT and torch.compile put into it.
+    """A weight's name without the parts that PEFT and torch.compile add.
 
-    None for one that PEFT's `modules_to_save` has replaced by a trained copy: the copy has the name.
+    None for a weight that PEFT's `modules_to_save` has replaced with a trained copy: the copy gets the name.
     """
     if ".original_module." in key:
         return None
@@ -39,18 +38,18 @@ def plain_name(key: str) -> str | None:
 
 
 def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{plain name: tensor} of a state dict, without LoRA's own tensors."""
+    """{plain name: tensor} of a state dict, without LoRA's tensors."""
     named = ((plain_name(key), tensor) for key, tensor in state.items() if not is_adapters(key))
     return {name: tensor for name, tensor in named if name is not None}
 
 
 def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those below `prefix`, named from there."""
+    """The weights below `prefix`, with names relative to it."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def base_record(weights: Mapping[str, Tensor]) -> BaseRecord:
-    """Of every plain weight but the projector's."""
+    """Checksum and shape of every plain weight outside the projector."""
     of_bases = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR)}
     sums = checksums((name, tensor) for name, tensor in of_bases.items() if not tensor.is_meta)
     return {
@@ -59,9 +58,9 @@ def base_record(weights: Mapping[str, Tensor]) -> BaseRecord:
 
 
 def differing(record: BaseRecord, weights: Mapping[str, Tensor]) -> list[str]:
-    """Plain names, outside the projector, whose content or shape is not the record's, or that one of both lacks.
+    """Plain names, outside the projector, whose content or shape differs from the record, or that only one side has.
 
-    A weight that was cast to a wider dtype, as PEFT's `prepare_model_for_kbit_training` does, is the same weight.
+    A weight cast to a wider dtype, as by PEFT's `prepare_model_for_kbit_training`, counts as equal.
     """
     found = changed(record, base_record(weights))
     return [name for name in found if name not in weights or not _is_widened(weights[name], record.get(name))]
@@ -79,7 +78,8 @@ def _is_widened(tensor: Tensor, before: tuple[int, ...] | None) -> bool:
 
 @contextmanager
 def following_casts(model: PreTrainedModel) -> Iterator[None]:
-    """While the whole model is moved or cast: what was its bases' before is its bases' afterwards, in the new dtype.
+    """A context for moving or casting the whole model: weights that equal their bases before still count as equal
+    afterwards, in the new dtype.
 
     model: one with a `base_record`.
     """

@@ -20,9 +20,9 @@ COURSE = frozenset(event.kind for event in KINDS if event.is_course)
 class RunLog:
     """Appends one JSON object a line; a line is complete on disk as soon as it is written.
 
-    A log that can't be written is reported once, and its line is lost: no run ends because of its log.
-    kinds: how many events there were of each but COURSE. quarantined: the reason by the source of each bad dialogue,
-    however often it came up. Both of the whole run, as far as the files of the part before a resume can be read.
+    If a log can't be written, that is reported once and the line is lost: no run ends because of its log.
+    kinds: number of events by kind, without COURSE. quarantined: the reason, by source of each bad dialogue. Both cover
+    the whole run, as far as the files from before a resume can be read.
     """
 
     def __init__(self, folder: Path):
@@ -30,7 +30,7 @@ class RunLog:
         self.kinds = Counter(str(act.get("kind")) for act in acts(_readable(folder / "events.jsonl")))
         bad = _readable(folder / "quarantine.jsonl")
         self.quarantined = {str(record.get("source")): str(record.get("reason")) for record in bad}
-        self._torn: dict[str, bool] = {}  # by file: whether it may end in half a line
+        self._torn: dict[str, bool] = {}  # by file: whether it may end in an incomplete line
         self._lost: set[str] = set()
 
     def append(self, file: str, record: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ class RunLog:
             if file not in self._lost:
                 self._lost.add(file)
                 print(
-                    f"{path} can't be written ({error}): the run goes on without; free disk space or repair the disk",
+                    f"{path} can't be written ({error}): the run continues without; free disk space or repair the disk",
                     file=sys.stderr,
                 )
 
@@ -61,7 +61,7 @@ class RunLog:
         self.append("events.jsonl", record)
 
     def run_id(self) -> str | None:
-        """The name that the run was given when it began; None if events.jsonl can't say."""
+        """The id that the run got when it began; None if events.jsonl doesn't have it."""
         ids = [event["run_id"] for event in _readable(self.folder / "events.jsonl") if "run_id" in event]
         return str(ids[-1]) if ids else None
 
@@ -81,7 +81,7 @@ def acts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ends_in_half_a_line(path: Path) -> bool:
-    """Whether a kill or a full disk has left the last line without its end."""
+    """Whether the last line is incomplete, as a kill or a full disk leaves it."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as handle:
@@ -90,7 +90,7 @@ def ends_in_half_a_line(path: Path) -> bool:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole records of one of these files; an empty list where there is none."""
+    """All complete records of one of these files; an empty list if there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -98,7 +98,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _readable(path: Path) -> list[dict[str, Any]]:
-    """The same; also an empty list where it is no file, or the disk can't read it."""
+    """The same; an empty list also if it is no regular file or can't be read."""
     try:
         return read_jsonl(path) if path.is_file() else []
     except OSError:
@@ -106,7 +106,7 @@ def _readable(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """None for the half of a line that a kill or a full disk left, and for what is no record."""
+    """None for an incomplete line, which a kill or a full disk leaves, and for anything that is no record."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -1,23 +1,24 @@
 """Every kind of event of a run, with its fields and the line that it prints, and the fields of metrics.jsonl.
 
 A record of events.jsonl has `time` (seconds since 1970), `kind`, `step` (optimizer steps taken so far), then the fields
-of its kind in the order in which they stand here. docs/events.md shows them (docs/make_event_tables.py).
+of its kind, in the order of declaration. docs/make_event_tables.py writes docs/events.md from this file.
 """
 
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-LINE_ONLY = "printed, not written"  # marks a field that the terminal's line needs and the file does not have
+LINE_ONLY = "printed, not written"  # marks a field that only the terminal's line needs
 
 Samples = Annotated[list[str], "ids of the samples of the step"]
-NotFinite = Annotated[list[str], "what was not finite: the loss, or the gradient or weights of a group"]
+NotFinite = Annotated[list[str], "the loss, or the gradient or weights of a group"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """What all kinds share.
 
-    kind: the name in the file. is_course: it tells how the run went on; no guard acted. to_stderr: where its line goes.
+    kind: the name in the file. is_course: begin, resume, end and the like, not an act of a guard. to_stderr: the line
+    goes to stderr.
     """
 
     kind: ClassVar[str]
@@ -29,7 +30,7 @@ class Event:
         return {field.name: getattr(self, field.name) for field in fields(self) if is_written(field.type)}
 
     def line(self, step: int) -> str | None:
-        """What the terminal shows; None: nothing. step: as in the record."""
+        """The line on the terminal, or None for no line. step: as in the record."""
         return None
 
 
@@ -73,7 +74,7 @@ class Resumed(Begin):
 
 @dataclass(frozen=True, kw_only=True)
 class End(Event):
-    """A run ends, for whatever reason but a kill."""
+    """A run ends, except by a kill."""
 
     kind = "end"
     is_course = True
@@ -88,7 +89,7 @@ class End(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputLost(Event):
-    """The reader of the output stopped, and its oldest lines were dropped so that no step waits."""
+    """The reader of the output stopped; the oldest unread lines were dropped so that no step waits."""
 
     kind = "output_lost"
     is_course = True
@@ -117,7 +118,7 @@ class DroppedSamples(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NotRepeated(Event):
-    """A step was not finite, but was when it ran again sample by sample; it was taken."""
+    """A step was not finite at first, but finite when it ran again sample by sample; that result was taken."""
 
     kind = "not_repeated"
     samples: Samples
@@ -125,7 +126,7 @@ class NotRepeated(Event):
     diagnosis: Annotated[dict[str, Any] | None, "as in `dropped_samples`"]
 
     def line(self, step: int) -> str:
-        return f"step {step}: {' and '.join(self.not_finite)} not finite, but not sample by sample; taken"
+        return f"step {step}: {' and '.join(self.not_finite)} not finite at first, finite sample by sample; taken"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class NoDiagnosis(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped(Event):
-    """The optimizer did not take the step. Weights and moments are as they were; learning rate and data continue."""
+    """The optimizer did not take the step. Weights and moments are unchanged; learning rate and data continue."""
 
     kind = "skipped"
     reason: Annotated[str, "what was wrong with the step"]
@@ -148,7 +149,7 @@ class Skipped(Event):
     samples: Samples
 
     def line(self, step: int) -> str:
-        return f"step {step + 1}: skipped, {self.reason} (events.jsonl names the samples); weights are untouched"
+        return f"step {step + 1}: skipped, {self.reason} (events.jsonl names the samples); weights are unchanged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,7 @@ class Rewind(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NoSnapshot(Event):
-    """No snapshot of this step was taken: the host has no memory for it."""
+    """No snapshot of this step was taken: the host has not enough memory."""
 
     kind = "no_snapshot"
     error: Annotated[str, "what did not fit"]
@@ -182,7 +183,7 @@ class NoSnapshot(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSpike(Event):
-    """A gradient norm that a sound run does not have."""
+    """A gradient norm far above all that a sound run has."""
 
     kind = "gradient_spike"
     times_average: Annotated[dict[str, float], "by group: its norm / its running average"]
@@ -199,10 +200,10 @@ class LearningRateChanged(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationClampTurned(Event):
-    """`--activation_clamp auto` went on or off."""
+    """`--activation_clamp auto` turned the clamp on or off."""
 
     kind = "activation_clamp"
-    turned: Annotated[Literal["on", "off"], "what it is from here on"]
+    turned: Annotated[Literal["on", "off"], "state from here on"]
     module: Annotated[str, "the module before which activations are clamped"]
     bound: Annotated[float, "largest absolute value of an activation"]
     values: Annotated[int, "activations clamped while it was on"]
@@ -214,18 +215,18 @@ class ActivationClampTurned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationsClamped(Event):
-    """The clamp brought activations down to its bound since the last event of this kind."""
+    """Activations were clamped since the last event of this kind."""
 
     kind = "activations_clamped"
-    values: Annotated[dict[str, int], "by module: activations clamped"]
+    values: Annotated[dict[str, int], "by module: number of values"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOverflow(Event):
-    """Values beyond half of fp16's range in the audio encoder were brought down to it."""
+    """Values in the audio encoder exceeded half of fp16's range and were reduced to it."""
 
     kind = "encoder_overflow"
-    values: Annotated[dict[str, int], "by module: values brought down"]
+    values: Annotated[dict[str, int], "by module: number of values"]
 
 
 # The machine: memory, disk, processes, kernels.
@@ -242,18 +243,18 @@ class OutOfMemory(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NotEvaluated(Event):
-    """The held-out loss was not measured: memory did not suffice."""
+    """The held-out loss was not measured: not enough memory."""
 
     kind = "not_evaluated"
     error: Annotated[str, "what did not fit"]
 
     def line(self, step: int) -> str:
-        return f"step {step}: held-out loss not measured, training goes on: {self.error}"
+        return f"step {step}: held-out loss not measured, training continues: {self.error}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveFailed(Event):
-    """A checkpoint could not be written; the older ones are as they were, and the run continues."""
+    """A checkpoint could not be written. Older ones are unchanged, and the run continues."""
 
     kind = "save_failed"
     error: Annotated[str, "why it could not be written"]
@@ -261,7 +262,7 @@ class SaveFailed(Event):
     where: Annotated[str, "where the newest whole checkpoint is, in words", LINE_ONLY]
 
     def line(self, step: int) -> str:
-        return f"step {step}: not saved ({self.error}); {self.where}. Make room for it: the next save tries again"
+        return f"step {step}: not saved ({self.error}); {self.where}. Free disk space: the next save tries again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,25 +279,25 @@ class WeightsNotFinite(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerDied(Event):
-    """A process that reads data died or hung; reading went on from there."""
+    """A process that reads data died or hung; another continues from the same position."""
 
     kind = "worker_died"
     how: Annotated[str, "the signal, exit code or time without an answer that ended it"]
-    samples: Annotated[list[str], "ids of the samples that it died of"]
+    samples: Annotated[list[str], "ids of the samples that killed it"]
 
     def line(self, step: int) -> str:
-        return f"step {step}: a process that reads data was lost ({self.how}); read again from there"
+        return f"step {step}: a process that reads data died or hung ({self.how}); another continues from there"
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelReplaced(Event):
-    """An attention kernel gave wrong numbers on this machine when the run began, and is not used."""
+    """An attention kernel failed the check at the start of the run and is not used."""
 
     kind = "kernel_replaced"
     kernel: Annotated[str, "the wrong kernel"]
-    case: Annotated[str, "attention, batch and scores with which it was wrong"]
+    case: Annotated[str, "attention, batch and scores for which it was wrong"]
     what: Annotated[str, "which tensor was wrong, and by how much"]
-    replaced_by: Annotated[str, "the kernel that is used now"]
+    replaced_by: Annotated[str, "the kernel used instead"]
 
     def line(self, step: int) -> str:
         return f"attention kernel {self.kernel}: {self.what}; {self.case}. Replaced by {self.replaced_by}"
@@ -307,7 +308,7 @@ class KernelReplaced(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleChanged(Event):
-    """Part of a dialogue was left out, or its audio is unusual; written in the first pass over the data."""
+    """Part of a dialogue was left out, or its audio is unusual. Written only in the first pass over the data."""
 
     kind = "sample_changed"
     samples: Annotated[list[str], "id of the sample"]
@@ -316,7 +317,7 @@ class SampleChanged(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AlarmRaised(Event):
-    """A failure that leaves no NaN behind. Nothing was changed."""
+    """A failure that shows in no NaN. Nothing was changed."""
 
     kind = "alarm"
     alarm: Annotated[str, "kind of the alarm, such as `loss_zero` or `not_listening`"]
@@ -335,17 +336,17 @@ KINDS: tuple[type[Event], ...] = (
     SampleChanged, AlarmRaised,
 )  # fmt: skip
 
-# By field of metrics.jsonl, what it is. A record has those that were measured; a number that is not finite is a string
+# The fields of metrics.jsonl. A record has those that were measured; a number that is not finite is a string
 # ("nan", "inf" or "-inf"). * is a group of weights: lora, projector, encoder.
 METRICS = {
     "step": "optimizer steps taken",
-    "loss": "of the step's samples, nats a supervised token",
-    "divergence": "from the teacher (`--distill_weight`), nats a taught token",
-    "grad_norm": "of all gradients together, before clipping",
-    "grad_norm_*": "of one group's gradients, before clipping",
+    "loss": "loss of the step's samples, nats a supervised token",
+    "divergence": "Kullback-Leibler divergence from the teacher (`--distill_weight`), nats a taught token",
+    "grad_norm": "norm of all gradients together, before clipping",
+    "grad_norm_*": "norm of one group's gradients, before clipping",
     "grad_norm_mean": "running mean of `grad_norm`",
     "grad_norm_variance": "running variance of `grad_norm`",
-    "peak_*": "norm / running average of a group whose norm is above its adaptive bound",
+    "peak_*": "norm / running average, only if the group's norm is above its adaptive bound",
     "valid_label_count": "supervised tokens of the step",
     "learning_rate_*": "learning rate of one group",
     "peak_memory_gib": "largest allocation on the GPU since the start, GiB",
@@ -353,7 +354,7 @@ METRICS = {
     "eval_loss": "held-out loss, nats a supervised token",
     "listening_gain": "loss with swapped audio minus loss with the true audio, nats a supervised token",
     "listening_noise": "standard error of `listening_gain`",
-    "text_shift": "how far the answers to text have moved from the base model's, nats a token",
+    "text_shift": "Kullback-Leibler divergence of the answers to text from the base model's, nats a token",
     "retention": "share of questions of kinds never trained on that are answered right by ear",
     "retention_questions": "number of those questions",
     "hearing": "share of questions of trained kinds that are answered right by ear",

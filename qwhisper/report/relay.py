@@ -1,9 +1,9 @@
-"""The process between a run and the readers of its output: it takes everything at once and passes it on as it can.
+"""The process between a run and the readers of its output: it accepts everything at once and passes it on when it can.
 
-streams.py starts it as a script, so it imports the standard library alone. It is a process and not a thread of the run:
-what a library writes to the descriptor passes through it too, and the last lines before a crash are not lost.
+streams.py starts it as a script, so it imports only the standard library. It is a process, not a thread of the run, so
+that it also gets what a library writes to the descriptor, and the last lines before a crash.
 
-    python relay.py NAME:IN:OUT …      stdin: a word, or its end, is the end of the run; stdout: a JSON report
+    python relay.py NAME:IN:OUT …      a word on stdin, or its end, marks the end of the run; stdout: a JSON report
 
 NAME: for messages. IN, OUT: descriptors to read from and to write to.
 """
@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-MAX_BYTES = 2**20  # kept for a reader that has stopped; beyond, the oldest lines are dropped
-PATIENCE_S = 2.0  # after the end of the run, for a reader that takes nothing
+MAX_BYTES = 2**20  # kept for a reader that has stopped; beyond this, the oldest lines are dropped
+PATIENCE_S = 2.0  # wait after the end of the run, for a reader that reads nothing
 
 
 def cannot_be_written(name: str, error: OSError) -> str:
@@ -32,7 +32,7 @@ def cannot_be_written(name: str, error: OSError) -> str:
 class Outlet:
     """A queue of lines and the thread that writes them to a descriptor, however long each write takes.
 
-    on_error is called from that thread with what ended the writing; from then on it is dead and discards everything.
+    on_error is called from that thread with the error that ended the writing; the queue then discards everything.
     """
 
     def __init__(self, name: str, descriptor: int, on_error: Callable[[str], None]):
@@ -52,7 +52,7 @@ class Outlet:
 
     @property
     def lost(self) -> int:
-        """Lines that were dropped, or are still here, the one in hand included."""
+        """Number of lines dropped or not yet written, the current one included."""
         left = sum(line.endswith(b"\n") for line in (*self._lines, self.in_hand))
         return self._lost + self._gap + left
 
@@ -74,7 +74,7 @@ class Outlet:
             self._changed.notify_all()
 
     def finish(self) -> bool:
-        """Waits until all is written; False if nothing was for PATIENCE_S."""
+        """Wait until everything is written; False if nothing was written for PATIENCE_S."""
         with self._changed:
             while self._lines or not self._is_idle:
                 if not self._changed.wait(PATIENCE_S):  # each write notifies
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _pass_on(outlets: dict[int, Outlet]) -> None:
-    """Until the run has ended and all that it wrote is taken."""
+    """Return when the run has ended and all its output was accepted."""
     poll = select.poll()
     for descriptor in (sys.stdin.fileno(), *outlets):
         poll.register(descriptor, select.POLLIN)

@@ -1,7 +1,7 @@
 """stdout and stderr that neither end nor block a run.
 
-They may fail (a full disk, a pipe without a reader, a closed terminal) or stop taking output (a paused pipe or
-terminal, a stalled log collector). The run folder's logs have the same content. Imports are few, since the command
+They may fail (a full disk, a pipe without a reader, a closed terminal) or stop accepting output (a paused pipe or
+terminal, a stalled log collector). The run folder's logs have the same content. Imports are few, because the command
 line loads this file before anything else.
 """
 
@@ -21,14 +21,14 @@ from qwhisper.report import relay
 from qwhisper.report.relay import cannot_be_written
 
 RELAY_ENDS_S = 4 * relay.PATIENCE_S
-RELAY_IS_GONE = "note: the process that passed the output on was killed: from now on the run waits for its readers"
+RELAY_IS_GONE = "note: the process that passes on the output was killed; from now on the run waits for its readers"
 
 
 class Unfailing:
     """A stream that reports its first failing write on stderr, and discards that and all later output.
 
-    terminal: a descriptor of the terminal that the stream is shown on, where its own leads to the relay. without_relay:
-    puts its own back to where it led before; None if it leads there.
+    terminal: a descriptor of the stream's terminal, if the stream itself leads to the relay. without_relay: restores
+    the stream's own target; None if it already leads there.
     """
 
     def __init__(self, stream: TextIO, name: str):
@@ -45,7 +45,7 @@ class Unfailing:
         return self.terminal is not None or self._stream.isatty()
 
     def fileno(self) -> int:
-        """A progress bar asks it for the width of the terminal."""
+        """A progress bar uses it to get the width of the terminal."""
         return self._stream.fileno() if self.terminal is None else self.terminal
 
     def write(self, text: str) -> int:
@@ -65,7 +65,7 @@ class Unfailing:
         if self.without_relay:  # it takes everything, so it was killed
             self.without_relay()
             print(RELAY_IS_GONE, file=sys.stderr)
-            self.flush()  # what it did not take is still in the buffer, where there is one
+            self.flush()  # what was not written is still in the buffer, if there is one
             return
         # With what is left in its buffer: the interpreter's last flush would fail on that and end in exit code 120.
         with suppress(OSError):
@@ -77,9 +77,9 @@ class Unfailing:
 
 @contextmanager
 def unfailing_output(*, on_lost: Callable[[int], None] | None = None) -> Iterator[None]:
-    """While it lasts, no write to stdout or stderr raises OSError, whoever prints; a closed one takes it all.
+    """A context in which no write to stdout or stderr raises OSError, whoever prints; a closed stream discards output.
 
-    With on_lost, no write waits for a reader either. What a reader does not take in time is dropped; when it
+    With on_lost, no write waits for a reader either. Lines that a reader does not read in time are dropped; when it
     continues, it gets a line with their number. on_lost is called at the end with the number of lost lines, if any.
     """
     with ExitStack() as opened:
@@ -111,7 +111,7 @@ class Relayed:
     descriptors: dict[str, list[int]]
 
     def put_back(self) -> None:
-        """The descriptors lead to where they did before."""
+        """Restore the targets of the descriptors."""
         for stream in self.streams:
             stream.terminal = stream.without_relay = None
         for descriptor, target in self.targets.items():
@@ -169,11 +169,11 @@ def _may_wait(stream: Unfailing) -> bool:
         return False
     poll = select.poll()
     poll.register(descriptor, 0)
-    return not poll.poll(0)  # it reports errors alone
+    return not poll.poll(0)  # it reports only errors
 
 
 def _end(relayed: Relayed | None, on_lost: Callable[[int], None]) -> None:
-    """Waits until the relay has passed everything on, or no reader takes it."""
+    """Wait until the relay has passed everything on, or no reader reads."""
     if relayed is None:
         return
     relayed.put_back()
@@ -197,7 +197,7 @@ def _end(relayed: Relayed | None, on_lost: Callable[[int], None]) -> None:
 
 
 def _discard_what_would_wait(descriptors: Sequence[int]) -> None:
-    """At the interpreter's end: so that no last flush or line of a library keeps the process."""
+    """Call at the interpreter's end, so that no last flush or line of a library blocks the process."""
     for descriptor in descriptors:
         if not select.select([], [descriptor], [], 0)[1]:
             _discard(descriptor)

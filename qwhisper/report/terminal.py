@@ -7,23 +7,23 @@ from typing import Any, TextIO, cast
 from tqdm import tqdm
 from transformers import logging as hf_logging
 
-EARLY_LINES = (1, 2, 5)  # steps after the start that get a line where no bar shows that the run is alive
+EARLY_LINES = (1, 2, 5)  # the first steps get a line each if no progress bar shows that the run is alive
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
-    """Prints a line of a run, above the progress bar where there is one."""
+    """Print a line of a run, above the progress bar if there is one."""
     print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 def note(text: str) -> None:
-    """Prints what a user should know and need not act on."""
+    """Print something that a user should know and need not act on."""
     say(f"note: {text}")
 
 
 class StepLines:
     """The bar shows loss, supervised tokens, gradient norm and the time left; whatever is printed stands above it.
 
-    It appears with the first step, on a terminal alone. Elsewhere the first steps have a line each, whatever the
+    It appears with the first step, on a terminal only. Elsewhere each of the first steps gets a line, whatever the
     logging interval.
     """
 
@@ -50,7 +50,7 @@ class StepLines:
     def line(
         self, *, step: int, loss: float, tokens: int, grad_norm: float, learning_rate: float, seconds: float
     ) -> None:
-        """seconds: wall-clock seconds a step, lately."""
+        """seconds: recent wall-clock seconds per step."""
         if step == self._last_line:
             return
         self._last_line = step
@@ -97,13 +97,13 @@ class AboveBar:
         return len(text)
 
     def finish(self) -> None:
-        """Writes a last line that has no end."""
+        """Write a last line that has no newline."""
         self._stream.write(self._begun)
         self._begun = ""
 
 
 def quieten_transformers() -> None:
-    """Keeps the library's own bars and notes out of what a command prints."""
+    """Keep transformers' own bars and notes out of a command's output."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
 

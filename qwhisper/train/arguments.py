@@ -1,7 +1,7 @@
 """`TrainArguments`: everything that a user says about a training. Checks itself; knows no files, models or tensors.
 
-The flags themselves, with defaults and reasons, are in `flag_sections.py`; HF's names that are no flags here in
-`hf_names.py`; what None and `auto` become, in `plan.py`.
+The flags, with defaults and reasons, are in `flag_sections.py`; names of HF that are no flags in `hf_names.py`; the
+meaning of None and `auto` in `plan.py`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, Fram
 from qwhisper.train import flag_sections as flags
 from qwhisper.train import hf_names
 
-LEAST_CLAMP, MOST_CLAMP = 0.1, 1e4  # what a layer reads comes out of a norm: most of it is around 1
+LEAST_CLAMP, MOST_CLAMP = 0.1, 1e4  # a layer's input comes out of a norm: most of it is around 1
 LEAST_LORA_SCALE, MOST_LORA_SCALE = 1e-3, 1e3
 MOST_DECAY = 0.1  # of a weight in one step
 
@@ -31,9 +31,9 @@ class TrainArguments(
     flags.DataFlags,
     Arguments,
 ):
-    """One training run. Raises UsageError for a value or a combination that can't be meant.
+    """One training run. Raises UsageError for a value or a combination that can't be intended.
 
-    None, and `auto`, mean that something else decides: `plan.resolve` says what.
+    `plan.resolve` decides None and `auto`.
     """
 
     NO_FLAGS: ClassVar = hf_names.NO_FLAGS
@@ -57,11 +57,11 @@ class TrainArguments(
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def notices(self) -> list[str]:
-        """One sentence for every flag that was changed and has no effect in this combination."""
+        """One sentence for every flag that was set and has no effect in this combination."""
         return [f"--{name} has no effect: {reason}" for name, reason in self._without_effect()]
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
+        object.__setattr__(self, name, value)  # the dataclass is frozen for all other code
 
     def _normalise(self) -> None:
         resume = self.resume_from_checkpoint
@@ -131,12 +131,12 @@ class TrainArguments(
             )
         if self.init_from and os.path.abspath(self.init_from) == os.path.abspath(self.output_dir):
             raise UsageError(
-                f"--init_from and --output_dir are both {self.output_dir}: a new stage needs a folder of its own; to "
-                "go on with that run use --resume_from_checkpoint"
+                f"--init_from and --output_dir are both {self.output_dir}: a new stage needs another folder; to "
+                "continue that run use --resume_from_checkpoint"
             )
 
     def _check_optimizer(self) -> None:
-        """Values that are sound one by one, and with which no weight learns together."""
+        """Refuse values that are sound one by one but together let no weight learn."""
         rate = max(self.learning_rate, self.projector_learning_rate or 0.0)
         if rate * self.weight_decay > MOST_DECAY:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""How a run ends: its last line, its exit code, and the course of it in events.jsonl."""
+"""The end of a run: its last line, its exit code, and begin, resume and end in events.jsonl."""
 
 import math
 import platform
@@ -25,13 +25,13 @@ from qwhisper.report.kinds import Begin, End, Resumed
 from qwhisper.train.hf import tracked_as
 from qwhisper.train.session import Session
 
-RUN_ID_LENGTH = 21  # SwanLab takes ids of no other length
-INTERRUPTED = 130  # by a second Ctrl-C, which no handler waits for
+RUN_ID_LENGTH = 21  # the only length that SwanLab accepts
+INTERRUPTED = 130  # by a second Ctrl-C, which no handler catches
 
 
 def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -> int:
-    """Do the run's `work` and return its exit code. events.jsonl gets the begin or resume, and the end, also if that is
-    an exception; only a kill leaves no end.
+    """Do the run's `work` and return its exit code. events.jsonl gets the begin or resume and the end, also after an
+    exception; only a kill leaves no end.
     """
     state, log = session.state, session.log
     run_id = (log.run_id() if resumed else None) or uuid.uuid4().hex[:RUN_ID_LENGTH]
@@ -75,7 +75,7 @@ def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The one that the command line ends with."""
+    """The exit code that the command line returns."""
     if isinstance(error, QwhisperError):
         return error.exit_code
     if is_out_of_memory(error):
@@ -93,8 +93,8 @@ def how_far(session: Session) -> str:
 
 
 def refuse_to_have_learned_nothing(session: Session) -> None:
-    """Raises DataError or NumericalError where steps were taken, and no sample in any of them was trained on;
-    NothingLearnedError where the numbers of the run say that it has learned nothing.
+    """Raise DataError or NumericalError if steps were taken and no sample in them was trained on; NothingLearnedError
+    if the run's numbers show that it has learned nothing.
     """
     state, log = session.state, session.log
     if not state.step:
@@ -140,7 +140,7 @@ def cure(session: Session) -> str:
 
 
 def in_numbers(session: Session) -> str:
-    """What the run's numbers say of its learning."""
+    """What the run's numbers show of its learning."""
     learning, numbers = session.state.learning, []
     if learning.first_held_out is not None and learning.last_held_out is not None:
         numbers.append(f"held-out loss {learning.first_held_out:.3g} → {learning.last_held_out:.3g}")
@@ -154,7 +154,7 @@ def in_numbers(session: Session) -> str:
 
 
 def in_words(session: Session) -> str:
-    """What the numbers mean, of a run that is not known to have learned nothing."""
+    """The meaning of the numbers, for a run that is not known to have learned nothing."""
     learning = session.state.learning
     if learning.direction() == "rose":
         return "the loss rose: try a lower --learning_rate"
@@ -176,7 +176,7 @@ def saved_in(session: Session) -> str:
 
 
 def closing_line(session: Session) -> str:
-    """What was done, what was learned, and after a clean run that learned what may be loosened."""
+    """What was done and learned; after a clean run that learned, also what may be loosened."""
     state, log, args = session.state, session.log, session.args
     how = f"done: {state.step}" if state.step >= session.total_steps else how_far(session).removesuffix(" steps")
     done = f"{how} steps, {state.supervised_tokens} supervised tokens; {saved_in(session)}"

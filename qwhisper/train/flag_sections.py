@@ -1,8 +1,8 @@
-"""The flags of `qwhisper train`, section by section, each with its default and the reason for it. No checks, no logic.
+"""The flags of `qwhisper train` by section, each with its default and the reason for it. No checks, no logic.
 
-The defaults are the stable recipe; the limits of a number (`Bounds`) keep out what no run can have. `TrainArguments`
-in `arguments.py` joins the sections, refuses wrong combinations.
-A default of None means "decided by something else"; the help text says how, and `plan.resolve` decides it.
+The defaults are the stable recipe; the limits of a number (`Bounds`) exclude values that no run can use.
+`TrainArguments` in `arguments.py` joins the sections and refuses wrong combinations. A default of None depends on other
+flags: the help text says how, and `plan.resolve` decides it.
 """
 
 from dataclasses import dataclass
@@ -25,23 +25,23 @@ class DataFlags:
 
     train_file: str = required("JSONL of dialogues to train on, one dialogue a line.")
     eval_file: str | None = flag(
-        None, "JSONL of dialogues to evaluate on while training; with it the best checkpoint is kept as well."
+        None, "JSONL of dialogues to evaluate on during training. The best checkpoint is then kept as well."
     )
     data_root: str | None = flag(
         None,
         "Folder that absolute audio paths must lie in (default: the JSONL file's own folder). Nothing outside it is "
         "read.",
     )
-    max_samples: int | None = flag(None, "Use only the first N dialogues: the dry run before a long one.", at_least=1)
+    max_samples: int | None = flag(None, "Use only the first N dialogues, for a dry run.", at_least=1)
     max_length: int | None = flag(
         None,
         "Tokens a dialogue may have (default: the length that the language model was made for). A longer one is cut "
-        "between turns, never inside an audio, and the cut is reported.",
+        "between turns, never inside a clip, and the cut is reported.",
         at_least=1,
     )
     train_on: Literal["assistant", "last", "all"] = flag(
         "assistant",
-        "What is supervised: every assistant turn, the last one alone, or user text as well (the relaxed mask, for "
+        "What is supervised: every assistant turn, only the last one, or user text as well (the relaxed mask, for "
         "data with very few answer tokens).",
     )
     audio_lead_silence: float | None = flag(
@@ -53,7 +53,7 @@ class DataFlags:
     audio_tail_silence: float | None = flag(
         None,
         "Seconds of silence put after every clip (default: 1.0; with --init_from, what it was trained with). Whisper "
-        "never saw speech end at the last frame: without it short clips are heard worse.",
+        "never saw speech end at the last frame: without it short clips are recognised less well.",
         at_least=0,
     )
     max_bad_fraction: float = flag(
@@ -73,7 +73,7 @@ class ModelFlags:
     audio_model: str | None = flag(
         None,
         "Whisper whose encoder listens: hub id or folder (default: openai/whisper-large-v3-turbo; on modelscope "
-        "openai-mirror/…; with --init_from, the one it was trained with). Its decoder never reaches memory.",
+        "openai-mirror/…; with --init_from, the one it was trained with). Its decoder is not loaded.",
     )
     text_model: str | None = flag(
         None,
@@ -82,35 +82,35 @@ class ModelFlags:
     )
     hub: Literal["huggingface", "modelscope"] = flag(
         "huggingface",
-        "Where hub ids are fetched from. modelscope needs `pip install modelscope`; a mirror of Hugging Face needs "
+        "Where models are downloaded from. modelscope needs `pip install modelscope`; a mirror of Hugging Face needs "
         "only the environment variable HF_ENDPOINT.",
     )
     init_from: str | None = flag(
         None,
-        "Checkpoint to take the weights from, with a fresh optimizer and schedule: the second of two stages. To go on "
-        "with an interrupted run use --resume_from_checkpoint instead.",
+        "Checkpoint to take the weights from, with a fresh optimizer and schedule: the second of two stages. To resume "
+        "an interrupted run use --resume_from_checkpoint instead.",
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = flag(
         "auto",
-        "Number format of the frozen models (auto: bf16 on a GPU, fp32 on a CPU). Weights are loaded in it at once: an "
-        "fp32 copy on the way is what fills a card before the first step.",
+        "Number format of the frozen models (auto: bf16 on a GPU, fp32 on a CPU). Weights are loaded directly in it: "
+        "an intermediate fp32 copy would fill a card before the first step.",
     )
     load_in_4bit: bool = flag(
         False,
         "Keep the language model's linear layers in 4 bits (NF4, bitsandbytes): 8B then needs about 6 GB instead of "
-        "16. Encoder, projector, LM head and norms stay out of it. Start at a third less learning rate.",
+        "16. Encoder, projector, LM head and norms are not quantised. Start with a third less learning rate.",
     )
     device_map: str | None = flag(
         None,
-        "Where the models go: auto, cpu, cuda:1 and so on (default: the first GPU if there is one).",
+        "Device of the models: auto, cpu, cuda:1 and so on (default: the first GPU if there is one).",
     )
     whisper_cpu: bool = flag(
         False,
-        "Keep the encoder on the CPU: frees its share of GPU memory, at the price of time.",
+        "Keep the encoder on the CPU: less GPU memory, more time.",
     )
     freeze_whisper: bool = flag(
         True,
-        "Leave the encoder as it is. It already hears; what is learned is the way from it into the language model.",
+        "Don't train the encoder. It already hears; what is learned is the mapping from it into the language model.",
     )
 
 
@@ -120,35 +120,35 @@ class ProjectorFlags:
 
     projector_fp32: bool = flag(
         True,
-        "Compute the projector in fp32. In fp16 it is where the first NaN came from.",
+        "Compute the projector in fp32. In fp16 it was the source of the first NaN.",
     )
     projector_scale: float | None = flag(
         None,
-        "Factor on the projector's output (default: 1.0; with --init_from, the one it was trained with). Below 1, "
-        "such as 0.7, when NaNs come back in 4-bit runs.",
+        "Factor on the projector's output (default: 1.0; with --init_from, the one it was trained with). Use "
+        "less than 1, such as 0.7, if a 4-bit run has NaNs again.",
         at_least=1e-3,
         at_most=1e3,
         why="the language model would read nothing but zeros, or infinities",
     )
     projector_dropout: float = flag(
         0.0,
-        "Dropout of what the projector reads. Up to 0.5 where a few speakers must stand for all: it then hears new "
-        "voices better. At 0 every way of packing the same samples gives the same result.",
+        "Dropout on the projector's input. Up to 0.5 if the data has few speakers: new voices are then heard better. "
+        "At 0 every way of packing the same samples gives the same result.",
         at_least=0,
         at_most=MOST_DROPOUT,
         why=NOTHING_PASSES,
     )
     freeze_projector_steps: int | None = flag(
         None,
-        "Optimizer steps in which the projector does not move (default: 20, at most 2 % of the run; with --no_use_lora "
-        "0, since nothing else learns). It was the first to turn NaN in early steps: LoRA settles before it starts.",
+        "Optimizer steps in which the projector is frozen (default: 20, at most 2 % of the run; with --no_use_lora 0, "
+        "since nothing else learns). It was the first to become NaN in early steps, so LoRA settles before it starts.",
         at_least=0,
         at_most=MOST_STEPS,
     )
     projector_learning_rate: float | None = flag(
         None,
-        "The projector's own learning rate (default: --learning_rate). It starts from nothing and bears 1e-3, which "
-        "is what aligning it alone wants; small language models stay deaf at 3e-5.",
+        "The projector's own learning rate (default: --learning_rate). It is trained from scratch and "
+        "tolerates 1e-3, the right value if it is trained alone; with small language models 3e-5 is far too slow.",
         at_least=LEAST_RATE,
         at_most=1,
         why=RATE,
@@ -168,7 +168,7 @@ class LoraFlags:
     )
     lora_r: int = flag(
         16,
-        "Rank of the adapters: more can learn more, and costs memory.",
+        "Rank of the adapters: a higher rank can learn more and takes more memory.",
         at_least=1,
         at_most=8192,
     )
@@ -187,15 +187,15 @@ class LoraFlags:
     )
     lora_init_scale: float = flag(
         0.1,
-        "Factor on A at the start (B is zero): the first updates stay small.",
+        "Factor on the initial A (B is zero): keeps the first updates small.",
         at_least=1e-4,
         at_most=100,
         why="the gradients of B grow with A: nothing would move, or all of it at once",
     )
     lora_grad_clip: float = flag(
         5.0,
-        "Bound on the norm of LoRA's gradients alone, before the global one; 0 turns it off. A peak in one layer then "
-        "can't shrink everybody else's step.",
+        "Bound on the norm of LoRA's gradients alone, before the global one; 0 turns it off. A peak in LoRA "
+        "then does not shrink the projector's step.",
         at_least=1e-4,
         besides=0,
         why=SMALL_CLIP,
@@ -208,27 +208,27 @@ class OptimizationFlags:
 
     learning_rate: float = flag(
         3e-5,
-        "Peak learning rate: careful on purpose. Raise it after a clean run.",
+        "Peak learning rate: low on purpose. Raise it after a clean run.",
         at_least=LEAST_RATE,
         at_most=1,
         why=RATE,
     )
     per_device_train_batch_size: int = flag(
         1,
-        "Samples a device and micro-batch. How they are laid into packs is up to --max_tokens_per_pack.",
+        "Samples per device and micro-batch. --max_tokens_per_pack decides how they are laid into packs.",
         at_least=1,
         at_most=MOST_SAMPLES,
     )
     gradient_accumulation_steps: int = flag(
         4,
-        "Micro-batches an optimizer step: with the batch size this sets the samples per step, and nothing else.",
+        "Micro-batches per optimizer step: with the batch size this sets the samples per step, and nothing else.",
         at_least=1,
         at_most=MOST_SAMPLES,
     )
     num_train_epochs: float = flag(3.0, "Passes over the data.", above=0, at_most=1e5)
     max_steps: int = flag(
         -1,
-        "Optimizer steps; above 0 it takes the place of --num_train_epochs.",
+        "Optimizer steps; above 0 it replaces --num_train_epochs.",
         at_least=1,
         at_most=MOST_STEPS,
         besides=-1,
@@ -238,50 +238,51 @@ class OptimizationFlags:
     )
     early_lr_factor: float = flag(
         0.2,
-        "Factor on the learning rate in the first --early_lr_steps: the steps in which runs used to die.",
+        "Factor on the learning rate in the first --early_lr_steps: where runs are most fragile.",
         at_least=1e-3,
         at_most=1,
         why="nothing would move in these steps; above 1 they would be the fastest, where runs are most fragile",
     )
     early_lr_steps: int | None = flag(
         None,
-        "Optimizer steps with --early_lr_factor (default: 100, at most 10 % of the run); counted over a resume.",
+        "Optimizer steps with --early_lr_factor (default: 100, at most 10 % of the run). A resume continues the count.",
         at_least=0,
         at_most=MOST_STEPS,
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = flag(
-        "cosine", "How the learning rate falls after the warm-up: to zero along a cosine, along a line, or not at all."
+        "cosine",
+        "How the learning rate falls after the warm-up: to zero along a cosine, to zero linearly, or not at all.",
     )
     warmup_steps: float = flag(
         0.0,
-        "Steps in which the learning rate climbs from 0; below 1, a share of all steps. The early factor comes on top.",
+        "Steps in which the learning rate rises from 0; below 1, a share of all steps. The early factor applies too.",
         at_least=0,
         at_most=MOST_STEPS,
     )
     weight_decay: float = flag(
         0.0,
-        "AdamW's weight decay. Small adapters and a projector from nothing don't want any.",
+        "AdamW's weight decay. Small adapters and a new projector don't need any.",
         at_least=0,
         at_most=10,
         why="it would keep every weight below 0.1",
     )
     adam_beta1: float = flag(
         0.9,
-        "AdamW's memory of gradients.",
+        "AdamW's decay rate for the mean of gradients.",
         at_least=0,
         at_most=0.9999,
         why="its memory would be longer than any run, and in fp32 it becomes 1",
     )
     adam_beta2: float = flag(
         0.999,
-        "AdamW's memory of squared gradients.",
+        "AdamW's decay rate for the mean of squared gradients.",
         at_least=0,
         at_most=0.99999,
         why="its memory would be longer than any run, and in fp32 it becomes 1",
     )
     adam_epsilon: float = flag(
         1e-8,
-        "AdamW's guard against division by zero.",
+        "AdamW's constant against division by zero.",
         at_least=1e-16,
         at_most=1e-2,
         why="in fp32 squared gradients round to 0, and a smaller one leaves the step without a bound; beside a larger "
@@ -289,36 +290,36 @@ class OptimizationFlags:
     )
     distill_weight: float = flag(
         0.0,
-        "From 0 to 1: the part of the loss in which the text model, reading the transcripts, is the teacher of what is "
-        "said to the audio (1: no cross-entropy at all). Keeps what it could do before it could hear.",
+        "Share of the loss, from 0 to 1, that comes from the teacher: the text model, which reads the transcripts (1: "
+        "no cross-entropy at all). Keeps what the text model could do before training.",
         at_least=0,
         at_most=1,
         why="it is a share",
     )
     manual_loss: bool = flag(
         False,
-        "Compute a plain fp32 loss beside the fast one, recount the mask, and stop with exit code 5 where they part. "
+        "Compute a plain fp32 loss beside the fast one, recount the mask, and stop with exit code 5 if they differ. "
         "Costs time; for the first run on new data.",
     )
     activation_clamp: str = flag(
         "auto",
-        "Bound what the first layer's q_proj reads: off, a number, or auto (±8 after three gradient spikes or "
-        "skipped steps within 50 steps, off again after 200 steps without). What is clamped is counted.",
+        "Bound on the input of the first layer's q_proj: off, a number, or auto (±8 after three gradient spikes or "
+        "skipped steps within 50 steps, off again after 200 steps without). Clamped values are counted.",
     )
     dynamic_lr: bool = flag(
         False,
-        "Lower the learning rate by a third where gradient peaks come in pairs while the loss does not fall, or where "
-        "the loss rises, down to a tenth, and bring it back when that is over.",
+        "Lower the learning rate by a third if gradient peaks come in pairs while the loss does not fall, or if the "
+        "loss rises, down to a tenth of it; raise it again afterwards.",
     )
     max_bad_steps: int = flag(
         5,
         "Bad steps in a row (skipped, or with a gradient far above its running average) after which the run goes back "
-        "to a snapshot at half the learning rate: one is the data's fault, five in a row are the weights'.",
+        "to a snapshot at half the learning rate: one bad step comes from the data, five in a row from the weights.",
         at_least=1,
         at_most=MOST_STEPS,
     )
     max_rewinds: int = flag(
-        3, "Rewinds after which a run that is bad again stops with exit code 5.", at_least=0, at_most=MOST_STEPS
+        3, "After this many rewinds, a run that is bad again stops with exit code 5.", at_least=0, at_most=MOST_STEPS
     )
 
 
@@ -328,8 +329,8 @@ class ExecutionFlags:
 
     max_tokens_per_pack: str = flag(
         "auto",
-        "Tokens that go through the model at once (auto: as many as memory allows). It changes speed and memory, not "
-        "the result; out of memory halves it by itself.",
+        "Tokens of a pack: samples end to end in one row, which go through the model at once (auto: as many as memory "
+        "allows). It changes speed and memory, not the result; out of memory halves it automatically.",
     )
     gradient_checkpointing: bool = flag(
         False, "Recompute the language model's activations in the backward pass: less memory, more time."
@@ -337,14 +338,14 @@ class ExecutionFlags:
     dataloader_num_workers: int = flag(
         0,
         "Processes that read audio ahead; 0 reads in the training process. A clip whose decoding kills the process or "
-        "never ends is found and quarantined with 1 or more; with 0 it is the run that dies or hangs.",
+        "never ends is found and quarantined with 1 or more; with 0 the run itself dies or hangs.",
         at_least=0,
         at_most=1024,
         why="it is a number of processes",
     )
     seed: int = flag(42, "Decides initial weights and the order of samples.", at_least=0)
     deterministic: bool = flag(
-        False, "Only deterministic kernels on the GPU: a resumed run is then equal to the last bit. Slower."
+        False, "Use only deterministic kernels on the GPU: a resumed run is then equal to the last bit. Slower."
     )
 
 
@@ -353,22 +354,22 @@ class RunFlags:
     _argument_group_name = "run folder"
 
     output_dir: str = required(
-        "Folder of this run. One that holds another run is refused, with the command that resumes it."
+        "Folder of this run. If it holds another run, it is refused, with the command that resumes that run."
     )
     resume_from_checkpoint: str | None = flag(
         None,
-        "Go on where a run stopped: without a value from the newest sound checkpoint in --output_dir, or from the "
-        "given one. Stops where there is none.",
+        "Resume a run: from the newest sound checkpoint in --output_dir, or from the given one. If there is none, the "
+        "command stops.",
         nargs="?",
         const="latest",
     )
-    save_steps: int = flag(200, "Optimizer steps between checkpoints: what a crash may cost at most.", at_least=1)
+    save_steps: int = flag(200, "Optimizer steps between checkpoints: the most that a crash can cost.", at_least=1)
     save_total_limit: int = flag(
         3, "Checkpoints kept. The last one verified finite and the best one are never deleted.", at_least=1
     )
     eval_steps: int | None = flag(None, "Optimizer steps between evaluations (default: --save_steps).", at_least=1)
     per_device_eval_batch_size: int = flag(
-        8, "Samples an evaluation batch; the result does not depend on it.", at_least=1
+        8, "Samples per evaluation batch; the result does not depend on it.", at_least=1
     )
     logging_steps: int = flag(
         10, "Optimizer steps between two lines of the log; metrics.jsonl has every step.", at_least=1

@@ -1,13 +1,14 @@
-"""Hugging Face around training: its callbacks in our loop, and our guards in its plain `Trainer`.
+"""Hugging Face integration: its callbacks in qwhisper's loop, and qwhisper's guards in a plain `Trainer`.
 
-`Hooks` fires `transformers.TrainerCallback` events from our loop, so that trackers and users' callbacks work unchanged.
+`Hooks` fires `transformers.TrainerCallback` events from qwhisper's loop, so that trackers and users' callbacks work
+unchanged.
 
-The field report's four callbacks work in both. In our loop they are thin: `configure` turns them into arguments, and
-the loop does the work. In a plain `Trainer` they do what its events allow. `Trainer` clips before it fires
-`on_pre_optimizer_step`, with a clip that turns one NaN element into NaN everywhere, so there the gradient of a frozen
-projector or of an exploding LoRA still counts in that norm. `guard_trainer` puts the same effects in that clip's place:
-projector freeze, finite check, each group's fixed and adaptive bound, then the global bound. Dropping single samples,
-rewinding, retrying after out-of-memory and an exact resume need our own loop (`qwhisper train`).
+The field report's four callbacks work in both. In qwhisper's loop they only set arguments (`configure`), and the loop
+does the work. In a plain `Trainer` they do what its events allow. `Trainer` clips before `on_pre_optimizer_step`, with
+a clip that turns one NaN element into NaN everywhere; so the gradient of a frozen projector or of an exploding LoRA
+still counts in that norm. `guard_trainer` replaces that clip: projector freeze, finite check, each group's fixed and
+adaptive bound, then the global bound. Dropping single samples, rewinding, retrying after out-of-memory and an exact
+resume need `qwhisper train`.
 """
 
 import dataclasses
@@ -34,11 +35,11 @@ from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.optimizer import parameter_groups
 from qwhisper.train.plan import Plan, careful_steps
 
-TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio continues the run of the same name by itself
+TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio continues a run of the same name without an id
 
 
 def hf_arguments(args: TrainArguments, plan: Plan) -> TrainingArguments:
-    """What callbacks see as `args`: a real TrainingArguments with the values of ours that it has."""
+    """What callbacks see as `args`: a TrainingArguments with the values of TrainArguments that it has."""
     same = (
         "output_dir learning_rate per_device_train_batch_size gradient_accumulation_steps max_grad_norm "
         "num_train_epochs lr_scheduler_type warmup_steps weight_decay logging_steps save_steps save_total_limit "
@@ -56,11 +57,10 @@ def hf_arguments(args: TrainArguments, plan: Plan) -> TrainingArguments:
 
 
 class OneBoard(TensorBoardCallback):
-    """All of a run in one TensorBoard run, <output_dir>/tensorboard: HF's begins another, named by the time, with each
-    resume.
+    """One TensorBoard run per run, <output_dir>/tensorboard: HF's callback begins another with each resume.
 
-    What was logged of steps that are taken again, since a checkpoint was of before them, is no longer shown. The
-    environment variable TENSORBOARD_LOGGING_DIR names another folder.
+    Logs of steps that are repeated after a resume are no longer shown. The environment variable TENSORBOARD_LOGGING_DIR
+    names another folder.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -72,9 +72,9 @@ class OneBoard(TensorBoardCallback):
 
 @contextmanager
 def tracked_as(run_id: str) -> Iterator[None]:
-    """While it lasts, trackers that know a run by its id continue the one of that id, or begin it.
+    """A context in which trackers that identify a run by an id continue the run of that id, or begin it.
 
-    They read it from their environment variables, of which those that are set stay as they are.
+    They read the id from their environment variables; variables that are already set are unchanged.
     """
     values = {f"{tracker}_RUN_ID": run_id for tracker in TRACKERS_WITH_ID}
     values |= {f"{tracker}_RESUME": "allow" for tracker in TRACKERS_WITH_ID}
@@ -88,9 +88,9 @@ def tracked_as(run_id: str) -> Iterator[None]:
 
 
 class Tracker:
-    """A tracker's callback that no run dies of: once it raises or exits, it is named and called no more.
+    """A tracker's callback that can't end a run: once it raises or exits, it is named and not called again.
 
-    A user's own callback is not wrapped: what it raises is a fault that its author wants to see.
+    A user's own callback is not wrapped: its author wants to see its errors.
     """
 
     def __init__(self, callback: TrainerCallback):
@@ -150,7 +150,7 @@ class Hooks:
         self.shown = shown  # model, processing_class, optimizer, lr_scheduler
 
     def fire(self, event: str, step: int, **values: Any) -> TrainerControl:
-        """Calls `event` of every callback. step: optimizer steps done. Returns the control that they left."""
+        """Call `event` of every callback and return the resulting control. step: optimizer steps done."""
         self.state.global_step, self.state.epoch = step, step / self.steps_per_epoch
         if "logs" in values:
             self.state.log_history.append(values["logs"] | {"step": step})
@@ -171,10 +171,10 @@ def unwrapped(model: torch.nn.Module) -> Qwen3AudioForConditionalGeneration:
 
 
 class ConfiguringCallback(TrainerCallback):
-    """A callback whose work our loop does by itself once `configure` has handed over the values."""
+    """A callback whose work qwhisper's loop does, with the values from `configure`."""
 
     in_our_loop = False
-    values: dict[str, Any]  # of the arguments that stand for this callback
+    values: dict[str, Any]  # the arguments that correspond to this callback
 
     def configure(self, args: TrainArguments) -> TrainArguments:
         """The run's arguments with this callback's values in them."""
@@ -183,9 +183,9 @@ class ConfiguringCallback(TrainerCallback):
 
 
 class ProjectorFreezeHook(ConfiguringCallback):
-    """Keeps the projector's weights through the first `steps` optimizer steps by dropping their gradients.
+    """Freezes the projector in the first `steps` optimizer steps by dropping its gradients.
 
-    `requires_grad` stays as it is: neither graphs nor hooks nor buckets change in mid-run. steps: default as for
+    `requires_grad` is unchanged, so that graphs, hooks and buckets don't change during the run. steps: default as for
     `--freeze_projector_steps`: 20, at most 2 % of the run.
     """
 
@@ -203,7 +203,7 @@ class ProjectorFreezeHook(ConfiguringCallback):
 
 
 class LoRAStabilizeCallback(ConfiguringCallback):
-    """LoRA's early learning-rate factor, its own clip, and no optimizer step on gradients that are not finite.
+    """LoRA's early learning-rate factor, its separate clip, and no optimizer step on gradients that are not finite.
 
     early_lr_steps: default as for `--early_lr_steps`: 100, at most 10 % of the run.
     """
@@ -247,7 +247,7 @@ class LoRAStabilizeCallback(ConfiguringCallback):
 class LossDebugCallback(TrainerCallback):
     """Prints supervised tokens and loss of every step, or hands them to `report(step, valid_labels, loss)`.
 
-    In a plain Trainer it reads what the model kept of its last forward pass: with accumulation, the last micro-batch's.
+    In a plain Trainer it reads the model's last forward pass: with accumulation, that of the last micro-batch.
     """
 
     def __init__(self, report=None):
@@ -263,10 +263,10 @@ class LossDebugCallback(TrainerCallback):
 
 
 class NaNMonitorCallback(TrainerCallback):
-    """Looks at the trainable parameters and `last_logits` every `every` steps, and stops where one is not finite.
+    """Checks the trainable parameters and `last_logits` every `every` steps, and stops if one is not finite.
 
-    It then writes `nan_snapshot.json` in the output folder: of every such tensor its name, shape, counts and the range
-    of its finite part.
+    It then writes `nan_snapshot.json` into the output folder: name, shape, counts and range of the finite part of every
+    such tensor.
     """
 
     def __init__(self, every: int = 1):
@@ -294,16 +294,14 @@ class NaNMonitorCallback(TrainerCallback):
 
 
 def guard_trainer(trainer: Trainer, *, lora_grad_clip: float = 5.0, freeze_projector_steps: int = 0) -> Trainer:
-    """Replaces the trainer's gradient clip by ours and returns the trainer.
+    """Replace the trainer's gradient clip by qwhisper's and return the trainer.
 
     Needs `max_grad_norm` above 0: with 0 the trainer calls no clip at all. A step whose gradients are not finite is
-    skipped: parameters, moments and step counts stay as they are (`trainer.skipped_steps` counts). The learning-rate
-    schedule goes on.
+    skipped: parameters, moments and step counts are unchanged (`trainer.skipped_steps` counts). The learning-rate
+    schedule continues.
     """
     if trainer.args.max_grad_norm <= 0:
-        raise ValueError(
-            "guard_trainer works in place of Trainer's clip, which max_grad_norm=0 turns off; set it above 0"
-        )
+        raise ValueError("guard_trainer replaces Trainer's clip, which max_grad_norm=0 turns off; set it above 0")
     groups = parameter_groups(unwrapped(trainer.model))
     trainer.skipped_steps = 0
     guards = GuardState()

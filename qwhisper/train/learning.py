@@ -1,8 +1,8 @@
 """Whether a run has learned, by its own numbers. Plain Python; the record is saved with the run as JSON.
 
-Three things are looked at: whether the trained weights have moved, whether the loss fell, and whether the true audio is
-worth more to the model than its noise. A run is said to have learned nothing only where the numbers leave no doubt:
-short runs, and runs that began with a model which had learned already, look flat without being at fault.
+Three criteria: whether the trained weights moved, whether the loss fell, and whether the true audio gains more than the
+noise. A run counts as having learned nothing only if the numbers leave no doubt: short runs, and runs that began with a
+trained model, look flat for good reasons.
 """
 
 import math
@@ -14,28 +14,28 @@ from typing import Literal
 from qwhisper.guards.alarms import MEMORISED_LOSS, NOISES
 
 WINDOW = 50  # steps at either end whose losses are kept
-SHORTEST = 50  # steps of training after which a loss that has not fallen says something
-FEWEST = 22  # steps for any direction: two windows of 11 that do not overlap are 4 standard errors apart
+SHORTEST = 50  # steps of training before a loss that has not fallen means anything
+FEWEST = 22  # steps for any direction: two windows of 11 without overlap are 4 standard errors apart
 DEAD_STEPS = 3  # steps in a row that must all be worse than guessing
-CERTAIN = 4.0  # standard errors of the rank test: one run in 30,000 that stands still lies above
-SHARE = 0.01  # of the loss, on the same samples: a fall of less is not called learning
-NONE = 0.001  # and of less than this no fall: 60 steps at a rate that teaches nothing yet bring 0.004
+CERTAIN = 4.0  # standard errors of the rank test: one in 30,000 runs without a trend exceeds them
+SHARE = 0.01  # of the loss, on the same samples: a smaller fall does not count as learning
+NONE = 0.001  # a smaller one does not count as a fall: 60 steps at a rate too low to learn give 0.004
 RISE = 1.1  # times the first loss
-DEAD = 1.5  # times the loss of a guess, or the very first loss where that is higher
-FAR = 2.0, 1.0  # times the very first loss, and nats above it: no order of sound samples takes all last steps there
+DEAD = 1.5  # times the loss of a guess, or the very first loss if that is higher
+FAR = 2.0, 1.0  # times the very first loss, and nats above it: no order of sound samples brings all last steps there
 
 Direction = Literal["fell", "flat", "rose"]
 
 
 @dataclass
 class Learning:
-    """What is remembered of a run's losses.
+    """The record of a run's losses.
 
-    weights: each group's checksum before the first step; empty for a run that was not followed from its beginning.
-    first, last: losses of the first and of the last WINDOW steps that were taken, nats a supervised token. steps: how
-    many were taken. first_pass, last_pass: mean loss of the first and of the last whole pass over the data; pass_loss,
+    weights: each group's checksum before the first step; empty if the record did not start with the run. first, last:
+    losses of the first and of the last WINDOW steps that were taken, nats a supervised token. steps: how many were
+    taken. first_pass, last_pass: mean loss of the first and of the last whole pass over the data; pass_loss,
     pass_tokens: sums of the pass in progress. first_held_out, last_held_out: held-out loss before the first step and
-    lately; held_out_broke: the last one was not finite. gain, noise: of the last listening probe, at step `probed`.
+    the latest; held_out_broke: the last one was not finite. gain, noise: of the last listening probe, at step `probed`.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Learning:
     probed: int = 0
 
     def observe(self, loss: float, tokens: int, *, pass_ended: bool) -> None:
-        """One step; `tokens` is 0 for one that was not taken."""
+        """Add a step; `tokens` is 0 if it was not taken."""
         if tokens:
             self.steps += 1
             self.first = self.first if len(self.first) == WINDOW else [*self.first, loss]
@@ -72,12 +72,12 @@ class Learning:
 
     @property
     def windows(self) -> tuple[list[float], list[float]]:
-        """Losses at the beginning and at the end, as many of each, of steps that are not in both."""
+        """Losses at the beginning and at the end: equally many, without overlap."""
         count = min(WINDOW, self.steps // 2)
         return self.first[:count], self.last[len(self.last) - count :]
 
     def ends(self) -> tuple[float | None, float | None]:
-        """Losses to show for the beginning and for the end: of whole passes over the data, or of the windows."""
+        """Losses to report for the beginning and the end: of whole passes over the data, or of the windows."""
         if self.first_pass is not None and self.last_pass is not None:
             return self.first_pass, self.last_pass
         first, last = self.windows
@@ -85,14 +85,14 @@ class Learning:
 
     @property
     def passes(self) -> float | None:
-        """Mean loss of the last whole pass over that of the first: on the same samples. None before the second."""
+        """Mean loss of the last whole pass / that of the first, on the same samples. None before the second."""
         if self.first_pass is None or self.last_pass is None or self.first_pass <= MEMORISED_LOSS:
             return None
         return self.last_pass / self.first_pass
 
     @property
     def held_out(self) -> float | None:
-        """The last held-out loss over the first."""
+        """The last held-out loss divided by the first."""
         first, last = self.first_held_out, self.last_held_out
         return last / first if first and last is not None else None
 
@@ -101,7 +101,7 @@ class Learning:
         return self.held_out is not None and self.held_out > 1 + SHARE
 
     def evaluated(self, loss: float, *, before_first_step: bool) -> None:
-        """A held-out loss; one that is not finite is remembered as such, for JSON has no NaN."""
+        """Add a held-out loss. One that is not finite is recorded as a flag, because JSON has no NaN."""
         finite = loss if math.isfinite(loss) else None
         if before_first_step:
             self.first_held_out = finite
@@ -110,7 +110,7 @@ class Learning:
 
     @property
     def hears(self) -> bool | None:
-        """Whether the true audio was worth more than its noise; None if that was not measured."""
+        """Whether the gain of the true audio exceeds its noise; None if it was not measured."""
         return None if self.gain is None or self.noise is None else self.gain > NOISES * self.noise
 
     def direction(self) -> Direction | None:
@@ -120,7 +120,7 @@ class Learning:
         ranks, (first, last) = rank_test(*self.windows), self.windows
         passes = self.passes
         rose = ranks >= CERTAIN and statistics.median(last) > max(MEMORISED_LOSS, RISE * statistics.median(first))
-        # A run that died at once has its whole beginning against it, but for the first step's loss.
+        # If a run died at once, only the first step's loss is from a sound model.
         far = min(last) > max(FAR[0] * first[0], FAR[1] + first[0])
         if rose or far or (passes is not None and passes > RISE):
             return "rose"
@@ -137,13 +137,13 @@ class Learning:
         return not any(loss <= bound for loss in last[-DEAD_STEPS:])
 
     def learned(self) -> bool:
-        """Whether anything shows that it did."""
+        """Whether any number shows that it learned."""
         held_out = self.held_out
         fell = self.direction() == "fell" or (held_out is not None and held_out < 1 - SHARE)
         return bool(self.hears) or (fell and self.direction() != "rose" and not self.held_out_rose)
 
     def nothing(self, weights: Mapping[str, int], *, guess: float, began_trained: bool) -> str | None:
-        """Why nothing was learned, or None if that can't be said for certain.
+        """Why nothing was learned, or None if that is not certain.
 
         weights: each group's checksum now. guess: as in `is_dead`. began_trained: the weights came from another run,
         which may have learned all that there is.
@@ -174,7 +174,7 @@ class Learning:
 
 
 def rank_test(first: list[float], last: list[float]) -> float:
-    """How far the last losses lie above the first, in standard errors (Mann and Whitney, 1947; ties count half).
+    """By how many standard errors the last losses exceed the first (Mann and Whitney, 1947; ties count half).
 
     Ranks, because outliers among the losses would dominate a mean.
     """

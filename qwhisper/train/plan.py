@@ -1,9 +1,9 @@
-"""What a training does where a flag says `auto`, or nothing: decided here, once.
+"""Resolves every `auto` and None of the flags into a plan, once.
 
 `resolve` runs before a model is loaded, because it may refuse. `longest_dialogue` and `longest_row` need the model.
-Values that other verbs decide in the same way have one place outside `train/`: dtype and device in
+Values that other verbs need as well are decided outside `train/`: dtype and device in
 `model.bases.LoadOptions`, tokens per pack in `engine.executor`, LoRA's layers in `model.lora`, the silences around a
-clip in the model's configuration. Which checkpoint is resumed is found in `start.py`.
+clip in the model's configuration. `start.py` finds the checkpoint to resume.
 """
 
 import copy
@@ -23,22 +23,22 @@ DEFAULT_AUDIO_MODELS = {  # by hub: the same weights
     "modelscope": "openai-mirror/whisper-large-v3-turbo",
 }
 DEFAULT_TEXT_MODEL = "Qwen/Qwen3-8B"
-# Steps that are there to protect a long run: (without a value, at most this percentage of all steps).
+# Steps that protect the start of a run: (default, at most this percentage of all steps).
 CAREFUL_STEPS = {
     "early_lr_steps": (100, 10),
     "freeze_projector_steps": (20, 2),
 }
-LONGEST_WARMUP = 10  # times the run: the learning rate then ends at a tenth
+LONGEST_WARMUP = 10  # times the run: the learning rate then reaches only a tenth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a training does, beside the flags that say it themselves.
+    """What a training does, beyond the flags with explicit values.
 
     audio_model, text_model, projector_scale: None with --init_from, where that checkpoint decides. total_steps,
-    num_warmup_steps, early_lr_steps, freeze_projector_steps, eval_steps: optimizer steps. clamp_bound: what the
-    activation clamp bounds to, whether it is on yet or not; None: there is none. clamp_follows_spikes: spikes turn it
-    on and off. notes: what a user should know about these values.
+    num_warmup_steps, early_lr_steps, freeze_projector_steps, eval_steps: optimizer steps. clamp_bound: bound of
+    the activation clamp, on or off; None: no clamp. clamp_follows_spikes: spikes turn it on and off. notes: what a user
+    should know about these values.
     """
 
     audio_model: str | None
@@ -67,7 +67,7 @@ def resolve(args: TrainArguments, *, num_dialogues: int, saved: Mapping[str, Any
 
     early_lr_steps and freeze_projector_steps that were not given: a resumed run has those of its first part (`saved`,
     the arguments in the checkpoint), so that its schedule stays the same with any number of epochs. A new run has the
-    default, or a share of its steps where that is less. Raises UsageError for a warm-up of more than LONGEST_WARMUP
+    default, or a share of its steps if that is less. Raises UsageError for a warm-up of more than LONGEST_WARMUP
     times the run.
     """
     total_steps = all_steps(args, num_dialogues)
@@ -91,7 +91,7 @@ def resolve(args: TrainArguments, *, num_dialogues: int, saved: Mapping[str, Any
 
 
 def defaults_from_flags(args: TrainArguments) -> dict[str, Any]:
-    """Defaults that other flags decide, by the name of their flag. A run's config.yaml holds them."""
+    """Defaults that depend on other flags, by flag. A run's config.yaml holds them."""
     from_bases = not args.init_from
     return {
         "audio_model": DEFAULT_AUDIO_MODELS[args.hub] if from_bases else None,
@@ -105,11 +105,11 @@ def defaults_from_flags(args: TrainArguments) -> dict[str, Any]:
 
 
 def with_values(args: TrainArguments, values: Mapping[str, Any]) -> TrainArguments:
-    """A copy of the arguments, with `values` in the place of None. They follow from checked flags: no second check."""
+    """A copy of the arguments with `values` instead of None. They follow from checked flags: no second check."""
     filled = copy.copy(args)
     for name, value in values.items():
         if getattr(args, name, 0) is None:
-            object.__setattr__(filled, name, value)  # the dataclass is frozen for everybody else
+            object.__setattr__(filled, name, value)  # the dataclass is frozen for all other code
     return filled
 
 
@@ -126,12 +126,12 @@ def careful_steps(name: str, total_steps: int) -> int:
 
 
 def longest_dialogue(args: TrainArguments, text_config) -> int:
-    """Tokens that a dialogue may have: without --max_length, as many as the language model was made for."""
+    """Largest number of tokens of a dialogue: without --max_length, the language model's number of positions."""
     return args.max_length or text_config.max_position_embeddings
 
 
 def longest_row(args: TrainArguments, max_tokens_per_pack: int) -> int:
-    """Tokens of the longest row on which attention kernels are tried: --max_length, or else a whole pack."""
+    """Tokens of the longest row on which attention kernels are checked: --max_length, or else a whole pack."""
     return args.max_length or max_tokens_per_pack
 
 

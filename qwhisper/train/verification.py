@@ -1,7 +1,7 @@
-"""The proof that a checkpoint can be resumed. Nothing is written.
+"""Verify that a checkpoint can be resumed. Nothing is written.
 
-Hashes, every saved number finite, reload, one answer, one optimizer step on the model in memory, and the checks of a
-resume: each must hold, and a CheckpointError names the first that does not.
+Checks: hashes, every saved number finite, reload, one answer, one optimizer step on the model in memory, and the checks
+of a resume. A CheckpointError names the first that fails.
 """
 
 import os
@@ -34,16 +34,17 @@ from qwhisper.model.processor import encoder_of
 from qwhisper.train.resume import check_resumable, saved_parameters
 from qwhisper.train.state import TrainState
 
-LOOKED_AT = 100  # dialogues of the training file among which one with audio is sought
+LOOKED_AT = 100  # first dialogues of the training file, among which one with audio is searched
 STEP_LEARNING_RATE = 1e-3
 ANSWER_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved of a checkpoint.
+    """What was verified of a checkpoint.
 
-    files: how many are what the manifest says; None if there is no manifest. dialogue: where the step's stands.
+    files: number of files that agree with the manifest; None without a manifest. dialogue: source of the dialogue used
+    for the step.
     """
 
     folder: Path
@@ -72,9 +73,9 @@ def verify(
     audio_model: str | None = None,
     text_model: str | None = None,
 ) -> Proof:
-    """Check one checkpoint, or a run: the files of all its checkpoints, then the one that it would be used from.
+    """Check one checkpoint, or a run: the files of all its checkpoints, then the checkpoint that would be used.
 
-    audio_model, text_model: where its bases lie now, if they have moved. Raises CheckpointError naming what failed,
+    audio_model, text_model: present places of its bases, if they have moved. Raises CheckpointError naming what failed,
     UsageError for a folder that is neither.
     """
     given = Path(os.path.abspath(checkpoint))
@@ -109,7 +110,9 @@ def _prove(
 
 
 def _check_all_files(given: Path) -> dict[Path, int | None]:
-    """`_check_files` of a checkpoint, or of each of a run's but those that a trainer deletes meanwhile."""
+    """`_check_files` of a checkpoint, or of each checkpoint of a run, except those that a trainer deletes at the same
+    time.
+    """
     files = {}
     for each in checkpoints(given) or [given]:
         try:
@@ -121,7 +124,7 @@ def _check_all_files(given: Path) -> dict[Path, int | None]:
 
 
 def _check_files(folder: Path) -> int | None:
-    """Number of files that are what the manifest says; None for weights saved without one."""
+    """Number of files that agree with the manifest; None for weights saved without one."""
     if not (folder / MANIFEST).exists() and not (folder / STATE_FILE).exists():
         return None
     return len(check_manifest(folder)["files"])
@@ -136,7 +139,7 @@ def _check_saved_numbers(folder: Path) -> int:
                 for name in tensors.keys():  # noqa: SIM118  (no mapping)
                     count += 1
                     if not torch.isfinite(tensors.get_tensor(name)).all():
-                        raise CheckpointError(f"{path}: {name} is not finite; go on from an older checkpoint")
+                        raise CheckpointError(f"{path}: {name} is not finite; use an older checkpoint")
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error})") from error
     return count
@@ -149,7 +152,7 @@ def _first_dialogue(folder: Path, encoder: DialogueEncoder, scratch: Path) -> tu
         found = read_dialogues(saved["train_file"], data_root=saved.get("data_root"), max_samples=LOOKED_AT)
         dialogue = next(dialogue for dialogue in found if dialogue.clips)
         return _encode(dialogue, encoder)
-    except (KeyError, StopIteration, DataError):  # moved, changed or not recorded: any dialogue will do
+    except (KeyError, StopIteration, DataError):  # moved, changed or not recorded: use a made dialogue
         return _encode(_made_dialogue(scratch), encoder)
 
 

@@ -144,7 +144,7 @@ def test_one_under_another_steps_name_is_not_taken_for_it(tmp_path):
     shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-100")
     folder, passed_over = newest_usable(tmp_path)
     assert folder == tmp_path / "checkpoint-3" and "of step 3, not 100" in passed_over[0]
-    with pytest.raises(CheckpointError, match="call it checkpoint-3 again"):
+    with pytest.raises(CheckpointError, match="rename it to checkpoint-3"):
         choose_checkpoint(tmp_path / "checkpoint-100")
 
 

@@ -35,12 +35,12 @@ EXAMPLES: list[tuple[Event, str | None]] = [
     ),
     (
         kinds.NotRepeated(samples=["a"], not_finite=["loss", "gradient of lora"], diagnosis=None),
-        "step 7: loss and gradient of lora not finite, but not sample by sample; taken",
+        "step 7: loss and gradient of lora not finite at first, finite sample by sample; taken",
     ),
     (kinds.NoDiagnosis(error="out of memory"), None),
     (
         SKIPPED,
-        "step 8: skipped, gradient of lora not finite (events.jsonl names the samples); weights are untouched",
+        "step 8: skipped, gradient of lora not finite (events.jsonl names the samples); weights are unchanged",
     ),
     (
         kinds.Rewind(to_step=5, why="5 bad steps", bad_steps=5, lr_factor=0.5, samples=["a"], diagnosis=None),
@@ -66,11 +66,11 @@ EXAMPLES: list[tuple[Event, str | None]] = [
     (kinds.OutOfMemory(tokens=900, max_tokens_per_pack=450), None),
     (
         kinds.NotEvaluated(error="one sample does not fit"),
-        "step 7: held-out loss not measured, training goes on: one sample does not fit",
+        "step 7: held-out loss not measured, training continues: one sample does not fit",
     ),
     (
         kinds.SaveFailed(error="disk full", last_whole="checkpoint-5", where="the last whole checkpoint is run/…-5"),
-        "step 7: not saved (disk full); the last whole checkpoint is run/…-5. Make room for it: the next save tries "
+        "step 7: not saved (disk full); the last whole checkpoint is run/…-5. Free disk space: the next save tries "
         "again",
     ),
     (
@@ -79,7 +79,7 @@ EXAMPLES: list[tuple[Event, str | None]] = [
     ),
     (
         kinds.WorkerDied(how="signal 9", samples=["a"]),
-        "step 7: a process that reads data was lost (signal 9); read again from there",
+        "step 7: a process that reads data died or hung (signal 9); another continues from there",
     ),
     (
         kinds.KernelReplaced(

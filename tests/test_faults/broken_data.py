@@ -24,7 +24,7 @@ from tests.train.helpers import read_lines
 COUNT = 8
 BROKEN = 3  # its dialogue is "d3", on line 4
 ANSWER_TOKENS = 4  # "low" and the end of the turn
-NAMED = "the clip is quarantined, with file and reason; its step is that much smaller, and the run goes on"
+NAMED = "the clip is quarantined, with file and reason; its step has fewer samples, and the run continues"
 REFUSED = "exit code 3 before a model is loaded, with file and line"
 RIGHT = "it is read as it was meant"
 

@@ -64,7 +64,7 @@ def test_a_nan_weight_is_named(arguments):
 @fault(
     "a NaN activation in a middle layer",
     of="numerical",
-    guarantee="the diagnosis names the module that made it of finite inputs",
+    guarantee="the diagnosis names the module that made it from finite inputs",
     without=without_hooks,
 )
 def test_a_nan_activation_is_named_by_its_module(arguments):

@@ -136,7 +136,7 @@ def test_projector_cut_off(guard, run, monkeypatch):
 @fault(
     "the optimizer holds copies of a group's weights",
     of="numerical",
-    guarantee="an alarm names the group at the next look at the weights",
+    guarantee="an alarm names the group at the next check of the weights",
     without=without("unmoved_weights"),
 )
 def test_optimizer_of_other_weights(guard, run):
@@ -150,7 +150,7 @@ def test_optimizer_of_other_weights(guard, run):
 @fault(
     "one bit of a frozen weight changes",
     of="numerical",
-    guarantee="an alarm names the tensor when weights are looked at, before the next checkpoint",
+    guarantee="an alarm names the tensor at the next check of the weights, before the next checkpoint",
     without=without("changed_base"),
 )
 def test_base_weight_changed(guard, run):

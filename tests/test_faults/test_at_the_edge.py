@@ -77,7 +77,7 @@ def test_an_infinite_moment(arguments):
 @fault(
     "saves in the middle of a bad streak",
     of="numerical",
-    guarantee="no snapshot is taken there: a rewind finds weights of before the streak",
+    guarantee="no snapshot is taken there: a rewind finds weights from before the streak",
     without=lambda monkeypatch: monkeypatch.setattr(
         loop, "keep_sound", lambda run, *, copy: run.snapshots.take(run.state.step)
     ),
@@ -92,7 +92,7 @@ def test_saves_in_a_bad_streak(arguments, monkeypatch):
 @fault(
     "a bad sample in an fp16 run",
     of="numerical",
-    guarantee="the loss scale, which no smaller value helped, is as before",
+    guarantee="the loss scale is as before, since no smaller value helped",
     without=lambda monkeypatch: monkeypatch.setattr(rescue, "run_samples", scale_stays(rescue.run_samples)),
 )
 def test_the_loss_scale_after_a_bad_sample(arguments, monkeypatch):
@@ -116,7 +116,7 @@ def scale_stays(honest):
 @fault(
     "memory that runs out while a bad step is looked into",
     of="memory",
-    guarantee="the diagnosis is done without, the bad sample is dropped and the rest of the step is taken",
+    guarantee="the diagnosis is left out; the bad sample is dropped, the rest of the step is taken",
     without=lambda monkeypatch: monkeypatch.setattr(rescue, "find_cause", device_memory_runs_out),
 )
 @both_memories
@@ -131,7 +131,7 @@ def test_no_memory_for_the_diagnosis(arguments, monkeypatch, run_out):
 @fault(
     "a sample of a bad step that does not fit into memory alone",
     of="memory",
-    guarantee="it is dropped by name, the rest of the step is taken",
+    guarantee="it is dropped and named; the rest of the step is taken",
     without=lambda monkeypatch: monkeypatch.setattr(
         rescue.GradientSum, "add_one", lambda self, sample, count: " and ".join(self.add([sample], count).not_finite)
     ),
@@ -154,7 +154,7 @@ def test_no_memory_for_one_sample(arguments, monkeypatch, run_out):
 @fault(
     "held-out dialogues that don't fit into memory",
     of="memory",
-    guarantee="an event says that they were not evaluated; training goes on and is saved",
+    guarantee="an event says that they were not evaluated; training continues and is saved",
     without=lambda monkeypatch: monkeypatch.setattr(loop, "MemoryLimitError", KeyError),
 )
 @both_memories
@@ -174,7 +174,7 @@ def test_no_memory_for_the_evaluation(arguments, monkeypatch, train_file, run_ou
 @fault(
     "host memory that runs out in a snapshot",
     of="memory",
-    guarantee="an event says that there is none of this step; training goes on and is saved",
+    guarantee="an event says that this step has none; training continues and is saved",
     without=lambda monkeypatch: monkeypatch.setattr(rescue, "is_out_of_memory", lambda error: False),
 )
 @pytest.mark.parametrize("told", ["by PyTorch", "by Python"])
@@ -231,7 +231,7 @@ def test_a_killer_among_the_held_out(arguments, monkeypatch):
 @fault(
     "a signal in the middle of the last evaluation",
     of="process",
-    guarantee="the evaluation is made up for when the run is resumed, and the best checkpoint is known",
+    guarantee="the resumed run makes up for the evaluation, and the best checkpoint is known",
     without=lambda monkeypatch: monkeypatch.setattr(
         loop, "evaluation_is_due", lambda run: run.state.step % run.plan.eval_steps == 0 and run.state.evaluated < 0
     ),

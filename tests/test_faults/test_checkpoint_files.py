@@ -192,7 +192,7 @@ def test_damaged_manifest(tmp_path):
 @fault(
     "a file that was put into a checkpoint",
     of="disk",
-    guarantee="one that could be loaded is named and the checkpoint passed over; any other is harmless",
+    guarantee="if it could be loaded, it is named and the checkpoint skipped; otherwise it is harmless",
     without=lambda monkeypatch: monkeypatch.setattr(manifest, "LOADED_SUFFIXES", ()),
 )
 def test_added_file(folder):
@@ -354,7 +354,7 @@ def processor_of_the_base(monkeypatch) -> None:
 @fault(
     "the base's tokenizer changed since the checkpoint was written",
     of="disk",
-    guarantee="the run goes on with the one that it was trained with, to the same bits",
+    guarantee="the run continues with the tokenizer that it was trained with, to the same bits",
     without=processor_of_the_base,
 )
 def test_tokenizer_changed_since(arguments, tmp_path):
@@ -379,7 +379,7 @@ def test_tokenizer_changed_since(arguments, tmp_path):
 @fault(
     "a run is resumed with other flags",
     of="disk",
-    guarantee="what can be changed is said with its old value; what can't is refused with exit code 2",
+    guarantee="a change that is possible is reported with the old value; any other is refused with exit code 2",
     without=lambda monkeypatch: monkeypatch.setattr(start, "changed_arguments", lambda args, checkpoint: {}),
 )
 def test_flags_changed_since(folder, capsys):

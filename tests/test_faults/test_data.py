@@ -196,7 +196,7 @@ def test_offset(run):
 @fault(
     "two channels that cancel each other",
     of="data",
-    guarantee="one channel is heard instead of silence, and it is said",
+    guarantee="one channel is heard instead of silence, and this is reported",
     without=lambda monkeypatch: monkeypatch.setattr(mono, "CANCELLED", 0.0),
 )
 def test_opposite_channels(run):
@@ -266,7 +266,7 @@ def test_start_beyond(run):
 @fault(
     "a stretch that ends after the file",
     of="data",
-    guarantee="named where more than 0.1 s of it is missing, instead of an answer to less than was said",
+    guarantee="a missing part of more than 0.1 s is named; no answer to less than was said is learned",
     without=unchecked(audio, "check_end"),
 )
 def test_end_beyond(run):

@@ -83,7 +83,7 @@ def hangs(call) -> str:
 @fault(
     "a FIFO that takes a clip's place during the run",
     of="data",
-    guarantee="named and never read: nobody waits for its writer",
+    guarantee="named and never read: the run does not wait for its writer",
     without=unchecked(files, "kind_fault"),
 )
 def test_fifo_that_comes_later(tmp_path):
@@ -126,7 +126,7 @@ def test_gone_at_first_use(run):
 @fault(
     "a clip that goes between two epochs",
     of="data",
-    guarantee="learned from while it was there, then quarantined and named",
+    guarantee="trained on while it was there, then quarantined and named",
     without=broken.silence_stands_in,
 )
 def test_gone_between_epochs(run):

@@ -88,7 +88,7 @@ def test_lone_surrogate(run):
 @fault(
     "a line of 128 MB",
     of="data",
-    guarantee=f"{REFUSED} (16 MB at most); it is never in memory as a whole",
+    guarantee=f"{REFUSED} (16 MB at most); the whole line is never in memory",
     without=lambda monkeypatch: monkeypatch.setattr(records, "MAX_LINE_BYTES", 2**40),
 )
 def test_long_line(tmp_path):
@@ -120,7 +120,7 @@ def test_nan_in_json(run, values):
 @fault(
     "a key that stands twice in one object",
     of="data",
-    guarantee=f"{REFUSED} and key: neither value is lost in silence",
+    guarantee=f"{REFUSED} and key: neither value is silently lost",
     without=lambda monkeypatch: monkeypatch.setattr(records, "parse_json", json.loads),
 )
 def test_duplicate_key(run):
@@ -211,7 +211,7 @@ def uncut(monkeypatch) -> None:
 @fault(
     "a text of a million characters",
     of="data",
-    guarantee="cut between turns to --max_length; `data check` names it, and the run goes on",
+    guarantee="cut between turns to --max_length; `data check` names it, and the run continues",
     without=uncut,
 )
 def test_huge_text(run):
@@ -239,7 +239,7 @@ def added_tokens_matched(monkeypatch) -> None:
 @fault(
     "`<|im_end|>` and a turn of the assistant, typed by a user",
     of="data",
-    guarantee="they stay text: a row has the control tokens of its template and no other",
+    guarantee="they stay text: a row has the control tokens of its template and no others",
     without=added_tokens_matched,
 )
 def test_typed_turn(run):
@@ -283,7 +283,7 @@ def test_typed_placeholder(run):
 @fault(
     "`<|audio_pad|>` in an answer",
     of="data",
-    guarantee="it stays text: each clip has its placeholders and no other is there",
+    guarantee="it stays text: each clip has its placeholders, and there are no others",
     without=added_tokens_matched,
 )
 def test_placeholder_in_an_answer(run):

@@ -72,7 +72,7 @@ def assert_went_on(outcome, args, told: str, said: str) -> None:
 @fault(
     "the disk is full in a periodic save",
     of="disk",
-    guarantee="the run goes on, one event and one line say what to do; older checkpoints are as they were",
+    guarantee="the run continues; one event and one line say what to do; older checkpoints are unchanged",
     without=disk_errors_are_let_through,
 )
 def test_full_disk_in_a_save(arguments, monkeypatch, capsys):
@@ -93,7 +93,7 @@ def errors_of_fsync_are_ignored(monkeypatch) -> None:
 @fault(
     "a disk that reports a failed write only when it is flushed (EIO at fsync)",
     of="disk",
-    guarantee="that checkpoint is not counted as written; the run goes on",
+    guarantee="that checkpoint is not counted as written; the run continues",
     without=errors_of_fsync_are_ignored,
 )
 def test_failing_disk_in_a_save(arguments, monkeypatch, capsys):
@@ -112,7 +112,7 @@ def test_failing_disk_in_a_save(arguments, monkeypatch, capsys):
 @fault(
     "the disk turns read-only in the middle of a run",
     of="disk",
-    guarantee="the run goes on, one event and one line say what to do; older checkpoints are as they were",
+    guarantee="the run continues; one event and one line say what to do; older checkpoints are unchanged",
     without=disk_errors_are_let_through,
 )
 def test_read_only_disk(arguments, monkeypatch, capsys):
@@ -131,7 +131,7 @@ def test_read_only_disk(arguments, monkeypatch, capsys):
 @fault(
     "a file limit or quota is reached, enforced by the kernel, in whichever library writes",
     of="disk",
-    guarantee="it is an error of the disk, whoever reports it: the run goes on",
+    guarantee="it is treated as an error of the disk, whichever library reports it: the run continues",
     without=lambda monkeypatch: monkeypatch.setattr(folders, "FOREIGN_OS_ERROR", re.compile("never")),
 )
 def test_quota(arguments, monkeypatch):
@@ -200,7 +200,7 @@ def test_the_only_save_of_a_run_fails(arguments, monkeypatch, capsys):
 @fault(
     "the save of the best checkpoint fails",
     of="disk",
-    guarantee="the best one before stays the best, and is not rotated away",
+    guarantee="the best one so far stays the best, and is not deleted",
     without=lambda monkeypatch: monkeypatch.setattr(loop, "newest_usable", lambda folder: (None, [])),
 )
 def test_best_save_fails(arguments, monkeypatch, train_file):

@@ -113,7 +113,7 @@ def test_a_save_killed_anywhere(arguments):
 @fault(
     "SIGKILL while a checkpoint is replaced by one of the same step",
     of="process",
-    guarantee="the one before or the new one is there, whole, even if it is the only one",
+    guarantee="the older one or the new one is there, whole, even if it is the only one",
     without=written_in_place,
 )
 def test_a_replacement_killed_anywhere(tmp_path):

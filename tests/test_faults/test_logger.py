@@ -51,7 +51,7 @@ def assert_named_once(said: str, event: str) -> None:
 @fault(
     "a tracker fails while logging",
     of="logger",
-    guarantee="it is named once and left out; the run goes on to its end",
+    guarantee="it is named once and left out; the run continues to its end",
     without=trackers_as_they_are,
 )
 def test_tracker_fails_in_on_log(arguments, monkeypatch, capsys):
@@ -63,7 +63,7 @@ def test_tracker_fails_in_on_log(arguments, monkeypatch, capsys):
 @fault(
     "a tracker can't be reached when the run begins",
     of="logger",
-    guarantee="it is named once and left out; the run goes on to its end",
+    guarantee="it is named once and left out; the run continues to its end",
     without=trackers_as_they_are,
 )
 def test_tracker_fails_in_on_train_begin(arguments, monkeypatch, capsys):
@@ -93,7 +93,7 @@ def full_disk(log: Path) -> None:
 @fault(
     "the disk is full when a log is written",
     of="logger",
-    guarantee="it is said once on stderr, the run goes on to its end and saves its checkpoints",
+    guarantee="stderr reports it once; the run continues to its end and saves its checkpoints",
     without=errors_of_logs_are_errors_of_the_run,
 )
 def test_logs_on_a_full_disk(arguments, capsys):
@@ -122,7 +122,7 @@ def pipe_without_reader() -> int:
 @fault(
     "the reader of the pipe that a run prints to is gone",
     of="logger",
-    guarantee="it is said once on stderr, the run goes on to its end, its exit code is what it would be",
+    guarantee="stderr reports it once; the run continues to its end, with the exit code that it would have had",
     without=errors_of_output_are_errors_of_the_run,
 )
 def test_a_pipe_that_nobody_reads(arguments, monkeypatch, capsys):
@@ -168,7 +168,7 @@ def losses(args) -> list[tuple[int, float]]:
 @fault(
     "the reader of the pipe that a run prints to has stopped",
     of="logger",
-    guarantee="no step waits for it: the run goes on to its end, and events.jsonl has the number of lines lost",
+    guarantee="no step waits for it: the run continues to its end, and events.jsonl has the number of lines lost",
     without=output_waits_for_its_reader,
 )
 def test_a_pipe_whose_reader_has_stopped(arguments, tmp_path):

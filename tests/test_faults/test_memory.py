@@ -103,7 +103,7 @@ def test_backward(arguments, monkeypatch, run_out):
 @fault(
     "out of memory in an evaluation",
     of="memory",
-    guarantee="smaller packs, the same held-out loss; training goes on",
+    guarantee="smaller packs, the same held-out loss; training continues",
     without=without_retry,
 )
 @both_memories
@@ -153,7 +153,7 @@ def test_a_sample_too_long(arguments, monkeypatch, run_out):
 @fault(
     "out of memory in a save",
     of="memory",
-    guarantee="the run goes on, an event names the last whole checkpoint, and the next save is tried",
+    guarantee="the run continues; an event names the last whole checkpoint; the next save is tried",
     without=lambda monkeypatch: monkeypatch.setattr(
         loop, "try_to_save", lambda run, *, stopped=False: bool(save_checkpoint(run))
     ),
@@ -203,7 +203,7 @@ def test_an_adapter_that_no_memory_could_hold(arguments):
 @fault(
     "out of memory in the optimizer's step",
     of="memory",
-    guarantee="exit code 4 with the flags that help and the command to go on; the last checkpoint is whole",
+    guarantee="exit code 4 with the flags that help and the command that resumes; the last checkpoint is whole",
     without=lambda monkeypatch: monkeypatch.setattr(train_run, "MemoryLimitError", RuntimeError),
 )
 @both_memories

@@ -163,7 +163,7 @@ def test_a_peak_moves_the_weights_like_other_steps_and_stalls_none_after_it(argu
 @fault(
     "a non-finite norm among those that an adaptive bound is made of",
     of="numerical",
-    guarantee="the average never sees it, and the bound goes on working",
+    guarantee="the average is never fed with it, and the bound keeps working",
     without=lambda monkeypatch: monkeypatch.setattr(ladder.GuardState, "feed", feed_everything),
 )
 def test_the_average_is_never_fed_with_what_is_not_finite(arguments, monkeypatch):
@@ -185,7 +185,7 @@ def feed_everything(self, statistics, decision):
 @fault(
     "NaN in a weight",
     of="numerical",
-    guarantee="found at the next step, by name; weights and moments go back to the snapshot, training goes on",
+    guarantee="found and named at the next step; weights and moments go back to the snapshot; training continues",
     without=without_rewind,
 )
 def test_a_broken_weight_is_rewound(arguments):
@@ -203,7 +203,7 @@ def test_a_broken_weight_is_rewound(arguments):
 @fault(
     "NaN in Adam's second moment",
     of="numerical",
-    guarantee="the weights that it breaks are found one step later, and both go back to the snapshot",
+    guarantee="the weights that it breaks are found one step later; weights and moments go back to the snapshot",
     without=without_rewind,
 )
 def test_a_broken_moment_is_rewound(arguments):
@@ -235,7 +235,7 @@ def test_a_poisoned_snapshot_is_not_taken(arguments):
 @fault(
     "a few bad steps in a row",
     of="numerical",
-    guarantee="fewer than --max_bad_steps cost those steps alone: no rewind, learning rate unchanged",
+    guarantee="fewer than --max_bad_steps cost only those steps: no rewind, learning rate unchanged",
     without=lambda monkeypatch: monkeypatch.setattr(
         ladder.GuardState, "next_act", lambda self, s, **limits: "rewind" if self.bad_steps_in_a_row else "go on"
     ),
@@ -256,7 +256,7 @@ def test_a_few_bad_steps_are_no_reason_to_rewind(arguments, monkeypatch):
 @fault(
     "bad steps that do not end by themselves",
     of="numerical",
-    guarantee="after --max_bad_steps the weights go back to a snapshot at half the rate, and the run is alive again",
+    guarantee="after --max_bad_steps the weights go back to a snapshot at half the rate, and the run recovers",
     without=without_rewind,
 )
 def test_a_rewind_revives_a_run_whose_weights_were_the_trouble(arguments, monkeypatch):
@@ -311,7 +311,7 @@ def test_a_broken_checkpoint_rotates_nothing_away(arguments):
 @fault(
     "a learning rate so high that the weights blow up",
     of="numerical",
-    guarantee="the run ends with finite weights, and with exit code 5 or 7: it is no success",
+    guarantee="the run ends with finite weights, and with exit code 5 or 7, not in success",
     without=without_any_check,
 )
 def test_a_rate_that_blows_up_leaves_finite_weights(arguments):
@@ -382,7 +382,7 @@ def test_the_guards_memory_survives_a_resume(arguments, tmp_path):
 @fault(
     "a held-out loss that is NaN, at the first evaluation",
     of="numerical",
-    guarantee="it is never the best: a later finite one is, and its checkpoint is kept",
+    guarantee="it never counts as the best: a later finite one does, and its checkpoint is kept",
     without=lambda monkeypatch: monkeypatch.setattr(loop, "improves", lambda loss, best: best is None or loss < best),
 )
 def test_nan_is_never_the_best_loss(arguments, monkeypatch, train_file):

@@ -138,7 +138,7 @@ def whole_run(args, tmp_path, **values) -> dict[str, torch.Tensor]:
 @fault(
     "a process that reads data is killed",
     of="process",
-    guarantee="all are started again at the same position; one event; the same samples in the same order",
+    guarantee="all are started again at the same position, with one event: the same samples in the same order",
     without=deaths_are_let_through,
 )
 def test_a_killed_worker(arguments, tmp_path):
@@ -162,7 +162,7 @@ def killers_are_not_looked_for(monkeypatch) -> None:
 @fault(
     "a sample whose reading kills the process, every time",
     of="process",
-    guarantee="it is found and quarantined by name, the others of its step are trained on (needs data workers)",
+    guarantee="it is found, quarantined and named; the others of its step are trained on (needs data workers)",
     without=killers_are_not_looked_for,
 )
 def test_a_sample_that_kills_its_reader(arguments, monkeypatch):
@@ -180,7 +180,7 @@ def test_a_sample_that_kills_its_reader(arguments, monkeypatch):
 @fault(
     "a sample whose reading never ends: a decoder in a loop, a dead network drive",
     of="process",
-    guarantee="the process is given up after 15 minutes, the sample quarantined by name (needs data workers)",
+    guarantee="the process is stopped after 15 minutes, the sample quarantined and named (needs data workers)",
     without=lambda monkeypatch: monkeypatch.setattr(processes, "ANSWER_SECONDS", math.inf),
 )
 def test_a_sample_that_hangs_its_reader(arguments, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def signals_are_taken(monkeypatch) -> None:
 @fault(
     "Ctrl-C, which the terminal sends to every process",
     of="process",
-    guarantee="those that read data take no notice; the trainer saves and ends",
+    guarantee="the processes that read data ignore it; the trainer saves and ends",
     without=signals_are_taken,
 )
 def test_workers_leave_a_signal_to_the_trainer(arguments):
@@ -257,7 +257,7 @@ def others_inherit_the_trainers_end(monkeypatch) -> None:
 @fault(
     "SIGKILL of a trainer that has processes reading data",
     of="process",
-    guarantee="they end as well: none stays behind and holds memory",
+    guarantee="they end as well: none is left holding memory",
     without=others_inherit_the_trainers_end,
 )
 def test_no_process_stays_behind(arguments, tmp_path):
@@ -316,7 +316,7 @@ def by_time(monkeypatch) -> None:
 @fault(
     "the clock jumps, back by a year and ahead by a year",
     of="process",
-    guarantee="nothing depends on it: the highest step's checkpoint is the newest, no step takes negative time",
+    guarantee="nothing depends on it: the checkpoint with the highest step is the newest, no step takes negative time",
     without=by_time,
 )
 def test_clock_jumps(arguments, tmp_path, monkeypatch):

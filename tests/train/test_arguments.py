@@ -226,7 +226,7 @@ def test_every_number_of_every_verb_has_bounds():
         ({"whisper_cpu": True, "freeze_whisper": False}, "--whisper_cpu with --no_freeze_whisper"),
         ({"dtype": "fp16", "lora_fp32": False}, "--dtype fp16 with --no_lora_fp32"),
         ({"use_lora": False, "freeze_projector_steps": 5}, "nothing would learn"),
-        ({"init_from": "runs/first/"}, "a new stage needs a folder of its own"),
+        ({"init_from": "runs/first/"}, "a new stage needs another folder"),
     ],
 )
 def test_contradictions_are_refused_with_a_sentence(values, sentence):
