@@ -29,8 +29,10 @@ def from_json(cls: type[T], value: Any, where: str = "") -> T:
 def checked(hint: Any, value: Any, where: str) -> Any:
     """`value` as a field of type `hint`. Raises ValueError as `from_json` does.
 
-    A whole number is accepted as a float; true and false are not numbers.
+    A whole number is accepted as a float; true and false are not numbers. Any takes every value, for others to check.
     """
+    if hint is Any:
+        return value
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:

@@ -86,7 +86,7 @@ class Executor:
         self.model = model
         self.distill_weight = distill_weight
         self.manual_loss = manual_loss  # compare each pack's loss with one that is computed the plain way
-        self.before_pack: Callable[[], None] = lambda: None  # what it raises leaves the step half done
+        self.before_pack: Callable[[], None] = lambda: None  # what it raises leaves step or evaluation half done
         self.start_gradients: Callable[[], None] = model.zero_grad  # in a training those of its GradientBuffers
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
@@ -162,6 +162,7 @@ class Executor:
     def _divergence_from_base(self, samples: Sequence[Sample]) -> Tensor:
         total = torch.zeros((), device=self.device)
         for pack in self.packs(samples):
+            self.before_pack()
             batch = self._batch([replace(sample, teacher=sample) for sample in pack], teach=True)
             total += run_pack(self.model, batch, distill_weight=1.0).tokens.losses.sum()
         return total
@@ -186,6 +187,7 @@ class Executor:
         found: dict[int, Tensor] = {}
         with self.evaluation_mode():
             for pack in self.packs(samples):
+                self.before_pack()
                 found |= dict(zip(map(id, pack), of_pack(self.batch(pack)), strict=False))
         return torch.stack([found[id(sample)] for sample in samples]).tolist() if samples else []
 

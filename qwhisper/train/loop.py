@@ -71,12 +71,14 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
     drop_gradients(session.groups)
     session.scheduler.step()
 
-    passes_before = session.state.epoch
+    passes_before = session.source.passes(session.state.position)
     session.state.step += 1
-    session.state.epoch, session.state.offset = fetched.epoch, fetched.offset
+    session.state.position = fetched.position
     session.state.supervised_tokens += tokens
     session.state.learning.observe(
-        statistics.loss, 0 if skipped else tokens, pass_ended=session.state.epoch > passes_before
+        statistics.loss,
+        0 if skipped else tokens,
+        pass_ended=session.source.passes(session.state.position) > passes_before,
     )
     if fetched.samples:
         guards.feed(statistics, decision)
@@ -96,14 +98,13 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
     )
 
 
-def train(session: Session, steps: Iterator[StepSamples]) -> int:
-    """Runs to the end, or to a signal, and leaves a checkpoint.
+def train(session: Session, steps: Iterator[StepSamples], signals: StopSignals) -> int:
+    """Runs to the end, or to a signal, and leaves a checkpoint. steps: polls `signals` where it waits.
 
     Returns the exit code: 0, or 128 + the number of a signal that left something to do. Raises DiskError where the last
     one can't be written.
     """
-    with StopSignals() as signals:
-        saved = take_steps(session, steps, signals)
+    saved = take_steps(session, steps, signals)
     session.fire("on_train_end")
     if not saved:
         newest, _ = newest_usable(session.log.folder)
@@ -135,8 +136,10 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
             last_saved = state.step if is_best(session) and try_to_save(session) else None
         while state.step < session.total_steps and not session.hooks.control.should_training_stop:
             begun = time.perf_counter()
-            fetched = signals.unless_stopped(lambda: next(steps))
-            if fetched is None:
+            try:
+                signals.poll()
+                fetched = next(steps)
+            except Stopped:
                 break
             put_back = as_before_step(session)
             session.fire("on_step_begin")
@@ -214,17 +217,15 @@ def quarantine(session: Session, fetched: StepSamples) -> None:
     for rejection in fetched.rejections:
         session.state.bad_samples += 1
         session.log.quarantine(**dataclasses.asdict(rejection), step=session.state.step)
-    for sample in fetched.samples if session.state.epoch == 0 else []:
+    passes_done = session.source.passes(session.state.position)
+    for sample in fetched.samples if passes_done == 0 else []:
         if said := [*sample.events, *sample.notes]:  # a long dialogue cut at a turn, and the like
             session.report(SampleChanged(samples=[sample.id], what=said))
-    passes = 1 + session.state.epoch
-    if (
-        fetched.rejections
-        and session.state.bad_samples > session.args.max_bad_fraction * session.num_dialogues * passes
-    ):
+    most = session.args.max_bad_fraction * session.num_dialogues * (1 + passes_done)
+    if fetched.rejections and session.state.bad_samples > most:
         raise DataError(
             f"{session.state.bad_samples} times a dialogue could not be used (of {session.num_dialogues}, in pass "
-            f"{passes} over them), more than --max_bad_fraction {session.args.max_bad_fraction}; the last: "
+            f"{1 + passes_done} over them), more than --max_bad_fraction {session.args.max_bad_fraction}; the last: "
             f"{fetched.rejections[-1].reason}. All are in {session.log.folder / 'quarantine.jsonl'}: repair or remove "
             "them, or raise the bound"
         )
@@ -277,7 +278,7 @@ def evaluate(session: Session, signals: StopSignals) -> None:
 def held_out_loss(session: Session, signals: StopSignals) -> float | None:
     """None if a signal came meanwhile, or if memory does not suffice, which counts as an evaluation."""
     try:
-        return signals.unless_stopped(lambda: session.executor.evaluate(session.eval_samples))
+        return signals.unless_stopped(session.executor, lambda: session.executor.evaluate(session.eval_samples))
     except MemoryLimitError as error:
         session.state.evaluated = session.state.step
         session.report(NotEvaluated(error=str(error)))

@@ -14,8 +14,9 @@ from qwhisper.checkpoint.names import SNAPSHOT_FILE
 from qwhisper.checksums import checksums
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.loader import EncodedDialogues, encode_all, how_it_dies
+from qwhisper.data.loader import apart, encode_all
 from qwhisper.data.rows import Sample
+from qwhisper.data.source import ShuffledDialogues, Source
 from qwhisper.disk import file_sha256
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
@@ -51,6 +52,7 @@ class Session:
 
     args: TrainArguments
     plan: Plan
+    source: Source
     num_dialogues: int
     groups: Groups
     gradient_buffers: GradientBuffers
@@ -148,7 +150,7 @@ def build_session(
 ) -> Session:
     """A training at its first step, or at `state`'s. Encodes the held-out dialogues and quarantines bad ones."""
     encoder = encoder_for(args, processor, model)
-    eval_samples, rejections = encode_all(EncodedDialogues(held_out, encoder), args.dataloader_num_workers)
+    eval_samples, rejections = encode_all(held_out, encoder, args.dataloader_num_workers)
     log = RunLog(Path(args.output_dir))
     for rejection in rejections:
         log.quarantine(**dataclasses.asdict(rejection), step=state.step)
@@ -180,6 +182,7 @@ def build_session(
     return Session(
         args=args,
         plan=plan,
+        source=ShuffledDialogues(dialogues=dialogues, samples_per_step=args.samples_per_step, seed=args.seed),
         num_dialogues=len(dialogues),
         groups=groups,
         gradient_buffers=gradient_buffers,
@@ -209,9 +212,8 @@ def probe_of(
     held_out: Sequence[Dialogue],
     state: TrainState,
 ) -> ListeningProbe | None:
-    """The listening probe; None for a run that is too short even for one at its end, which need not decode its audio,
-    and where decoding it kills the process that tries. Without questions where the run ends before it has paid for
-    them.
+    """The listening probe; None for a run that is too short even for one at its end, which need not decode its audio.
+    Without questions where the run ends before it has paid for them.
     """
     first_step = first_probe_step(
         total_steps=plan.total_steps,
@@ -233,24 +235,18 @@ def probe_of(
             "no retention in this run: the training data names no `kind`, so what is never trained on is "
             "unknown; give its answers a `kind`"
         )
-
-    def make(_: None) -> ListeningProbe | None:
+    with apart(encoder, args.dataloader_num_workers) as reader:
         return make_probe(
             executor,
-            encoder,
+            reader,
             held_out or dialogues,
             state.probe,
             first_step=first_step,
             seed=args.seed,
             trained_kinds=state.kinds,
-            questions=choose_questions(asked, encoder, state.kinds, seed=args.seed),
+            questions=choose_questions(asked, reader, state.kinds, seed=args.seed),
             asks_from=asks_from,
         )
-
-    if args.dataloader_num_workers and (how := how_it_dies(lambda task: bool(make(task)), None)):
-        note(f"no listening probe: the process that read the audio for it was lost ({how})")
-        return None
-    return make(None)
 
 
 def make_clamp(plan: Plan, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:

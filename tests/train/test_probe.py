@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 
+from qwhisper.data import loader
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
 from qwhisper.data.loader import StepSamples
 from qwhisper.data.rows import IGNORE
@@ -23,6 +24,7 @@ from qwhisper.train.probe import (
     MIN_PAIRS,
     TIME_SHARE,
     ListeningProbe,
+    Pair,
     ProbeState,
     choose_pairs,
     first_probe_step,
@@ -34,6 +36,7 @@ from tests.small import write_dialogues
 from tests.test_faults.inject import both_memories
 from tests.train.helpers import make_run, same_bits, trainable
 from tests.train.listeners import listening_arguments, train_and_probe
+from tests.workers import KilledBy
 
 
 def probe_of(run, dialogues, **values) -> ListeningProbe | None:
@@ -94,7 +97,7 @@ def steps(args, *, probed: bool):
     for n in range(args.max_steps):
         if probe is not None:
             assert probe.measure() is not None
-        losses.append(train_step(run, StepSamples(samples[2 * n : 2 * n + 2], [], 0, 0)).loss)
+        losses.append(train_step(run, StepSamples(samples[2 * n : 2 * n + 2], [])).loss)
     return run, losses
 
 
@@ -135,6 +138,27 @@ def test_pairs_are_at_most_so_many_and_the_same_for_the_same_seed(arguments, tmp
     first, again, other = (choose_pairs(many, run.encoder, seed=seed) for seed in (0, 0, 1))
     ids = [[pair.true.id for pair in pairs] for pairs in (first, again, other)]
     assert len(first) == MAX_PAIRS == len(set(ids[0])) and ids[0] == ids[1] != ids[2]
+
+
+def test_a_process_of_its_own_reads_the_same_pairs_and_a_dialogue_that_kills_it_is_in_none(
+    arguments, tmp_path, monkeypatch
+):
+    values = {"train_file": str(write_dialogues(tmp_path / "many", 30)), "max_steps": 10_000}
+
+    def pairs(num_workers: int, name: str) -> list[Pair]:
+        args = arguments(dataloader_num_workers=num_workers, output_dir=str(tmp_path / name), **values)
+        return make_run(args)[0].probe.pairs
+
+    def as_seen(pair: Pair) -> list:
+        rows = (pair.true, pair.swapped)
+        return [(row.input_ids.tolist(), row.labels.tolist(), [w.tobytes() for w in row.windows]) for row in rows]
+
+    here, apart = pairs(0, "here"), pairs(1, "apart")
+    assert list(map(as_seen, here)) == list(map(as_seen, apart)) and len(here) == MAX_PAIRS
+    killer, throwaway = here[0].true.id, loader.ThrowawayEncoder
+    monkeypatch.setattr(loader, "ThrowawayEncoder", lambda encoder: throwaway(KilledBy(encoder, killer)))
+    ids = [pair.true.id for pair in pairs(1, "killed")]
+    assert killer not in ids and len(ids) == MAX_PAIRS
 
 
 def test_text_only_and_very_few_dialogues_give_no_probe(arguments, dialogues):
@@ -284,4 +308,4 @@ def test_a_probe_that_does_not_fit_into_memory_changes_nothing(arguments, dialog
         patch.setattr(run.executor.model.model, "forward", run_out)
         assert probe.measure() is None
     assert run.executor.max_tokens_per_pack == before and run.executor.model.training
-    assert train_step(run, StepSamples(samples[:2], [], 0, 0)).skipped is None
+    assert train_step(run, StepSamples(samples[:2], [])).skipped is None
