@@ -109,7 +109,7 @@ class _Chunk:
     size: int  # as claimed
 
 
-def _chunks(data: FileBytes, start: int, order: str):
+def chunks(data: FileBytes, start: int, order: str):
     """The chunks from `start` on, for as long as the bytes look like chunks that fit into the file."""
     while start + 8 <= data.size:
         head = data.get(start, 8)
@@ -134,7 +134,7 @@ def _riff_stream(data: FileBytes, start: int, layout: Layout) -> tuple[Stream | 
     """The stream of the RIFF file at `start` (None if it is in `layout` already), and where the next file begins."""
     magic = data.get(start, 4)
     order, size_64, form = (">" if magic == b"RIFX" else "<"), None, (0, 0)
-    for chunk in _chunks(data, start + 12, order):
+    for chunk in chunks(data, start + 12, order):
         content = data.get(chunk.start, 16).ljust(16, b"\0")
         if chunk.name == b"ds64":
             size_64 = struct.unpack("<Q", content[8:])[0]
@@ -185,14 +185,14 @@ def _rewritten(start: int, chunk: _Chunk, stop: int, order: str) -> list[Piece]:
 
 def _is_chunk_list(data: FileBytes, start: int, order: str) -> bool:
     """Whether the rest of a file is chunks to its end, or nothing."""
-    for chunk in _chunks(data, start, order):
+    for chunk in chunks(data, start, order):
         start = chunk.start + chunk.size + chunk.size % 2
     return start >= data.size
 
 
 def _behind_data(data: FileBytes, at: int, order: str, claimed: int, allowed: int) -> tuple[int | None, str | None]:
     """Where the next RIFF file begins behind the sound, and what is wrong with what lies there."""
-    for chunk in _chunks(data, at, order):
+    for chunk in chunks(data, at, order):
         if chunk.name in (b"RIFF", b"RIFX", b"RF64") and data.get(chunk.start, 4) == b"WAVE":
             return chunk.start - 8, None
         if chunk.name == _SOUND[order]:
@@ -218,7 +218,7 @@ def _next_riff(data: FileBytes, start: int) -> int | None:
 
 
 def _aiff_stream(data: FileBytes, start: int) -> Stream:
-    for chunk in _chunks(data, start + 12, ">"):
+    for chunk in chunks(data, start + 12, ">"):
         stop = chunk.start + chunk.size
         if chunk.name == b"SSND" and chunk.size > 8 and stop < data.size:
             return Stream(lost=_behind_data(data, stop + chunk.size % 2, ">", chunk.size, _FEW_BYTES)[1])
@@ -293,7 +293,7 @@ _FLAC_BEGINNINGS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 
 def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
     """FLAC files end to end: usually one. Where `end` lies within the first, no more is looked at."""
-    rate, num_frames = _flac_claim(data, start)
+    rate, num_frames = flac_claim(data, start)
     if end is not None and rate and Fraction(end) * rate <= num_frames:
         return Layout([Stream()])
     layout = Layout()
@@ -303,7 +303,7 @@ def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
         stop = min(found, default=data.size)
         if not found and data.get(max(sound, stop - 128), 3) == b"TAG":
             stop -= 128
-        num_frames = _flac_claim(data, start)[1]
+        num_frames = flac_claim(data, start)[1]
         # With an unknown length in its header, libFLAC decodes to the end whatever was claimed.
         unknown = bytes((data.get(start + 21, 1)[0] & 0xF0, 0, 0, 0, 0))
         pieces: list[Piece] = [(start, start + 21), unknown, (start + 26, stop)]
@@ -313,7 +313,7 @@ def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
         start = stop
 
 
-def _flac_claim(data: FileBytes, start: int) -> tuple[int, int]:
+def flac_claim(data: FileBytes, start: int) -> tuple[int, int]:
     """Sample rate and number of frames by a FLAC header; 0 frames is unknown."""
     info = int.from_bytes(data.get(start + 18, 8).ljust(8, b"\0"), "big")
     return info >> 44, info & (1 << 36) - 1
