@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -187,14 +187,18 @@ class EncodedDialogues:
     def __len__(self) -> int:
         return len(self.dialogues)
 
-    def __getitem__(self, index: int) -> list[Sample] | Rejection:
-        dialogue = self.dialogues[index]
+    def __getitem__(self, index: int) -> list[Any] | Rejection:
         try:
-            return self.encoder.encode_rows(dialogue)
+            return self.rows(index)
         except DataError as error:
+            dialogue = self.dialogues[index]
             return Rejection(dialogue.id, dialogue.source, str(error))
 
-    def items(self, indices: Iterable[int]) -> list[list[Sample] | Rejection]:
+    def rows(self, index: int) -> list[Any]:
+        """What is made of dialogue i: its samples; a subclass may make others. Raises DataError."""
+        return self.encoder.encode_rows(self.dialogues[index])
+
+    def items(self, indices: Iterable[int]) -> list[list[Any] | Rejection]:
         return [self.killers[index] if index in self.killers else self[index] for index in indices]
 
     def reject_killers(self, indices: Iterable[int]) -> list[str]:
@@ -231,22 +235,29 @@ class StepSamples:
     deaths: list[WorkerDeath] = field(default_factory=list)
 
 
-def encode_all(dataset: EncodedDialogues, num_workers: int = 0) -> tuple[list[Sample], list[Rejection]]:
-    """Every dialogue's rows at once, for evaluation. With workers, one that kills its reader is a rejection."""
-    chunks = [range(first, min(first + CHUNK, len(dataset))) for first in range(0, len(dataset), CHUNK)]
-    items: list[list[Sample] | Rejection] = []
+def encode_all(dataset: EncodedDialogues, num_workers: int = 0) -> tuple[list[Any], list[Rejection]]:
+    """Every dialogue's rows at once."""
+    return sort_items(chain.from_iterable(read_in_order(dataset, num_workers)))
+
+
+def read_in_order(
+    dataset: EncodedDialogues, num_workers: int = 0, *, chunk: int = CHUNK
+) -> Iterator[list[list[Any] | Rejection]]:
+    """The items, in chunks that a worker reads at a time; read as they are asked for, and with workers a few chunks
+    ahead. One that kills its worker is a rejection. Raises DataError if workers die in a row, whatever they read.
+    """
+    chunks = [range(first, min(first + chunk, len(dataset))) for first in range(0, len(dataset), chunk)]
     done = deaths = 0
     while done < len(chunks):
         try:
             for _, found in work_ahead(dataset.items, iter(chunks[done:]), num_workers):
-                items += found
                 done, deaths = done + 1, 0
+                yield found
         except WorkerDied as death:
             dataset.reject_killers(chunks[done])
             deaths += 1
             if deaths == MAX_DEATHS:
                 raise DataError(_always_dying(death, num_workers)) from None
-    return _sort(items)
 
 
 def _always_dying(death: WorkerDied, num_workers: int) -> str:
@@ -256,9 +267,16 @@ def _always_dying(death: WorkerDied, num_workers: int) -> str:
     )
 
 
-def _sort(items: list[list[Sample] | Rejection]) -> tuple[list[Sample], list[Rejection]]:
-    rejections = [item for item in items if isinstance(item, Rejection)]
-    return [sample for item in items if not isinstance(item, Rejection) for sample in item], rejections
+def sort_items(items: Iterable[list[Any] | Rejection]) -> tuple[list[Any], list[Rejection]]:
+    """All rows, and all rejections."""
+    rows: list[Any] = []
+    rejections: list[Rejection] = []
+    for item in items:
+        if isinstance(item, Rejection):
+            rejections.append(item)
+        else:
+            rows += item
+    return rows, rejections
 
 
 def step_samples(
@@ -276,7 +294,7 @@ def step_samples(
         try:
             tasks = batches.starting_at(epoch, offset)
             for batch, items in work_ahead(lambda batch: dataset.items(batch.indices), tasks, num_workers):
-                samples, rejections = _sort(items)
+                samples, rejections = sort_items(items)
                 yield StepSamples(samples, rejections, batch.epoch, batch.offset, deaths)
                 epoch, offset, deaths = batch.epoch, batch.offset, []
         except WorkerDied as death:
