@@ -14,8 +14,7 @@ from qwhisper.checkpoint.names import SNAPSHOT_FILE
 from qwhisper.checksums import checksums
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.loader import EncodedDialogues, encode_all, how_it_dies
-from qwhisper.data.rows import Sample
+from qwhisper.data.held_out import HeldOut, hold_out
 from qwhisper.disk import file_sha256
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
@@ -63,7 +62,7 @@ class Session:
     log: RunLog
     lines: StepLines
     hooks: Hooks
-    eval_samples: list[Sample]
+    held_out: HeldOut
     probe: ListeningProbe | None  # None: no dialogue with audio to probe with
     base_checksums: dict[str, int]  # of the weights that must not change
 
@@ -144,13 +143,13 @@ def build_session(
     state: TrainState,
     callbacks: Sequence[TrainerCallback],
 ) -> Session:
-    """A training at its first step, or at `state`'s. Encodes the held-out dialogues and quarantines bad ones."""
+    """A training at its first step, or at `state`'s. Lays out the held-out dialogues and quarantines bad ones."""
     encoder = encoder_for(args, processor, model)
-    eval_samples, rejections = encode_all(EncodedDialogues(held_out, encoder), args.dataloader_num_workers)
+    usable, rejections = hold_out(held_out, encoder, args.dataloader_num_workers)
     log = RunLog(Path(args.output_dir))
     for rejection in rejections:
         log.quarantine(**dataclasses.asdict(rejection), step=state.step)
-    if held_out and not eval_samples:
+    if held_out and not usable:
         raise DataError(f"--eval_file {args.eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
     groups = parameter_groups(model)
     optimizer = make_optimizer(groups, args, plan)
@@ -188,7 +187,7 @@ def build_session(
         log=log,
         lines=StepLines(plan.total_steps, state.step),
         hooks=hooks,
-        eval_samples=eval_samples,
+        held_out=usable,
         probe=probe_of(args, plan, executor, encoder, dialogues, held_out, state),
         base_checksums=checksums(frozen_parameters(model)),
     )
@@ -204,8 +203,7 @@ def probe_of(
     state: TrainState,
 ) -> ListeningProbe | None:
     """The listening probe; None for a run that is too short even for one at its end, which need not decode its audio,
-    and where decoding it kills the process that tries. Without questions where the run ends before it has paid for
-    them.
+    and if the processes that decode it die in a row. Without questions if the run ends before it has paid for them.
     """
     first_step = first_probe_step(
         total_steps=plan.total_steps,
@@ -227,8 +225,8 @@ def probe_of(
             "no retention in this run: the training data names no `kind`, so what is never trained on is "
             "unknown; give its answers a `kind`"
         )
-
-    def make(_: None) -> ListeningProbe | None:
+    workers = args.dataloader_num_workers
+    try:
         return make_probe(
             executor,
             encoder,
@@ -237,14 +235,13 @@ def probe_of(
             first_step=first_step,
             seed=args.seed,
             trained_kinds=state.kinds,
-            questions=choose_questions(asked, encoder, state.kinds, seed=args.seed),
+            questions=choose_questions(asked, encoder, state.kinds, seed=args.seed, num_workers=workers),
             asks_from=asks_from,
+            num_workers=workers,
         )
-
-    if args.dataloader_num_workers and (how := how_it_dies(lambda task: bool(make(task)), None)):
-        note(f"no listening probe: the process that read the audio for it was lost ({how})")
+    except DataError as error:
+        note(f"no listening probe: {error}")
         return None
-    return make(None)
 
 
 def make_clamp(plan: Plan, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from qwhisper.checkpoint import folders
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.data.dialogue import read_dialogues
-from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.held_out import hold_out
+from qwhisper.data.loader import EncodedDialogues
 from qwhisper.engine.executor import Executor
 from qwhisper.guards import snapshot
 from qwhisper.model.processor import Qwen3AudioProcessor
@@ -215,7 +216,7 @@ def test_a_killer_among_the_held_out(arguments, monkeypatch):
     run, _ = make_run(args)
     processor = Qwen3AudioProcessor.from_pretrained(save_checkpoint(run))
     encoder = encoder_for(args, processor, run.executor.model)
-    dialogues = EncodedDialogues(read_dialogues(args.train_file), encoder)
+    dialogues = read_dialogues(args.train_file)
     honest = EncodedDialogues.__getitem__
 
     def read(self, index):
@@ -225,10 +226,10 @@ def test_a_killer_among_the_held_out(arguments, monkeypatch):
 
     monkeypatch.setattr(EncodedDialogues, "__getitem__", read)
     try:
-        samples, rejections = encode_all(dialogues, num_workers=1)
+        held_out, rejections = hold_out(dialogues, encoder, num_workers=1)
     except Exception:
-        samples, rejections = [], []
-    assert [rejection.id for rejection in rejections] == ["d3"] and len(samples) == len(dialogues) - 1
+        held_out, rejections = [], []
+    assert [rejection.id for rejection in rejections] == ["d3"] and len(held_out) == len(dialogues) - 1
 
 
 @fault(
