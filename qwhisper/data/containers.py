@@ -293,17 +293,17 @@ _FLAC_BEGINNINGS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 
 def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
     """FLAC files end to end: usually one. Where `end` lies within the first, no more is looked at."""
-    rate, num_frames = flac_claim(data, start)
+    rate, num_frames = _flac_claim(data, start)
     if end is not None and rate and Fraction(end) * rate <= num_frames:
         return Layout([Stream()])
     layout = Layout()
     while True:
-        sound = _behind_flac_metadata(data, start)
+        sound = behind_flac_metadata(data, start)
         found = [at for what in _FLAC_BEGINNINGS if (at := data.find(what, sound, data.size)) >= 0]
         stop = min(found, default=data.size)
         if not found and data.get(max(sound, stop - 128), 3) == b"TAG":
             stop -= 128
-        num_frames = flac_claim(data, start)[1]
+        num_frames = _flac_claim(data, start)[1]
         # With an unknown length in its header, libFLAC decodes to the end whatever was claimed.
         unknown = bytes((data.get(start + 21, 1)[0] & 0xF0, 0, 0, 0, 0))
         pieces: list[Piece] = [(start, start + 21), unknown, (start + 26, stop)]
@@ -313,13 +313,13 @@ def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
         start = stop
 
 
-def flac_claim(data: FileBytes, start: int) -> tuple[int, int]:
+def _flac_claim(data: FileBytes, start: int) -> tuple[int, int]:
     """Sample rate and number of frames by a FLAC header; 0 frames is unknown."""
     info = int.from_bytes(data.get(start + 18, 8).ljust(8, b"\0"), "big")
     return info >> 44, info & (1 << 36) - 1
 
 
-def _behind_flac_metadata(data: FileBytes, start: int) -> int:
+def behind_flac_metadata(data: FileBytes, start: int) -> int:
     """Where the sound begins, behind the metadata, which may hold anything (a picture, another file)."""
     at = start + 4
     while at + 4 <= data.size:

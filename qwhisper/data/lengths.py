@@ -11,9 +11,10 @@ import struct
 from collections.abc import Hashable, Sequence
 
 from qwhisper.data.clips import AudioClip, load_clip
-from qwhisper.data.containers import chunks, find_layout, flac_claim
+from qwhisper.data.containers import chunks, find_layout
 from qwhisper.data.dialogue_audio import MAX_DIALOGUE_SECONDS, check_dialogue_seconds
 from qwhisper.data.files import FileBytes, opened
+from qwhisper.data.flac import counted_samples
 from qwhisper.errors import BadClipError
 from qwhisper.frames import SAMPLE_RATE, resampled_length
 
@@ -77,18 +78,13 @@ def exact_length(clip: AudioClip) -> int | None:
 
 def _exact_claim(data: FileBytes, end: float | None) -> tuple[int, int] | None:
     """(frames, rate) of a file of one stream, all of whose bytes are what its header says."""
-    claim = {b"RIFF": _wav_claim, b"fLaC": _flac_claim}.get(data.get(0, 4))
+    claim = {b"RIFF": _wav_claim, b"fLaC": counted_samples}.get(data.get(0, 4))
     found = None if claim is None else claim(data)
     if found is None:
         return None
     layout = find_layout(data, end)
     whole = len(layout.streams) == 1 and layout.streams[0].lost is None and not layout.notes
     return found if whole else None
-
-
-def _flac_claim(data: FileBytes) -> tuple[int, int] | None:
-    rate, num_frames = flac_claim(data, 0)
-    return (num_frames, rate) if rate and num_frames else None
 
 
 def _wav_claim(data: FileBytes) -> tuple[int, int] | None:

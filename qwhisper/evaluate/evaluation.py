@@ -133,6 +133,22 @@ def evaluate_model(
     )
 
 
+class _TokenMean:
+    """Mean loss a supervised token over lists of samples that are never in memory together."""
+
+    def __init__(self) -> None:
+        self.total, self.tokens = 0.0, 0
+
+    def add(self, executor: Executor, samples: Sequence[Sample]) -> None:
+        tokens = sum(sample.num_supervised for sample in samples)
+        self.total += executor.evaluate(samples) * tokens
+        self.tokens += tokens
+
+    @property
+    def value(self) -> float:
+        return self.total / max(1, self.tokens)
+
+
 @dataclass(eq=False)
 class _Heard:
     """What the pass with true audio found.
@@ -143,7 +159,7 @@ class _Heard:
 
     usable: list[Dialogue] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
-    loss: "_TokenMean" = field(default_factory=lambda: _TokenMean())
+    loss: _TokenMean = field(default_factory=_TokenMean)
     turns: list[Turn] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     turn_losses: dict[int, tuple[float, int]] = field(default_factory=dict)
@@ -195,22 +211,6 @@ def _mean(losses: Iterable[tuple[float, int]]) -> float:
     """Nats a supervised token."""
     nats, tokens = zip(*losses, strict=True)
     return sum(nats) / max(1, sum(tokens))
-
-
-class _TokenMean:
-    """Mean loss a supervised token over lists of samples that are never in memory together."""
-
-    def __init__(self) -> None:
-        self.total, self.tokens = 0.0, 0
-
-    def add(self, executor: Executor, samples: Sequence[Sample]) -> None:
-        tokens = sum(sample.num_supervised for sample in samples)
-        self.total += executor.evaluate(samples) * tokens
-        self.tokens += tokens
-
-    @property
-    def value(self) -> float:
-        return self.total / max(1, self.tokens)
 
 
 def _prompt(row: Sample) -> Sample:

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -246,6 +247,18 @@ def test_clip_longer_than_a_row_is_not_decoded_for_its_length(frames, recordings
     monkeypatch.setattr(dialogue_audio, "load_clip", lambda *_, **__: pytest.fail("decoded"))
     clip = AudioClip(str(recordings[2]))
     assert DialogueAudio(frames, max_length=8).lengths([clip, clip]) == [16_000, 16_000] == ClipLengths()([clip, clip])
+
+
+def test_files_whose_headers_lie_are_laid_out_by_what_they_have(encoders, recordings, tmp_path):
+    encoder, path = encoders["qwen3"], tmp_path.resolve() / "a.flac"
+    soundfile.write(path, soundfile.read(recordings[2])[0], 16_000)
+    for claimed in (8_000, 16_100):
+        content = bytearray(path.read_bytes())
+        content[22:26] = claimed.to_bytes(4, "big")
+        path.write_bytes(content)
+        dialogue = dialogue_of(user(AudioClip(str(path)), "Hm?"), reply("Yes."))
+        sample = encoder.encode(dialogue)
+        assert same_row(encoder.layout(dialogue, ClipLengths()), sample) and len(sample.windows[0]) == 16_000 + 4_800
 
 
 @PROPERTY

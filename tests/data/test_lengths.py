@@ -69,6 +69,8 @@ UNSURE = {
     "written to a pipe": patched(WAV, 40, "<I", 0xFFFFFFFF),
     "joined WAV": WAV + WAV,
     "joined FLAC": FLAC + FLAC,
+    "FLAC that claims less": patched(FLAC, 22, ">I", 12_000),
+    "FLAC that claims a little more": patched(FLAC, 22, ">I", 16_100),
     "FLAC without a length": FLAC[:21] + bytes([FLAC[21] & 0xF0, 0, 0, 0, 0]) + FLAC[26:],
 }
 
@@ -81,6 +83,17 @@ def test_where_a_header_gives_an_estimate_the_clip_is_decoded_once(content, monk
     assert exact_length(clip) is None
     assert index([clip, clip]) == index([clip]) * 2 == [len(load(clip))] * 2
     assert decoded == [1]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("num_frames", [1, 191, 4_096, 4_097, 200_000, 600_000])
+def test_last_frame_of_a_flac_file_is_found(num_frames, channels):
+    noise = np.random.default_rng(num_frames).uniform(-0.5, 0.5, (num_frames, channels))
+    tag = b"TAG" + bytes(125)
+    for content in (encoded(noise, "FLAC", rate=16_000), encoded(noise, "FLAC", "PCM_24") + tag):
+        assert exact_length(in_memory(content)) == num_frames
+        half = exact_length(in_memory(content[: len(content) // 2]))
+        assert half is None or num_frames <= 4_096  # what is cut within its only frame shows when it is decoded
 
 
 def test_a_file_that_was_cut_is_not_believed():
