@@ -25,8 +25,9 @@ from real_shapes import SIZES, make_bases, make_data
 
 from qwhisper.checksums import checksums
 from qwhisper.data.dialogue import read_dialogues
-from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
+from qwhisper.data.loader import StepSamples, encode_all
 from qwhisper.data.rows import Sample
+from qwhisper.data.source import epoch_position
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.guards.alarms import WEIGHTS_EVERY
 from qwhisper.guards.decide import decide
@@ -81,7 +82,7 @@ def plain_step(run: Session, samples: Sequence[Sample]) -> None:
 
 def guarded_step(run: Session, samples: Sequence[Sample]) -> None:
     rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
-    report = train_step(run, StepSamples(list(samples), [], 1, 0))
+    report = train_step(run, StepSamples(list(samples), [], epoch_position(1, 0)))
     watch(run, report, rates, StopSignals(), save_is_due=False)
 
 
@@ -173,9 +174,7 @@ def make_session(args: argparse.Namespace) -> tuple[Session, list[list[Sample]]]
     model, processor = build_model(settings, plan, None)
     run = build_session(settings, plan, model, processor, dialogues, [], TrainState(), [])
     model.train()
-    samples, _ = encode_all(
-        EncodedDialogues(dialogues[: args.batch * args.rows], encoder_for(settings, processor, model))
-    )
+    samples, _ = encode_all(dialogues[: args.batch * args.rows], encoder_for(settings, processor, model))
     return run, [samples[start : start + args.batch] for start in range(0, len(samples), args.batch)]
 
 

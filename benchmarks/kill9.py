@@ -30,7 +30,7 @@ from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(ROOT))
 from qwhisper.data.dialogue import read_dialogues
-from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.loader import encode_all
 from qwhisper.data.packing import pad_samples
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.models import build_model
@@ -74,8 +74,7 @@ class PlainTrainer:
         model, processor = build_model(args, resolve(args, num_dialogues=1), None)
         self.model = Plain(model)
         self.pad = processor.tokenizer.pad_token_id
-        dialogues = EncodedDialogues(read_dialogues(args.train_file), encoder_for(args, processor, model))
-        self.samples, _ = encode_all(dialogues)
+        self.samples, _ = encode_all(read_dialogues(args.train_file), encoder_for(args, processor, model))
 
     def train(self, folder: Path, around_save: Callable[[Save], object]) -> None:
         class Saving(Trainer):

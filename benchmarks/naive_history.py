@@ -51,6 +51,7 @@ from qwhisper.train.optimizer import parameter_groups
 from qwhisper.train.plan import resolve
 from qwhisper.train.probe import Pair, choose_pairs, listening_gain
 from qwhisper.train.session import build_session
+from qwhisper.train.signals import StopSignals
 from qwhisper.train.state import TrainState
 
 MEASURES = (
@@ -275,12 +276,11 @@ def guarded_run(setting: Setting, on: frozenset) -> dict:
         run.executor.packing = "kernel" in on
         if not run.executor.packing:
             run.executor.batch = setting.batch
-        rows, batch, ended = setting.rows, setting.args.batch, "done"
-        if "labels" not in on:
-            rows = [[masked_by_padded_prompt(setting, sample) for sample in samples] for samples in rows]
+        mask, ended = (lambda _, sample: sample) if "labels" in on else masked_by_padded_prompt, "done"
+        rows = [[mask(setting, sample) for sample in samples] for samples in setting.rows]
         try:
             setting.collator(rows[0])  # what a user's samples come through
-            train(run, iter([StepSamples(samples, [], 0, (i + 1) * batch) for i, samples in enumerate(rows)]))
+            train(run, iter([StepSamples(samples, []) for samples in rows]), StopSignals())
         except QwhisperError as error:
             ended = f"exit code {error.exit_code}: {re.split(r'[.;] | [(]samples', str(error))[0]}"
         events, log = read_jsonl(Path(folder) / "events.jsonl"), Log()

@@ -43,6 +43,7 @@ from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
 from qwhisper.train.session import build_session, encoder_for
+from qwhisper.train.signals import StopSignals
 from qwhisper.train.state import TrainState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -253,7 +254,7 @@ class Heard:
         rows = batches([encoder.encode(c) for c in self.dialogues], batch, self.args.padded_to)
         gradients = NonFiniteGradients(model, lambda: state.step)
         try:
-            train(run, iter([StepSamples(samples, [], 0, (i + 1) * batch) for i, samples in enumerate(rows)]))
+            train(run, iter([StepSamples(samples, []) for samples in rows]), StopSignals())
             ended = "done"
         except NumericalError as error:
             ended = str(error)

@@ -25,14 +25,14 @@ from chaos import arguments
 from common import append_result
 
 from qwhisper.data.dialogue import read_dialogues
-from qwhisper.data.loader import EncodedDialogues, StepSamples, step_samples
+from qwhisper.data.loader import StepSamples, step_samples
 from qwhisper.guards.gradients import drop_gradients, gradients
 from qwhisper.guards.snapshot import Snapshots
 from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
 from qwhisper.train.recovery import num_supervised
-from qwhisper.train.session import Session, build_session, encoder_for
+from qwhisper.train.session import Session, build_session
 from qwhisper.train.state import TrainState
 
 ALL = "all"
@@ -121,9 +121,7 @@ def begin(args: argparse.Namespace, seed: int) -> tuple[Session, Iterator[StepSa
     model, processor = build_model(train_args, plan, None)
     run = build_session(train_args, plan, model, processor, dialogues, [], TrainState(), [])
     model.train()
-    encoded = EncodedDialogues(dialogues, encoder_for(train_args, processor, model))
-    size = train_args.samples_per_step
-    return run, step_samples(encoded, samples_per_step=size, seed=seed, epoch=0, offset=0, num_workers=0)
+    return run, step_samples(run.source, run.encoder)
 
 
 def try_seed(args: argparse.Namespace, seed: int) -> Iterator[dict]:

@@ -29,8 +29,11 @@ def from_json(cls: type[T], value: Any, where: str = "") -> T:
 def checked(hint: Any, value: Any, where: str) -> Any:
     """`value` as a field of type `hint` holds it. Raises ValueError as `from_json` does.
 
-    A number without a fraction passes as a float, as Python writes it; true and false are no numbers.
+    Any takes every value, for others to check. A number without a fraction passes as a float, as Python writes it; true
+    and false are no numbers.
     """
+    if hint is Any:
+        return value
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:

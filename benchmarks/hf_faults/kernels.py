@@ -9,7 +9,7 @@ from transformers import AttentionInterface, Trainer
 from hf_faults.observe import Bench, Verdict, judge
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.loader import encode_all
 from qwhisper.data.packing import pack_samples
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model import attention
@@ -72,7 +72,7 @@ def packing_collator(bench: Bench) -> Callable:
         audio_token_id=script.model.model.config.audio_token_id,
         chat_template=script.tokenizer.chat_template,
     )
-    samples, _ = encode_all(EncodedDialogues(read_dialogues(str(bench.train_file)), encoder))
+    samples, _ = encode_all(read_dialogues(str(bench.train_file)), encoder)
 
     def pack(picked: list[dict]) -> dict:
         batch = pack_samples([samples[sample["dialogue"]] for sample in picked])

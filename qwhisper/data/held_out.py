@@ -1,10 +1,13 @@
 """Held-out dialogues of a training: laid out once, and their audio decoded for each evaluation, in portions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.loader import EncodedDialogues, Rejection, encode_all, read_in_order, sort_items
+from qwhisper.data.loader import Rejection, read_in_order, sort_items
+from qwhisper.data.processes import Poll, nothing
 from qwhisper.data.rows import Layout, Sample
 from qwhisper.errors import DataError
 from qwhisper.frames import SAMPLE_RATE
@@ -14,28 +17,36 @@ from qwhisper.frames import SAMPLE_RATE
 PORTION_SAMPLES = 1800 * SAMPLE_RATE
 
 
-class HeldOut(EncodedDialogues):
-    """Item i: the samples of dialogue i, whose audio is decoded now, or its rejection."""
+@dataclass(eq=False)
+class LaidOut:
+    """The rows of one dialogue, without their audio."""
 
-    def __init__(self, layouts: Sequence[list[Layout]], dialogues: Sequence[Dialogue], encoder: DialogueEncoder):
-        super().__init__(dialogues, encoder)
-        self.layouts = layouts
+    id: str
+    source: str
+    layouts: list[Layout]
 
-    def rows(self, index: int) -> list[Sample]:
-        audio = self.encoder.dialogue_audio()
-        return [self.encoder.add_audio(layout, audio) for layout in self.layouts[index]]
+
+@dataclass(eq=False)
+class HeldOut:
+    """The dialogues that can be used, laid out."""
+
+    dialogues: list[LaidOut]
+    encoder: DialogueEncoder
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
 
     @property
     def num_rows(self) -> int:
-        return sum(map(len, self.layouts))
+        return sum(len(dialogue.layouts) for dialogue in self.dialogues)
 
-    def portions(self, num_workers: int = 0) -> Iterator[list[Sample]]:
+    def portions(self, num_workers: int = 0, poll: Poll = nothing) -> Generator[list[Sample]]:
         """All samples, in their order. Raises DataError if a dialogue can no longer be read: a loss over the others is
-        another number.
+        another number. poll: as in `read_in_order`.
         """
         portion: list[Sample] = []
         num_samples = 0
-        for items in read_in_order(self, num_workers):
+        for items in read_in_order(self.dialogues, self.encoder, num_workers, rows=_with_audio, poll=poll):
             samples, rejections = sort_items(items)
             if rejections:
                 raise DataError(f"a held-out dialogue can't be read any more: {rejections[0].reason}")
@@ -52,13 +63,16 @@ def hold_out(
     dialogues: Sequence[Dialogue], encoder: DialogueEncoder, num_workers: int = 0
 ) -> tuple[HeldOut, list[Rejection]]:
     """Decode all dialogues once, and keep what was laid out: those that can be used, and the rejections of the rest."""
-    found, rejections = encode_all(_LaidOut(dialogues, encoder), num_workers)
-    chosen = [index for index, _ in found]
-    return HeldOut([layouts for _, layouts in found], [dialogues[index] for index in chosen], encoder), rejections
+    items = chain.from_iterable(read_in_order(dialogues, encoder, num_workers, rows=_laid_out))
+    usable, rejections = sort_items(items)
+    return HeldOut(usable, encoder), rejections
 
 
-class _LaidOut(EncodedDialogues):
-    """Item i: [(i, the layouts of dialogue i)], each of its clips decoded, or its rejection."""
+def _laid_out(encoder: DialogueEncoder, dialogue: Dialogue) -> list[LaidOut]:
+    layouts = encoder.layout_rows(dialogue, encoder.dialogue_audio().lengths)
+    return [LaidOut(dialogue.id, dialogue.source, layouts)]
 
-    def rows(self, index: int) -> list[tuple[int, list[Layout]]]:
-        return [(index, self.encoder.layout_rows(self.dialogues[index], self.encoder.dialogue_audio().lengths))]
+
+def _with_audio(encoder: DialogueEncoder, dialogue: LaidOut) -> list[Sample]:
+    audio = encoder.dialogue_audio()
+    return [encoder.add_audio(layout, audio) for layout in dialogue.layouts]

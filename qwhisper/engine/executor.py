@@ -70,7 +70,7 @@ class Executor:
     ):
         self.model = model
         self.distill_weight = distill_weight
-        self.before_pack: Callable[[], None] = lambda: None  # what it raises leaves the step half done
+        self.before_pack: Callable[[], None] = lambda: None  # what it raises leaves step or evaluation half done
         self.divergence: Tensor | None = None  # from the teacher, of the last training pass, in nats a taught token
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
@@ -143,6 +143,7 @@ class Executor:
     def _divergence_from_base(self, samples: Sequence[Sample]) -> Tensor:
         total = torch.zeros((), device=self.device)
         for pack in self.packs(samples):
+            self.before_pack()
             batch = self._on_device(pack)
             taught = torch.ones(sum(sample.num_supervised for sample in pack), dtype=torch.bool)
             total += self.model(**batch, teacher=batch, taught=taught, distill_weight=1.0, num_items_in_batch=1).loss
@@ -167,6 +168,7 @@ class Executor:
         found: dict[int, Tensor] = {}
         with self.evaluation_mode():
             for pack in self.packs(samples):
+                self.before_pack()
                 found |= dict(zip(map(id, pack), of_pack(pack), strict=True))
         return torch.stack([found[id(sample)] for sample in samples]).tolist() if samples else []
 

@@ -1,6 +1,6 @@
 """The attention kernels of a model, tried before a run and replaced by name where they are wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -23,15 +23,18 @@ class WrongKernel:
     replaced_by: str
 
 
-def check_kernels(model: Qwen3AudioForConditionalGeneration, longest: int) -> list[WrongKernel]:
+def check_kernels(
+    model: Qwen3AudioForConditionalGeneration, longest: int, before_trial: Callable[[], None] = lambda: None
+) -> list[WrongKernel]:
     """Tries the kernels that this model's attention uses, on each of its devices, and replaces those that are wrong.
 
-    longest: tokens of the longest row that the run may have. What earlier calls replaced is tried anew. Touches neither
-    weights nor generators. Raises NumericalError where no kernel is right.
+    longest: tokens of the longest row that the run may have. before_trial: what it raises ends the check. What earlier
+    calls replaced is tried anew. Touches neither weights nor generators. Raises NumericalError where no kernel is
+    right.
     """
     kernels.restore_kernels()
     findings: list[WrongKernel] = []
-    while (wrong := _first_wrong(model, longest)) is not None:
+    while (wrong := _first_wrong(model, longest, before_trial)) is not None:
         name, fault = wrong
         replaced_by = kernels.replace_kernel(name)
         if replaced_by is None:
@@ -43,14 +46,18 @@ def check_kernels(model: Qwen3AudioForConditionalGeneration, longest: int) -> li
     return findings
 
 
-def _first_wrong(model: Qwen3AudioForConditionalGeneration, longest: int) -> tuple[str, Fault] | None:
+def _first_wrong(
+    model: Qwen3AudioForConditionalGeneration, longest: int, before_trial: Callable[[], None]
+) -> tuple[str, Fault] | None:
     """The first kernel in use that is wrong."""
     for attention in attentions(model):
         in_encoder = attention.owner == "encoder"
         tokens = model.config.audio_config.max_source_positions if in_encoder else longest
         for name, kernel, packed in kernels_in_use(attention, padded=not in_encoder):
-            if (fault := first_fault(kernel, trials(attention, tokens, packed=packed))) is not None:
-                return name, fault
+            for case in trials(attention, tokens, packed=packed):
+                before_trial()
+                if (fault := first_fault(kernel, [case])) is not None:
+                    return name, fault
     return None
 
 

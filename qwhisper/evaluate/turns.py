@@ -8,7 +8,7 @@ import numpy as np
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message
 from qwhisper.data.dialogue_audio import DialogueAudio
 from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.loader import EncodedDialogues, Rejection, read_in_order
+from qwhisper.data.loader import Rejection, read_in_order
 from qwhisper.data.rows import IGNORE, Sample
 
 
@@ -60,6 +60,21 @@ def answer_row(encoder: DialogueEncoder, turn: Turn, audio: DialogueAudio | None
     return replace(row, labels=labels, answer_spans=[(start, end)])
 
 
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Turns that are read together; named by the first one's dialogue."""
+
+    turns: Sequence[Turn]
+
+    @property
+    def id(self) -> str:
+        return self.turns[0].dialogue.id
+
+    @property
+    def source(self) -> str:
+        return self.turns[0].dialogue.source
+
+
 def answer_rows(
     groups: Sequence[Sequence[Turn]], encoder: DialogueEncoder, num_workers: int = 0
 ) -> Generator[list[Sample] | None]:
@@ -67,16 +82,9 @@ def answer_rows(
 
     Reads as many groups as are asked for, and with workers a few ahead. Raises DataError as `read_in_order` does.
     """
-    for (item,) in read_in_order(_AnswerRows(groups, encoder), num_workers, chunk=1):
+    for (item,) in read_in_order([_Group(turns) for turns in groups], encoder, num_workers, rows=_rows, chunk=1):
         yield None if isinstance(item, Rejection) else item
 
 
-class _AnswerRows(EncodedDialogues):
-    """Item i: the rows of group i."""
-
-    def __init__(self, groups: Sequence[Sequence[Turn]], encoder: DialogueEncoder):
-        super().__init__([group[0].dialogue for group in groups], encoder)
-        self.groups = groups
-
-    def rows(self, index: int) -> list[Sample]:
-        return [answer_row(self.encoder, turn) for turn in self.groups[index]]
+def _rows(encoder: DialogueEncoder, group: _Group) -> list[Sample]:
+    return [answer_row(encoder, turn) for turn in group.turns]

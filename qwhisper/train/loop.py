@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from qwhisper.checkpoint.names import checkpoint_name
 from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.data.encode import LAID_OUT_AGAIN
 from qwhisper.data.loader import StepSamples
+from qwhisper.data.processes import Poll
 from qwhisper.engine.executor import generators_as_now
 from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.decide import Decision, decide
@@ -71,12 +73,14 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
     drop_gradients(session.groups)
     session.scheduler.step()
 
-    passes_before = session.state.epoch
+    passes_before = session.source.passes(session.state.position)
     session.state.step += 1
-    session.state.epoch, session.state.offset = fetched.epoch, fetched.offset
+    session.state.position = fetched.position
     session.state.supervised_tokens += tokens
     session.state.learning.observe(
-        statistics.loss, 0 if skipped else tokens, pass_ended=session.state.epoch > passes_before
+        statistics.loss,
+        0 if skipped else tokens,
+        pass_ended=session.source.passes(session.state.position) > passes_before,
     )
     if fetched.samples:
         guards.feed(statistics, decision)
@@ -96,14 +100,13 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
     )
 
 
-def train(session: Session, steps: Iterator[StepSamples]) -> int:
-    """Runs to the end, or to a signal, and leaves a checkpoint.
+def train(session: Session, steps: Iterator[StepSamples], signals: StopSignals) -> int:
+    """Runs to the end, or to a signal, and leaves a checkpoint. steps: polls `signals` where it waits.
 
     Returns the exit code: 0, or 128 + the number of a signal that left something to do. Raises DiskError where the last
     one can't be written.
     """
-    with StopSignals() as signals:
-        saved = take_steps(session, steps, signals)
+    saved = take_steps(session, steps, signals)
     session.fire("on_train_end")
     if not saved:
         newest, _ = newest_usable(session.log.folder)
@@ -135,8 +138,10 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
             last_saved = state.step if is_best(session) and try_to_save(session) else None
         while state.step < session.total_steps and not session.hooks.control.should_training_stop:
             begun = time.perf_counter()
-            fetched = signals.unless_stopped(lambda: next(steps))
-            if fetched is None:
+            try:
+                signals.poll()
+                fetched = next(steps)
+            except Stopped:
                 break
             put_back = as_before_step(session)
             session.fire("on_step_begin")
@@ -214,17 +219,15 @@ def quarantine(session: Session, fetched: StepSamples) -> None:
     for rejection in fetched.rejections:
         session.state.bad_samples += 1
         session.log.quarantine(**dataclasses.asdict(rejection), step=session.state.step)
-    for sample in fetched.samples if session.state.epoch == 0 else []:
+    passes_done = session.source.passes(session.state.position)
+    for sample in fetched.samples if passes_done == 0 else []:
         if said := [*sample.events, *sample.notes]:  # a long dialogue cut at a turn, and the like
             session.report(SampleChanged(samples=[sample.id], what=said))
-    passes = 1 + session.state.epoch
-    if (
-        fetched.rejections
-        and session.state.bad_samples > session.args.max_bad_fraction * session.num_dialogues * passes
-    ):
+    most = session.args.max_bad_fraction * session.num_dialogues * (1 + passes_done)
+    if fetched.rejections and session.state.bad_samples > most:
         raise DataError(
             f"{session.state.bad_samples} times a dialogue could not be used (of {session.num_dialogues}, in pass "
-            f"{passes} over them), more than --max_bad_fraction {session.args.max_bad_fraction}; the last: "
+            f"{1 + passes_done} over them), more than --max_bad_fraction {session.args.max_bad_fraction}; the last: "
             f"{fetched.rejections[-1].reason}. All are in {session.log.folder / 'quarantine.jsonl'}: repair or remove "
             "them, or raise the bound"
         )
@@ -280,7 +283,7 @@ def held_out_loss(session: Session, signals: StopSignals) -> float | None:
     """
     again: dict[str, list[str]] = {}
     try:
-        loss = signals.unless_stopped(lambda: loss_in_portions(session, again))
+        loss = signals.unless_stopped(session.executor, lambda: loss_in_portions(session, signals.poll, again))
     except (MemoryLimitError, DataError) as error:
         session.state.evaluated = session.state.step
         session.report(NotEvaluated(error=str(error)))
@@ -290,17 +293,18 @@ def held_out_loss(session: Session, signals: StopSignals) -> float | None:
     return loss
 
 
-def loss_in_portions(session: Session, again: dict[str, list[str]]) -> float:
+def loss_in_portions(session: Session, poll: Poll, again: dict[str, list[str]]) -> float:
     """Over all supervised tokens of the held-out dialogues. again: takes the events of those that were laid out again,
-    by their samples' ids.
+    by their samples' ids. Raises what `poll` raises in a wait.
     """
     losses, tokens = [], []
-    for samples in session.held_out.portions(session.args.dataloader_num_workers):
-        losses.append(session.executor.evaluate(samples))
-        tokens.append(sum(sample.num_supervised for sample in samples))
-        for sample in samples:
-            if events := [event for event in sample.events if event.startswith(LAID_OUT_AGAIN)]:
-                again[sample.id] = events
+    with closing(session.held_out.portions(session.args.dataloader_num_workers, poll)) as portions:
+        for samples in portions:
+            losses.append(session.executor.evaluate(samples))
+            tokens.append(sum(sample.num_supervised for sample in samples))
+            for sample in samples:
+                if events := [event for event in sample.events if event.startswith(LAID_OUT_AGAIN)]:
+                    again[sample.id] = events
     return sum(loss * (count / sum(tokens)) for loss, count in zip(losses, tokens, strict=True))
 
 

@@ -28,7 +28,8 @@ def watch(
     state, probe, found = session.state, session.probe, None
     due = probe is not None and probe.due(state.step, report.seconds)
     if probe and (due or state.step == session.total_steps):
-        found = signals.unless_stopped(lambda: probe.measure(ask=due and state.step >= probe.asks_from))
+        asks = due and state.step >= probe.asks_from
+        found = signals.unless_stopped(session.executor, lambda: probe.measure(ask=asks))
     if found is not None:
         state.learning.gain, state.learning.noise, state.learning.probed = found.gain, found.noise, state.step
         session.measured(as_facts(found), as_line(found))

@@ -147,8 +147,13 @@ class ListeningProbe:
 
     def text_shift(self) -> float | None:
         if self.text is None:
-            with self.executor.evaluation_mode():
-                self.text = own_answers(self.executor.model, self.encoder, TEXT_ROWS)
+            # Minutes on a CPU: polled before each token, as between packs.
+            polling = self.executor.model.register_forward_pre_hook(lambda *_: self.executor.before_pack())
+            try:
+                with self.executor.evaluation_mode():
+                    self.text = own_answers(self.executor.model, self.encoder, TEXT_ROWS)
+            finally:
+                polling.remove()
         return self.executor.shift_from_base(self.text) if self.text else None
 
     def _ask(self) -> tuple[Score | None, Score | None]:

@@ -5,6 +5,7 @@ Everything that can be refused is refused before a model is loaded.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.data import leakage
 from qwhisper.data.dialogue import Dialogue, in_words, read_dialogues, unused_notes
-from qwhisper.data.loader import EncodedDialogues, step_samples
+from qwhisper.data.loader import step_samples
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.errors import MemoryLimitError, first_line
 from qwhisper.locks import run_lock
@@ -29,6 +30,7 @@ from qwhisper.train.models import build_model
 from qwhisper.train.plan import longest_row, resolve
 from qwhisper.train.resume import refuse_missing_data, saved_arguments
 from qwhisper.train.session import Session, build_session, restore
+from qwhisper.train.signals import Stopped, StopSignals
 from qwhisper.train.start import (
     find_resume_point,
     put_later_aside,
@@ -102,8 +104,8 @@ def prepare_and_go(
     on_begin(session)
 
     def work() -> int:
-        try_kernels(session)
-        return go(session, dialogues)
+        with StopSignals() as signals:
+            return go(session, signals)
 
     return in_events(session, resumed, work)
 
@@ -125,17 +127,19 @@ def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
     return dialogues, held_out
 
 
-def go(session: Session, dialogues: list[Dialogue]) -> int:
+def go(session: Session, signals: StopSignals) -> int:
     args, state = session.args, session.state
+    with suppress(Stopped):  # `train` then ends before its first step
+        try_kernels(session, signals)
     steps = step_samples(
-        EncodedDialogues(dialogues, session.encoder),
-        samples_per_step=args.samples_per_step,
-        seed=args.seed,
-        epoch=state.epoch,
-        offset=state.offset,
+        session.source,
+        session.encoder,
+        position=state.position,
         num_workers=args.dataloader_num_workers,
+        poll=signals.poll,
     )
-    code = train(session, steps)
+    with closing(steps):
+        code = train(session, steps, signals)
     if code:
         saved = bool(checkpoints(session.log.folder))  # not before the first step
         go_on = resume_command(session.log.folder) if saved else start_command(session.log.folder)
@@ -177,8 +181,8 @@ def announce(session: Session) -> None:
         )
 
 
-def try_kernels(session: Session) -> None:
+def try_kernels(session: Session, signals: StopSignals) -> None:
     """Every attention kernel that this run uses, on this device, against fp32; a wrong one is named and replaced."""
     longest = longest_row(session.args, session.executor.max_tokens_per_pack)
-    for wrong in check_kernels(session.executor.model, longest):
+    for wrong in check_kernels(session.executor.model, longest, signals.poll):
         session.report(KernelReplaced(**dataclasses.asdict(wrong)))

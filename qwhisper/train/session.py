@@ -15,6 +15,7 @@ from qwhisper.checksums import checksums
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.held_out import HeldOut, hold_out
+from qwhisper.data.source import ShuffledDialogues, Source
 from qwhisper.disk import file_sha256
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
@@ -49,6 +50,7 @@ class Session:
 
     args: TrainArguments
     plan: Plan
+    source: Source
     num_dialogues: int
     groups: Groups
     optimizer: torch.optim.Optimizer
@@ -174,6 +176,7 @@ def build_session(
     return Session(
         args=args,
         plan=plan,
+        source=ShuffledDialogues(dialogues=dialogues, samples_per_step=args.samples_per_step, seed=args.seed),
         num_dialogues=len(dialogues),
         groups=groups,
         optimizer=optimizer,

@@ -1,6 +1,7 @@
-"""SIGINT, SIGTERM and SIGHUP while training: noted, and acted on between two steps, or where nothing is half done.
+"""SIGINT, SIGTERM and SIGHUP while training: noted when they come, and asked for where nothing is half done.
 
-A step that takes long is given up between two of its packs, so that the checkpoint comes within 30 s.
+A signal never raises by itself. Every wait asks at least once a second, an evaluation between its packs. A step that
+takes long is given up between two of its packs, so that the checkpoint comes within 30 s.
 """
 
 import signal
@@ -8,6 +9,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
+
+from qwhisper.engine.executor import Executor
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 10.0  # for the step that a signal comes in; the pack in hand and the save have what is left of 30
@@ -27,7 +30,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._at_once = False
         self._last_quiet = time.monotonic()
         self._previous: dict[int, Any] = {}
 
@@ -43,8 +45,10 @@ class StopSignals:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
-        if self._at_once:
-            self._at_once = False
+
+    def poll(self) -> None:
+        """To be called in every wait, and between packs that may be left at once. Raises Stopped if a signal came."""
+        if self.received is not None:
             raise Stopped
 
     def between_packs(self) -> None:
@@ -59,19 +63,16 @@ class StopSignals:
         elif now - self._last_quiet >= GRACE_SECONDS:
             raise Stopped
 
-    def unless_stopped(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns, or None if a signal came before or meanwhile.
+    def unless_stopped(self, executor: Executor, work: Callable[[], T]) -> T | None:
+        """What `work` returns, or None if a signal came before or meanwhile: the executor polls before each pack.
 
-        For what may take long, such as waiting for data or an evaluation, and may be left anywhere without harm.
+        For what may take long, such as an evaluation, and may be left between two packs without harm.
         """
+        before_pack, executor.before_pack = executor.before_pack, self.poll
         try:
-            self._at_once = True
-            if self.received:
-                return None
-            result = work()
-            self._at_once = False
-            return result
+            self.poll()
+            return work()
         except Stopped:
             return None
         finally:
-            self._at_once = False
+            executor.before_pack = before_pack

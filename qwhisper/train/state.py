@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qwhisper.checkpoint.facts import refuse_another_step
 from qwhisper.checkpoint.names import GENERATOR_FILE, OPTIMIZER_FILE, STATE_FILE, is_checkpoint_name
+from qwhisper.data.source import Position, check_position, epoch_position
 from qwhisper.errors import CheckpointError
 from qwhisper.files import read_json
 from qwhisper.guards.alarms import Alarms
@@ -29,14 +30,13 @@ from qwhisper.typed_json import ADDED_LATER, from_json
 class TrainState:
     """Where a run stands.
 
-    step: optimizer steps done, skipped ones included; epoch and offset: the sampler's position. evaluated: the step of
-    the last evaluation. kinds: of question, in the data that was trained on. saved_with: SHA-256 of the tensor files
-    of the same save, by name; empty in checkpoints that are older than this field.
+    step: optimizer steps done, skipped ones included; position: of the source of dialogues, which alone looks inside.
+    evaluated: the step of the last evaluation. kinds: of question, in the data that was trained on. saved_with: SHA-256
+    of the tensor files of the same save, by name; empty in checkpoints that are older than this field.
     """
 
     step: int = 0
-    epoch: int = 0
-    offset: int = 0
+    position: Position = None
     skipped_steps: int = 0
     bad_samples: int = 0
     supervised_tokens: int = 0
@@ -68,6 +68,8 @@ class TrainState:
         path = folder / STATE_FILE
         values = read_json(path)
         try:
+            if isinstance(values, dict) and "position" not in values:  # in older checkpoints
+                values["position"] = epoch_position(values.pop("epoch", None), values.pop("offset", None))
             state = from_json(cls, values)
             state._check()
             if "told" not in values["guards"]["clamp"]:  # in older checkpoints: what was clamped is not named again
@@ -89,6 +91,7 @@ class TrainState:
         for name in ("skipped_steps", "evaluated"):
             if counters[name] > self.step:
                 raise ValueError(f"{name} is {counters[name]} of {self.step} steps")
+        check_position(self.position)
         if self.max_tokens_per_pack == 0:
             raise ValueError("max_tokens_per_pack is 0")
         for name, factor in (("lr_factor", self.guards.lr_factor), ("rate.factor", self.guards.rate.factor)):

@@ -9,7 +9,7 @@ from qwhisper.data.clips import AudioClip
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.held_out import hold_out
-from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.loader import encode_all
 from qwhisper.errors import DataError
 from tests.data.conftest import reply, user
 from tests.small import small_tokenizer, tone
@@ -39,12 +39,12 @@ def dialogues(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_no_audio_is_kept_and_portions_are_all_samples(encoder, dialogues, monkeypatch, num_workers):
-    expected, rejected = encode_all(EncodedDialogues(dialogues, encoder))
+    expected, rejected = encode_all(dialogues, encoder)
     audio_bytes = sum(window.nbytes for sample in expected for window in sample.windows)
     held, rejections = hold_out(dialogues, encoder, num_workers)
     assert rejections == rejected and [rejection.id for rejection in rejections] == ["d2"]
     assert (len(held), held.num_rows) == (19, 20)
-    assert len(pickle.dumps(held.layouts)) < audio_bytes / 50
+    assert len(pickle.dumps(held.dialogues)) < audio_bytes / 50
 
     (portion,) = held.portions(num_workers)
     monkeypatch.setattr(held_out, "PORTION_SAMPLES", 5 * SECONDS * 16_000)
@@ -82,7 +82,7 @@ def test_a_clip_that_is_another_one_now_is_laid_out_again(encoder, dialogues, tm
     held, _ = hold_out(dialogues, encoder)
     soundfile.write(tmp_path / "5.wav", tone(300, 1.0), 16_000)
     (samples,) = held.portions()
-    now, _ = encode_all(EncodedDialogues(dialogues, encoder))
+    now, _ = encode_all(dialogues, encoder)
     assert [sample.input_ids.tolist() for sample in samples] == [sample.input_ids.tolist() for sample in now]
     assert {sample.id: sample.events for sample in samples if sample.events} == {
         "d5": [f"laid out again: {tmp_path.resolve()}/5.wav has 16000 samples at 16 kHz, and was laid out with 48000"]

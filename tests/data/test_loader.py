@@ -1,111 +1,102 @@
-"""Processes that work ahead: the same results in the same order, however many there are."""
+"""Rows of each step, read by processes that may die: the same samples, with any number of them, from any script."""
 
 import dataclasses
 import errno
 import itertools
 import json
-import multiprocessing
 import os
+import re
 import signal
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from qwhisper.data import loader as workers
-from qwhisper.data.loader import EncodedDialogues, WorkerDied, how_it_dies, step_samples, work_ahead
-from qwhisper.errors import DataError
+from qwhisper.data import loader, processes
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.light_tokenizer import dumps
+from qwhisper.data.loader import step_samples
+from qwhisper.data.source import ShuffledDialogues, epoch_position
 from qwhisper.train.run import main
+from tests.data.conftest import CHATML, byte_tokenizer, dialogue_of, reply, user
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.kill_shim import fail
 from tests.test_faults.lives import At
 from tests.train.helpers import checkpoint_tensors, same_bits
 from tests.train.test_resume import StopAfter
+from tests.workers import CrashingReader, worker_pids
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
-@pytest.mark.parametrize("count", [0, 1, 3, 20])
-def test_results_come_in_the_order_of_the_tasks(num_workers, count):
-    results = list(work_ahead(lambda n: n * n, iter(range(count)), num_workers))
-    assert results == [(n, n * n) for n in range(count)]
+@pytest.fixture
+def encoder(frames) -> DialogueEncoder:
+    return DialogueEncoder(byte_tokenizer(CHATML), frames, audio_token_id=300)
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_no_more_is_asked_for_than_two_tasks_a_worker_ahead(num_workers):
-    taken = []
-    tasks = (taken.append(n) or n for n in range(100))
-    results = work_ahead(lambda n: n, tasks, num_workers)
-    next(results)
-    assert len(taken) == 2 * num_workers + 1
-    results.close()
+SCRIPT = """
+import pickle, sys
+import qwhisper
+from qwhisper.data.loader import step_samples
+from qwhisper.data.source import ShuffledDialogues
+
+dialogues, encoder = pickle.load(open("encoder.pickle", "rb"))
+source = ShuffledDialogues(dialogues=dialogues, samples_per_step=2, seed=0)
+steps = step_samples(source, encoder, num_workers=2)
+print([sample.id for _ in range(3) for sample in next(steps).samples], qwhisper.__file__)
+"""
+EXEC = "import sys; exec(sys.stdin.read(), {'__name__': '__main__'})"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_crosses_with_its_type_and_message(num_workers):
-    def work(n):
-        if n == 3:
-            raise DataError("line 3 is empty")
-        return n
-
-    results = work_ahead(work, itertools.count(), num_workers)
-    assert [result for _, result in itertools.islice(results, 3)] == [0, 1, 2]
-    with pytest.raises(DataError, match="line 3 is empty"):
-        next(results)
-
-
-def test_an_error_that_cannot_cross_is_told():
-    class Odd(Exception):
-        def __init__(self, one, two):
-            super().__init__(one)
-
-    def work(n):
-        raise Odd("the reason", 2)
-
-    with pytest.raises(RuntimeError, match="the reason"):
-        list(work_ahead(work, iter([1]), 1))
+@pytest.mark.parametrize("how", ["script", "stdin", "exec", "zip"])
+def test_a_script_without_a_main_guard_and_a_notebook_read_with_workers(tmp_path, encoder, how):
+    dialogues = [replace(dialogue_of(user("Pitch?"), reply("low")), id=str(n)) for n in range(6)]
+    (tmp_path / "encoder.pickle").write_bytes(dumps((dialogues, encoder)))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    if how == "zip":
+        with zipfile.ZipFile(tmp_path / "app.zip", "w") as archive:
+            archive.write(tmp_path / "script.py", "__main__.py")
+            for path in (ROOT / "qwhisper").rglob("*.py"):
+                archive.write(path, path.relative_to(ROOT))
+    arguments = {"script": ["script.py"], "stdin": ["-"], "exec": ["-c", EXEC], "zip": ["app.zip"]}[how]
+    done = run_python(arguments, tmp_path, SCRIPT, with_package=how != "zip")
+    read, _, place = done.partition("] ")
+    assert sorted(re.findall(r"\d", read)) == list("012345") and done.count("\n") == 1
+    assert place.startswith(str(tmp_path / "app.zip" if how == "zip" else ROOT))
 
 
-def test_large_results_cross_whole():
-    results = work_ahead(lambda n: bytes([n]) * 5_000_000, iter(range(4)), 2)
-    assert all(result == bytes([n]) * 5_000_000 for n, result in results)
+def run_python(arguments: list[str], folder: Path, given: str, *, with_package: bool = True) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT) if with_package else ""}
+    done = subprocess.run(
+        [sys.executable, *arguments], input=given, cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_a_death_is_told_with_its_signal():
-    def work(n):
-        return os.kill(os.getpid(), n) if n else n
-
-    results = work_ahead(work, iter([0, 9, 0]), 1)
-    assert next(results) == (0, 0)
-    with pytest.raises(WorkerDied, match="signal 9"):
-        next(results)
-    assert how_it_dies(work, 9) == "signal 9" and how_it_dies(work, 0) is None
-    assert how_it_dies(lambda n: os._exit(3), 0) == "exit code 3"
-    assert how_it_dies(lambda n: 1 / n, 0) is None
-
-
-def test_a_worker_that_does_not_answer_is_given_up(monkeypatch):
-    monkeypatch.setattr(workers, "ANSWER_SECONDS", 1.0)
-    results = work_ahead(lambda n: signal.pause() if n else n, iter([0, 1, 0]), 1)
-    assert next(results) == (0, 0)
-    with pytest.raises(WorkerDied, match="no answer in 1 s"):
-        next(results)
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
-def test_a_process_that_cannot_be_started_is_a_death_and_no_fault_of_the_task(monkeypatch, number):
-    monkeypatch.setattr(os, "fork", fail(number))
-    with pytest.raises(WorkerDied, match=f"no process could be started .{os.strerror(number)}."):
-        next(work_ahead(lambda n: n, iter([0]), 2))
-    assert how_it_dies(lambda n: n, 0) is None
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["script", "stdin"])
+def test_training_from_a_script_without_a_main_guard_and_from_a_notebook(arguments, tmp_path, how):
+    values = vars(arguments(max_steps=3, save_steps=3, dataloader_num_workers=2))
+    script = (
+        "from qwhisper.train.arguments import TrainArguments\nfrom qwhisper.train.run import main\n"
+        f"print('exit code', main(TrainArguments(**{values!r})))\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    said = run_python(["script.py"] if how == "script" else ["-"], tmp_path, script)
+    assert said.count("exit code 0") == said.count("exit code") == 1
 
 
 def test_a_run_that_can_start_no_process_again_ends_with_advice_and_quarantines_nothing(arguments, monkeypatch):
     args = arguments(dataloader_num_workers=2, max_steps=9)
 
     def killed_by_the_system():
-        monkeypatch.setattr(os, "fork", fail(errno.EAGAIN))
-        for process in multiprocessing.active_children():
-            process.kill()
+        monkeypatch.setattr(processes, "_start", lambda descriptor: fail(errno.EAGAIN)())
+        for pid in worker_pids():
+            os.kill(pid, signal.SIGKILL)
 
     outcome = outcome_of(args, [At(3, killed_by_the_system)])
     assert outcome.code == 3, outcome.message
@@ -113,29 +104,33 @@ def test_a_run_that_can_start_no_process_again_ends_with_advice_and_quarantines_
     assert not (Path(args.output_dir) / "quarantine.jsonl").exists()
 
 
-@pytest.mark.parametrize("position", [(0, 0), (0, 4), (1, 8)])
-def test_same_samples_from_any_position_with_any_number_of_workers(position):
-    class Numbers(EncodedDialogues):
-        def __init__(self):
-            super().__init__(list(range(12)), None)
+@pytest.mark.parametrize("position", [None, epoch_position(0, 4), epoch_position(1, 8)])
+def test_same_samples_from_any_position_with_any_number_of_workers(encoder, position):
+    dialogues = [replace(dialogue_of(user("Pitch?"), reply(str(n))), id=str(n)) for n in range(12)]
+    source = ShuffledDialogues(dialogues=dialogues, samples_per_step=4, seed=1)
 
-        def __getitem__(self, index):
-            return [index]
-
-    epoch, offset = position
-    taken = [
-        [
-            (step.samples, step.epoch, step.offset)
-            for step in itertools.islice(
-                step_samples(
-                    Numbers(), samples_per_step=4, seed=1, epoch=epoch, offset=offset, num_workers=num_workers
-                ),
-                7,
-            )
+    def taken(num_workers: int) -> list:
+        steps = step_samples(source, encoder, position=position, num_workers=num_workers)
+        return [
+            ([(sample.id, sample.labels.tolist()) for sample in step.samples], step.position)
+            for step in itertools.islice(steps, 7)
         ]
-        for num_workers in (0, 2, 4)
-    ]
-    assert taken[0] == taken[1] == taken[2]
+
+    assert taken(0) == taken(2)
+    assert len(taken(0)[0][0]) == 4
+
+
+def test_what_kills_its_reader_is_named_and_the_rest_is_read(encoder, monkeypatch):
+    dialogues = [replace(dialogue_of(user("hi"), reply("yes")), id=name) for name in ("a", "killer", "b")]
+    monkeypatch.setattr(loader, "DialogueReader", partial(CrashingReader, ids=frozenset({"killer"})))
+    first, killer, last = [item for (item,) in loader.read_in_order(dialogues, encoder, 1, chunk=1)]
+    assert killer.reason == "t.jsonl:1: a process that reads it is lost (signal 9); convert it, or leave it out"
+    expected = encoder.encode(dialogues[0]).input_ids.tolist()
+    assert [row.input_ids.tolist() for row in (*first, *last)] == [expected] * 2
+    assert worker_pids() == []
+
+
+# An added token after white space, typed ones, accents, an answer with reasoning, one with calls.
 
 
 def test_resume_is_bit_exact_with_four_workers_and_keeps_the_pack_size(arguments, tmp_path):

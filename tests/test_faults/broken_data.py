@@ -13,7 +13,7 @@ from qwhisper.data import audio, dialogue_audio
 from qwhisper.data.check import check_dataset
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.loader import DialogueReader, encode_all
 from qwhisper.errors import BadClipError, QwhisperError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.processing_qwen3_audio import add_audio_token
@@ -106,7 +106,7 @@ class BrokenRun:
             max_length=max_length,
         )
         try:
-            samples, rejections = encode_all(EncodedDialogues(read_dialogues(self.train_file), encoder))
+            samples, rejections = encode_all(read_dialogues(self.train_file), encoder)
         except QwhisperError as error:
             self.reading = Reading(error.exit_code, str(error))
         except Exception as error:  # a crash is an outcome, and no guarantee allows it
@@ -193,8 +193,7 @@ def decoder_errors_let_through(monkeypatch) -> None:
 
 def no_rejections(monkeypatch) -> None:
     """A dialogue that can't be encoded raises in the loader."""
-    encoded = lambda self, index: self.encoder.encode_rows(self.dialogues[index])  # noqa: E731
-    monkeypatch.setattr(EncodedDialogues, "__getitem__", encoded)
+    monkeypatch.setattr(DialogueReader, "read", lambda self, dialogue: self.encoder.encode_rows(dialogue))
 
 
 def silence_stands_in(monkeypatch) -> None:

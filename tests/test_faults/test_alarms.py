@@ -38,7 +38,7 @@ def raised_by(run, steps: Sequence[list], *, look_at_weights: bool = False) -> l
     alarms, raised = Alarms(), []
     for samples in steps:
         rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
-        report = train_step(run, StepSamples(samples, [], 0, 0))
+        report = train_step(run, StepSamples(samples, []))
         facts = StepFacts(
             step=run.state.step,
             loss=report.loss,
@@ -157,7 +157,7 @@ def test_base_weight_changed(guard, run):
     run, samples = run
     model = run.executor.model
     before = checksums(frozen_parameters(model))
-    train_step(run, StepSamples(samples[:2], [], 0, 0))
+    train_step(run, StepSamples(samples[:2], []))
     name, weight = next((name, p) for name, p in frozen_parameters(model) if "layers.1.mlp.down_proj" in name)
     weight.detach().view(torch.int32)[3, 5] ^= 1
     found = changed(before, checksums(frozen_parameters(model)))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from transformers import TrainerCallback
 
 from qwhisper.checkpoint import folders
 from qwhisper.checkpoint.folders import checkpoints
+from qwhisper.data import loader
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.held_out import hold_out
-from qwhisper.data.loader import EncodedDialogues
 from qwhisper.engine.executor import Executor
 from qwhisper.guards import snapshot
 from qwhisper.model.processor import Qwen3AudioProcessor
@@ -31,6 +32,7 @@ from tests.test_faults.inject import (
 )
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, read_lines, step
+from tests.workers import CrashingReader
 
 VALUES = {"max_steps": 4, "save_steps": 2, "freeze_projector_steps": 0, "early_lr_steps": 0}
 
@@ -209,7 +211,9 @@ def test_resumed_from_an_older_one(arguments, capsys):
     "a held-out clip that kills the process that reads it",
     of="data",
     guarantee="with data workers the dialogue is rejected by name, and the trainer lives",
-    without=lambda monkeypatch: monkeypatch.setattr(EncodedDialogues, "reject_killers", lambda self, indices: []),
+    without=lambda monkeypatch: monkeypatch.setattr(
+        loader.DialogueReader, "reject_killers", lambda self, dialogues: []
+    ),
 )
 def test_a_killer_among_the_held_out(arguments, monkeypatch):
     args = arguments()
@@ -217,14 +221,7 @@ def test_a_killer_among_the_held_out(arguments, monkeypatch):
     processor = Qwen3AudioProcessor.from_pretrained(save_checkpoint(run))
     encoder = encoder_for(args, processor, run.executor.model)
     dialogues = read_dialogues(args.train_file)
-    honest = EncodedDialogues.__getitem__
-
-    def read(self, index):
-        if index == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return honest(self, index)
-
-    monkeypatch.setattr(EncodedDialogues, "__getitem__", read)
+    monkeypatch.setattr(loader, "DialogueReader", partial(CrashingReader, ids=frozenset({"d3"})))
     try:
         held_out, rejections = hold_out(dialogues, encoder, num_workers=1)
     except Exception:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from qwhisper.data import clips, files
 from qwhisper.data.audio import load_audio
-from qwhisper.data.sampler import epoch_order
+from qwhisper.data.source import epoch_order
 from qwhisper.errors import BadClipError
 from qwhisper.train import loop
 from tests.test_faults import broken_data as broken

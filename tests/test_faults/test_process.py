@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 import json
-import multiprocessing
+import math
 import os
 import select
 import signal
-import threading
+import socket
+import subprocess
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +23,7 @@ from qwhisper import locks
 from qwhisper.checkpoint import folders, reading
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.checkpoint.reading import newest_usable
-from qwhisper.data import loader as dataset
-from qwhisper.data import loader as workers
-from qwhisper.data.loader import EncodedDialogues
+from qwhisper.data import loader, processes, worker
 from qwhisper.errors import UsageError
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.train.run import main
@@ -31,6 +33,7 @@ from tests.test_faults.kill_shim import in_child, kill
 from tests.test_faults.lives import At, end_state
 from tests.test_faults.matrix import fault
 from tests.train.helpers import read_lines, same_bits
+from tests.workers import CrashingReader, ExitingReader, Hangs, NeverComes, die, worker_pids
 
 pytestmark = pytest.mark.trains_in_forks
 
@@ -38,8 +41,8 @@ SECONDS = 5  # after which something that should come at once is taken not to co
 
 
 def signals_wait(monkeypatch) -> None:
-    """A signal is looked at between steps alone."""
-    monkeypatch.setattr(StopSignals, "unless_stopped", lambda self, work: None if self.received else work())
+    """A signal is asked for between steps alone."""
+    monkeypatch.setattr(StopSignals, "poll", lambda self: None)
 
 
 @fault(
@@ -74,30 +77,21 @@ def test_evaluation_is_left_at_a_signal(arguments, train_file, monkeypatch):
     guarantee="the wait is left at once, a checkpoint is written, exit code 130",
     without=signals_wait,
 )
-def test_waiting_for_data_is_left_at_a_signal(arguments, monkeypatch):
+def test_waiting_for_data_is_left_at_a_signal(arguments, tmp_path, monkeypatch):
     args = arguments(max_steps=5, save_steps=100, dataloader_num_workers=1)
-    is_waiting, waits = os.pipe()
-    nothing_comes, _ = os.pipe()
-    honest_items, trainer, tasks = EncodedDialogues.items, os.getpid(), iter(range(100))
-    honest_answer, answers = workers._Worker.answer, iter(range(100))
+    never = NeverComes(trainer=os.getpid(), after_steps=3, waits=tmp_path / "waits", seconds=SECONDS)
+    honest, answers = processes.Worker.answer, iter(range(100))
 
-    def answer(self):
-        if next(answers) == 3:
-            os.write(waits, b".")
-        return honest_answer(self)
+    def answer(self, poll=processes.nothing):
+        if next(answers) == never.after_steps:
+            never.waits.touch()
+        return honest(self, poll)
 
-    def items(self, indices):
-        if os.getpid() != trainer and next(tasks) == 3:  # counted in the worker
-            os.read(is_waiting, 1)
-            os.kill(trainer, signal.SIGINT)
-            select.select([nothing_comes], [], [], SECONDS)
-        return honest_items(self, indices)
-
-    monkeypatch.setattr(workers._Worker, "answer", answer)
-    monkeypatch.setattr(EncodedDialogues, "items", items)
+    monkeypatch.setattr(processes.Worker, "answer", answer)
+    monkeypatch.setattr(loader, "DialogueReader", lambda encoder: replace(never, encoder=encoder))
     assert outcome_of(args).code == 128 + signal.SIGINT
     assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-3", "it waited for the samples"
-    assert not multiprocessing.active_children()
+    assert worker_pids() == []
 
 
 @fault(
@@ -122,21 +116,17 @@ def test_second_signal_in_the_save(arguments, monkeypatch):
     assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-2"
 
 
-def worker_pids() -> list[int]:
-    return [process.pid for process in multiprocessing.active_children()]
-
-
 def deaths_are_let_through(monkeypatch) -> None:
     """A dead worker is an error of the run, as in torch's DataLoader."""
-    honest = workers._Worker.answer
+    honest = processes.Worker.answer
 
-    def answer(self):
+    def answer(self, poll=processes.nothing):
         try:
-            return honest(self)
-        except workers.WorkerDied as death:
+            return honest(self, poll)
+        except processes.WorkerDied as death:
             raise RuntimeError(f"data worker: {death.how}") from None
 
-    monkeypatch.setattr(workers._Worker, "answer", answer)
+    monkeypatch.setattr(processes.Worker, "answer", answer)
 
 
 def whole_run(args, tmp_path, **values) -> dict[str, torch.Tensor]:
@@ -161,24 +151,22 @@ def test_a_killed_worker(arguments, tmp_path):
 
 def crash_on(monkeypatch, ids: set[str], how) -> None:
     """Reading one of these dialogues does `how` to the process, unless that is the trainer."""
-    honest, trainer = EncodedDialogues.__getitem__, os.getpid()
+    reader = partial(CrashingReader, ids=frozenset(ids), how=how, trainer=os.getpid())
+    monkeypatch.setattr(loader, "DialogueReader", reader)
 
-    def getitem(self, index):
-        if self.dialogues[index].id in ids and os.getpid() != trainer:
-            how()
-        return honest(self, index)
 
-    monkeypatch.setattr(EncodedDialogues, "__getitem__", getitem)
+def killers_are_not_looked_for(monkeypatch) -> None:
+    monkeypatch.setattr(loader.DialogueReader, "reject_killers", lambda self, dialogues, poll=None: [])
 
 
 @fault(
     "a sample whose reading kills the process, every time",
     of="process",
     guarantee="it is found and quarantined by name, the others of its step are trained on (needs data workers)",
-    without=lambda monkeypatch: monkeypatch.setattr(EncodedDialogues, "reject_killers", lambda self, indices: []),
+    without=killers_are_not_looked_for,
 )
 def test_a_sample_that_kills_its_reader(arguments, monkeypatch):
-    crash_on(monkeypatch, {"d5", "d6"}, kill)
+    crash_on(monkeypatch, {"d5", "d6"}, die)
     args = arguments(max_steps=6, save_steps=6, dataloader_num_workers=2, max_bad_fraction=0.5)
     outcome = outcome_of(args)
     assert outcome.code == 0, outcome.message
@@ -193,44 +181,57 @@ def test_a_sample_that_kills_its_reader(arguments, monkeypatch):
     "a sample whose reading never ends: a decoder in a loop, a dead network drive",
     of="process",
     guarantee="the process is given up after 15 minutes, the sample quarantined by name (needs data workers)",
-    without=lambda monkeypatch: monkeypatch.setattr(workers.Connection, "poll", lambda self, seconds: True),
+    without=lambda monkeypatch: monkeypatch.setattr(processes, "ANSWER_SECONDS", math.inf),
 )
-def test_a_sample_that_hangs_its_reader(arguments, monkeypatch):
-    monkeypatch.setattr(workers, "ANSWER_SECONDS", 2.0)
-    crash_on(monkeypatch, {"d5"}, lambda: threading.Event().wait(6.0))  # it ends, so that the test does without guard
-    args = arguments(max_steps=6, save_steps=6, dataloader_num_workers=2, max_bad_fraction=0.5)
+def test_a_sample_that_hangs_its_reader(arguments, tmp_path, monkeypatch):
+    hangs = Hangs(tmp_path / "hangs", seconds=SECONDS)  # it ends, so that the test does without guard
+    crash_on(monkeypatch, {"d5"}, hangs)
+    jumps = [0.0]  # the clock goes on by 1000 s whenever it is asked while a process hangs
+
+    def monotonic() -> float:
+        jumps.append(1000.0 if hangs.now() else 0.0)
+        return time.monotonic() + sum(jumps)
+
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=monotonic))
+    args = arguments(max_steps=6, save_steps=6, dataloader_num_workers=1, max_bad_fraction=0.5)
     outcome = outcome_of(args)
     assert outcome.code == 0, outcome.message
     assert outcome.ids("worker_died") == {"d5"}
     bad = read_lines(Path(args.output_dir) / "quarantine.jsonl")
-    assert {line["id"] for line in bad} == {"d5"} and "no answer in 2 s" in bad[0]["reason"]
+    assert {line["id"] for line in bad} == {"d5"} and "no answer in 900 s" in bad[0]["reason"]
 
 
 @fault(
     "processes that read data die again and again, whatever they read",
     of="process",
     guarantee="the run ends with exit code 3 and says which flag to lower",
-    without=lambda monkeypatch: monkeypatch.setattr(dataset, "MAX_DEATHS", 20),
+    without=lambda monkeypatch: monkeypatch.setattr(loader, "MAX_DEATHS", 20),
 )
 def test_workers_that_keep_dying(arguments, monkeypatch):
-    honest, deaths = workers.serve, iter(range(10))
+    deaths = iter(range(10))
 
-    def serve(pipe, work, not_its):
-        if work.__name__ != "__getitem__":  # that is the one which looks for the sample
-            os._exit(3)
-        honest(pipe, work, not_its)
+    def none_is_at_fault(self, dialogues, poll):
+        if next(deaths) == 9:
+            raise AssertionError("it is started again and again")
+        return []
 
-    monkeypatch.setattr(workers, "serve", serve)
-    monkeypatch.setattr(EncodedDialogues, "reject_killers", lambda self, indices: [] if next(deaths) < 9 else 1 / 0)
+    monkeypatch.setattr(loader.DialogueReader, "reject_killers", none_is_at_fault)
+    monkeypatch.setattr(loader, "DialogueReader", ExitingReader)
     outcome = outcome_of(arguments(dataloader_num_workers=2))
     assert outcome.code == 3 and "lower --dataloader_num_workers" in outcome.message
+
+
+def signals_are_taken(monkeypatch) -> None:
+    """Workers take them as any program does."""
+    careless = "import qwhisper.data.worker; from tests.workers import careless_main as main"
+    monkeypatch.setattr(worker, "ENTRY", worker.ENTRY.replace("from qwhisper.data.worker import main", careless))
 
 
 @fault(
     "Ctrl-C, which the terminal sends to every process",
     of="process",
     guarantee="those that read data take no notice; the trainer saves and ends",
-    without=lambda monkeypatch: monkeypatch.setattr(workers.signal, "SIG_IGN", signal.SIG_DFL),
+    without=signals_are_taken,
 )
 def test_workers_leave_a_signal_to_the_trainer(arguments):
     args = arguments(max_steps=9, save_steps=9, dataloader_num_workers=2)
@@ -238,11 +239,26 @@ def test_workers_leave_a_signal_to_the_trainer(arguments):
     assert outcome.code == 0 and outcome.count("worker_died") == 0
 
 
+def others_inherit_the_trainers_end(monkeypatch) -> None:
+    """A worker holds the other end of its own socket, as it would in a fork."""
+    pairs = []
+
+    def socketpair():
+        pairs.append(socket.socketpair())
+        return pairs[-1]
+
+    def start(descriptor):
+        return subprocess.Popen(worker.command(descriptor), pass_fds=[descriptor, pairs[-1][0].fileno()])
+
+    monkeypatch.setattr(processes, "socket", SimpleNamespace(socketpair=socketpair, SHUT_RDWR=socket.SHUT_RDWR))
+    monkeypatch.setattr(processes, "_start", start)
+
+
 @fault(
     "SIGKILL of a trainer that has processes reading data",
     of="process",
     guarantee="they end as well: none stays behind and holds memory",
-    without=lambda monkeypatch: monkeypatch.setattr(workers.Connection, "close", lambda self: None),
+    without=others_inherit_the_trainers_end,
 )
 def test_no_process_stays_behind(arguments, tmp_path):
     told = tmp_path / "pids"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwhisper.data.dialogue import read_dialogues
-from qwhisper.data.loader import EncodedDialogues, StepSamples, encode_all
+from qwhisper.data.loader import StepSamples, encode_all
 from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
@@ -52,7 +52,7 @@ def make_run(args, callbacks=()):
     model, processor = build_model(args, plan, None)
     run = build_session(args, plan, model, processor, dialogues, [], TrainState(), list(callbacks))
     model.train()
-    samples, _ = encode_all(EncodedDialogues(dialogues, encoder_for(args, processor, model)))
+    samples, _ = encode_all(dialogues, encoder_for(args, processor, model))
     return run, samples
 
 
@@ -69,7 +69,7 @@ def trainable(run) -> dict[str, torch.Tensor]:
 
 
 def step(run, samples, rejections=()):
-    return train_step(run, StepSamples(list(samples), list(rejections), 0, 0))
+    return train_step(run, StepSamples(list(samples), list(rejections)))
 
 
 def adam_state(run) -> dict:

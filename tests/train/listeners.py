@@ -77,7 +77,7 @@ def trained_session(args: TrainArguments) -> Session:
         tower.conv2.weight.mul_(EAR_GAIN)
     order = torch.randperm(len(samples) * 100, generator=torch.Generator().manual_seed(args.seed)) % len(samples)
     for indices in order.split(args.samples_per_step)[: args.max_steps]:
-        train_step(run, StepSamples([samples[i] for i in indices], [], 0, 0))
+        train_step(run, StepSamples([samples[i] for i in indices], []))
     return run
 
 

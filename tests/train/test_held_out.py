@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import soundfile
 from qwhisper.data import dialogue_audio, held_out
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.held_out import hold_out
+from qwhisper.data.loader import read_in_order
+from qwhisper.data.processes import nothing
 from qwhisper.train import session
 from qwhisper.train.loop import loss_in_portions
 from qwhisper.train.plan import resolve
@@ -29,11 +32,11 @@ def test_loss_in_portions_is_that_of_all_samples_at_once(arguments, monkeypatch)
     evaluated, honest = [], run.executor.evaluate
     monkeypatch.setattr(run.executor, "evaluate", lambda rows: evaluated.append(len(rows)) or honest(rows))
     expected = honest(samples)
-    assert loss_in_portions(run, {}) == expected and evaluated == [len(samples)]
+    assert loss_in_portions(run, nothing, {}) == expected and evaluated == [len(samples)]
     monkeypatch.setattr(held_out, "PORTION_SAMPLES", 1)
-    monkeypatch.setattr(held_out, "read_in_order", lambda held, _: ([held[index]] for index in range(len(held))))
+    monkeypatch.setattr(held_out, "read_in_order", partial(read_in_order, chunk=1))
     evaluated.clear()
-    assert loss_in_portions(run, {}) == pytest.approx(expected, rel=1e-6) and sum(evaluated) == len(samples)
+    assert loss_in_portions(run, nothing, {}) == pytest.approx(expected, rel=1e-6) and sum(evaluated) == len(samples)
     assert len(evaluated) > 8  # text alone joins the portion before
 
 
@@ -88,7 +91,7 @@ def test_with_workers_the_trainer_decodes_nothing_and_the_probe_is_the_same(argu
         # To find bad clips, for each row of the probe, and for the loss.
         assert len(decoded) == (0 if num_workers else spoken + 2 * MAX_PAIRS)
         decoded.clear()
-        loss_in_portions(made[-1], {})
+        loss_in_portions(made[-1], nothing, {})
         assert len(decoded) == (0 if num_workers else spoken)
         decoded.clear()
     alone, other = made

@@ -1,7 +1,7 @@
 import pytest
 
 from qwhisper.data.dialogue import read_dialogues
-from qwhisper.data.loader import EncodedDialogues, encode_all
+from qwhisper.data.loader import encode_all
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
 from qwhisper.train.run import main
@@ -26,10 +26,10 @@ def test_without_a_max_length_a_dialogue_is_as_long_as_the_language_model_was_ma
     model, processor = build_model(args, resolve(args, num_dialogues=1), None)
     model.config.get_text_config().max_position_embeddings = made_for
     dialogues = read_dialogues(args.train_file)
-    samples, rejections = encode_all(EncodedDialogues(dialogues, encoder_for(args, processor, model)))
+    samples, rejections = encode_all(dialogues, encoder_for(args, processor, model))
     lengths = [len(sample.input_ids) for sample in samples]
     assert max(lengths, default=0) <= longest
-    whole, _ = encode_all(EncodedDialogues(dialogues, encoder_for(arguments(max_length=10_000), processor, model)))
+    whole, _ = encode_all(dialogues, encoder_for(arguments(max_length=10_000), processor, model))
     cut = [sample for sample in whole if len(sample.input_ids) > longest]
     assert len(samples) + len(rejections) == len(whole)
     assert len(cut) == len(rejections) + sum(bool(sample.events) for sample in samples)

@@ -94,7 +94,7 @@ def steps(args, *, probed: bool):
     for n in range(args.max_steps):
         if probe is not None:
             assert probe.measure() is not None
-        losses.append(train_step(run, StepSamples(samples[2 * n : 2 * n + 2], [], 0, 0)).loss)
+        losses.append(train_step(run, StepSamples(samples[2 * n : 2 * n + 2], [])).loss)
     return run, losses
 
 
@@ -284,4 +284,4 @@ def test_a_probe_that_does_not_fit_into_memory_changes_nothing(arguments, dialog
         patch.setattr(run.executor.model.model, "forward", run_out)
         assert probe.measure() is None
     assert run.executor.max_tokens_per_pack == before and run.executor.model.training
-    assert train_step(run, StepSamples(samples[:2], [], 0, 0)).skipped is None
+    assert train_step(run, StepSamples(samples[:2], [])).skipped is None

@@ -152,9 +152,9 @@ STATES = {
     "half a step": set_state("step", value=20.5),
     "a whole number with a point": set_state("step", value=2.0),
     "another step than the manifest's": set_state("step", value=7),
-    "a negative offset": set_state("offset", value=-8),
+    "a position that no source gives": set_state("position", value={"epoch": 0, "offset": -8}),
     "true as a count": set_state("bad_samples", value=True),
-    "no epoch": lambda values: values.pop("epoch") and None,
+    "no position": lambda values: values.pop("position") and None,
     "an unknown key": set_state("stepp", value=1),
     "more steps skipped than there were": set_state("skipped_steps", value=3),
     "an infinite best loss": set_state("best_loss", value=float("inf")),
@@ -191,10 +191,19 @@ def test_state_that_is_no_state_is_refused(folder, content):
 def test_state_of_an_older_version_is_read(tmp_path):
     (tmp_path / STATE_FILE).write_text(json.dumps(OLD_STATE))
     state = TrainState.load(tmp_path)
+    old = {name: value for name, value in OLD_STATE.items() if name not in ("epoch", "offset")}
     clamp = OLD_STATE["guards"]["clamp"]
     guards = OLD_STATE["guards"] | {"clamp": clamp | {"told": clamp["clamped"]}}
     added = {"saved_with": {}, "learning": dataclasses.asdict(Learning()), "guards": guards}
-    assert json.loads(json.dumps(dataclasses.asdict(state))) == OLD_STATE | added
+    added["position"] = {"epoch": 0, "offset": 8}
+    assert json.loads(json.dumps(dataclasses.asdict(state))) == old | added
+
+
+@pytest.mark.parametrize("change", [{"offset": -8}, {"epoch": None}, {"epoch": 1.0}])
+def test_a_place_in_an_older_version_that_no_run_reaches_is_refused(tmp_path, change):
+    (tmp_path / STATE_FILE).write_text(json.dumps(OLD_STATE | change))
+    with pytest.raises(CheckpointError, match=f"{STATE_FILE}.*position"):
+        TrainState.load(tmp_path)
 
 
 def snapshots(model, folder: Path, step: int = 1) -> dict[str, torch.Tensor]:

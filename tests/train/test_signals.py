@@ -6,7 +6,6 @@ The grace is patched to nothing, so that a step is given up at the next pack.
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import signal
 from itertools import islice
@@ -19,16 +18,18 @@ from transformers import TrainerCallback
 
 from qwhisper.checkpoint.names import SNAPSHOT_FILE
 from qwhisper.checkpoint.reading import newest_usable
-from qwhisper.data.sampler import GlobalBatches
+from qwhisper.data.source import ShuffledDialogues
+from qwhisper.engine import kernels
 from qwhisper.engine.executor import Executor
 from qwhisper.report.events import acts, read_jsonl
-from qwhisper.train import signals
+from qwhisper.train import probe, signals
 from qwhisper.train.run import main
 from qwhisper.train.signals import GRACE_SECONDS, Stopped, StopSignals
 from tests.small import write_dialogues
 from tests.test_faults.inject import plant
 from tests.test_faults.lives import At
-from tests.train.helpers import checkpoint_tensors, same_bits
+from tests.train.helpers import checkpoint_tensors, make_run, same_bits
+from tests.workers import worker_pids
 
 NUM_DIALOGUES, SAMPLES, SEED = 12, 6, 7
 STEP = 2  # counted from 0: the first of the second epoch
@@ -37,8 +38,8 @@ WITHOUT_CLIP = (4, 9)  # as write_dialogues makes them
 
 
 def dialogues_of_the_step() -> list[int]:
-    batches = GlobalBatches(num_samples=NUM_DIALOGUES, batch_size=SAMPLES, seed=SEED).starting_at(0, 0)
-    return [index for index in next(islice(batches, STEP, None)).indices if index not in WITHOUT_CLIP]
+    steps = ShuffledDialogues(dialogues=range(NUM_DIALOGUES), samples_per_step=SAMPLES, seed=SEED).steps()
+    return [index for index in next(islice(steps, STEP, None)).dialogues if index not in WITHOUT_CLIP]
 
 
 QUARANTINED, NAN = (f"d{index}" for index in dialogues_of_the_step()[:2])
@@ -175,6 +176,7 @@ def assert_same(folder: Path, other: Path, step: int) -> None:
 
 
 def test_a_step_is_finished_within_its_grace(make_arguments, monkeypatch):
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 1000.0)
     args = make_arguments("run", save_steps=100, max_steps=STEP + 2)
     packs = Packs(monkeypatch, at=lambda seen: len(seen) == 1)
     assert main(args, [packs]) == 128 + signal.SIGTERM
@@ -202,10 +204,44 @@ def test_a_connection_that_drops_leaves_a_checkpoint(arguments):
     assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-3"
 
 
+def test_the_check_of_kernels_is_left_at_a_signal(arguments, monkeypatch):
+    trials = []
+
+    def first_fault(kernel, cases):
+        trials.append(cases)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(kernels, "first_fault", first_fault)
+    args = arguments(max_steps=2)
+    assert main(args) == 128 + signal.SIGTERM
+    assert len(trials) == 1 and newest_usable(Path(args.output_dir))[0] is None
+
+
+def test_generation_in_a_probe_is_left_at_a_signal(arguments, monkeypatch):
+    run, _ = make_run(arguments())
+    tokens = []
+    run.executor.model.register_forward_pre_hook(lambda *_: tokens.append(1))
+
+    def own_answers(model, encoder, count):
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=9, pad_token_id=0, do_sample=False)
+
+    def signal_at_the_second_token():
+        if len(tokens) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(probe, "own_answers", own_answers)
+    listening = probe.ListeningProbe(run.executor, run.encoder, [], probe.ProbeState(), first_step=1)
+    before_pack = run.executor.before_pack
+    with StopSignals() as stop:
+        run.executor.model.register_forward_pre_hook(lambda *_: signal_at_the_second_token())
+        assert stop.unless_stopped(run.executor, listening.text_shift) is None
+    assert len(tokens) == 2 and run.executor.before_pack is before_pack
+
+
 def test_processes_that_read_data_leave_a_connection_that_drops_to_the_trainer(arguments):
     def hang_up():
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGHUP)
+        for pid in worker_pids():
+            os.kill(pid, signal.SIGHUP)
 
     args = arguments(max_steps=9, dataloader_num_workers=2)
     assert main(args, [At(3, hang_up)]) == 0
