@@ -17,6 +17,11 @@ DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S = 0.25, 1.0  # around the speech,
 KEPT_SILENCE_FRAMES = 12  # after the speech: they also carry what was said last
 
 
+def resampled_length(num_frames: int, rate: int) -> int:
+    """Samples at 16 kHz of so many frames at another rate: the length of a clip, whatever a resampler gives."""
+    return -(-num_frames * SAMPLE_RATE // rate)
+
+
 def mel_frames(num_samples: int) -> int:
     """Mel frames of one window; Whisper drops the STFT's last frame."""
     return max(num_samples, N_FFT) // HOP_LENGTH

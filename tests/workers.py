@@ -163,16 +163,3 @@ class ExitingReader(loader.DialogueReader):
 
     def read_step(self, step):
         os._exit(3)
-
-
-class KilledBy(DialogueEncoder):
-    """Dies of one dialogue."""
-
-    def __init__(self, encoder: DialogueEncoder, killer: str):
-        vars(self).update(vars(encoder))
-        self.killer = killer
-
-    def encode(self, dialogue):
-        if dialogue.id == self.killer:
-            die()
-        return super().encode(dialogue)

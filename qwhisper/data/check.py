@@ -46,14 +46,14 @@ def check_dataset(
         "answers": sum(m.role == "assistant" for c in dialogues for m in c.messages),
         "masked": sum(m.is_answer and not m.learned for c in dialogues for m in c.messages),
         "clips": sum(len(c.clips) for c in dialogues),
-        "audio_seconds": round(sum(clips.seconds.values()), 3),
+        "audio_seconds": round(sum(length / SAMPLE_RATE for length in clips.lengths.values()), 3),
         "faults": faults,
         "bad_clips": [f"{c.source}: {fault}" for c in dialogues for fault in clips.faults(c)],
         "notes": unused_notes(dialogues) + clips.all_notes(dialogues),
     }
     if tokenizer is not None:
         sound = [c for c in dialogues if not clips.spoil(c)]
-        labels = _check_labels(sound, tokenizer, frames or FrameArithmetic(), max_length)
+        labels = _check_labels(sound, clips, tokenizer, frames or FrameArithmetic(), max_length)
         lost += len(labels["without_labels"])
         report |= labels
         report["notes"] += _typed_tokens(sound, tokenizer)
@@ -84,11 +84,11 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 @dataclass
 class _Clips:
-    """For each clip its seconds, or why it can't be used, and notes on how it was read; and dialogues that are too
-    long.
+    """For each clip its samples at 16 kHz, or why it can't be used, and notes on how it was read; and dialogues that
+    are too long.
     """
 
-    seconds: dict[AudioClip, float] = field(default_factory=dict)
+    lengths: dict[AudioClip, int] = field(default_factory=dict)
     bad: dict[AudioClip, str] = field(default_factory=dict)
     notes: dict[AudioClip, list[str]] = field(default_factory=lambda: defaultdict(list))
     too_long: dict[str, str] = field(default_factory=dict)  # by the dialogue's source
@@ -113,9 +113,9 @@ def _decode_clips(dialogues: Sequence[Dialogue]) -> _Clips:
         try:
             claimed_by_headers(dialogue.clips)
             for clip in dialogue.clips:
-                if clip not in clips.seconds and clip not in clips.bad:
+                if clip not in clips.lengths and clip not in clips.bad:
                     _decode_clip(clip, clips)
-            check_dialogue_seconds([clips.seconds.get(clip, 0.0) for clip in dialogue.clips])
+            check_dialogue_seconds([clips.lengths.get(clip, 0) / SAMPLE_RATE for clip in dialogue.clips])
         except TooLongError as error:
             clips.too_long[dialogue.source] = str(error)
     return clips
@@ -123,15 +123,13 @@ def _decode_clips(dialogues: Sequence[Dialogue]) -> _Clips:
 
 def _decode_clip(clip: AudioClip, clips: _Clips) -> None:
     try:
-        clips.seconds[clip] = (
-            len(load_clip(clip, at_most_s=MAX_DIALOGUE_SECONDS, notes=clips.notes[clip])) / SAMPLE_RATE
-        )
+        clips.lengths[clip] = len(load_clip(clip, at_most_s=MAX_DIALOGUE_SECONDS, notes=clips.notes[clip]))
     except BadClipError as error:
         clips.bad[clip] = str(error)
 
 
 def _check_labels(
-    dialogues: Sequence[Dialogue], tokenizer, frames: FrameArithmetic, max_length: int | None
+    dialogues: Sequence[Dialogue], clips: _Clips, tokenizer, frames: FrameArithmetic, max_length: int | None
 ) -> dict[str, Any]:
     template, origin = listening_template(tokenizer)
     # Any id can be the placeholder's here: no embedding is looked up.
@@ -141,14 +139,14 @@ def _check_labels(
     lengths, answers, cuts, without = [], [], [], []
     for dialogue in dialogues:
         try:
-            rows = encoder.encode_rows(dialogue)
+            rows = encoder.layout_rows(dialogue, lambda of_row: [clips.lengths[clip] for clip in of_row])
         except DataError as error:
             without.append(str(error))
             continue
         for row in rows:
             lengths.append(len(row.input_ids))
             answers += [end - start for start, end in row.answer_spans]
-            cuts += [f"{row.source}: {event}" for event in row.events]
+            cuts += [f"{dialogue.source}: {event}" for event in row.events]
     spread = [(min(n), int(statistics.median(n)), max(n)) if n else (0, 0, 0) for n in (lengths, answers)]
     return {
         "template": origin,

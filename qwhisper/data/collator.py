@@ -46,7 +46,9 @@ class ConversationCollator:
         for feature in features:
             try:
                 rows = [feature] if isinstance(feature, Sample) else self.encoder.encode_rows(feature)
-                samples += [require_labels(row) for row in rows]
+                for row in rows:
+                    require_labels(row.source, row)
+                samples += rows
             except (BadClipError, NoLabelsError) as error:
                 name = feature.get("id", "?") if isinstance(feature, dict) else feature.id
                 rejected.append((str(name), str(error)))

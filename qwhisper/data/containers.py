@@ -109,7 +109,7 @@ class _Chunk:
     size: int  # as claimed
 
 
-def _chunks(data: FileBytes, start: int, order: str):
+def chunks(data: FileBytes, start: int, order: str):
     """The chunks from `start` on, as long as the bytes look like chunks that fit into the file."""
     while start + 8 <= data.size:
         head = data.get(start, 8)
@@ -134,7 +134,7 @@ def _riff_stream(data: FileBytes, start: int, layout: Layout) -> tuple[Stream | 
     """The stream of the RIFF file at `start` (None if `layout` already has it), and the start of the next file."""
     magic = data.get(start, 4)
     order, size_64, form = (">" if magic == b"RIFX" else "<"), None, (0, 0)
-    for chunk in _chunks(data, start + 12, order):
+    for chunk in chunks(data, start + 12, order):
         content = data.get(chunk.start, 16).ljust(16, b"\0")
         if chunk.name == b"ds64":
             size_64 = struct.unpack("<Q", content[8:])[0]
@@ -185,14 +185,14 @@ def _rewritten(start: int, chunk: _Chunk, stop: int, order: str) -> list[Piece]:
 
 def _is_chunk_list(data: FileBytes, start: int, order: str) -> bool:
     """Whether the rest of a file is chunks to its end, or nothing."""
-    for chunk in _chunks(data, start, order):
+    for chunk in chunks(data, start, order):
         start = chunk.start + chunk.size + chunk.size % 2
     return start >= data.size
 
 
 def _behind_data(data: FileBytes, at: int, order: str, claimed: int, allowed: int) -> tuple[int | None, str | None]:
     """Start of the next RIFF file after the sound, and what is wrong with the bytes there."""
-    for chunk in _chunks(data, at, order):
+    for chunk in chunks(data, at, order):
         if chunk.name in (b"RIFF", b"RIFX", b"RF64") and data.get(chunk.start, 4) == b"WAVE":
             return chunk.start - 8, None
         if chunk.name == _SOUND[order]:
@@ -218,7 +218,7 @@ def _next_riff(data: FileBytes, start: int) -> int | None:
 
 
 def _aiff_stream(data: FileBytes, start: int) -> Stream:
-    for chunk in _chunks(data, start + 12, ">"):
+    for chunk in chunks(data, start + 12, ">"):
         stop = chunk.start + chunk.size
         if chunk.name == b"SSND" and chunk.size > 8 and stop < data.size:
             return Stream(lost=_behind_data(data, stop + chunk.size % 2, ">", chunk.size, _FEW_BYTES)[1])
@@ -298,7 +298,7 @@ def _flac_layout(data: FileBytes, start: int, end: float | None) -> Layout:
         return Layout([Stream()])
     layout = Layout()
     while True:
-        sound = _behind_flac_metadata(data, start)
+        sound = behind_flac_metadata(data, start)
         found = [at for what in _FLAC_BEGINNINGS if (at := data.find(what, sound, data.size)) >= 0]
         stop = min(found, default=data.size)
         if not found and data.get(max(sound, stop - 128), 3) == b"TAG":
@@ -319,7 +319,7 @@ def _flac_claim(data: FileBytes, start: int) -> tuple[int, int]:
     return info >> 44, info & (1 << 36) - 1
 
 
-def _behind_flac_metadata(data: FileBytes, start: int) -> int:
+def behind_flac_metadata(data: FileBytes, start: int) -> int:
     """Start of the sound, after the metadata, which may hold anything (a picture, another file)."""
     at = start + 4
     while at + 4 <= data.size:

@@ -21,15 +21,12 @@ LARGE_FILE = 2**20  # bytes; smaller files are decoded without asking their head
 
 @dataclass(frozen=True, eq=False)
 class Heard:
-    """A clip's windows, float32 [samples] each, and the tokens of each; how it was read, where a user should know.
-
-    num_tokens: of the clip, also where it was not decoded.
+    """A clip's length in samples at 16 kHz, its windows, float32 [samples] each, and how it was read, where a user
+    should know. Without windows: it was not decoded, and its length is its header's claim.
     """
 
-    num_tokens: int
+    num_samples: int
     windows: list[np.ndarray]
-    window_tokens: list[int]
-    seconds: float
     notes: list[str]
 
 
@@ -51,40 +48,46 @@ def check_dialogue_seconds(seconds: Sequence[float]) -> None:
 
 
 class DialogueAudio:
-    """Reads the clips of a dialogue. max_length: tokens of a row; a clip that is longer by itself is not decoded.
+    """Decodes the clips of a dialogue, once each, for all rows that are made of it.
 
-    Raises TooLongError where the headers of the clips claim more than MAX_DIALOGUE_SECONDS.
+    max_length: tokens of a row; a clip that is longer by itself is not decoded.
     """
 
-    def __init__(self, clips: Sequence[AudioClip], frames: FrameArithmetic, max_length: int | None = None):
+    def __init__(self, frames: FrameArithmetic, max_length: int | None = None):
         self._frames = frames
         self._max_length = max_length
-        self._claimed = claimed_by_headers(clips)
-        self._seconds: list[float] = []
         self._heard: dict[AudioClip, Heard] = {}
 
-    def hear(self, clip: AudioClip) -> Heard:
-        """The clip; one that was heard before shares its windows. Raises BadClipError."""
-        heard = self._heard.get(clip) or self._not_decoded(clip) or self._decode(clip)
-        self._heard[clip] = heard
-        self._seconds.append(heard.seconds)
-        check_dialogue_seconds(self._seconds)
-        return heard
+    def lengths(self, clips: Sequence[AudioClip]) -> list[int]:
+        """Samples at 16 kHz of each clip of a row, in their order; decodes those that were not decoded before.
 
-    def _not_decoded(self, clip: AudioClip) -> Heard | None:
-        if self._max_length is None or clip not in self._claimed:
+        Raises BadClipError, and TooLongError where the clips claim or have more than a dialogue may, with repetitions.
+        """
+        claimed = claimed_by_headers([clip for clip in clips if clip not in self._heard])
+        seconds: list[float] = []
+        for clip in clips:
+            if clip not in self._heard:
+                left = max(0.0, MAX_DIALOGUE_SECONDS - sum(seconds))
+                self._heard[clip] = self._not_decoded(clip, claimed) or self._decode(clip, min(MAX_SECONDS, left))
+            seconds.append(self._heard[clip].num_samples / SAMPLE_RATE)
+            check_dialogue_seconds(seconds)
+        return [self._heard[clip].num_samples for clip in clips]
+
+    def heard(self, clip: AudioClip) -> Heard:
+        """A clip whose length was asked for."""
+        return self._heard[clip]
+
+    def _not_decoded(self, clip: AudioClip, claimed: dict[AudioClip, float]) -> Heard | None:
+        if self._max_length is None or clip not in claimed:
             return None
-        tokens = self._frames.num_tokens(round(self._claimed[clip] * SAMPLE_RATE))
-        return Heard(tokens, [], [], self._claimed[clip], []) if tokens > self._max_length else None
+        num_samples = round(claimed[clip] * SAMPLE_RATE)
+        return Heard(num_samples, [], []) if self._frames.num_tokens(num_samples) > self._max_length else None
 
-    def _decode(self, clip: AudioClip) -> Heard:
+    def _decode(self, clip: AudioClip, at_most_s: float) -> Heard:
         notes: list[str] = []
-        left = max(0.0, MAX_DIALOGUE_SECONDS - sum(self._seconds))
-        waveform = load_clip(clip, at_most_s=min(MAX_SECONDS, left), notes=notes)
+        waveform = load_clip(clip, at_most_s=at_most_s, notes=notes)
         windows = clip_windows(waveform, self._frames)
-        tokens = [self._frames.window_tokens(len(window)) for window in windows]
-        said = [f"{clip.name}: {note}" for note in notes]
-        return Heard(sum(tokens), windows, tokens, len(waveform) / SAMPLE_RATE, said)
+        return Heard(len(waveform), windows, [f"{clip.name}: {note}" for note in notes])
 
 
 def _is_large(clip: AudioClip) -> bool:

@@ -1,6 +1,10 @@
-"""DialogueEncoder: dialogues to samples, and generation's prompts by the same path."""
+"""DialogueEncoder: dialogues to samples, and generation's prompts by the same path.
 
-from collections.abc import Sequence
+A row is laid out from the lengths of its clips, `layout`, and then given its audio, `add_audio`; `encode` does both.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +13,28 @@ from qwhisper.data.clips import AudioClip
 from qwhisper.data.dialogue import Dialogue, as_messages, in_words, parse_own
 from qwhisper.data.dialogue_audio import DialogueAudio
 from qwhisper.data.messages import Message
-from qwhisper.data.rows import IGNORE, Part, Row, Sample, cut_row, fit_last_exchange, join_parts
+from qwhisper.data.rows import (
+    IGNORE,
+    ClipSlot,
+    Layout,
+    Part,
+    Row,
+    RowSource,
+    Sample,
+    cut_row,
+    fit_last_exchange,
+    join_parts,
+)
 from qwhisper.data.template import Piece, listening_template, render_pieces, supports_reasoning, template_fault
 from qwhisper.data.text_tokens import added_token_ids, encode_text
 from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 
 TRAIN_ON = ("assistant", "last", "all")
+# Samples at 16 kHz of each clip of a row: `ClipLengths()` without decoding them, or `DialogueAudio.lengths`. Raises
+# BadClipError, TooLongError among them.
+Lengths = Callable[[Sequence[AudioClip]], list[int]]
+LAID_OUT_AGAIN = "laid out again"  # begins the event of a clip that has another length than was thought
 
 
 class NoLabelsError(DataError):
@@ -24,6 +43,8 @@ class NoLabelsError(DataError):
 
 class DialogueEncoder:
     """Turns dialogues into samples: `encode`, `encode_rows`; and what `generate` continues: `encode_prompt`.
+
+    In two stages: `layout`, `layout_rows` need the lengths of clips alone, and `add_audio` the clips.
 
     audio_token_id: the token that stands once for every projected audio frame. train_on: "assistant" supervises every
     answer, "last" the last one, "all" what users typed as well; a message whose `learned` is False is none of these.
@@ -51,42 +72,80 @@ class DialogueEncoder:
             raise UsageError(f"this chat template can't be trained with: {fault}; leave it out to have one made")
         self.tokenizer = tokenizer
         self.audio_token_id = audio_token_id
+        self.frames = frames
         self.chat_template = chat_template
         self.train_on = train_on
         self.max_length = max_length
         self.teach = teach
         self.pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        self._part_encoder = PartEncoder(tokenizer, frames, audio_token_id, chat_template, max_length)
+        self._part_encoder = PartEncoder(tokenizer, frames, audio_token_id, chat_template)
         self._keeps_reasoning = supports_reasoning(tokenizer, chat_template)
 
-    def encode(self, dialogue: Dialogue | dict) -> Sample:
+    def dialogue_audio(self) -> DialogueAudio:
+        """What decodes the clips of one dialogue for this encoder's rows, once each. Nothing is decoded yet."""
+        return DialogueAudio(self.frames, self.max_length)
+
+    def encode(self, dialogue: Dialogue | dict, audio: DialogueAudio | None = None) -> Sample:
+        """`layout` with its audio. audio: what has decoded the dialogue's clips for another row, perhaps."""
+        audio = audio or self.dialogue_audio()
+        return self.add_audio(self.layout(dialogue, audio.lengths), audio)
+
+    def encode_rows(self, dialogue: Dialogue | dict, audio: DialogueAudio | None = None) -> list[Sample]:
+        """`layout_rows` with their audio, each clip decoded once. Raises as `encode` does."""
+        audio = audio or self.dialogue_audio()
+        return [self.add_audio(layout, audio) for layout in self.layout_rows(dialogue, audio.lengths)]
+
+    def add_audio(self, layout: Layout, audio: DialogueAudio | None = None) -> Sample:
+        """The sample of a row. If a clip has another length than it was laid out with, the row is laid out again, and
+        `events` says so. Raises as `layout` does.
+        """
+        audio, dialogue = audio or self.dialogue_audio(), layout.made_of.dialogue
+        with _naming_the_source(dialogue):
+            lengths = audio.lengths([slot.clip for slot in layout.slots])
+        if changed := _changed(layout.slots, lengths):
+            again = replace(layout.made_of, events=(*layout.made_of.events, *changed))
+            layout = self._lay_out(again, audio.lengths)
+        heard = [audio.heard(slot.clip) for slot in layout.slots]
+        return Sample(
+            dialogue.id,
+            dialogue.source,
+            layout.input_ids,
+            layout.labels,
+            [window for clip in heard for window in clip.windows],
+            layout.answer_spans,
+            layout.events,
+            list(dict.fromkeys(note for clip in heard for note in clip.notes)),
+            None if layout.teacher is None else self.add_audio(layout.teacher, audio),
+        )
+
+    def layout(self, dialogue: Dialogue | dict, lengths: Lengths) -> Layout:
         """The whole dialogue as one row. Raises BadClipError, NoLabelsError, DataError, with the dialogue's source.
 
-        An earlier answer whose reasoning the template drops from the history is masked: `encode_rows` gives it its row.
+        An earlier answer whose reasoning the template drops from the history is masked: `layout_rows` gives it its row.
         """
         dialogue, events = self._prepare(dialogue)
         answers = _learned(dialogue.messages)
         supervised = {k for k in answers if k == answers[-1] or not _has_thought(dialogue.messages, k)}
         if len(supervised) < len(answers):
             events.append(f"masked {len(answers) - len(supervised)} of {len(answers)} turns, which have reasoning")
-        return self._encode(dialogue, supervised, 0, events)
+        return self._lay_out(RowSource(dialogue, frozenset(supervised), 0, tuple(events)), lengths)
 
-    def encode_rows(self, dialogue: Dialogue | dict) -> list[Sample]:
+    def layout_rows(self, dialogue: Dialogue | dict, lengths: Lengths) -> list[Layout]:
         """One row, or one for every answer where any of them has reasoning (the history then drops it, as Qwen does).
 
-        Raises as `encode` does.
+        Raises as `layout` does.
         """
         dialogue, events = self._prepare(dialogue)
         answers = _learned(dialogue.messages)
         if not any(message.reasoning for message in dialogue.messages) or len(answers) == 1:
-            return [self._encode(dialogue, set(answers), 0, events)]
-        rows: list[Sample] = []
+            return [self._lay_out(RowSource(dialogue, frozenset(answers), 0, tuple(events)), lengths)]
+        rows: list[Layout] = []
         for previous, answer in zip([-1, *answers], answers, strict=False):
             if self.train_on == "last" and answer != answers[-1]:
                 continue
             messages = dialogue.messages[: answer + 1]
             row = replace(dialogue, id=f"{dialogue.id}#{len(rows) + 1}", messages=messages)
-            rows.append(self._encode(row, {answer}, previous + 1, list(events)))
+            rows.append(self._lay_out(RowSource(row, frozenset({answer}), previous + 1, tuple(events)), lengths))
         return rows
 
     def encode_prompt(
@@ -97,11 +156,13 @@ class DialogueEncoder:
         messages: read already, or as `parse_own` reads them. tools: the JSON text of each, as in `Dialogue.tools`.
         Raises DataError, and BadClipError for an unusable clip.
         """
-        read = as_messages(messages)
-        row = join_parts(self._part_encoder.parts(read, True, tools), read, self._part_encoder.added_ids)
+        read, audio = as_messages(messages), self.dialogue_audio()
+        parts = self._part_encoder.parts(read, audio.lengths, tools, add_generation_prompt=True)
+        row = join_parts(parts, read, self._part_encoder.added_ids)
         ids = row.input_ids + (encode_text(self.tokenizer, reply_with) if reply_with else [])
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
-        return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, [window for _, window in row.windows])
+        windows = [window for slot in row.slots for window in audio.heard(slot.clip).windows]
+        return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, windows)
 
     def _prepare(self, dialogue: Dialogue | dict) -> tuple[Dialogue, list[str]]:
         """The dialogue without what nothing is learned from, and the events of leaving it out."""
@@ -121,20 +182,10 @@ class DialogueEncoder:
             messages = tuple(replace(message, reasoning=None) for message in messages)
         return replace(dialogue, messages=messages), events
 
-    def _encode(self, dialogue: Dialogue, supervised: set[int], first_own: int, events: list[str]) -> Sample:
-        """`supervised`: message indices of the answers to learn; `first_own`: the first message whose text counts."""
-        num_before = len(events)
-        try:
-            row, offset = self._fitting_row(dialogue, supervised, events)
-        except (BadClipError, NoLabelsError) as error:
-            raise type(error)(f"{dialogue.source}: {error}") from error
-        except DataError as error:
-            raise DataError(f"{dialogue.source}: {error}") from error
-        except MemoryError as error:
-            raise BadClipError(
-                f"{dialogue.source}: out of memory while it was read, with {len(dialogue.clips)} clips; divide "
-                "it, or choose stretches with `start` and `end`"
-            ) from error
+    def _lay_out(self, made_of: RowSource, lengths: Lengths) -> Layout:
+        dialogue, supervised, events = made_of.dialogue, made_of.supervised, list(made_of.events)
+        with _naming_the_source(dialogue):
+            row, offset = self._fitting_row(dialogue, supervised, lengths, events)
         spans = {index + offset: span for index, span in row.answers.items() if index + offset in supervised}
         if self.train_on == "last":
             spans = dict(sorted(spans.items())[-1:])
@@ -142,33 +193,34 @@ class DialogueEncoder:
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
         learned = list(spans.values())
         if self.train_on == "all":
-            learned += self._user_texts(dialogue.messages, row, offset, first_own)
+            learned += self._user_texts(dialogue.messages, row, offset, made_of.first_own)
         for start, end in learned:
             labels[start:end] = ids[start:end]
         labels[:1] = IGNORE
-        windows = [window for _, window in row.windows]
-        sample = Sample(dialogue.id, dialogue.source, ids, labels, windows, sorted(spans.values()), events, row.notes)
+        layout = Layout(made_of, ids, labels, row.slots, sorted(spans.values()), events)
         if self.teach:
-            sample.teacher = self._in_words(dialogue, supervised, first_own, sample, cut=len(events) > num_before)
-        return require_labels(sample)
+            layout.teacher = self._in_words(layout, lengths, cut=len(events) > len(made_of.events))
+        require_labels(dialogue.source, layout)
+        return layout
 
-    def _in_words(
-        self, dialogue: Dialogue, supervised: set[int], first_own: int, heard: Sample, *, cut: bool
-    ) -> Sample | None:
+    def _in_words(self, heard: Layout, lengths: Lengths, *, cut: bool) -> Layout | None:
         """The dialogue as typed; None if a clip has no transcript, or if max_length cuts one of the two: they
         would answer with another history, or at another turn that has the same answer.
         """
-        if not heard.windows:
+        if not heard.slots:
             return replace(heard)
-        if cut or (typed := in_words(dialogue.messages)) is None:
+        made_of = heard.made_of
+        if cut or (typed := in_words(made_of.dialogue.messages)) is None:
             return None
-        read = self._encode(replace(dialogue, messages=typed), supervised, first_own, [])
+        read = self._lay_out(replace(made_of, dialogue=replace(made_of.dialogue, messages=typed), events=()), lengths)
         return None if read.events else read
 
-    def _fitting_row(self, dialogue: Dialogue, supervised: set[int], events: list[str]) -> tuple[Row, int]:
+    def _fitting_row(
+        self, dialogue: Dialogue, supervised: frozenset[int], lengths: Lengths, events: list[str]
+    ) -> tuple[Row, int]:
         """The row within max_length, and how many messages it lacks at the front."""
         messages, added_ids = dialogue.messages, self._part_encoder.added_ids
-        row = join_parts(self._part_encoder.parts(messages, tools=dialogue.tools), messages, added_ids)
+        row = join_parts(self._part_encoder.parts(messages, lengths, dialogue.tools), messages, added_ids)
         if self.max_length is None:
             return row, 0
         cut = cut_row(row, self.max_length)
@@ -187,7 +239,7 @@ class DialogueEncoder:
         while first < last and messages[first].role == "system":
             first += 1
         exchange = messages[first : last + 1]
-        parts = self._part_encoder.parts(exchange)
+        parts = self._part_encoder.parts(exchange, lengths)
         return fit_last_exchange(parts, exchange, self.max_length, added_ids, events), first
 
     @staticmethod
@@ -201,12 +253,36 @@ class DialogueEncoder:
         ]
 
 
-def require_labels(sample: Sample) -> Sample:
-    """The sample itself. Raises NoLabelsError where no token of it is supervised."""
-    if sample.num_supervised == 0:
-        reasons = f" ({'; '.join(sample.events)})" if sample.events else ""
-        raise NoLabelsError(f"{sample.source}: no supervised token is left{reasons}; raise max_length or drop it")
-    return sample
+def require_labels(source: str, row: Layout | Sample) -> None:
+    """Raises NoLabelsError where no token of a row is supervised. source: of its dialogue."""
+    if row.num_supervised == 0:
+        reasons = f" ({'; '.join(row.events)})" if row.events else ""
+        raise NoLabelsError(f"{source}: no supervised token is left{reasons}; raise max_length or drop it")
+
+
+@contextmanager
+def _naming_the_source(dialogue: Dialogue) -> Iterator[None]:
+    try:
+        yield
+    except (BadClipError, NoLabelsError) as error:
+        raise type(error)(f"{dialogue.source}: {error}") from error
+    except DataError as error:
+        raise DataError(f"{dialogue.source}: {error}") from error
+    except MemoryError as error:
+        raise BadClipError(
+            f"{dialogue.source}: out of memory while it was read, with {len(dialogue.clips)} clips; divide "
+            "it, or choose stretches with `start` and `end`"
+        ) from error
+
+
+def _changed(slots: Sequence[ClipSlot], lengths: Sequence[int]) -> list[str]:
+    """A sentence for each clip that has another length than it was laid out with."""
+    sentences = [
+        f"{LAID_OUT_AGAIN}: {slot.clip.name} has {length} samples at 16 kHz, and was laid out with {slot.num_samples}"
+        for slot, length in zip(slots, lengths, strict=True)
+        if length != slot.num_samples
+    ]
+    return list(dict.fromkeys(sentences))
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
@@ -224,7 +300,7 @@ def _learned(messages: Sequence[Message]) -> list[int]:
 
 
 class PartEncoder:
-    """Tokenises pieces; the scaffold's few texts are remembered. max_length: as DialogueEncoder's."""
+    """Tokenises pieces; the scaffold's few texts are remembered."""
 
     def __init__(
         self,
@@ -232,34 +308,33 @@ class PartEncoder:
         frames: FrameArithmetic,
         audio_token_id: int,
         chat_template: str,
-        max_length: int | None = None,
     ):
         self.tokenizer = tokenizer
         self.frames = frames
-        self.max_length = max_length
         self.audio_token_id = audio_token_id
         self.chat_template = chat_template
         self.added_ids = added_token_ids(tokenizer)
         self._scaffold_ids: dict[str, list[int]] = {}
 
     def parts(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[str] = ()
+        self,
+        messages: Sequence[Message],
+        lengths: Lengths,
+        tools: Sequence[str] = (),
+        *,
+        add_generation_prompt: bool = False,
     ) -> list[Part]:
-        """All parts of a dialogue, audio decoded. Raises BadClipError, and DataError where the template refuses it."""
+        """All parts of a dialogue. Raises DataError where the template refuses it, and what `lengths` raises."""
         pieces = render_pieces(messages, self.tokenizer, self.chat_template, add_generation_prompt, tools)
-        clips = [piece.clip for piece in pieces if piece.clip is not None]
-        audio = DialogueAudio(clips, self.frames, self.max_length)
-        return [self._part(piece, audio) for piece in pieces]
+        num_samples = iter(lengths([piece.clip for piece in pieces if piece.clip is not None]))
+        return [self._audio_part(piece, next(num_samples)) if piece.clip else self._part(piece) for piece in pieces]
 
-    def _part(self, piece: Piece, audio: DialogueAudio) -> Part:
-        if piece.clip is not None:
-            return self._audio_part(piece, piece.clip, audio)
+    def _part(self, piece: Piece) -> Part:
         if piece.kind == "text":
             return Part(piece, encode_text(self.tokenizer, piece.text))
         if piece.text not in self._scaffold_ids:
             self._scaffold_ids[piece.text] = self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]
         return Part(piece, self._scaffold_ids[piece.text])
 
-    def _audio_part(self, piece: Piece, clip: AudioClip, audio: DialogueAudio) -> Part:
-        heard = audio.hear(clip)
-        return Part(piece, [self.audio_token_id] * heard.num_tokens, heard.windows, heard.window_tokens, heard.notes)
+    def _audio_part(self, piece: Piece, num_samples: int) -> Part:
+        return Part(piece, [self.audio_token_id] * self.frames.num_tokens(num_samples), num_samples)

@@ -3,20 +3,29 @@
 A bad dialogue becomes a named rejection, never an exception.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Protocol
 
-from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.light_tokenizer import dumps
-from qwhisper.data.processes import Poll, Worker, WorkerDied, how_it_dies, nothing, stop, work_ahead
+from qwhisper.data.processes import Poll, WorkerDied, how_it_dies, nothing, work_ahead
 from qwhisper.data.rows import Sample
 from qwhisper.data.source import Position, Source, StepDialogues
-from qwhisper.errors import BadClipError, DataError
+from qwhisper.errors import DataError
 
 MAX_DEATHS = 3  # of workers in a row while the same samples are awaited
 CHUNK = 16  # dialogues that a worker reads for an evaluation before it answers
+
+
+class Readable(Protocol):
+    """A dialogue, or what is made of one."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
 
 
 @dataclass
@@ -32,26 +41,28 @@ class Rejection:
 class DialogueReader:
     """Reads dialogues, here or in a worker, which is sent this object.
 
-    killers: what is known of dialogues that kill or hang who reads them, by id; they are not read.
+    killers: what is known of dialogues that kill or hang who reads them, by id; they are not read. rows: what is made
+    of a dialogue: its samples, or others; importable by its module's name; raises DataError.
     """
 
     encoder: DialogueEncoder
     killers: dict[str, Rejection] = field(default_factory=dict)
+    rows: Callable[[DialogueEncoder, Any], list[Any]] = DialogueEncoder.encode_rows
 
-    def read(self, dialogue: Dialogue) -> list[Sample] | Rejection:
+    def read(self, dialogue: Readable) -> list[Any] | Rejection:
         """The rows of a dialogue, or its rejection."""
         try:
-            return self.encoder.encode_rows(dialogue)
+            return self.rows(self.encoder, dialogue)
         except DataError as error:
             return Rejection(dialogue.id, dialogue.source, str(error))
 
-    def read_all(self, dialogues: Sequence[Dialogue]) -> list[list[Sample] | Rejection]:
+    def read_all(self, dialogues: Sequence[Readable]) -> list[list[Any] | Rejection]:
         return [self.killers.get(dialogue.id) or self.read(dialogue) for dialogue in dialogues]
 
-    def read_step(self, step: StepDialogues) -> list[list[Sample] | Rejection]:
+    def read_step(self, step: StepDialogues) -> list[list[Any] | Rejection]:
         return self.read_all(step.dialogues)
 
-    def reject_killers(self, dialogues: Iterable[Dialogue], poll: Poll = nothing) -> list[str]:
+    def reject_killers(self, dialogues: Iterable[Readable], poll: Poll = nothing) -> list[str]:
         """Read each in a throwaway process; reject from now on those that kill or hang it. Return their ids."""
         found = []
         for dialogue in dialogues:
@@ -61,7 +72,7 @@ class DialogueReader:
         return found
 
 
-def _lost(dialogue: Dialogue, how: str) -> str:
+def _lost(dialogue: Readable, how: str) -> str:
     return f"{dialogue.source}: a process that reads it is lost ({how}); convert it, or leave it out"
 
 
@@ -87,24 +98,40 @@ class StepSamples:
 
 
 def encode_all(
-    dialogues: Sequence[Dialogue], encoder: DialogueEncoder, num_workers: int = 0
+    dialogues: Sequence[Readable], encoder: DialogueEncoder, num_workers: int = 0
 ) -> tuple[list[Sample], list[Rejection]]:
-    """Every dialogue's rows at once, for evaluation. With workers, one that kills its reader is a rejection."""
-    reader = DialogueReader(encoder)
-    chunks = [dialogues[first : first + CHUNK] for first in range(0, len(dialogues), CHUNK)]
-    items: list[list[Sample] | Rejection] = []
+    """Every dialogue's rows at once."""
+    return sort_items(chain.from_iterable(read_in_order(dialogues, encoder, num_workers)))
+
+
+def read_in_order(
+    dialogues: Sequence[Readable],
+    encoder: DialogueEncoder,
+    num_workers: int = 0,
+    *,
+    rows: Callable[[DialogueEncoder, Any], list[Any]] = DialogueEncoder.encode_rows,
+    chunk: int = CHUNK,
+    poll: Poll = nothing,
+) -> Generator[list[list[Any] | Rejection]]:
+    """The rows of each dialogue or its rejection, in chunks that a worker reads at a time; read as they are asked for,
+    and with workers a few chunks ahead. rows: as DialogueReader's.
+
+    With workers, a dialogue that kills its reader is a rejection. Raises DataError where they die in a row though each
+    dialogue can be read, and what `poll` raises in a wait.
+    """
+    reader = DialogueReader(encoder, rows=rows)
+    chunks = [dialogues[first : first + chunk] for first in range(0, len(dialogues), chunk)]
     done = deaths = 0
     while done < len(chunks):
         try:
-            for _, found in work_ahead(reader.read_all, iter(chunks[done:]), num_workers):
-                items += found
+            for _, found in work_ahead(reader.read_all, iter(chunks[done:]), num_workers, poll):
                 done, deaths = done + 1, 0
+                yield found
         except WorkerDied as death:
             reader.reject_killers(chunks[done])
             deaths += 1
             if deaths == MAX_DEATHS:
                 raise DataError(_always_dying(death, num_workers)) from None
-    return _sort(items)
 
 
 def _always_dying(death: WorkerDied, num_workers: int) -> str:
@@ -114,9 +141,16 @@ def _always_dying(death: WorkerDied, num_workers: int) -> str:
     )
 
 
-def _sort(items: list[list[Sample] | Rejection]) -> tuple[list[Sample], list[Rejection]]:
-    rejections = [item for item in items if isinstance(item, Rejection)]
-    return [sample for item in items if not isinstance(item, Rejection) for sample in item], rejections
+def sort_items(items: Iterable[list[Any] | Rejection]) -> tuple[list[Any], list[Rejection]]:
+    """All rows, and all rejections."""
+    rows: list[Any] = []
+    rejections: list[Rejection] = []
+    for item in items:
+        if isinstance(item, Rejection):
+            rejections.append(item)
+        else:
+            rows += item
+    return rows, rejections
 
 
 def step_samples(
@@ -133,7 +167,7 @@ def step_samples(
     while True:
         try:
             for step, items in work_ahead(reader.read_step, source.steps(position), num_workers, poll):
-                samples, rejections = _sort(items)
+                samples, rejections = sort_items(items)
                 yield StepSamples(samples, rejections, step.position, deaths)
                 position, deaths = step.position, []
         except WorkerDied as death:
@@ -141,39 +175,3 @@ def step_samples(
             deaths.append(WorkerDeath(death.how, reader.reject_killers(awaited.dialogues, poll)))
             if len(deaths) == MAX_DEATHS:
                 raise DataError(_always_dying(death, num_workers)) from None
-
-
-class ThrowawayEncoder(DialogueEncoder):
-    """An encoder whose `encode` runs in a process that may die of a dialogue: the error then names that one."""
-
-    def __init__(self, encoder: DialogueEncoder):
-        vars(self).update(vars(encoder))
-        self._pickled = dumps(encoder.encode)
-        self._worker: Worker | None = None
-
-    def encode(self, dialogue: Dialogue) -> Sample:  # type: ignore[override]  # a dict has no source to name
-        """Raises as DialogueEncoder's, and BadClipError where the process is lost. The next call starts another one."""
-        try:
-            self._worker = self._worker or Worker(self._pickled)
-            self._worker.give(dialogue)
-            return self._worker.answer()
-        except WorkerDied as death:
-            self.close()
-            raise BadClipError(_lost(dialogue, death.how)) from None
-
-    def close(self) -> None:
-        stop([self._worker] if self._worker else [])
-        self._worker = None
-
-
-@contextmanager
-def apart(encoder: DialogueEncoder, num_workers: int) -> Iterator[DialogueEncoder]:
-    """The encoder, or with workers one that encodes in a process of its own."""
-    if not num_workers:
-        yield encoder
-        return
-    throwaway = ThrowawayEncoder(encoder)
-    try:
-        yield throwaway
-    finally:
-        throwaway.close()

@@ -3,23 +3,30 @@
 import numpy as np
 import soxr
 
-from qwhisper.frames import SAMPLE_RATE
+from qwhisper.frames import SAMPLE_RATE, resampled_length
 
 # The mean of N channels has the energy sum(C) / N², where C is their covariance: trace(C) / N² if they have nothing in
 # common, N times as much if they are equal. Below half of the former they cancel: two equally loud ones are correlated
 # below -0.5, which does not happen with two microphones in a room over a whole clip. One channel alone, or two speakers
 # on two channels, give 1.
 CANCELLED = 0.5
+# A resampler rounds a length in its own way: soxr gives `resampled_length` or a sample less [measured, 1 to 768 kHz].
+MAX_FITTED = 16
 
 
 class Mono:
-    """Collects one channel, or the mean of all, at 16 kHz; and the loudness of the channels and of their mean."""
+    """Collects one channel, or the mean of all, at 16 kHz; and the loudness of the channels and of their mean.
+
+    Frames of one rate become `resampled_length` samples, so that a header alone gives the number of samples of a clip.
+    """
 
     def __init__(self, channel: int | None):
         self._channel = channel
         self._waveform = bytearray()  # grows in place; NumPy 2.5 copies an array that is resized
         self._rate = SAMPLE_RATE
         self._resampler: soxr.ResampleStream | None = None
+        self._frames_of_rate = 0  # since the rate is what it is
+        self._start_of_rate = 0  # bytes of the waveform before them
         self._covariances: dict[int, Covariance] = {}  # by number of channels
         self.num_frames = 0
         self.seconds = 0.0
@@ -36,9 +43,10 @@ class Mono:
             self._covariances.setdefault(channels, Covariance(channels)).add(block)
         if rate != self._rate:
             self._flush()
-            self._rate = rate
+            self._rate, self._frames_of_rate, self._start_of_rate = rate, 0, len(self._waveform)
             if rate != SAMPLE_RATE:
                 self._resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+        self._frames_of_rate += len(block)
         self._append(one if self._resampler is None else self._resampler.resample_chunk(one))
         return one
 
@@ -68,6 +76,16 @@ class Mono:
         if self._resampler is not None:
             self._append(self._resampler.resample_chunk(np.empty(0, dtype=np.float32), last=True))
             self._resampler = None
+            self._fit(resampled_length(self._frames_of_rate, self._rate))
+
+    def _fit(self, num_samples: int) -> None:
+        """Cut or pad what the resampler gave for the frames of one rate to its length."""
+        end = self._start_of_rate + 4 * num_samples
+        missing = (end - len(self._waveform)) // 4
+        if abs(missing) > MAX_FITTED:
+            raise RuntimeError(f"the resampler gave {num_samples - missing} samples in place of {num_samples}")
+        del self._waveform[end:]
+        self._waveform += bytes(end - len(self._waveform))
 
     def _append(self, samples: np.ndarray) -> None:
         self._waveform += samples.astype(np.float32, copy=False).tobytes()

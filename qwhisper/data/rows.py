@@ -1,4 +1,5 @@
-"""A row of tokens: how the parts of a dialogue are joined and cut to fit, and `Sample`, the row as training takes it.
+"""A row of tokens: how the parts of a dialogue are joined and cut to fit; `Layout`, the row without its audio, and
+`Sample`, the row as training takes it.
 
 Where each answer stands is known from the pieces that the dialogue was rendered into; no text is ever searched.
 """
@@ -8,11 +9,59 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from qwhisper.data.clips import AudioClip
+from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.messages import Message
 from qwhisper.data.template import Piece
 from qwhisper.errors import BadClipError
 
 IGNORE = -100  # a position that no loss is taken at
+
+
+@dataclass(frozen=True)
+class ClipSlot:
+    """Where a clip stands in a row: its first placeholder, and the samples at 16 kHz that it has placeholders for."""
+
+    clip: AudioClip
+    start: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """What a row is made of, so that it can be laid out again.
+
+    supervised: message indices of the answers to learn; first_own: the first message whose text counts; events: what
+    was left out of the dialogue before.
+    """
+
+    dialogue: Dialogue
+    supervised: frozenset[int]
+    first_own: int = 0
+    events: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Layout:
+    """One training row without its audio: as `Sample`, with slots, in their order, in the place of windows."""
+
+    made_of: RowSource
+    input_ids: np.ndarray
+    labels: np.ndarray
+    slots: list[ClipSlot]
+    answer_spans: list[tuple[int, int]]
+    events: list[str]
+    teacher: "Layout | None" = None
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions that the loss is taken at, after the shift by one."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+    @property
+    def audio_samples(self) -> int:
+        """Samples at 16 kHz of all its clips, repetitions included."""
+        return sum(slot.num_samples for slot in self.slots)
 
 
 @dataclass(eq=False)
@@ -49,36 +98,32 @@ class Sample:
 
 @dataclass(eq=False)
 class Part:
-    """A piece with its tokens; an audio piece has its windows and their token counts."""
+    """A piece with its tokens; an audio piece has its length in samples at 16 kHz."""
 
     piece: Piece
     ids: list[int]
-    windows: list[np.ndarray] = field(default_factory=list)
-    window_tokens: list[int] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    num_samples: int = 0
 
 
 @dataclass(eq=False)
 class Row:
-    """Parts joined: tokens, where each assistant message's answer stands, where user text and windows stand."""
+    """Parts joined: tokens, where each assistant message's answer stands, where user text and clips stand."""
 
     input_ids: list[int]
     answers: dict[int, tuple[int, int]]  # message index -> (start, end with the end-of-turn token)
     texts: list[tuple[int, int, int]]  # (message index, start, end) of the text pieces
-    windows: list[tuple[int, np.ndarray]]  # (first placeholder, window)
-    notes: list[str]
+    slots: list[ClipSlot]
 
 
 def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: set[int]) -> Row:
     """Put parts end to end; an assistant's answer, tool calls included, ends with the first added token of the scaffold
     after it.
     """
-    row = Row([], {}, [], [], [])
+    row = Row([], {}, [], [])
     open_answer = None
     for part in parts:
         index, start = part.piece.message_index, len(row.input_ids)
         row.input_ids += part.ids
-        row.notes += [note for note in part.notes if note not in row.notes]
         end = len(row.input_ids)
         if index is not None and messages[index].role == "assistant":
             open_answer = index
@@ -89,9 +134,8 @@ def join_parts(parts: Sequence[Part], messages: Sequence[Message], added_ids: se
             open_answer = None
         if part.piece.kind == "text" and index is not None:
             row.texts.append((index, start, end))
-        for window, tokens in zip(part.windows, part.window_tokens, strict=True):
-            row.windows.append((start, window))
-            start += tokens
+        if part.piece.clip is not None:
+            row.slots.append(ClipSlot(part.piece.clip, start, part.num_samples))
     return row
 
 
@@ -151,4 +195,4 @@ def _cut_at(row: Row, end: int) -> Row:
     """The first `end` tokens; an answer that they cut is shortened, one that lies behind is gone."""
     answers = {index: (start, min(stop, end)) for index, (start, stop) in row.answers.items() if start < end}
     texts = [text for text in row.texts if text[2] <= end]
-    return Row(row.input_ids[:end], answers, texts, [window for window in row.windows if window[0] < end], row.notes)
+    return Row(row.input_ids[:end], answers, texts, [slot for slot in row.slots if slot.start < end])

@@ -1,11 +1,13 @@
 """The evaluation of a model in memory: it answers every turn of dialogues, with true and with swapped audio."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder, NoLabelsError
@@ -96,19 +98,20 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     executor = Executor(model, max_tokens_per_pack=None, pad_token_id=encoder.pad_token_id)
-    usable, rejected, loss = _dialogue_loss(executor, encoder, dialogues)
+
+    def answer(rows: Sequence[Sample]) -> list[str]:
+        return answer_prompts(model, encoder, [_prompt(row) for row in rows], max_new_tokens, batch_size)
+
+    heard = _with_true_audio(executor, encoder, dialogues, answer, measure_turns=swap)
+    usable, turns, rejected = heard.usable, heard.turns, heard.rejected
     if not usable:
         raise DataError(
             f"no dialogue can be evaluated; the first: {rejected[0]['reason'] if rejected else 'there is none'}"
         )
-    turns = turns_of(usable)
-    answers = []
-    for rows in _rows(encoder, turns):
-        answers += answer_prompts(model, encoder, [_prompt(row) for row in rows], max_new_tokens, batch_size)
-    records = [_record(turn, answer) for turn, answer in zip(turns, answers, strict=True)]
+    records = [_record(turn, text) for turn, text in zip(turns, heard.answers, strict=True)]
     losses: dict[str, Any] = dict.fromkeys(("loss_unswapped", "loss_swapped", "listening_gain"))
     if swap:
-        losses |= _with_swapped_audio(model, encoder, executor, turns, records, batch_size, max_new_tokens, seed)
+        losses |= _with_swapped_audio(executor, encoder, heard, records, answer, seed)
     shift, no_shift = None, None
     if text_model:
         _with_text_model(records, turns, text_answers(model, encoder, turns, max_new_tokens, batch_size))
@@ -117,7 +120,7 @@ def evaluate_model(
     scores = _scores(records)
     return Evaluation(
         **scores,
-        loss=loss,
+        loss=heard.loss.value,
         **losses,
         retention=retention(scores["kinds"], trained_kinds),
         text_shift=shift,
@@ -128,23 +131,6 @@ def evaluate_model(
         rejected=rejected,
         answers=records,
     )
-
-
-def _dialogue_loss(
-    executor: Executor, encoder: DialogueEncoder, dialogues: Sequence[Dialogue]
-) -> tuple[list[Dialogue], list[dict], float]:
-    """The dialogues that can be used, the others with the reason, and the loss over all supervised tokens."""
-    usable, rejected, mean = [], [], _TokenMean()
-    for first in range(0, len(dialogues), DIALOGUES_AT_ONCE):
-        samples: list[Sample] = []
-        for dialogue in dialogues[first : first + DIALOGUES_AT_ONCE]:
-            try:
-                samples += encoder.encode_rows(dialogue)
-                usable.append(dialogue)
-            except (BadClipError, NoLabelsError) as error:
-                rejected.append({"id": dialogue.id, "reason": str(error)})
-        mean.add(executor, samples)
-    return usable, rejected, mean.value
 
 
 class _TokenMean:
@@ -163,10 +149,68 @@ class _TokenMean:
         return self.total / max(1, self.tokens)
 
 
-def _rows(encoder: DialogueEncoder, turns: Sequence[Turn]) -> Iterator[list[Sample]]:
-    """Rows of turns, many at a time, each with its answer alone supervised."""
-    for first in range(0, len(turns), DIALOGUES_AT_ONCE):
-        yield [answer_row(encoder, turn) for turn in turns[first : first + DIALOGUES_AT_ONCE]]
+@dataclass(eq=False)
+class _Heard:
+    """What the pass with true audio found.
+
+    usable: dialogues; rejected: the others (id, reason). loss: over all of their supervised tokens. turns and answers:
+    one for each answer to ask for; turn_losses: of the turns after a clip, by position, (nats, supervised tokens).
+    """
+
+    usable: list[Dialogue] = field(default_factory=list)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    loss: _TokenMean = field(default_factory=_TokenMean)
+    turns: list[Turn] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    turn_losses: dict[int, tuple[float, int]] = field(default_factory=dict)
+
+
+def _with_true_audio(
+    executor: Executor,
+    encoder: DialogueEncoder,
+    dialogues: Sequence[Dialogue],
+    answer: Callable[[Sequence[Sample]], list[str]],
+    *,
+    measure_turns: bool,
+) -> _Heard:
+    """Loss and answers, from one decoding of each dialogue's clips. answer: gives the model's to rows of turns."""
+    heard = _Heard()
+    for first in range(0, len(dialogues), DIALOGUES_AT_ONCE):
+        samples: list[Sample] = []
+        rows: list[Sample] = []
+        for dialogue in dialogues[first : first + DIALOGUES_AT_ONCE]:
+            audio = encoder.dialogue_audio()
+            try:
+                samples += encoder.encode_rows(dialogue, audio)
+            except (BadClipError, NoLabelsError) as error:
+                heard.rejected.append({"id": dialogue.id, "reason": str(error)})
+                continue
+            heard.usable.append(dialogue)
+            turns = turns_of([dialogue])
+            heard.turns += turns
+            rows += [answer_row(encoder, turn, audio) for turn in turns]
+        heard.loss.add(executor, samples)
+        if measure_turns:
+            after_clips = {len(heard.answers) + n: row for n, row in enumerate(rows) if row.windows}
+            heard.turn_losses |= zip(after_clips, _row_losses(executor, list(after_clips.values())), strict=True)
+        heard.answers += answer(rows)
+    return heard
+
+
+def _row_losses(executor: Executor, rows: Sequence[Sample]) -> list[tuple[float, int]]:
+    """Of each row: nats over its supervised tokens, and how many these are."""
+
+    def attempt() -> Tensor:
+        return torch.tensor(executor.sample_losses(rows), dtype=torch.float64)
+
+    losses, _ = executor.within_memory(attempt, rows, lambda: None)
+    return [(nats, row.num_supervised) for nats, row in zip(losses.tolist(), rows, strict=True)]
+
+
+def _mean(losses: Iterable[tuple[float, int]]) -> float:
+    """Nats a supervised token."""
+    nats, tokens = zip(*losses, strict=True)
+    return sum(nats) / max(1, sum(tokens))
 
 
 def _prompt(row: Sample) -> Sample:
@@ -190,25 +234,42 @@ def _record(turn: Turn, answer: str) -> dict[str, Any]:
     }
 
 
-def _with_swapped_audio(model, encoder, executor, turns, records, batch_size, max_new_tokens, seed) -> dict[str, float]:
-    """Adds swapped_answer, swapped_same and swapped_same_question to the records of the turns that have a partner."""
-    found = [(position, swapped) for position, swapped in enumerate(swap_audio(turns, seed=seed)) if swapped]
-    if not found:
+def _with_swapped_audio(
+    executor: Executor,
+    encoder: DialogueEncoder,
+    heard: _Heard,
+    records: list[dict],
+    answer: Callable[[Sequence[Sample]], list[str]],
+    seed: int,
+) -> dict[str, float]:
+    """Adds swapped_answer, swapped_same and swapped_same_question to the records of the turns that have a partner.
+
+    The clips of a partner's dialogue are decoded once, for all the turns that hear them.
+    """
+    swaps = {position: swapped for position, swapped in enumerate(swap_audio(heard.turns, seed=seed)) if swapped}
+    if not swaps:
         return {}
-    unswapped, with_swapped, answers = _TokenMean(), _TokenMean(), []
-    for rows in _rows(encoder, [turns[position] for position, _ in found]):
-        unswapped.add(executor, rows)
-    for rows in _rows(encoder, [swapped.turn for _, swapped in found]):
-        with_swapped.add(executor, rows)
-        answers += answer_prompts(model, encoder, [_prompt(row) for row in rows], max_new_tokens, batch_size)
-    for (position, swapped), answer in zip(found, answers, strict=True):
-        records[position]["swapped_answer"] = answer
-        records[position]["swapped_same"] = same(records[position]["reference"], answer)
-        records[position]["swapped_same_question"] = swapped.same_question
+    by_dialogue: dict[int, list[int]] = {}
+    for position, swapped in swaps.items():
+        by_dialogue.setdefault(id(swapped.partner.dialogue), []).append(position)
+    swapped_losses: dict[int, tuple[float, int]] = {}
+    groups = list(by_dialogue.values())
+    for first in range(0, len(groups), DIALOGUES_AT_ONCE):
+        rows: dict[int, Sample] = {}
+        for positions in groups[first : first + DIALOGUES_AT_ONCE]:
+            audio = encoder.dialogue_audio()
+            rows |= {position: answer_row(encoder, swaps[position].turn, audio) for position in positions}
+        rows = dict(sorted(rows.items()))
+        swapped_losses |= zip(rows, _row_losses(executor, list(rows.values())), strict=True)
+        for position, text in zip(rows, answer(list(rows.values())), strict=True):
+            records[position]["swapped_answer"] = text
+            records[position]["swapped_same"] = same(records[position]["reference"], text)
+            records[position]["swapped_same_question"] = swaps[position].same_question
+    unswapped, with_swapped = _mean(heard.turn_losses[position] for position in swaps), _mean(swapped_losses.values())
     return {
-        "loss_unswapped": unswapped.value,
-        "loss_swapped": with_swapped.value,
-        "listening_gain": with_swapped.value - unswapped.value,
+        "loss_unswapped": unswapped,
+        "loss_swapped": with_swapped,
+        "listening_gain": with_swapped - unswapped,
     }
 
 

@@ -6,7 +6,8 @@ counts only if the language model without its adapter answers it correctly from 
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from typing import Any
@@ -19,7 +20,7 @@ from qwhisper.data.instructions import instruction_pool
 from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
-from qwhisper.evaluate.turns import Turn, answer_row, turns_of
+from qwhisper.evaluate.turns import Turn, answer_rows, turns_of
 from qwhisper.infer.assistant import answer_prompts
 from qwhisper.model.lora import adapter_off
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
@@ -168,9 +169,15 @@ class Questions:
 
 
 def choose_questions(
-    dialogues: Sequence[Dialogue], encoder: DialogueEncoder, trained_kinds: Collection[str], *, seed: int
+    dialogues: Sequence[Dialogue],
+    encoder: DialogueEncoder,
+    trained_kinds: Collection[str],
+    *,
+    seed: int,
+    num_workers: int = 0,
 ) -> Questions:
-    """At most MAX_QUESTIONS of either group, from all of its kinds alike; decodes their audio.
+    """At most MAX_QUESTIONS of either group, from all of its kinds alike; decodes their audio, in workers if there are
+    any.
 
     `dialogues` must be held out. None at all where fewer than MIN_QUESTIONS are of kinds never trained on, and
     where no trained kind is known: any may have been trained on then.
@@ -184,10 +191,10 @@ def choose_questions(
             groups[turn.answer.kind in trained_kinds][turn.answer.kind].append(turn)
     if sum(map(len, groups[False].values())) < MIN_QUESTIONS:
         return Questions()
-    untrained = list(islice(_questions(encoder, groups[False]), MAX_QUESTIONS))
+    untrained = _questions(encoder, groups[False], num_workers)
     if len(untrained) < MIN_QUESTIONS:
         return Questions()
-    return Questions(untrained, list(islice(_questions(encoder, groups[True]), MAX_QUESTIONS)))
+    return Questions(untrained, _questions(encoder, groups[True], num_workers))
 
 
 def answered_by_text_model(executor: Executor, questions: Questions) -> Questions:
@@ -210,18 +217,16 @@ def scores_by_ear(executor: Executor, questions: Questions) -> tuple[Score | Non
     return retention, hearing
 
 
-def _questions(encoder: DialogueEncoder, by_kind: Mapping[str, Sequence[Turn]]) -> Iterator[Question]:
+def _questions(encoder: DialogueEncoder, by_kind: Mapping[str, Sequence[Turn]], num_workers: int) -> list[Question]:
     """One of every kind, then a second one of each, and so on.
 
     Left out: those with a clip that is bad or has no transcript, and those that `encoder` would cut.
     """
+    groups = []
     for turn in (turn for rank in zip_longest(*by_kind.values()) for turn in rank if turn is not None):
-        if (typed := in_words(turn.history)) is None:
-            continue
-        in_text = Turn(replace(turn.dialogue, messages=(*typed, turn.answer)), turn.index)
-        try:
-            heard, read = answer_row(encoder, turn), answer_row(encoder, in_text)
-        except DataError:
-            continue
-        if not heard.events and not read.events:
-            yield Question(heard, read)
+        if (typed := in_words(turn.history)) is not None:
+            groups.append((turn, Turn(replace(turn.dialogue, messages=(*typed, turn.answer)), turn.index)))
+    read = answer_rows(groups, encoder, num_workers)
+    whole = (Question(*rows) for rows in read if rows is not None and not any(row.events for row in rows))
+    with closing(read):
+        return list(islice(whole, MAX_QUESTIONS))

@@ -1,12 +1,14 @@
 """Turns: the answers that a model is asked for, each with what is said before it, and their rows of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message
+from qwhisper.data.dialogue_audio import DialogueAudio
 from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.loader import Rejection, read_in_order
 from qwhisper.data.rows import IGNORE, Sample
 
 
@@ -44,15 +46,45 @@ def turns_of(dialogues: Sequence[Dialogue]) -> list[Turn]:
     ]
 
 
-def answer_row(encoder: DialogueEncoder, turn: Turn) -> Sample:
+def answer_row(encoder: DialogueEncoder, turn: Turn, audio: DialogueAudio | None = None) -> Sample:
     """A turn as a row that ends with its answer, which alone is supervised.
 
-    The answer's reasoning is left out: the prompt is the one that is served, which has no place for it. Raises as
-    `DialogueEncoder.encode` does.
+    audio: as `DialogueEncoder.encode` takes it. The answer's reasoning is left out: the prompt is the one that is
+    served, which has no place for it. Raises as `DialogueEncoder.encode` does.
     """
     messages = (*turn.history, replace(turn.answer, reasoning=None))
-    row = encoder.encode(replace(turn.dialogue, messages=messages))
+    row = encoder.encode(replace(turn.dialogue, messages=messages), audio)
     start, end = row.answer_spans[-1]
     labels = np.full_like(row.labels, IGNORE)
     labels[start:end] = row.input_ids[start:end]
     return replace(row, labels=labels, answer_spans=[(start, end)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Turns that are read together; named by the first one's dialogue."""
+
+    turns: Sequence[Turn]
+
+    @property
+    def id(self) -> str:
+        return self.turns[0].dialogue.id
+
+    @property
+    def source(self) -> str:
+        return self.turns[0].dialogue.source
+
+
+def answer_rows(
+    groups: Sequence[Sequence[Turn]], encoder: DialogueEncoder, num_workers: int = 0
+) -> Generator[list[Sample] | None]:
+    """The rows of each group of turns, in their order; None for a group with one that can't be used.
+
+    Reads as many groups as are asked for, and with workers a few ahead. Raises DataError as `read_in_order` does.
+    """
+    for (item,) in read_in_order([_Group(turns) for turns in groups], encoder, num_workers, rows=_rows, chunk=1):
+        yield None if isinstance(item, Rejection) else item
+
+
+def _rows(encoder: DialogueEncoder, group: _Group) -> list[Sample]:
+    return [answer_row(encoder, turn) for turn in group.turns]

@@ -243,10 +243,10 @@ class OutOfMemory(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NotEvaluated(Event):
-    """The held-out loss was not measured: not enough memory."""
+    """The held-out loss was not measured: not enough memory, or a dialogue could not be read any more."""
 
     kind = "not_evaluated"
-    error: Annotated[str, "what did not fit"]
+    error: Annotated[str, "what did not fit, or could not be read"]
 
     def line(self, step: int) -> str:
         return f"step {step}: held-out loss not measured, training continues: {self.error}"
@@ -308,11 +308,11 @@ class KernelReplaced(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleChanged(Event):
-    """Part of a dialogue was left out, or its audio is unusual. Written only in the first pass over the data."""
+    """Part of a dialogue was left out, its audio is unusual (first pass alone), or a clip has changed its length."""
 
     kind = "sample_changed"
     samples: Annotated[list[str], "id of the sample"]
-    what: Annotated[list[str], "what was left out, and notes on its audio"]
+    what: Annotated[list[str], "what was left out or laid out again, and notes on its audio"]
 
 
 @dataclass(frozen=True, kw_only=True)

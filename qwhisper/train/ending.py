@@ -45,7 +45,7 @@ def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -
         total_steps=session.total_steps,
         samples_per_step=session.args.samples_per_step,
         dialogues=session.num_dialogues,
-        held_out_samples=len(session.eval_samples),
+        held_out_samples=session.held_out.num_rows,
         audio_model=session.plan.audio_model,
         text_model=session.plan.text_model,
     )

@@ -8,13 +8,16 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from qwhisper.checkpoint.names import checkpoint_name
 from qwhisper.checkpoint.reading import newest_usable
+from qwhisper.data.encode import LAID_OUT_AGAIN
 from qwhisper.data.loader import StepSamples
+from qwhisper.data.processes import Poll
 from qwhisper.engine.executor import generators_as_now
 from qwhisper.errors import DataError, DiskError, MemoryLimitError, NumericalError, first_line
 from qwhisper.guards.decide import Decision, decide
@@ -207,7 +210,7 @@ def is_best(session: Session) -> bool:
 def evaluation_is_due(session: Session) -> bool:
     step = session.state.step
     on_schedule = step > 0 and (step % session.plan.eval_steps == 0 or at_end(session))
-    return bool(session.eval_samples) and on_schedule and step != session.state.evaluated
+    return bool(session.held_out) and on_schedule and step != session.state.evaluated
 
 
 def quarantine(session: Session, fetched: StepSamples) -> None:
@@ -257,7 +260,7 @@ def answer_spikes(session: Session, loss: float, decision: Decision, ids: list[s
 def begin_to_learn(session: Session, signals: StopSignals) -> None:
     """What the end of the run is compared with: the weights, and the held-out loss where there is a file for it."""
     session.state.learning.weights = group_checksums(session.groups)
-    if session.eval_samples and (loss := held_out_loss(session, signals)) is not None:
+    if session.held_out and (loss := held_out_loss(session, signals)) is not None:
         session.state.learning.evaluated(loss, before_first_step=True)
         report_held_out(session, loss, "")
 
@@ -276,13 +279,34 @@ def evaluate(session: Session, signals: StopSignals) -> None:
 
 
 def held_out_loss(session: Session, signals: StopSignals) -> float | None:
-    """None if a signal came meanwhile, or if memory does not suffice, which counts as an evaluation."""
+    """None if a signal came meanwhile. Also if memory does not suffice or a held-out dialogue can't be read any more:
+    that counts as an evaluation.
+    """
+    again: dict[str, list[str]] = {}
     try:
-        return signals.unless_stopped(session.executor, lambda: session.executor.evaluate(session.eval_samples))
-    except MemoryLimitError as error:
+        loss = signals.unless_stopped(session.executor, lambda: loss_in_portions(session, signals.poll, again))
+    except (MemoryLimitError, DataError) as error:
         session.state.evaluated = session.state.step
         session.report(NotEvaluated(error=str(error)))
         return None
+    for sample, what in again.items():
+        session.report(SampleChanged(samples=[sample], what=what))
+    return loss
+
+
+def loss_in_portions(session: Session, poll: Poll, again: dict[str, list[str]]) -> float:
+    """Over all supervised tokens of the held-out dialogues. again: takes the events of those that were laid out again,
+    by their samples' ids. Raises what `poll` raises in a wait.
+    """
+    losses, tokens = [], []
+    with closing(session.held_out.portions(session.args.dataloader_num_workers, poll)) as portions:
+        for samples in portions:
+            losses.append(session.executor.evaluate(samples))
+            tokens.append(sum(sample.num_supervised for sample in samples))
+            for sample in samples:
+                if events := [event for event in sample.events if event.startswith(LAID_OUT_AGAIN)]:
+                    again[sample.id] = events
+    return sum(loss * (count / sum(tokens)) for loss, count in zip(losses, tokens, strict=True))
 
 
 def report_held_out(session: Session, loss: float, remark: str) -> None:

@@ -8,7 +8,9 @@ draws no random number, keeps no gradient, and leaves model and optimizer as the
 import math
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.rows import Sample
 from qwhisper.engine.executor import Executor
-from qwhisper.errors import DataError, MemoryLimitError
+from qwhisper.errors import MemoryLimitError
 from qwhisper.evaluate.forgetting import (
     MAX_QUESTIONS,
     Questions,
@@ -26,7 +28,7 @@ from qwhisper.evaluate.forgetting import (
     scores_by_ear,
 )
 from qwhisper.evaluate.listening import SwappedTurn, swap_audio
-from qwhisper.evaluate.turns import Turn, answer_row, turns_of
+from qwhisper.evaluate.turns import Turn, answer_rows, turns_of
 from qwhisper.memory import is_out_of_memory
 from qwhisper.train.learning import SHORTEST
 
@@ -175,13 +177,15 @@ def make_probe(
     trained_kinds: Collection[str] = (),
     questions: Questions | None = None,
     asks_from: int = 0,
+    num_workers: int = 0,
 ) -> ListeningProbe | None:
-    """A probe on held-out dialogues, or on those of the training where there are no others; decodes their audio.
+    """A probe on held-out dialogues, or on those of the training where there are no others; decodes their audio, in
+    workers if there are any.
 
     questions: asked in probes from step `asks_from` on. None if the dialogues give fewer than MIN_PAIRS pairs, as
     text-only ones do.
     """
-    pairs = choose_pairs(dialogues, encoder, seed=seed, trained_kinds=trained_kinds)
+    pairs = choose_pairs(dialogues, encoder, seed=seed, trained_kinds=trained_kinds, num_workers=num_workers)
     if len(pairs) < MIN_PAIRS:
         return None
     return ListeningProbe(
@@ -239,6 +243,7 @@ def choose_pairs(
     *,
     seed: int,
     trained_kinds: Collection[str] = (),
+    num_workers: int = 0,
 ) -> list[Pair]:
     """At most MAX_PAIRS pairs, from as many dialogues as possible: two answers of one dialogue are less than two tests.
 
@@ -249,24 +254,18 @@ def choose_pairs(
     chosen = np.random.default_rng(seed).permutation(len(dialogues))[:MAX_DIALOGUES]
     turns = turns_of([dialogues[index] for index in chosen])
     of_trained_kinds = [turn for turn in turns if turn.answer.kind is None or turn.answer.kind in trained_kinds]
-    pairs = _pairs(of_trained_kinds, encoder, seed)
+    pairs = _pairs(of_trained_kinds, encoder, seed, num_workers)
     if len(pairs) >= MIN_PAIRS or len(of_trained_kinds) == len(turns):
         return pairs
-    return _pairs(turns, encoder, seed)
+    return _pairs(turns, encoder, seed, num_workers)
 
 
-def _pairs(turns: Sequence[Turn], encoder: DialogueEncoder, seed: int) -> list[Pair]:
-    pairs: list[Pair] = []
-    for turn, swapped in _by_preference(turns, swap_audio(turns, seed=seed)):
-        if len(pairs) == MAX_PAIRS:
-            break
-        try:
-            pair = Pair(answer_row(encoder, turn), answer_row(encoder, swapped.turn))
-        except DataError:
-            continue
-        if not pair.true.events and not pair.swapped.events:
-            pairs.append(pair)
-    return pairs
+def _pairs(turns: Sequence[Turn], encoder: DialogueEncoder, seed: int, num_workers: int) -> list[Pair]:
+    groups = [(turn, swapped.turn) for turn, swapped in _by_preference(turns, swap_audio(turns, seed=seed))]
+    read = answer_rows(groups, encoder, num_workers)
+    whole = (Pair(*rows) for rows in read if rows is not None and not any(row.events for row in rows))
+    with closing(read):
+        return list(islice(whole, MAX_PAIRS))
 
 
 def _by_preference(turns: Sequence[Turn], swaps: Sequence[SwappedTurn | None]) -> Iterator[tuple[Turn, SwappedTurn]]:

@@ -14,8 +14,7 @@ from qwhisper.checkpoint.names import SNAPSHOT_FILE
 from qwhisper.checksums import checksums
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
-from qwhisper.data.loader import apart, encode_all
-from qwhisper.data.rows import Sample
+from qwhisper.data.held_out import HeldOut, hold_out
 from qwhisper.data.source import ShuffledDialogues, Source
 from qwhisper.disk import file_sha256
 from qwhisper.engine.executor import Executor
@@ -67,7 +66,7 @@ class Session:
     log: RunLog
     lines: StepLines
     hooks: Hooks
-    eval_samples: list[Sample]
+    held_out: HeldOut
     probe: ListeningProbe | None  # None: no dialogue with audio to probe with
     base_checksums: dict[str, int]  # of the weights that must not change
 
@@ -148,13 +147,13 @@ def build_session(
     state: TrainState,
     callbacks: Sequence[TrainerCallback],
 ) -> Session:
-    """A training at its first step, or at `state`'s. Encodes the held-out dialogues and quarantines bad ones."""
+    """A training at its first step, or at `state`'s. Lays out the held-out dialogues and quarantines bad ones."""
     encoder = encoder_for(args, processor, model)
-    eval_samples, rejections = encode_all(held_out, encoder, args.dataloader_num_workers)
+    usable, rejections = hold_out(held_out, encoder, args.dataloader_num_workers)
     log = RunLog(Path(args.output_dir))
     for rejection in rejections:
         log.quarantine(**dataclasses.asdict(rejection), step=state.step)
-    if held_out and not eval_samples:
+    if held_out and not usable:
         raise DataError(f"--eval_file {args.eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
     groups = parameter_groups(model)
     gradient_buffers = GradientBuffers(groups)
@@ -197,7 +196,7 @@ def build_session(
         log=log,
         lines=StepLines(plan.total_steps, state.step),
         hooks=hooks,
-        eval_samples=eval_samples,
+        held_out=usable,
         probe=probe_of(args, plan, executor, encoder, dialogues, held_out, state),
         base_checksums=checksums(frozen_parameters(model)),
     )
@@ -212,8 +211,8 @@ def probe_of(
     held_out: Sequence[Dialogue],
     state: TrainState,
 ) -> ListeningProbe | None:
-    """The listening probe; None for a run that is too short even for one at its end, which need not decode its audio.
-    Without questions where the run ends before it has paid for them.
+    """The listening probe; None for a run that is too short even for one at its end, which need not decode its audio,
+    and if the processes that decode it die in a row. Without questions if the run ends before it has paid for them.
     """
     first_step = first_probe_step(
         total_steps=plan.total_steps,
@@ -235,18 +234,23 @@ def probe_of(
             "no retention in this run: the training data names no `kind`, so what is never trained on is "
             "unknown; give its answers a `kind`"
         )
-    with apart(encoder, args.dataloader_num_workers) as reader:
+    workers = args.dataloader_num_workers
+    try:
         return make_probe(
             executor,
-            reader,
+            encoder,
             held_out or dialogues,
             state.probe,
             first_step=first_step,
             seed=args.seed,
             trained_kinds=state.kinds,
-            questions=choose_questions(asked, reader, state.kinds, seed=args.seed),
+            questions=choose_questions(asked, encoder, state.kinds, seed=args.seed, num_workers=workers),
             asks_from=asks_from,
+            num_workers=workers,
         )
+    except DataError as error:
+        note(f"no listening probe: {error}")
+        return None
 
 
 def make_clamp(plan: Plan, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:

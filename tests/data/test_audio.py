@@ -10,7 +10,7 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwhisper.data import audio
+from qwhisper.data import audio, mono
 from qwhisper.data.audio import LOUDEST_PEAK, load_audio
 from qwhisper.data.clips import AudioClip, load_clip
 from qwhisper.data.windows import clip_windows
@@ -123,6 +123,23 @@ def test_reading_in_blocks_equals_resampling_the_whole(tmp_path):
     whole = soxr.resample(noise, 22_050, 16_000)
     assert len(waveform) == len(whole)
     np.testing.assert_allclose(waveform, whole, atol=1e-5)
+
+
+def test_a_resampler_that_loses_sound_is_an_error_and_nothing_is_padded(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", tone(0.5, 22_050), 22_050)
+    whole = load_audio(tmp_path / "a.wav")
+    resample = soxr.ResampleStream.resample_chunk
+
+    class Losing(soxr.ResampleStream):
+        def resample_chunk(self, block, last=False):
+            return resample(self, block, last)[: None if last else -lost]
+
+    monkeypatch.setattr(mono.soxr, "ResampleStream", Losing)
+    lost = mono.MAX_FITTED - 1
+    assert len(load_audio(tmp_path / "a.wav")) == len(whole) == 8_000
+    lost = 10 * mono.MAX_FITTED
+    with pytest.raises(BadClipError, match=r"the resampler gave 78\d\d samples in place of 8000"):
+        load_audio(tmp_path / "a.wav")
 
 
 @pytest.mark.parametrize("rate", RATES)

@@ -11,16 +11,16 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from qwhisper.data import processes
+from qwhisper.data import loader, processes
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.light_tokenizer import dumps
-from qwhisper.data.loader import apart, step_samples
+from qwhisper.data.loader import step_samples
 from qwhisper.data.source import ShuffledDialogues, epoch_position
-from qwhisper.errors import BadClipError
 from qwhisper.train.run import main
 from tests.data.conftest import CHATML, byte_tokenizer, dialogue_of, reply, user
 from tests.test_faults.inject import outcome_of
@@ -28,10 +28,7 @@ from tests.test_faults.kill_shim import fail
 from tests.test_faults.lives import At
 from tests.train.helpers import checkpoint_tensors, same_bits
 from tests.train.test_resume import StopAfter
-from tests.workers import (
-    KilledBy,
-    worker_pids,
-)
+from tests.workers import CrashingReader, worker_pids
 
 
 @pytest.fixture
@@ -123,16 +120,14 @@ def test_same_samples_from_any_position_with_any_number_of_workers(encoder, posi
     assert len(taken(0)[0][0]) == 4
 
 
-def test_an_encoder_apart_names_the_dialogue_that_kills_its_process(encoder, monkeypatch):
-    sound, killer = (replace(dialogue_of(user("hi"), reply("yes")), id=name) for name in ("sound", "killer"))
-    with apart(KilledBy(encoder, "killer"), 1) as throwaway:
-        for _ in range(2):
-            assert throwaway.encode(sound).input_ids.tolist() == encoder.encode(sound).input_ids.tolist()
-            with pytest.raises(BadClipError, match=r"t.jsonl:1: a process that reads it is lost \(signal 9\)"):
-                throwaway.encode(killer)
+def test_what_kills_its_reader_is_named_and_the_rest_is_read(encoder, monkeypatch):
+    dialogues = [replace(dialogue_of(user("hi"), reply("yes")), id=name) for name in ("a", "killer", "b")]
+    monkeypatch.setattr(loader, "DialogueReader", partial(CrashingReader, ids=frozenset({"killer"})))
+    first, killer, last = [item for (item,) in loader.read_in_order(dialogues, encoder, 1, chunk=1)]
+    assert killer.reason == "t.jsonl:1: a process that reads it is lost (signal 9); convert it, or leave it out"
+    expected = encoder.encode(dialogues[0]).input_ids.tolist()
+    assert [row.input_ids.tolist() for row in (*first, *last)] == [expected] * 2
     assert worker_pids() == []
-    with apart(encoder, 0) as same:
-        assert same is encoder
 
 
 # An added token after white space, typed ones, accents, an answer with reasoning, one with calls.

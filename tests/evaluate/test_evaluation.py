@@ -3,6 +3,7 @@ import pytest
 import soundfile
 import torch
 
+from qwhisper.data import dialogue_audio
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
@@ -189,6 +190,40 @@ def test_kinds_are_untrained_only_beside_known_trained_ones_and_that_is_said(sma
     without_kind = [dialogue for dialogue in dialogues if not dialogue.clips]
     for few, asked in ((without_kind, True), (dialogues, False)):
         assert evaluate_model(*small_model, few, swap=False, text_model=asked).notes == []
+
+
+def talks(folder, count: int) -> list[Dialogue]:
+    """Dialogues of five one-clip turns; each two ask the same, so that one is the other's partner."""
+    found = []
+    for n in range(count):
+        messages = []
+        for turn in range(5):
+            path = folder / f"{n}-{turn}.wav"
+            soundfile.write(path, tone(200 + 50 * n + 10 * turn, 0.05), SAMPLE_RATE)
+            messages += [
+                Message("user", (AudioClip(str(path)), f"{n // 2}?")),
+                Message("assistant", (f"{'abcdef'[n]}{turn}",)),
+            ]
+        found.append(Dialogue(f"d{n}", tuple(messages), f"file:{n}"))
+    return found
+
+
+def test_each_pass_decodes_each_clip_once(small_model, tmp_path, monkeypatch):
+    decoded, load = [], dialogue_audio.load_clip
+    monkeypatch.setattr(dialogue_audio, "load_clip", lambda clip, **how: decoded.append(clip.path) or load(clip, **how))
+    for at_once in (256, 2):
+        monkeypatch.setattr(run_module, "DIALOGUES_AT_ONCE", at_once)
+        decoded.clear()
+        dialogues = talks(tmp_path, 4)
+        result = evaluate_model(*small_model, dialogues, text_model=False, max_new_tokens=1)
+        assert result.counts["turns"] == result.counts["swapped"] == 20
+        assert result.loss and result.loss_unswapped and result.loss_swapped
+        every = sorted(clip.path for dialogue in dialogues for clip in dialogue.clips)
+        assert len(decoded) == 5 * 4 + 5 * 4
+        assert sorted(decoded[:20]) == sorted(decoded[20:]) == every
+        decoded.clear()
+        evaluate_model(*small_model, dialogues, swap=False, text_model=False, max_new_tokens=1)
+        assert sorted(decoded) == every
 
 
 def test_model_keeps_its_mode(small_model, dialogues):

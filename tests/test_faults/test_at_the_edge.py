@@ -15,6 +15,7 @@ from qwhisper.checkpoint import folders
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.data import loader
 from qwhisper.data.dialogue import read_dialogues
+from qwhisper.data.held_out import hold_out
 from qwhisper.engine.executor import Executor
 from qwhisper.guards import snapshot
 from qwhisper.model.processor import Qwen3AudioProcessor
@@ -222,10 +223,10 @@ def test_a_killer_among_the_held_out(arguments, monkeypatch):
     dialogues = read_dialogues(args.train_file)
     monkeypatch.setattr(loader, "DialogueReader", partial(CrashingReader, ids=frozenset({"d3"})))
     try:
-        samples, rejections = loader.encode_all(dialogues, encoder, num_workers=1)
+        held_out, rejections = hold_out(dialogues, encoder, num_workers=1)
     except Exception:
-        samples, rejections = [], []
-    assert [rejection.id for rejection in rejections] == ["d3"] and len(samples) == len(dialogues) - 1
+        held_out, rejections = [], []
+    assert [rejection.id for rejection in rejections] == ["d3"] and len(held_out) == len(dialogues) - 1
 
 
 @fault(
