@@ -85,7 +85,8 @@ def executor(model, *, packing: bool) -> Executor:
 
 def train(model, length: int, *, packing: bool = False) -> dict:
     samples = rows(model, length)
-    loss, _ = executor(model.train(), packing=packing).forward_backward(samples, sum(s.num_supervised for s in samples))
+    count = sum(s.num_supervised for s in samples)
+    loss = executor(model.train(), packing=packing).forward_backward(samples, count).loss
     return {"loss": float(loss)}
 
 

@@ -324,9 +324,8 @@ def _audio(
         return None
     positions = np.full(sizes.tokens, nowhere)
     positions[: len(placeholders)] = placeholders
-    waveforms = np.concatenate([np.zeros(0, dtype=np.float32), *windows])
     return AudioPart(
-        row=waveform_row(torch.from_numpy(waveforms), lengths, sizes),
+        row=waveform_row(windows, sizes),
         layout=audio_layout(lengths, frames, sizes),
         positions=torch.from_numpy(positions),
     )

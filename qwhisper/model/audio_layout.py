@@ -5,7 +5,7 @@ Log-mel, encoder and projector compute from these tensors. They wait for no devi
 All index tensors are int64 unless they say otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -112,26 +112,26 @@ def audio_layout(lengths: Sequence[int], arithmetic: FrameArithmetic, sizes: Aud
     )
 
 
-def waveform_row(waveforms: Tensor, lengths: Sequence[int], sizes: AudioSizes) -> Tensor:
-    """[samples of the row] float32, of windows end to end [sum(lengths)], on their device; zeros between them.
+def waveform_row(windows: Iterable[np.ndarray], sizes: AudioSizes) -> Tensor:
+    """[samples of the row] float32, of windows float32 [samples] each, on the host; zeros between them.
 
     Each window begins at a multiple of the hop with the reflected margin that Whisper's STFT pads it with, so that its
     mel frames are frames of the row.
     """
-    if sum(lengths) != waveforms.shape[0]:
-        raise ValueError(f"window lengths sum to {sum(lengths)} samples, but the waveforms have {waveforms.shape[0]}")
-    row = waveforms.new_zeros(sizes.samples, dtype=torch.float32)
+    row = np.zeros(sizes.samples, dtype=np.float32)
     margin, place = N_FFT // 2, 0
-    for window in waveforms.split(list(lengths)):
-        frames, window = mel_frames(len(window)), torch.nn.functional.pad(window, (0, max(0, N_FFT - len(window))))
+    for window in windows:
+        frames = mel_frames(len(window))
+        if len(window) < N_FFT:
+            window = np.pad(window, (0, N_FFT - len(window)))
         begin, end = place + margin, place + (frames - 1) * HOP_LENGTH + N_FFT  # of the window; of its last frame
-        row[place:begin] = window[1 : margin + 1].flip(0)
+        row[place:begin] = window[margin:0:-1]
         kept = min(len(window), end - begin)
         row[begin : begin + kept] = window[:kept]
         if rest := end - begin - kept:
-            row[begin + kept : end] = window[-rest - 1 : -1].flip(0)
+            row[begin + kept : end] = window[-rest - 1 : -1][::-1]
         place += (frames + MARGIN_HOPS) * HOP_LENGTH
-    return row
+    return torch.from_numpy(row)
 
 
 def mel_layout(lengths: Sequence[int], sizes: AudioSizes) -> MelLayout:

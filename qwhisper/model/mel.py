@@ -55,7 +55,10 @@ def packed_log_mel(waveforms: Tensor, lengths: list[int], num_mel_bins: int) -> 
     waveforms: [sum(lengths)] float32, 16 kHz; lengths: samples of each window.
     Returns ([total_mel_frames, num_mel_bins] float32, mel frames of each window); see `log_mel`.
     """
+    if sum(lengths) != waveforms.shape[0]:
+        raise ValueError(f"window lengths sum to {sum(lengths)} samples, but the waveforms have {waveforms.shape[0]}")
     mel_lengths = [mel_frames(n) for n in lengths]
     sizes = AudioSizes(windows=len(lengths), mel_frames=sum(mel_lengths))
-    row = waveform_row(waveforms, lengths, sizes)
+    windows = [window.numpy() for window in waveforms.detach().float().cpu().split(lengths)]
+    row = waveform_row(windows, sizes).to(waveforms.device)
     return log_mel(row, on_device(mel_layout(lengths, sizes), row.device), num_mel_bins), mel_lengths

@@ -27,7 +27,7 @@ ROOM = AudioSizes(windows=3, mel_frames=211, encoder_frames=120, max_window=40, 
 
 
 def row_of(windows: list[np.ndarray], sizes: AudioSizes) -> torch.Tensor:
-    return waveform_row(torch.from_numpy(np.concatenate(windows)), [len(w) for w in windows], sizes)
+    return waveform_row(windows, sizes)
 
 
 def larger(sizes: AudioSizes) -> AudioSizes:

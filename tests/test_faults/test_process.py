@@ -88,7 +88,7 @@ def test_waiting_for_data_is_left_at_a_signal(arguments, tmp_path, monkeypatch):
         return honest(self, poll)
 
     monkeypatch.setattr(processes.Worker, "answer", answer)
-    monkeypatch.setattr(loader, "DialogueReader", lambda encoder: replace(never, encoder=encoder))
+    monkeypatch.setattr(loader, "DialogueReader", lambda encoder, **given: replace(never, encoder=encoder, **given))
     assert outcome_of(args).code == 128 + signal.SIGINT
     assert newest_usable(Path(args.output_dir))[0].name == "checkpoint-3", "it waited for the samples"
     assert worker_pids() == []

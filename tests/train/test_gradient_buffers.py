@@ -212,7 +212,7 @@ def test_20_steps_with_a_rewind_a_halved_pack_and_a_resume_leave_all_tensors_whe
 
                 patch.setattr(torch.Tensor, "backward", once)
             taken = text_only(samples) if index == 9 else samples[4 * (index % 3) :][:4]
-            train_step(run, StepSamples(taken, [], 0, 0))
+            train_step(run, StepSamples(taken, []))
             addresses.look()
 
     for index in range(12):

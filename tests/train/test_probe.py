@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +38,7 @@ from tests.small import write_dialogues
 from tests.test_faults.inject import both_memories
 from tests.train.helpers import make_run, same_bits, trainable
 from tests.train.listeners import listening_arguments, train_and_probe
-from tests.workers import KilledBy
+from tests.workers import CrashingReader
 
 
 def probe_of(run, dialogues, **values) -> ListeningProbe | None:
@@ -140,9 +142,7 @@ def test_pairs_are_at_most_so_many_and_the_same_for_the_same_seed(arguments, tmp
     assert len(first) == MAX_PAIRS == len(set(ids[0])) and ids[0] == ids[1] != ids[2]
 
 
-def test_a_process_of_its_own_reads_the_same_pairs_and_a_dialogue_that_kills_it_is_in_none(
-    arguments, tmp_path, monkeypatch
-):
+def test_a_worker_reads_the_same_pairs_and_a_dialogue_that_kills_it_is_in_none(arguments, tmp_path, monkeypatch):
     values = {"train_file": str(write_dialogues(tmp_path / "many", 30)), "max_steps": 10_000}
 
     def pairs(num_workers: int, name: str) -> list[Pair]:
@@ -155,8 +155,8 @@ def test_a_process_of_its_own_reads_the_same_pairs_and_a_dialogue_that_kills_it_
 
     here, apart = pairs(0, "here"), pairs(1, "apart")
     assert list(map(as_seen, here)) == list(map(as_seen, apart)) and len(here) == MAX_PAIRS
-    killer, throwaway = here[0].true.id, loader.ThrowawayEncoder
-    monkeypatch.setattr(loader, "ThrowawayEncoder", lambda encoder: throwaway(KilledBy(encoder, killer)))
+    killer = here[0].true.id
+    monkeypatch.setattr(loader, "DialogueReader", partial(CrashingReader, ids=frozenset({killer}), trainer=os.getpid()))
     ids = [pair.true.id for pair in pairs(1, "killed")]
     assert killer not in ids and len(ids) == MAX_PAIRS
 

@@ -147,9 +147,13 @@ def test_an_evaluation_that_a_signal_ended_is_made_up_with_its_snapshot(argument
     parts = arguments(output_dir=str(tmp_path / "parts"), **values)
     honest, steps = Executor.evaluate, iter([0, 4])
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Executor, "evaluate", lambda *given: os.kill(os.getpid(), signal.SIGTERM) if next(steps) else honest(*given)
-        )
+
+        def evaluate(*given):
+            if next(steps):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return honest(*given)
+
+        patch.setattr(Executor, "evaluate", evaluate)
         assert main(parts, [bad]) == 128 + signal.SIGTERM
     assert main(dataclasses.replace(parts, resume_from_checkpoint="latest"), [bad]) == 0
     (tensors, state), (other_tensors, other_state) = outcome(tmp_path / "whole", 7), outcome(tmp_path / "parts", 7)
