@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from make_learning_tables import compared, scores
-from marked import table, write_between_marks
+from marked import table, write_in_each_language
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "demo.jsonl"
@@ -122,8 +122,7 @@ TABLES: dict[str, Callable[[dict[str, str]], str]] = {
 
 def main() -> None:
     draw()
-    for language, page in PAGES.items():
-        write_between_marks(page, {name: make(WORDS[language]) for name, make in TABLES.items()})
+    write_in_each_language(PAGES, TABLES, WORDS)
 
 
 if __name__ == "__main__":

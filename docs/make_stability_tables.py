@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from marked import table, write_between_marks
+from marked import table, write_in_each_language
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -326,8 +326,7 @@ TABLES = {"nan_kernel": nan_kernel, "naive_history": naive_history}
 
 def main() -> None:
     draw()
-    for language, page in PAGES.items():
-        write_between_marks(page, {name: make(WORDS[language]) for name, make in TABLES.items()})
+    write_in_each_language(PAGES, TABLES, WORDS)
 
 
 if __name__ == "__main__":

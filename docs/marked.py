@@ -1,6 +1,6 @@
 """Generated tables in pages: each stands between two comments with its name, and only what is between is written."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 
@@ -28,6 +28,16 @@ def write_between_marks(page: Path, tables: Mapping[str, str]) -> None:
         before, after = text.split(begin)[0], text.split(end)[1]
         text = f"{before}{begin}\n{made}\n{end}{after}"
     page.write_text(text, encoding="utf-8")
+
+
+def write_in_each_language(
+    pages: Mapping[str, Path],
+    tables: Mapping[str, Callable[[dict[str, str]], str]],
+    words: Mapping[str, dict[str, str]],
+) -> None:
+    """Writes each table into the page of each language, made with that language's words."""
+    for language, page in pages.items():
+        write_between_marks(page, {name: make(words[language]) for name, make in tables.items()})
 
 
 def _marks(name: str) -> tuple[str, str]:
