@@ -98,11 +98,14 @@ class PromptTokens:
     def __init__(self, model: Qwen3AudioForConditionalGeneration, prompt: Sample):
         self._model = model
         self._device = next(model.get_input_embeddings().parameters()).device
-        self._windows = {_hash(window): window for window in prompt.windows}
+        hashes = [_hash(window) for window in prompt.windows]
+        self._windows = dict(zip(hashes, prompt.windows, strict=True))
         self._input_ids = torch.from_numpy(prompt.input_ids)
         frames = model.config.frames
         audio = iter(
-            (_hash(window), place) for window in prompt.windows for place in range(frames.window_tokens(len(window)))
+            (name, place)
+            for name, window in zip(hashes, prompt.windows, strict=True)
+            for place in range(frames.window_tokens(len(window)))
         )
         self.tokens: list[Token] = [
             next(audio) if token == model.config.audio_token_id else token for token in prompt.input_ids.tolist()
