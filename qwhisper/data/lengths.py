@@ -61,7 +61,7 @@ def _key(clip: AudioClip) -> Hashable:
 
 
 def exact_length(clip: AudioClip) -> int | None:
-    """Samples at 16 kHz by the file's header; None where that would be an estimate, or nothing. Decodes nothing."""
+    """Samples at 16 kHz by the file's header; None if the header gives an estimate or nothing. Decodes nothing."""
     try:
         with opened(clip.source, follow_links=False) as descriptor:
             claim = _exact_claim(FileBytes(descriptor), clip.end)

@@ -128,7 +128,7 @@ def read_in_order(
                 done, deaths = done + 1, 0
                 yield found
         except WorkerDied as death:
-            reader.reject_killers(chunks[done])
+            reader.reject_killers(chunks[done], poll)
             deaths += 1
             if deaths == MAX_DEATHS:
                 raise DataError(_always_dying(death, num_workers)) from None

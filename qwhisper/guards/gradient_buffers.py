@@ -23,7 +23,7 @@ class GradientBuffers:
     """The gradients of all groups. flat: the tensors that hold them, one for each group, dtype and device.
 
     A view is attached only while it is zero. A backward pass before the first `start`, or after the step's gradients
-    were dropped, makes tensors of its own, as without buffers. The hooks hold no reference to the buffers.
+    were dropped, makes new tensors, as without buffers. The hooks hold no reference to the buffers.
     """
 
     def __init__(self, groups: Groups):

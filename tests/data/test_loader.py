@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from qwhisper.data import loader, processes
+from qwhisper.data import loader, processes, worker
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.light_tokenizer import dumps
 from qwhisper.data.loader import step_samples
 from qwhisper.data.source import ShuffledDialogues, epoch_position
 from qwhisper.train.run import main
+from qwhisper.train.signals import Stopped
 from tests.data.conftest import CHATML, byte_tokenizer, dialogue_of, reply, user
 from tests.test_faults.inject import outcome_of
 from tests.test_faults.kill_shim import fail
@@ -128,6 +129,30 @@ def test_what_kills_its_reader_is_named_and_the_rest_is_read(encoder, monkeypatc
     expected = encoder.encode(dialogues[0]).input_ids.tolist()
     assert [row.input_ids.tolist() for row in (*first, *last)] == [expected] * 2
     assert worker_pids() == []
+
+
+def test_the_search_for_what_kills_a_reader_is_left_at_a_signal(encoder, monkeypatch):
+    dialogues = [replace(dialogue_of(user("hi"), reply("yes")), id="killer")]
+    monkeypatch.setattr(loader, "DialogueReader", partial(CrashingReader, ids=frozenset({"killer"})))
+    honest, searching, left = loader.how_it_dies, [], []
+
+    def search(work, dialogue, poll):
+        searching.append(dialogue.id)
+        try:
+            return honest(work, dialogue, poll)
+        except Stopped:
+            left.append(dialogue.id)
+            raise
+
+    def poll():
+        if searching:
+            raise Stopped
+
+    monkeypatch.setattr(loader, "how_it_dies", search)
+    monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)
+    with pytest.raises(Stopped):
+        list(loader.read_in_order(dialogues, encoder, 1, poll=poll))
+    assert left == ["killer"] and worker_pids() == []
 
 
 # An added token after white space, typed ones, accents, an answer with reasoning, one with calls.
