@@ -120,7 +120,7 @@ def faults_named(name: str) -> Iterator[None]:
         raise BadClipError(f"{name}: unreadable audio ({what}); convert it to WAV or FLAC, or leave it out") from error
 
 
-# An open decoder, and why sound after its end is missing.
+# An open decoder, and the reason why sound after its end is missing.
 _Opened = tuple[Decoder, str | None]
 
 
@@ -146,7 +146,7 @@ def _load(source: str | Path | bytes, wanted: _Wanted, follow_links: bool) -> tu
 def libsndfile_fault(
     error: soundfile.LibsndfileError, descriptor: int, layout: Layout, wanted: _Wanted
 ) -> BadClipError:
-    """The message if no decoder can read it: the format is unknown, or where the sound is damaged."""
+    """The error if no decoder can read the file: its format is unknown, or its sound is damaged."""
     reason = error.error_string.rstrip(".")
     try:
         ends, claimed = _stops_at(descriptor, layout)

@@ -25,7 +25,7 @@ class Mono:
         self._waveform = bytearray()  # grows in place; NumPy 2.5 copies an array that is resized
         self._rate = SAMPLE_RATE
         self._resampler: soxr.ResampleStream | None = None
-        self._frames_of_rate = 0  # since the rate is what it is
+        self._frames_of_rate = 0  # since the last change of rate
         self._start_of_rate = 0  # bytes of the waveform before them
         self._covariances: dict[int, Covariance] = {}  # by number of channels
         self.num_frames = 0

@@ -55,8 +55,8 @@ class MpegStream:
         return int.from_bytes(self._count_of(self.info), "big")
 
     def with_count(self) -> tuple[list[Piece], int]:
-        """The stream's bytes for a decoder, with a header that has the number of frames; and the samples before the
-        first.
+        """The stream's bytes for a decoder, with a header that has the number of frames; and the number of samples
+        before the first.
         """
         if self.frame.kind[1] != 3:
             return list(self.pieces), 0
