@@ -88,7 +88,7 @@ class Qwen3AudioProcessor(ProcessorMixin):
         return super().__call__(text=text, audio=audio, **kwargs)
 
     def apply_chat_template(self, conversation, *, processor_kwargs: dict[str, Any] | None = None, **kwargs):
-        """As in transformers. A prompt has the empty think block that every answer was trained behind."""
+        """As in transformers. A prompt has the empty think block that precedes every answer in training."""
         kwargs.setdefault("enable_thinking", False)
         call = {"add_special_tokens": False, **(processor_kwargs or {})}
         return super().apply_chat_template(conversation, processor_kwargs=call, **kwargs)
