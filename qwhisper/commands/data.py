@@ -37,7 +37,7 @@ class DataCheckArguments(Arguments):
 
 
 def check(arguments: DataCheckArguments) -> int:
-    """Print the contents and the faults of a file; return 3 if a run on it would end with 3."""
+    """Print the contents and the faults of a file; return 3 if a training on it would end with exit code 3."""
     from qwhisper.data.check import check_dataset, report_lines
 
     tokenizer = _load_tokenizer(arguments.text_model, arguments.hub) if arguments.text_model else None
@@ -59,7 +59,7 @@ def _load_tokenizer(name: str, hub: str):
 
 
 def _load_frames(name: str | None, hub: str) -> "FrameArithmetic":
-    """The lengths that a new model would have on this encoder, or on Whisper in its default form."""
+    """The lengths of a new model on this encoder; without a name, on Whisper's default configuration."""
     from transformers import WhisperConfig
 
     from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
@@ -77,7 +77,7 @@ def _find_model(name: str, hub: str, flag: str) -> str:
 
     if hub != "huggingface":
         return resolve_model(name, hub, flag)
-    refuse_model(name, flag)  # a folder with a tokenizer alone will do here
+    refuse_model(name, flag)  # a folder with only a tokenizer is enough here
     return name
 
 
