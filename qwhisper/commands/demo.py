@@ -58,7 +58,7 @@ def main(arguments: DemoArguments) -> None:
     run_command(commands, "data check", data.check, data.DataCheckArguments, file=paths.train_file)
     headline("Before training")
     before = untrained(paths)
-    print(f"{before.turns:.1%} of the held-out answers are right, {before.majority:.1%} would be by guessing")
+    print(f"{before.turns:.1%} of the held-out answers are right; guessing gets {before.majority:.1%} right")
     headline("Training")
     train_model(commands, paths, folder / "run", arguments.seed)
     headline("The checkpoint, verified")
