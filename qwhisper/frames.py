@@ -59,18 +59,22 @@ class FrameArithmetic:
 
     @property
     def samples_per_token(self) -> int:
+        """Samples of one placeholder token."""
         return FRAME_SAMPLES * self.stack
 
     @property
     def lead_frames(self) -> int:
+        """Encoder frames of the silence before the speech."""
         return round(self.lead_silence_s * SAMPLE_RATE / FRAME_SAMPLES)
 
     @property
     def tail_frames(self) -> int:
+        """Encoder frames of the silence after the speech."""
         return round(self.tail_silence_s * SAMPLE_RATE / FRAME_SAMPLES)
 
     @property
     def lead_samples(self) -> int:
+        """Samples of the silence before the speech."""
         return self.lead_frames * FRAME_SAMPLES
 
     @property

@@ -86,6 +86,7 @@ def open_without_links(path: str | Path) -> int:
 
 
 def kind_fault(mode: int) -> str | None:
+    """What a file of this mode is instead of a regular file, as the end of a sentence, or None. mode: `st_mode`."""
     if stat.S_ISREG(mode):
         return None
     kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}

@@ -38,6 +38,7 @@ class HeldOut:
 
     @property
     def num_rows(self) -> int:
+        """Rows of all dialogues: one for each dialogue or answer, see `DialogueEncoder.layout_rows`."""
         return sum(len(dialogue.layouts) for dialogue in self.dialogues)
 
     def portions(self, num_workers: int = 0, poll: Poll = nothing) -> Generator[list[Sample]]:

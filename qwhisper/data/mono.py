@@ -69,6 +69,7 @@ class Mono:
         return int(longest.value().diagonal().argmax())
 
     def finish(self) -> np.ndarray:
+        """The whole waveform, float32 [samples] at 16 kHz."""
         self._flush()
         return np.frombuffer(self._waveform, dtype=np.float32)
 
@@ -99,6 +100,7 @@ class Covariance:
         self._sums, self._products = np.zeros(channels), np.zeros((channels, channels))
 
     def add(self, block: np.ndarray) -> None:
+        """block: float32 [frames, channels]."""
         exact = block.astype(np.float64)
         self.num_frames += len(block)
         self._sums += np.ones(len(exact)) @ exact  # NumPy's own sums over a short axis are 20 times as slow

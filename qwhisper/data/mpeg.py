@@ -87,6 +87,8 @@ class MpegStream:
 
 @dataclass
 class MpegLayout:
+    """The streams of MPEG audio in a file, in order."""
+
     streams: list[MpegStream] = field(default_factory=list)
     skipped: int = 0  # bytes that are neither frames nor tags
 

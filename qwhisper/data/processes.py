@@ -139,6 +139,7 @@ class Worker:
         threading.Thread(target=self._send_all, daemon=True).start()
 
     def give(self, task: Any) -> None:
+        """Queue a task; never blocks."""
         self._messages.put(pickle.dumps(task, pickle.HIGHEST_PROTOCOL))
 
     def answer(self, poll: Poll = nothing) -> Any:
@@ -174,18 +175,21 @@ class Worker:
                 worker.send(self.channel, message)
 
     def kill(self) -> None:
+        """Kill the process, without waiting for its end."""
         self.process.kill()  # it holds nothing that could be left half done, and may hang in a decoder
         self._messages.put(None)
         with suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)  # ends a write of the thread
 
     def wait(self) -> None:
+        """Wait up to STOP_SECONDS for the end of a killed process."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
         self.channel.close()
 
 
 def stop(workers: Sequence[Worker]) -> None:
+    """Kill all workers, then wait for their ends."""
     for each in workers:
         each.kill()
     for each in workers:

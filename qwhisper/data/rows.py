@@ -183,6 +183,7 @@ def fit_last_exchange(
 
 
 def refuse_to_drop_audio(parts: Iterable[Part]) -> None:
+    """Raise BadClipError if any of the parts is audio."""
     clips = {part.piece.clip.name: len(part.ids) for part in parts if part.piece.clip is not None}
     if clips:
         raise BadClipError(

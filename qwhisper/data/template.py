@@ -278,7 +278,11 @@ def _end_of_calls(tokenizer, chat_template: str, text: str, start: int, stop: in
 def _split(
     text: str, marks: list[re.Match], own_from: dict[int, int | None], calling: set[int]
 ) -> Iterator[tuple[str, str, int | None]]:
-    """Cut a rendering at its marks and where the owner of the scaffold changes. calling: answers with tool calls."""
+    """Cut a rendering at its marks and where the owner of the scaffold changes.
+
+    own_from: offset -> index of the turn that owns the scaffold from there on, None for the template. calling: answers
+    with tool calls.
+    """
     position, own_turn = 0, None
     for mark in [*marks, None]:
         end = mark.start() if mark else len(text)

@@ -74,6 +74,7 @@ class LoadOptions:
 
     @property
     def encoder_device(self) -> torch.device:
+        """The CPU with `whisper_cpu`, else `device`."""
         return torch.device("cpu") if self.whisper_cpu else self.device
 
     @property

@@ -277,6 +277,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
 
     @property
     def softcap(self) -> float | None:
+        """The bound of the language model's logits (Gemma 2's final_logit_softcapping), or None."""
         return getattr(self.config.get_text_config(), "final_logit_softcapping", None)
 
     def forward(
