@@ -70,7 +70,7 @@ WAYS: dict[str, dict[str, object]] = {
 }
 BASES = ("demo", "tiny.en")
 CASES = [f"{bases}/{way}" for bases in BASES for way in (*WAYS, "data")]
-# Names of values that measure time.
+# Values that depend on the machine, not on the arithmetic.
 TIMES = {"time", "seconds", "peak_memory_gib"}
 NOT_WEIGHTS = ("optimizer.safetensors", "generators.safetensors", "snapshots.safetensors")
 

@@ -5,7 +5,7 @@
 The demo's models train as in chaos.py. At some steps the run branches: after one backward pass the gradients of all
 groups, or of one, are multiplied by 10 to 1e12, and eight steps follow; one branch has no spike. A plain branch does
 what Hugging Face's Trainer does with gradients, from the same weights and moments. The measure of each group is an
-update's norm divided by its learning rate, against the median of the 50 updates before (or fewer).
+update's norm divided by its learning rate, against the median of the 50 updates before (fewer at a group's start).
 A group has recovered when its updates are within the range of those 50 and of the branch without a spike, a tenth more
 either way. Ends with exit code 1 if with the guards an update is above three medians, or a group needs more than 5
 steps to recover.

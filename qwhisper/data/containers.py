@@ -209,7 +209,7 @@ def _left_over(data: FileBytes, at: int, claimed: int, allowed: int) -> str | No
     rest = data.size - at
     if rest <= max(allowed, 128) or data.only_zeros(at, data.size):
         return None
-    return f"its header claims {claimed} bytes of sound, and {rest} more, which are no chunk, follow"
+    return f"its header claims {claimed} bytes of sound, but {rest} more follow that are no chunk"
 
 
 def _next_riff(data: FileBytes, start: int) -> int | None:
@@ -253,7 +253,7 @@ def _ogg_layout(data: FileBytes) -> Layout:
         elif link.continued and not all(link.ended.values()):
             stream.lost = "cut short, its last page ends within a packet"
         elif not all(link.ended.values()):
-            layout.notes.append("nothing marks the end of its Ogg stream, as where a recorder was stopped")
+            layout.notes.append("its Ogg stream has no end mark: perhaps its recorder was stopped")
         layout.streams.append(stream)
     if skipped:
         layout.notes.append(f"skipped {skipped} bytes that are no Ogg page")

@@ -1,6 +1,6 @@
 """How long clips are, in samples at 16 kHz, without their audio: dialogues can be laid out before anything is decoded.
 
-A length is exact where the header of a PCM WAV or FLAC file agrees with the structure of the file. Of any other file
+A length is exact where the header of a PCM WAV or FLAC file agrees with the structure of the file. For any other file
 (an MP3, an Ogg file, one that was written to a pipe, several that were joined) a header gives an estimate: such a clip
 is decoded once, and its length kept in memory. The index isn't saved: a run that lays rows out decodes their clips as
 well, and reading a header takes no longer than reading an entry of an index.

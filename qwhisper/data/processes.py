@@ -143,7 +143,7 @@ class Worker:
         self._messages.put(pickle.dumps(task, pickle.HIGHEST_PROTOCOL))
 
     def answer(self, poll: Poll = nothing) -> Any:
-        """The result of the oldest task not answered yet. Raises WorkerDied, and what the work and `poll` raise."""
+        """The oldest result that was not taken yet. Raises WorkerDied, and what the work and `poll` raise."""
         deadline = time.monotonic() + ANSWER_SECONDS
 
         def waited() -> None:

@@ -1,7 +1,7 @@
 """Attention implementations for transformers' registry, each a choice of kernels for packed rows and padded batches.
 
 Samples lie end to end in a packed row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses.
-CUDA uses `torch.nn.attention.varlen`; where that cannot run (CPU, fp32, dropout, heads wider than 256) the same result
+CUDA uses `torch.nn.attention.varlen`; if that cannot run (CPU, fp32, dropout, heads wider than 256) the same result
 comes from one SDPA call a segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own
 SDPA, with its mask. A configuration names its implementation, so two models may use different kernels; a kernel that is
 found wrong for one model (`engine.kernels.check_kernels`) is replaced in that model's configurations alone.
@@ -128,7 +128,7 @@ def _varlen(
         window_size=(left, 0 if causal else -1),
         **varlen_keywords(query.shape[1] // key.shape[1]),
     )
-    assert isinstance(out, Tensor)  # a pair only where return_aux asks for one
+    assert isinstance(out, Tensor)  # a pair only if return_aux asks for one
     return out
 
 

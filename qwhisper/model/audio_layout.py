@@ -56,7 +56,7 @@ class MelLayout:
 
 @dataclass(frozen=True)
 class EncoderLayout:
-    """mel: [conv slots], the mel frame in each slot; the number of mel frames where it is empty. slots: [encoder
+    """mel: [conv slots], the mel frame in each slot; the number of mel frames if it is empty. slots: [encoder
     frames], where each lies behind the convolutions. positions: [encoder frames], within their windows. cu_seq_lens:
     int32 [windows + 1], borders of the windows; cu_seq_lens_host: the same on the host. max_length: frames of the
     longest window, or more.

@@ -20,7 +20,7 @@ from qwhisper.model.mel import packed_log_mel
 def add_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Makes the placeholder a token and returns its id: the next free one.
 
-    Qwen3 has 151,669 tokens in 151,936 rows, so this takes a spare row; where an LM has none the id lies outside its
+    Qwen3 has 151,669 tokens in 151,936 rows, so this takes a spare row; if an LM has none, the id lies outside its
     vocabulary, which the model allows for.
     """
     tokenizer.add_tokens(AddedToken(AUDIO_TOKEN, special=True, normalized=False), special_tokens=True)
