@@ -1,8 +1,8 @@
 """More voices out of few: each recording at other speeds (and pitches with it), tilted, noisier, louder or softer; and
-a synthesiser's besides.
+clips of a synthesiser.
 
-Three or four speakers are too few to learn what is the voice and what is the word. Written as WAV files before
-training, so that what is trained on can be listened to.
+Three or four speakers are too few to tell the voice from the word. The clips are written as WAV files before training,
+so that a person can listen to them.
 """
 
 from pathlib import Path

@@ -3,9 +3,9 @@
     python benchmarks/chaos.py --demo_dir demo-output --output_dir DIR --steps 10000 --seeds 0 1 2
 
 Numerical faults (NaN, infinite and 1e30 losses and gradients of single samples, peaks of ×10 to ×1e12) are planted
-behind the backward pass, data faults (random bytes, truncated, NaN samples, silence) into the clips. --demo_dir is what
-`qwhisper demo` left. Ends with exit code 1 unless nothing crashed, every parameter is finite, the ids logged are those
-injected, and the held-out loss is within one percent of the fault-free run's on average over the seeds.
+behind the backward pass, data faults (random bytes, truncated, NaN samples, silence) into the clips. --demo_dir is the
+output folder of `qwhisper demo`. Ends with exit code 1 unless nothing crashed, every parameter is finite, the ids
+logged are those injected, and the held-out loss is within one percent of the fault-free run's, averaged over the seeds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def arguments(args: argparse.Namespace, train_file: Path, output_dir: Path, seed
         save_steps=max(1, args.steps // 5),
         logging_steps=max(1, args.steps // 20),
         max_bad_fraction=0.1,
-        freeze_projector_steps=0,  # what is planted into a frozen group's gradient is dropped with it, unseen
+        freeze_projector_steps=0,  # a fault in a frozen group's gradient is dropped with it, unseen
         seed=seed,
     )
 
@@ -91,7 +91,7 @@ def soak(args: argparse.Namespace, seed: int) -> dict:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo_dir", type=Path, required=True, help="what `qwhisper demo` left")
+    parser.add_argument("--demo_dir", type=Path, required=True, help="output folder of `qwhisper demo`")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=4)

@@ -42,7 +42,7 @@ def as_arguments(flags: dict[str, object]) -> list[object]:
 
 
 def as_settings(flags: dict[str, object]) -> dict[str, object]:
-    """As they stand in a result."""
+    """The flags as a result records them."""
     return {flag.removeprefix("--"): value for flag, value in flags.items()}
 
 
@@ -69,7 +69,7 @@ def audio_part(digit: int, path: Path) -> dict:
 
 
 def circumstances() -> dict:
-    """Device, versions and commit: what a figure is worth nothing without."""
+    """Device, versions and commit, without which a figure is worth nothing."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT

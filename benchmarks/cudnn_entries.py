@@ -1,14 +1,14 @@
-"""Whether cuDNN's attention is called, and what becomes of the gradients, through each entry point of a model.
+"""Whether each entry point of a model calls cuDNN's attention, and whether its gradients stay finite.
 
     python benchmarks/cudnn_entries.py
     python benchmarks/cudnn_entries.py --padded_to 64 --head_dim 8      # a quick try on a CPU
 
 A small model with a massive activation, as Qwen's, has every row's log-sum-exp under -100. Batches padded to 64, 192
 and 128 tokens go through training and evaluation (the engine's executor, padded and packed), generation and a plain
-Hugging Face Trainer, each as loaded and after "sdpa" was set on the model or on its language model. Of each the script
+Hugging Face Trainer, each as loaded and after "sdpa" was set on the model or on its language model. For each the script
 counts cuDNN's calls and the steps whose gradients are not finite; "guard": false is the same without our guard, and
-shows on an H100 that the shapes do meet the fault. The last line says whether any guarded call went to cuDNN, and so
-does the exit code. Meant for a CUDA card, on which it takes under a minute; a CPU has no such kernel.
+shows on an H100 that the shapes do meet the fault. The last line and the exit code say whether any guarded call went to
+cuDNN. Meant for a CUDA card, on which it takes under a minute; a CPU has no such kernel.
 """
 
 import argparse

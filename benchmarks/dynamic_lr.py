@@ -1,10 +1,10 @@
-"""`--dynamic_lr` where training spikes by itself, at too high a learning rate: with it and without.
+"""`--dynamic_lr` on training that spikes without planted faults, at too high a learning rate: with it and without.
 
     python benchmarks/dynamic_lr.py --demo_dir demo-output --output_dir DIR --learning_rate 0.004 --seeds 0 1 2
 
-The demo's models train as in chaos.py. Counted are the steps with a peak (a group above three running averages of its
-gradient norm), the steps whose loss is above three medians of the 50 before, and the spikes and rewinds that the guards
-report; compared is the held-out loss at the end.
+The demo's models train as in chaos.py. The script counts the steps with a peak (a group above three running averages of
+its gradient norm), the steps whose loss is above three medians of the 50 before, and the spikes and rewinds that the
+guards report; it compares the held-out loss at the end.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, seed: int, dynamic: bool) -> dict:
     train_args = arguments(args, args.demo_dir / "train.jsonl", folder, seed)
     try:
         code = train(dataclasses.replace(train_args, dynamic_lr=dynamic, lr_scheduler_type=args.schedule))
-    except NothingLearnedError as error:  # at the rates that are compared here
+    except NothingLearnedError as error:  # expected at the rates that are compared here
         code = error.exit_code
     steps = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
     events = read_jsonl(folder / "events.jsonl")
@@ -54,7 +54,7 @@ def high_losses(losses: list[float]) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo_dir", type=Path, required=True, help="what `qwhisper demo` left")
+    parser.add_argument("--demo_dir", type=Path, required=True, help="output folder of `qwhisper demo`")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=4)

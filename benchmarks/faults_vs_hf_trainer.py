@@ -3,10 +3,10 @@
     python benchmarks/faults_vs_hf_trainer.py --scratch DIR
 
 Small models of the real architectures on the CPU, in a training script as a user writes it (hf_faults/plain.py). Each
-fault is planted in a child of this process; how that ends, what it logs and saves, and whether its weights are those of
-a run without the fault is written down, and the sentence is made of that. A fault of something that Trainer does not
-have is said to be one of no such part. The results are the last column of docs/reliability.md
-(docs/make_reliability_table.py); a whole run takes about three minutes and begins the file anew.
+fault is planted in a child of this process. The script records how the child ends, what it logs and saves, and whether
+its weights equal those of a run without the fault, and makes a sentence of that. A fault of a part that Trainer lacks
+is recorded as such. The results are the last column of docs/reliability.md (docs/make_reliability_table.py). A whole
+run takes about three minutes and writes a new file.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""What the guards cost: a guarded training step against the same step with a plain clip, and what is done now and then.
+"""What the guards cost: a guarded training step against the same step with a plain clip, and the periodic work.
 
     python benchmarks/guard_cost.py --audio_model DIR --text_model DIR --train_file FILE --output_dir DIR
     python benchmarks/guard_cost.py --tokenizer DIR --size 1.7b --output_dir DIR --batch 16
 
 The first with any bases; without --train_file on clips of noise. The second with random weights of real shapes
 (real_shapes.py). Both kinds of step run on the same model and samples in turns. A plain step is forward, backward,
-`clip_grad_norm_`, a look at the loss, optimizer, schedule; a guarded one is the product's `train_step` and `watch`.
-What is not done in every step (checksums, snapshots, the listening probe, the kernels' trial) is timed by itself; its
-share is that of a run in which it comes as often as the product does it. On a GPU, waits for the device are counted by
-the warnings of `torch.cuda.set_sync_debug_mode`.
+`clip_grad_norm_`, a check of the loss, optimizer, schedule; a guarded one is the product's `train_step` and `watch`.
+Work that is not done in every step (checksums, snapshots, the listening probe, the kernels' trial) is timed separately;
+its share is that of a run which does it as often as the product. On a GPU, waits for the device are counted by the
+warnings of `torch.cuda.set_sync_debug_mode`.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def guarded_step(run: Session, samples: Sequence[Sample]) -> None:
 def compare_steps(run: Session, rows: list[list[Sample]], pairs: int) -> tuple[list[float], list[float]]:
     """Seconds of plain and of guarded steps on the same samples, each kind first in every other pair.
 
-    What is not done in every step is left out: probe, checksums and snapshots.
+    Work that is not done in every step is left out: probe, checksums and snapshots.
     """
     run.probe = None
     run.state.alarms.wants_weights = lambda step: False  # type: ignore[method-assign]
@@ -118,7 +118,7 @@ def waits_for_device(act: Callable[[], object]) -> int | None:
 
 
 def parts_of_a_step(run: Session, samples: list[Sample]) -> dict[str, float]:
-    """Seconds of what the guards do in each step, on gradients that are there."""
+    """Seconds of the guards' work in each step, on gradients that exist already."""
     args, averages = run.args, run.state.guards.averages
     loss = run.executor.forward_backward(samples, num_supervised(samples)).loss
     found = step_statistics(loss, run.groups)
@@ -138,7 +138,7 @@ def parts_of_a_step(run: Session, samples: list[Sample]) -> dict[str, float]:
 
 
 def now_and_then(run: Session, step: float) -> dict[str, dict[str, float]]:
-    """Seconds of each act that is not part of every step; share: of the training time, from how often it comes."""
+    """Seconds of each act that is not part of every step; share: of the training time, at its usual interval."""
     gigabytes = sum(t.numel() * t.element_size() for _, t in frozen_parameters(run.executor.model)) / 1e9
     longest = run.args.max_length or run.executor.max_tokens_per_pack
     first_trial = seconds_of(lambda: check_kernels(run.executor.model, longest))
@@ -193,7 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--load_in_4bit", action="store_true")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=8, help="batches to go round")
+    parser.add_argument("--rows", type=int, default=8, help="batches, used in turn")
     parser.add_argument("--pairs", type=int, default=100, help="of a plain and a guarded step")
     args = parser.parse_args()
     if not args.tokenizer and not (args.text_model and args.audio_model):

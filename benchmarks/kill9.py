@@ -3,10 +3,10 @@
     python benchmarks/kill9.py --kills 300 --hf_kills 60 --scratch DIR
 
 Small models of the real architectures on the CPU, with dropout and two processes that read data. After each kill the
-run is resumed, as a user would: by the command that qwhisper prints itself, or by `resume_from_checkpoint=True`. Where
-a resume ends in an error the newest checkpoint is deleted by hand, and the next one is tried. Ends with exit code 1
-unless every resume of qwhisper worked, none lost more than one save interval, and every run ended in the bits of the
-uninterrupted one: parameters, optimizer, generators and the loss of every step.
+run is resumed, as a user would: by the command that qwhisper prints itself, or by `resume_from_checkpoint=True`. If a
+resume ends in an error, the newest checkpoint is deleted, as by hand, and the next one is tried. Ends with exit code 1
+unless every resume of qwhisper worked, none lost more than one save interval, and every run ended in the same bits as
+the uninterrupted one: parameters, optimizer, generators and the loss of every step.
 
 Half of the kills come inside a save: at a random one of its writes, fsyncs, renames and deletions. All children are
 forked from one process, so that a kill costs no imports.
@@ -120,7 +120,7 @@ def checkpoint_folders(folder: Path) -> list[int]:
 
 
 def kill_until(lives: Lives, generator: random.Random, kills: int, per_life: int | None) -> list[Life]:
-    """Lives until there were so many kills; per_life: at most so many in one (None: until it ends by itself)."""
+    """Run lives until there were `kills`; per_life: at most that many in one life (None: until it ends by itself)."""
     plan = random_kills(generator, seconds=lives.seconds, saves=len(lives.operations), in_save=IN_SAVE)
     lived: list[Life] = []
     while (done := sum(life.kills for life in lived)) < kills:
@@ -168,7 +168,7 @@ def main() -> None:
     if args.hf_kills:
         began = time.monotonic()
         plain = Lives(PlainTrainer(run), args.scratch / "hf")
-        # One kill a run: what it did to that run is then known.
+        # One kill a run, so that its effect on the run is known.
         theirs = summary(kill_until(plain, generator, args.hf_kills, 1), time.monotonic() - began)
         append_result("kill9", {"name": "kill9", "trainer": "plain HF Trainer"} | theirs | settings)
     failed = ours["resumes_that_ended_in_an_error"] or ours["runs_that_ended_in_other_bits"]

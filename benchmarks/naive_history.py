@@ -5,8 +5,8 @@
 
 The naive way is a plain loop: everything in fp16, also projector, LoRA and Adam's moments; weights drawn as PyTorch and
 PEFT do; no clipping; rows padded to a multiple of 64 tokens; torch's own choice of attention kernel; labels masked by a
-prompt length that was counted with 30 s of audio. MEASURES are turned on one by one in their order, then each alone is
-left out of all those that a plain loop can have, in fp16 and in bf16; where that breaks, the guards are put on as well.
+prompt length that was counted with 30 s of audio. MEASURES are turned on one by one in their order. Then each of those
+that a plain loop can have is left out alone, in fp16 and in bf16; a run that breaks is repeated with the guards.
 Recordings and encoder are real. Meant for a CUDA card: on a CPU no kernel fails. The second line writes table and plot.
 """
 
@@ -168,7 +168,7 @@ def remove_lora(model: nn.Module) -> None:
 
 
 class Log:
-    """What became of a run, step by step."""
+    """The record of a run, step by step."""
 
     def __init__(self):
         self.losses: list[float] = []
@@ -202,7 +202,7 @@ def short(x: float) -> float | None:
 
 
 def plain_run(setting: Setting, on: frozenset) -> dict:
-    """Ends one step after the weights are no longer finite: nothing that comes later can mend them."""
+    """Ends one step after the weights are no longer finite: nothing later can repair them."""
     model, _ = fresh(setting, on)
     groups, log = parameter_groups(model), Log()
     rates = CAREFUL_RATES if "careful_rates" in on else NAIVE_RATES
@@ -268,7 +268,7 @@ def non_finite_weights(model: nn.Module) -> dict[str, int]:
 
 
 def guarded_run(setting: Setting, on: frozenset) -> dict:
-    """`qwhisper train` on the same samples in the same order; where the kernel is left as it is, rows are padded."""
+    """`qwhisper train` on the same samples in the same order; if the kernel is left as it is, rows are padded."""
     model, processor = fresh(setting, on)
     with tempfile.TemporaryDirectory() as folder:
         train_args = arguments(setting, on, Path(folder))

@@ -1,12 +1,13 @@
-"""A real instruct LM learns to hear digits from some people, and is asked about another, also what no ear taught it.
+"""A real instruct LM learns to hear digits from some speakers and is tested on another, also on kinds of question that
+it was never trained on.
 
     python benchmarks/real_lm.py --text_model DIR --audio_model DIR --data DIR --output_dir DIR --recipe lora
 
-Taught: which digit a clip says, and which of two came last; some recipes add instructions of the shipped pool, whose
-answers the LM itself has written from the words. Never taught: sums, comparisons, translation …, which the LM can
-answer when it reads the words; its score there is the bar, and what is reached of it the retention.
+Trained on: which digit a clip says, and which of two came last; some recipes add instructions of the shipped pool,
+whose answers the LM itself has written from the words. Never trained on: sums, comparisons, translation …, which the LM
+can answer when it reads the words. Retention is its score there on speech, as a share of its score on the words.
 Goes through `qwhisper data answer`, `qwhisper train` and `qwhisper eval`. A folder with one GGUF file is turned into an
-ordinary model folder first. What a speaker and seed need is made once and found again by the next recipe.
+ordinary model folder first. The data of a speaker and seed is made once, and used again by the next recipe.
 """
 
 import argparse
@@ -50,7 +51,7 @@ QUESTIONS: dict[str, tuple[int, str, Callable[..., object]]] = {
     "even": (1, "Is the digit even? Answer yes or no.", lambda a: "no" if a % 2 else "yes"),
 }
 TAUGHT = {"clip": 0.5, "last": 0.5}
-# Of the shipped pool, what comes near a kind that is never to be taught.
+# Instructions of the shipped pool that are too close to a kind that must not be trained on.
 TOO_NEAR = re.compile(r"translate|repeat|number|word for word|write this down|language", re.IGNORECASE)
 # Not the stable recipe's: a few hundred steps must do what it does in thousands. The warm-up is needed: the LM's first
 # norm divides by the projector's small first outputs, so that gradients of some hundreds come early, and at the full
@@ -177,7 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of DIGIT_SPEAKER_TAKE.wav")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument(
-        "--eval_speaker", default=None, help="who is never heard in training (default: the last by name)"
+        "--eval_speaker", default=None, help="speaker never heard in training (default: the last by name)"
     )
     parser.add_argument("--steps", type=int, default=300 if torch.cuda.is_available() else 250)
     parser.add_argument("--batch", type=int, default=16 if torch.cuda.is_available() else 8)
@@ -204,7 +205,7 @@ class Data:
 
 
 def prepare(args: argparse.Namespace, speaker: str, text_model: Path) -> Data:
-    """Everything that is drawn for a speaker, a seed and these numbers, or what an earlier call has left of it."""
+    """The data of a speaker, a seed and these numbers; uses what an earlier call has made."""
     numbers = (args.seed, args.steps * args.batch, args.copies, args.synthesised, args.each)
     folder = args.output_dir / "-".join(["data", speaker, *map(str, numbers)])
     data = Data(*(folder / f"{name}.jsonl" for name in ("taught", "answered", "curve", "held_out")))

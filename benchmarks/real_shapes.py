@@ -5,7 +5,7 @@
 
 Audio is noise of 1 to 30 s, 9 s on average, as in read and conversational speech; questions and answers are random
 words. Reports samples a second over the second half of the steps, and the peak of allocated memory. --resume also
-stops half-way and goes on from there.
+stops half-way and resumes from there.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Bases and data that same_numbers.py gives to both of its trees: made once, found again by later calls."""
+"""Bases and data that same_numbers.py gives to both of its trees: made once, used again by later calls."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ class Inputs:
 
 
 def make_inputs(folder: Path, demo: Path | None, models: Path, bases: str) -> Inputs:
-    """Bases and data, or what an earlier case has left of them; `demo` is a finished demo's folder, or None."""
+    """Bases and data, or those that an earlier case has made; `demo` is a finished demo's folder, or None."""
     if demo is None:
         demo = folder / "demo"
         if not (demo / "bases.json").exists():  # which is written last

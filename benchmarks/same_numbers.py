@@ -70,7 +70,7 @@ WAYS: dict[str, dict[str, object]] = {
 }
 BASES = ("demo", "tiny.en")
 CASES = [f"{bases}/{way}" for bases in BASES for way in (*WAYS, "data")]
-# Of the clock, not of the arithmetic.
+# Values that depend on the machine, not on the arithmetic.
 TIMES = {"time", "seconds", "peak_memory_gib"}
 NOT_WEIGHTS = ("optimizer.safetensors", "generators.safetensors", "snapshots.safetensors")
 
@@ -152,7 +152,7 @@ def run_case(tree: Path, inputs: Inputs, way: str, steps: int, folder: Path) -> 
 
 
 def resume(tree: Path, old_run: Path, steps: int, folder: Path) -> Quantities:
-    """The second half of the old run, gone through again by `tree` from the old run's checkpoint in its middle."""
+    """The second half of the old run, repeated by `tree` from the old run's checkpoint in its middle."""
     run = folder / "run"
     shutil.copytree(old_run, run)
     for checkpoint in run.glob("checkpoint-*"):
@@ -235,7 +235,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_data(tree: Path, inputs: Inputs) -> Values:
-    """Exit code, output and messages of `data check`, with and without the models' say in it."""
+    """Exit code, output and messages of `data check`, with and without the models' flags."""
     models = ["--text_model", inputs.text_model, "--audio_model", inputs.audio_model, "--max_length", 100]
     found: Values = {}
     for file in ("train.jsonl", "faulty.jsonl"):

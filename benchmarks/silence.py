@@ -4,8 +4,8 @@
 
 For each lead and tail silence: the cosine between the encoder's frames over the speech and those of the same clip
 padded to 30 s, as Whisper was trained; and a linear probe (softmax regression on the mean of what the projector would
-be given and of four equal parts of it), trained on all speakers but one and tested on that one, each left out in turn.
-One JSON line a setting.
+be given and of four equal parts of it). The probe is trained on all speakers but one and tested on that one, each left
+out in turn. One JSON line a setting.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PARTS = 4
 
 
 def encode(encoder, clips: list, lead: float, tail: float) -> list[torch.Tensor]:
-    """What the projector would be given of each clip, [frames, d_model]."""
+    """The projector's input for each clip, [frames, d_model]."""
     frames = FrameArithmetic(lead_silence_s=lead, tail_silence_s=tail)
     spoken = []
     for start in range(0, len(clips), 25):

@@ -4,8 +4,8 @@
 
 The demo's models train as in chaos.py. At some steps the run branches: after one backward pass the gradients of all
 groups, or of one, are multiplied by 10 to 1e12, and eight steps follow; one branch has no spike. A plain branch does
-what Hugging Face's Trainer does with gradients, from the same weights and moments. Measured of each group is an
-update's norm over its learning rate, against the median of the 50 updates before (fewer after a group's first ones).
+what Hugging Face's Trainer does with gradients, from the same weights and moments. The measure of each group is an
+update's norm divided by its learning rate, against the median of the 50 updates before (fewer at a group's start).
 A group has recovered when its updates are within the range of those 50 and of the branch without a spike, a tenth more
 either way. Ends with exit code 1 if with the guards an update is above three medians, or a group needs more than 5
 steps to recover.
@@ -44,7 +44,7 @@ Norms = dict[str, list[float]]  # of each group's updates so far, over its learn
 
 
 class Branches:
-    """One run that can go on from the same point many times."""
+    """One run that can continue from the same point many times."""
 
     def __init__(self, run: Session):
         self.run, self.norms, self.factors = run, {}, {}
@@ -54,7 +54,7 @@ class Branches:
         run.executor.forward_backward = self._spiked  # type: ignore[method-assign]
 
     def keep(self) -> None:
-        """The point to branch at."""
+        """Save the point to branch at."""
         self._snapshots = Snapshots(self.run.groups, self.run.optimizer)
         assert self._snapshots.take(self.run.state.step)
         self._kept = copy.deepcopy((self.run.state.step, self.run.state.guards, self.norms))
@@ -99,13 +99,13 @@ def plain_step(run: Session, fetched: StepSamples) -> None:
 
 
 def ratios(norms: list[float]) -> list[float]:
-    """Of each update but the first ones to the median of those before it."""
+    """The ratio of each update but the first ones to the median of those before it."""
     medians = (statistics.median(norms[max(0, i - MEDIAN_OF) : i]) for i in range(FEWEST, len(norms)))
     return [norm / median for norm, median in zip(norms[FEWEST:], medians, strict=True)]
 
 
 def judge(norms: list[float], without_spike: list[float]) -> dict[str, float]:
-    """Of one group: the largest and smallest update from the spike on, and steps until all have a usual size again."""
+    """For one group: the largest and smallest update from the spike on, and steps until all have a usual size again."""
     after, usual = ratios(norms)[-AFTER:], ratios(without_spike)[-AFTER - MEDIAN_OF :]
     low, high = min(usual) / MARGIN, max(usual) * MARGIN
     recovered = 1 + max((index for index, ratio in enumerate(after) if not low <= ratio <= high), default=-1)
@@ -143,7 +143,7 @@ def try_seed(args: argparse.Namespace, seed: int) -> Iterator[dict]:
                     if len(norms[group]) > AFTER + FEWEST:
                         record = {"seed": seed, "step": point, "target": target, "factor": factor, "group": group}
                         yield {"name": name} | record | judge(norms[group], calm[group])
-        branches.branch(train_step, following, {})  # and on from there
+        branches.branch(train_step, following, {})  # then continue from there
 
 
 def summary(found: list[dict]) -> dict:
@@ -162,11 +162,11 @@ def summary(found: list[dict]) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo_dir", type=Path, required=True, help="what `qwhisper demo` left")
+    parser.add_argument("--demo_dir", type=Path, required=True, help="output folder of `qwhisper demo`")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=1000, help="that the schedule is made for")
+    parser.add_argument("--steps", type=int, default=1000, help="length of the schedule")
     parser.add_argument("--points", type=int, nargs="+", default=[27, 130, 700], help="steps in which spikes come")
     parser.add_argument("--factors", type=float, nargs="+", default=[10.0**power for power in (1, 2, 3, 6, 9, 12)])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

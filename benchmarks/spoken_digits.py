@@ -23,11 +23,11 @@ from qwhisper.demo.bases import make_qwen3_base
 from qwhisper.demo.dialogues import NUMBERS, QUESTIONS, Clip, spoken_dialogues, text_dialogues, write_jsonl
 from qwhisper.evaluate.metrics import share, whole_dialogue_share
 
-# More than the demo's, of both: what the model answers right in words bounds what it can answer when it listens, and
-# its own 97 % were the bound. These give 300 of 300 held-out dialogues.
+# More of both than in the demo: the score in words bounds the score in listening, and the demo's 97 % were the bound.
+# These give 300 of 300 held-out dialogues.
 TEXT_DIALOGUES, TEXT_STEPS = 24_000, 1000
-# Other than the stable recipe's 3e-5, at which a language model this small stays deaf for thousands of steps. The
-# projector learns slowly: at 5e-4 it fits the voices that it hears, and reads one it never heard worse.
+# Not the stable recipe's 3e-5, at which a language model this small does not listen for thousands of steps. The
+# projector learns slowly: at 5e-4 it fits the voices that it hears, and reads a voice that it never heard worse.
 RATES = {
     "--learning_rate": 5e-4,
     "--projector_learning_rate": 4e-4,

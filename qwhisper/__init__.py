@@ -1,7 +1,7 @@
 """qwhisper teaches a text model to listen: Whisper encoder + AudioProjection + Qwen3, fine-tuned on one card.
 
-Importing it imports neither torch nor transformers: each of the names below is imported when it is used. transformers'
-Auto classes know the model from then on.
+Importing it imports neither torch nor transformers: each name below is imported on first use. From then on
+transformers' Auto classes know the model.
 """
 
 import logging
@@ -57,7 +57,7 @@ def _load(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

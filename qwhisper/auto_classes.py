@@ -1,8 +1,8 @@
-"""Our entries in transformers' Auto classes, made when these are loaded; a class of ours is imported when looked up.
+"""Registers our classes in transformers' Auto classes as these load; a class of ours is imported when it is looked up.
 
 So `import qwhisper` is enough for `AutoModelForMultimodalLM.from_pretrained(checkpoint)`, and imports no transformers.
-What is registered with an Auto class stands in a dict, `_extra_content` of its mapping: here that dict is replaced by
-one that has our entry as well. Where transformers has no such mapping, nothing is changed.
+An Auto class keeps registered classes in the dict `_extra_content` of its mapping; here a dict that also has our entry
+replaces it. If transformers has no such mapping, nothing changes.
 """
 
 import sys
@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 MODEL_TYPE, CONFIG = "qwen3_audio", "Qwen3AudioConfig"
-# By the module that makes them, transformers' mappings and the name of our class in each. CONFIG_MAPPING's keys are
-# model types, those of the others are configurations.
+# transformers' module -> its mappings, with the name of our class in each. The keys of CONFIG_MAPPING are model types;
+# those of the others are configurations.
 AUTO = "transformers.models.auto"
 ENTRIES = {
     f"{AUTO}.configuration_auto": {"CONFIG_MAPPING": CONFIG},
@@ -29,10 +29,10 @@ Load = Callable[[str], Any]  # gives the class of a name
 
 
 class Registered(dict):
-    """What is registered with one Auto class, and our class, of which only as much is imported as a caller asks for.
+    """The classes registered with one Auto class, and ours, which is imported only as far as a caller needs it.
 
-    A lookup of another key imports nothing, a list of keys the configuration alone. Where ours can't be imported, its
-    own lookup raises the ImportError, and lists leave it out.
+    Looking up another key imports nothing; listing the keys imports only the configuration. If our class can't be
+    imported, its own lookup raises the ImportError, and lists omit it.
     """
 
     def __init__(self, registered: dict, load: Load, name: str, by_type: bool):
@@ -58,7 +58,7 @@ class Registered(dict):
         return default
 
     def _all_keys(self) -> list:
-        with suppress(ImportError, AttributeError):  # AttributeError: its import is under way, and asks for the list
+        with suppress(ImportError, AttributeError):  # AttributeError: our module asks for the list while it is imported
             return list(dict.fromkeys([*super().keys(), self._key()]))
         return list(super().keys())
 
@@ -84,7 +84,7 @@ class Registered(dict):
 
 
 class Finder:
-    """A finder of modules that has our entries made in each module of ENTRIES as soon as it has been imported."""
+    """A module finder that registers our entries in each module of ENTRIES right after its import."""
 
     def __init__(self, load: Load):
         self._load = load
@@ -100,7 +100,7 @@ class Finder:
 
 
 class _Loader:
-    """Runs a module as its own loader does, and then makes our entries in it."""
+    """Runs a module with its own loader, then registers our entries in it."""
 
     def __init__(self, loader: Any, load: Load):
         self._loader, self._load = loader, load
@@ -111,7 +111,7 @@ class _Loader:
     def exec_module(self, module: ModuleType) -> None:
         module.__loader__ = self._loader
         if module.__spec__ is not None:
-            module.__spec__.loader = self._loader  # whoever asks for the module's source asks its own loader
+            module.__spec__.loader = self._loader  # its own loader answers requests for its source
         self._loader.exec_module(module)
         _register(module, self._load)
 
@@ -126,7 +126,7 @@ def _register(module: ModuleType, load: Load) -> None:
 
 
 def register_when_loaded(load: Load) -> None:
-    """Make our entries in the mappings that are loaded, and in the others once they are. load: see `Load`."""
+    """Register our entries in the mappings that are loaded, and in the others once they load. load: see `Load`."""
     sys.meta_path.insert(0, Finder(load))  # first, so that no module slips in between
     for name in ENTRIES:
         if name in sys.modules:

@@ -13,6 +13,7 @@ WRITING = ".writing"  # end of the hidden name under which a file or folder is w
 
 
 def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

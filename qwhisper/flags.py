@@ -19,9 +19,9 @@ MOST_SAMPLES = 2**20  # at once, or in one optimizer step
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """at_least, above, at_most, below: the limits, the second and the fourth excluded.
+    """Limits of a number: `at_least` and `at_most` are allowed values, `above` and `below` are not.
 
-    besides: one allowed value outside of them, such as the 0 that turns a bound off. why: the effect of a value
+    besides: one allowed value outside the limits, such as the 0 that turns a bound off. why: the effect of a value
     outside, as the end of a sentence.
     """
 
@@ -73,7 +73,7 @@ def required(help: str) -> Any:
 class Arguments:
     """Base of every verb's arguments. Construction checks each value."""
 
-    # Why a name that other programs have is no flag of this verb: the rest of a sentence that begins with the name.
+    # Name of a flag in other programs -> why this verb lacks it, as the rest of a sentence that begins with the name.
     NO_FLAGS: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:

@@ -14,11 +14,11 @@ N_FFT = 400  # samples per STFT window; also the shortest window that reflect pa
 CONV_STRIDE = 2  # mel frames per encoder frame
 FRAME_SAMPLES = HOP_LENGTH * CONV_STRIDE  # 20 ms
 DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S = 0.25, 1.0  # around the speech, see docs/silence.md
-KEPT_SILENCE_FRAMES = 12  # after the speech: they also carry what was said last
+KEPT_SILENCE_FRAMES = 12  # after the speech: they also carry the last sounds
 
 
 def resampled_length(num_frames: int, rate: int) -> int:
-    """Samples at 16 kHz of so many frames at another rate: the length of a clip, whatever a resampler gives."""
+    """Samples at 16 kHz of `num_frames` frames at `rate`: the length of a clip, whatever length a resampler gives."""
     return -(-num_frames * SAMPLE_RATE // rate)
 
 
@@ -59,18 +59,22 @@ class FrameArithmetic:
 
     @property
     def samples_per_token(self) -> int:
+        """Samples of one placeholder token."""
         return FRAME_SAMPLES * self.stack
 
     @property
     def lead_frames(self) -> int:
+        """Encoder frames of the silence before the speech."""
         return round(self.lead_silence_s * SAMPLE_RATE / FRAME_SAMPLES)
 
     @property
     def tail_frames(self) -> int:
+        """Encoder frames of the silence after the speech."""
         return round(self.tail_silence_s * SAMPLE_RATE / FRAME_SAMPLES)
 
     @property
     def lead_samples(self) -> int:
+        """Samples of the silence before the speech."""
         return self.lead_frames * FRAME_SAMPLES
 
     @property

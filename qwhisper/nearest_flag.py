@@ -56,11 +56,11 @@ ELSEWHERE: dict[tuple[str, ...], str] = {
     ("text",): "prompt question message query",
     ("system",): "system_prompt system_message",
 }
-TYPO = 0.8  # difflib's ratio from which on two names are one
+TYPO = 0.8  # names with at least this difflib ratio count as the same
 
 
 def unknown_flag(name: str, flags: Sequence[str], no_flags: Mapping[str, str], *, dashes: str) -> str:
-    """Why this name is no flag, in one sentence, with what to do. dashes: before a flag's name, where it is given."""
+    """A sentence: why this name is no flag, and what to do. dashes: what precedes a flag's name where it was given."""
     if name in no_flags:
         return f"{dashes}{name} {no_flags[name]}"
     nearest = nearest_flag(name, flags)

@@ -20,7 +20,7 @@ from qwhisper.flags import Arguments
 from qwhisper.nearest_flag import nearest_flag, unknown_flag
 
 RECIPES = Path(__file__).parent / "recipes"
-_OWN = ("help", "config")  # flags of every verb that are no field
+_OWN = ("help", "config")  # flags of every verb that are not fields
 
 
 def parse(name: str, verb: Verb, arguments_class: type[Arguments], argv: list[str]) -> Any:
@@ -225,7 +225,7 @@ class Recipe:
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise UsageError(f"{path}:{line}: {key.value} stands in line {lines[key.value]} already; keep one")
+                raise UsageError(f"{path}:{line}: {key.value} is set in line {lines[key.value]} already; keep one")
             if key.value not in flags:
                 raise UsageError(f"{path}:{line}: {unknown_flag(key.value, flags, no_flags, dashes='')}")
             if key.value.startswith("no_"):

@@ -29,7 +29,7 @@ def from_json(cls: type[T], value: Any, where: str = "") -> T:
 def checked(hint: Any, value: Any, where: str) -> Any:
     """`value` as a field of type `hint`. Raises ValueError as `from_json` does.
 
-    A whole number is accepted as a float; true and false are not numbers. Any takes every value, for others to check.
+    A whole number is accepted as a float; true and false are not numbers. `Any` accepts every value unchecked.
     """
     if hint is Any:
         return value

@@ -192,7 +192,7 @@ def test_list_in_a_recipe_leaves_the_positional_alone(tmp_path):
     ("text", "wanted"),
     [
         ("lora_r: 8\n\nlora_rank: 8\n", "r.yaml:3: unknown flag lora_rank; did you mean lora_r?"),
-        ("lora_r: 8\nlora_r: 9\n", "r.yaml:2: lora_r stands in line 1 already"),
+        ("lora_r: 8\nlora_r: 9\n", "r.yaml:2: lora_r is set in line 1 already"),
         ("warmup_ratio: 0.1\n", "r.yaml:1: warmup_ratio is no longer a flag"),
         ("bf16: true\n", "r.yaml:1: bf16 of HF's TrainingArguments is not taken"),
         ("no_use_lora: true\n", "r.yaml:1: write `use_lora: false`"),

@@ -24,7 +24,7 @@ class ChatArguments(Arguments):
         None, "Text of the first turn. With --audio or --text one answer is given and the command ends."
     )
     system: str | None = flag(None, "System prompt.")
-    max_new_tokens: int = flag(256, "Tokens an answer may have.", at_least=1, at_most=MOST_NEW_TOKENS)
+    max_new_tokens: int = flag(256, "Maximum number of tokens in an answer.", at_least=1, at_most=MOST_NEW_TOKENS)
     audio_model: str | None = flag(None, AUDIO_MODEL_HELP)
     text_model: str | None = flag(None, TEXT_MODEL_HELP)
     device: str | None = flag(None, DEVICE_HELP)

@@ -18,13 +18,13 @@ class DataCheckArguments(Arguments):
     file: str = required("JSONL of dialogues, one a line.")
     data_root: str | None = flag(None, DATA_ROOT_HELP)
     text_model: str | None = flag(
-        None, "Hub id or folder: its tokenizer is loaded as well, and labels and lengths are checked turn by turn."
+        None, "Hub id or folder: also loads its tokenizer, and checks labels and lengths turn by turn."
     )
     audio_model: str | None = flag(
         None, "Hub id or folder: its configuration decides how long audio is cut into windows."
     )
     max_length: int | None = flag(
-        None, "Tokens a dialogue may have: reports what would be cut. Needs --text_model.", at_least=1
+        None, "Maximum number of tokens in a dialogue: reports cuts. Needs --text_model.", at_least=1
     )
     hub: Hub = flag("huggingface", HUB_HELP)
 
@@ -37,7 +37,7 @@ class DataCheckArguments(Arguments):
 
 
 def check(arguments: DataCheckArguments) -> int:
-    """Print the contents and the faults of a file; return 3 if a run on it would end with 3."""
+    """Print the contents and the faults of a file; return 3 if a training on it would end with exit code 3."""
     from qwhisper.data.check import check_dataset, report_lines
 
     tokenizer = _load_tokenizer(arguments.text_model, arguments.hub) if arguments.text_model else None
@@ -59,7 +59,7 @@ def _load_tokenizer(name: str, hub: str):
 
 
 def _load_frames(name: str | None, hub: str) -> "FrameArithmetic":
-    """The lengths that a new model would have on this encoder, or on Whisper in its default form."""
+    """The lengths of a new model on this encoder; without a name, on Whisper's default configuration."""
     from transformers import WhisperConfig
 
     from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
@@ -77,7 +77,7 @@ def _find_model(name: str, hub: str, flag: str) -> str:
 
     if hub != "huggingface":
         return resolve_model(name, hub, flag)
-    refuse_model(name, flag)  # a folder with a tokenizer alone will do here
+    refuse_model(name, flag)  # a folder with only a tokenizer is enough here
     return name
 
 
@@ -85,7 +85,7 @@ def _find_model(name: str, hub: str, flag: str) -> str:
 class DataAnswerArguments(Arguments):
     in_file: str = required(
         'JSONL of dialogues that end with the user speaking, or of lines {"audio": path, "transcript": text}, each of '
-        "which is given an instruction. Dialogues with answers are kept unchanged."
+        "which gets an instruction. Dialogues with answers are kept unchanged."
     )
     out_file: str = required(
         "JSONL of the same dialogues with their answers. Answers so far are kept beside it in a .cache.jsonl: after "
@@ -101,13 +101,13 @@ class DataAnswerArguments(Arguments):
         'File with your own instructions, one a line, instead of the shipped ones; a line "" is an empty instruction.',
     )
     language: Literal["both", "en", "zh"] = flag("both", "Language of the shipped instructions that are drawn.")
-    seed: int = flag(0, "Decides, with a line's content, which instruction the line is given.", at_least=0)
+    seed: int = flag(0, "Decides, with a line's content, which instruction the line gets.", at_least=0)
     batch_size: int = flag(
         8, "Prompts answered at once; out of memory halves it automatically.", at_least=1, at_most=MOST_SAMPLES
     )
     max_new_tokens: int = flag(
         256,
-        "Tokens an answer may have. A longer one is left out, since it would end in mid-sentence.",
+        "Maximum number of tokens in an answer. A longer one is left out, since it would end in mid-sentence.",
         at_least=1,
         at_most=MOST_NEW_TOKENS,
     )

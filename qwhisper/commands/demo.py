@@ -1,6 +1,6 @@
 """`qwhisper demo`: the whole path on this computer, real but small.
 
-First speech and the two base models, then the other commands of qwhisper.
+Makes speech and the two base models first, then runs the other commands of qwhisper.
 """
 
 import json
@@ -25,8 +25,8 @@ STEPS, BATCH, LEARNING_RATE = 680, 12, 2e-3
 ANSWER_TOKENS = 8
 
 WHY_NOT_THE_DEFAULTS = f"""\
-Other than the stable recipe (learning rate 3e-5, 4 × 1 samples a step), the demo trains
-- at learning rate {LEARNING_RATE}, because a language model this small stays deaf for thousands of steps at 3e-5;
+The demo differs from the stable recipe (learning rate 3e-5, 4 × 1 samples a step). It trains
+- at learning rate {LEARNING_RATE}, because a language model this small does not listen for thousands of steps at 3e-5;
 - {STEPS} steps of {BATCH} samples, because that is what fits into a few minutes on two cores;
 - with {{lead}} and {{tail}} s of silence around clips, because its small encoder, unlike Whisper,
   learned with no more.
@@ -40,7 +40,7 @@ class DemoArguments(Arguments):
 
 
 def main(arguments: DemoArguments) -> None:
-    """Makes everything in `output_dir`, prints it all, and leaves demo.json, loss.png and the trained model there."""
+    """Run every stage in `output_dir`, print the results, and leave demo.json, loss.png and the trained model there."""
     from qwhisper.data.dialogue import read_dialogues
     from qwhisper.demo.prepare import prepare
     from qwhisper.demo.summary import headline, plot_loss, report, summary
@@ -58,7 +58,7 @@ def main(arguments: DemoArguments) -> None:
     run_command(commands, "data check", data.check, data.DataCheckArguments, file=paths.train_file)
     headline("Before training")
     before = untrained(paths)
-    print(f"{before.turns:.1%} of the held-out answers are right, {before.majority:.1%} would be by guessing")
+    print(f"{before.turns:.1%} of the held-out answers are right; guessing gets {before.majority:.1%} right")
     headline("Training")
     train_model(commands, paths, folder / "run", arguments.seed)
     headline("The checkpoint, verified")
@@ -98,7 +98,7 @@ def run_command(
 
 
 def command_line(verb: str, values: Mapping[str, Any]) -> str:
-    """For a shell. values: by flag or positional, in the order in which they are typed."""
+    """The command line as typed in a shell. values: by flag or positional, in the order in which they are typed."""
     words = ["qwhisper", *verb.split()]
     for name, value in values.items():
         if name in VERBS[verb].positionals:

@@ -25,13 +25,13 @@ class EvalArguments(Arguments):
     max_samples: int | None = flag(None, "Use only the first N dialogues.", at_least=1)
     swap_audio: bool = flag(
         True,
-        "Answer everything once more with another sample's audio whose right answer differs: what the model still "
-        "gets right then, it guessed from the text.",
+        "Answer everything again with another sample's audio whose right answer differs: an answer that stays right "
+        "was guessed from the text.",
     )
     ask_text_model: bool = flag(
         True,
-        "Ask the language model without its adapter the same, in words, where clips have transcripts: what it answers "
-        "right and the trained model does not was forgotten, or not heard.",
+        "Ask the language model without its adapter the same questions in words, if clips have transcripts: an answer "
+        "that it gets right and the trained model gets wrong was forgotten, or not heard.",
     )
     text_file: str | None = flag(
         None,
@@ -41,7 +41,7 @@ class EvalArguments(Arguments):
     batch_size: int = flag(
         8, "Dialogues answered at once; it does not change the result.", at_least=1, at_most=MOST_SAMPLES
     )
-    max_new_tokens: int = flag(128, "Tokens an answer may have.", at_least=1, at_most=MOST_NEW_TOKENS)
+    max_new_tokens: int = flag(128, "Maximum number of tokens in an answer.", at_least=1, at_most=MOST_NEW_TOKENS)
     output_json: str | None = flag(None, "File for all numbers and answers as JSON (default: none is written).")
     output_md: str | None = flag(None, "File for the result as a Markdown table (default: none; it is printed anyway).")
     audio_model: str | None = flag(None, AUDIO_MODEL_HELP)

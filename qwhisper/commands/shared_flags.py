@@ -6,10 +6,10 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Hub = Literal["huggingface", "modelscope"]
 CHECKPOINT_HELP = "Folder of a checkpoint, or of a run (its best checkpoint, or else its newest)."
 AUDIO_MODEL_HELP = (
-    "Where the Whisper that it was trained on lies now: hub id or folder (default: where it was, or by the name of its "
-    "folder beside the checkpoint)."
+    "Current location of the Whisper used in training: hub id or folder (default: its location then, or a folder of "
+    "the same name near the checkpoint)."
 )
-TEXT_MODEL_HELP = "Where the language model that it was trained on lies now, in the same way."
+TEXT_MODEL_HELP = "Current location of the language model used in training, with the same default."
 DATA_ROOT_HELP = (
     "Folder that absolute audio paths must lie in (default: the file's own folder). Nothing outside it is read."
 )

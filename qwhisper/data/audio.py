@@ -120,7 +120,7 @@ def faults_named(name: str) -> Iterator[None]:
         raise BadClipError(f"{name}: unreadable audio ({what}); convert it to WAV or FLAC, or leave it out") from error
 
 
-# An open decoder, and why sound after its end is missing.
+# An open decoder, and the reason why sound after its end is missing.
 _Opened = tuple[Decoder, str | None]
 
 
@@ -146,7 +146,7 @@ def _load(source: str | Path | bytes, wanted: _Wanted, follow_links: bool) -> tu
 def libsndfile_fault(
     error: soundfile.LibsndfileError, descriptor: int, layout: Layout, wanted: _Wanted
 ) -> BadClipError:
-    """The message if no decoder can read it: the format is unknown, or where the sound is damaged."""
+    """The error if no decoder can read the file: its format is unknown, or its sound is damaged."""
     reason = error.error_string.rstrip(".")
     try:
         ends, claimed = _stops_at(descriptor, layout)
@@ -246,6 +246,10 @@ def _read_stream(decoder: Decoder, mono: Mono, wanted: _Wanted, first: int, last
 
 
 def check_header(decoder: Decoder, wanted: _Wanted, before_s: float, first: int, last: int | None) -> None:
+    """Raise BadClipError, or TooLongError, if a header claims more than the limits, before anything is decoded.
+
+    before_s: seconds read from earlier streams. first, last: frames to read of this one, None for its end.
+    """
     rate, channels = decoder.rate, decoder.channels
     if wanted.channel is not None and wanted.channel >= channels:
         raise wanted.fault(f"channel {wanted.channel} was requested, but it has {channels}, numbered from 0")
@@ -275,6 +279,7 @@ def _check_so_far(mono: Mono, wanted: _Wanted) -> None:
 
 
 def check_samples(block: np.ndarray, wanted: _Wanted) -> None:
+    """Raise BadClipError for samples that are not finite or far above full scale."""
     if not np.isfinite(block).all():
         raise wanted.fault("NaN or Inf among the samples; export it again")
     peak = float(max(block.max(initial=0.0), -block.min(initial=0.0)))
@@ -292,6 +297,7 @@ def check_complete(decoder: Decoder, wanted: _Wanted, position: int, ends: float
 
 
 def check_end(wanted: _Wanted, ends: float) -> None:
+    """Raise BadClipError if the stretch should end after the sound. ends: seconds."""
     if wanted.end is not None and wanted.end - ends > MISSING_SECONDS:
         raise _cut_short(wanted, ends, wanted.end)
 
@@ -304,6 +310,7 @@ def _cut_short(wanted: _Wanted, ends: float, should_end: float) -> BadClipError:
 
 
 def check_audible(waveform: np.ndarray, wanted: _Wanted) -> None:
+    """Raise BadClipError if the stretch is silent."""
     peak = (float(waveform.max()) - float(waveform.min())) / 2  # a constant offset is not sound
     if peak < SILENCE_PEAK:
         raise wanted.fault(f"silent (peak {peak:.1e}) {wanted.stretch}; check the recording")

@@ -29,7 +29,7 @@ def check_dataset(
     frames: FrameArithmetic | None = None,
     max_length: int | None = None,
 ) -> dict[str, Any]:
-    """Structure of every line, every clip decoded; with a tokenizer also every dialogue's labels and length.
+    """Check the structure of every line and decode every clip; with a tokenizer also check labels and lengths.
 
     Returns counts (`masked`: answers that are not learned), `faults` (sentences with file and line), `bad_clips` (the
     same; also dialogues with too much audio), `notes` (what is not used or perhaps unintended, and how a clip was read,
@@ -84,8 +84,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 @dataclass
 class _Clips:
-    """For each clip its samples at 16 kHz, or why it can't be used, and notes on how it was read; and dialogues that
-    are too long.
+    """By clip: its samples at 16 kHz, or why it can't be used, and notes on how it was read; and dialogues that are too
+    long.
     """
 
     lengths: dict[AudioClip, int] = field(default_factory=dict)

@@ -10,8 +10,8 @@ OpenAI, Qwen, vLLM and Hugging Face datasets:
     {"type": "audio", "audio": array, "sampling_rate": 8000}        {"type": "audio", "audio": (array, 8000)}
     {"type": "audio", "audio": {"array": …, "sampling_rate": …}}    {"type": "audio", "audio": {"bytes": …, "path": …}}
 
-`type` may be missing where a key says it. A stretch is `start` and `end`, Qwen's `audio_start` and `audio_end`, or
-`offset` and `duration`, in seconds; `channel` counts from 0. A value of None is a key that is not there.
+`type` may be missing if another key implies it. A stretch is `start` and `end`, Qwen's `audio_start` and `audio_end`,
+or `offset` and `duration`, in seconds; `channel` counts from 0. A key whose value is None counts as absent.
 """
 
 import io
@@ -47,7 +47,7 @@ from qwhisper.data.waveform import (
 from qwhisper.errors import BadClipError, DataError
 from qwhisper.frames import SAMPLE_RATE
 
-# What a fault quotes of a file may be of any length and depth.
+# A fault quotes values of a file, which may have any length and depth.
 quoted = reprlib.Repr()
 quoted.maxstring = quoted.maxother = 200
 
@@ -68,8 +68,8 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 class AudioClip:
     """A file, or sound in memory, or a stretch of either. `start` and `end` are seconds; None is the sound's own edge.
 
-    path: absolute and without a link in it (`os.path.realpath`): one that is there when it is read is refused; "" where
-    `sound` is given. channel: the one to read, from 0; None reads them all.
+    path: absolute and without links (`os.path.realpath`); a link that is found there when it is read is refused. "" if
+    `sound` is given. channel: the channel to read, from 0; None reads all of them.
     """
 
     path: str
@@ -81,19 +81,19 @@ class AudioClip:
 
     @property
     def name(self) -> str:
-        """What an error calls it: the path, or where the sound was given, as in "message 1, part 2, `audio`"."""
+        """Its name in errors: the path, or where the sound was given, as in "message 1, part 2, `audio`"."""
         return self.path if self.sound is None else self.sound.name
 
     @property
     def source(self) -> str | bytes:
-        """What `load_audio` reads it from."""
+        """The source to give to `load_audio`."""
         return self.path if self.sound is None else self.sound.data
 
 
 def load_clip(clip: AudioClip, *, at_most_s: float = MAX_SECONDS, notes: list[str] | None = None) -> np.ndarray:
     """The clip's sound as float32 [samples], mono, 16 kHz. Raises BadClipError as `load_audio` does.
 
-    Also where its path, which was resolved when it was checked, has a link in it now.
+    Also raises it if the path, which was resolved when it was checked, has a link in it now.
     """
     try:
         return load_audio(
@@ -112,13 +112,13 @@ def load_clip(clip: AudioClip, *, at_most_s: float = MAX_SECONDS, notes: list[st
 
 
 def own_roots() -> list[Path]:
-    """The roots of what is given from Python or on the command line: the current folder, and no bound."""
+    """The roots of paths from Python or the command line: relative to the current folder, leading anywhere."""
     folder = Path.cwd()
     return [folder, Path(folder.anchor)]
 
 
 def raise_or_warn(faults: list[str], unused: Iterable[str]) -> None:
-    """Report what was found in a person's own call: DataError for faults, a warning for keys that are not used."""
+    """Report the findings in a caller's own input: DataError for faults, a warning for unused keys."""
     if faults:
         raise DataError("\n".join(faults))
     if names := ", ".join(sorted(set(unused))):
@@ -126,7 +126,7 @@ def raise_or_warn(faults: list[str], unused: Iterable[str]) -> None:
 
 
 def is_list(value: object) -> TypeGuard[Sequence]:
-    """Whether a value is a list of messages, parts or clips: pandas gives arrays of objects for the lists of a file."""
+    """Whether a value is a list of messages, parts or clips: pandas turns lists of a file into arrays of objects."""
     return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object)
 
 
@@ -147,10 +147,10 @@ def parse_content(
 def parse_part(
     part: object, where: str, roots: list[Path], faults: list[str], unused: list[str], rate: int = SAMPLE_RATE
 ) -> str | AudioClip:
-    """A text or a clip.
+    """Read a part: a text or a clip.
 
     roots: relative paths start at the first; a file must lie below one of them. faults: takes a sentence for each fault
-    of the part. unused: takes the keys that say nothing here. rate: of an array without a rate.
+    of the part. unused: takes the keys without effect here. rate: the sampling rate of an array given without one.
     """
     if isinstance(part, str | AudioClip):
         return part
@@ -175,16 +175,16 @@ def parse_part(
 def parse_audio(
     value: object, where: str, roots: list[Path], faults: list[str], unused: list[str], rate: int = SAMPLE_RATE
 ) -> AudioClip:
-    """A clip that stands alone, as in a list of `audios`: what may stand under `audio` in a part, or an audio part."""
+    """Read a clip outside of a part, as in a list of `audios`: a value of `audio` in a part, or an audio part."""
     if isinstance(value, AudioClip):
         return value
     given = dict(value) if isinstance(value, Mapping) else {"audio": value}
     clip = parse_part(given | {"type": "audio"}, where, roots, faults, unused, rate)
-    return clip if isinstance(clip, AudioClip) else AudioClip("")  # where there is a fault
+    return clip if isinstance(clip, AudioClip) else AudioClip("")  # there is a fault
 
 
 def read_own_audio(value: object, where: str, rate: int = SAMPLE_RATE) -> AudioClip:
-    """A clip that a person's own call gives: relative paths start in the current folder, and any file may be read.
+    """Read a clip that a caller gives directly: relative paths start in the current folder, and any file may be read.
 
     Raises DataError.
     """
@@ -196,12 +196,12 @@ def read_own_audio(value: object, where: str, rate: int = SAMPLE_RATE) -> AudioC
 
 
 def _keys_with_values(part: Mapping) -> dict[str, Any]:
-    """Hugging Face datasets gives every part all keys of all parts, with None for those that it has not."""
+    """The part without None values, which Hugging Face datasets gives to keys that only other parts have."""
     return {str(key): value for key, value in part.items() if value is not None}
 
 
 def _type_of(given: dict[str, Any]) -> str | None:
-    """The type of a part that does not say it."""
+    """The type of a part without `type`."""
     if "text" in given:
         return "text"
     return "audio" if any(key in given for key in SOURCES) else None
@@ -227,7 +227,7 @@ def _parse_clip(
         raise ValueError(f"`transcript` must be a text, not {type(transcript).__name__}")
     channel = _parse_channel(given)
     key = _source_key(given)
-    if not is_array(given[key]):  # a file says itself what its rate is
+    if not is_array(given[key]):  # a file states its own rate
         unused += [f"`{name}` in a part" for name in RATES if name in given]
     try:
         source = _read_source(key, given, where, roots, faults, rate)
@@ -310,7 +310,7 @@ def is_stretch(start: float, end: float | None) -> bool:
 
 
 def _seconds(value: object) -> float:
-    """A number of Python or numpy as float; NaN, which no comparison is true of, for anything else."""
+    """A Python or numpy number as float; NaN, for which every comparison is false, for anything else."""
     value = plain_scalar(value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return math.nan
@@ -331,7 +331,7 @@ def _parse_channel(given: dict[str, Any]) -> int | None:
 
 
 def resolve_path(location: str, where: str, roots: list[Path], faults: list[str]) -> str:
-    """The absolute path of an audio file; symbolic links are followed before it is asked where the file lies."""
+    """The absolute path of an audio file; symbolic links are resolved before the check of where the file lies."""
     shown = quoted.repr(location)
     if scheme := URL.match(location):
         if scheme[1].lower() != "file":

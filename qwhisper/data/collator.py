@@ -11,9 +11,9 @@ from qwhisper.frames import FrameArithmetic
 
 
 class ConversationCollator:
-    """Makes a batch of dialogues, or of samples that are encoded already.
+    """Makes a batch of dialogues, or of encoded samples.
 
-    packed: a batch is one packed row, not a padded row a sample. The other arguments are DialogueEncoder's.
+    packed: makes one packed row, not one padded row per sample. The other arguments are DialogueEncoder's.
     `encoder` encodes; `rejected` collects (id, reason) of samples that a batch leaves out.
     """
 

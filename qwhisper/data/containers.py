@@ -148,14 +148,14 @@ def _riff_stream(data: FileBytes, start: int, layout: Layout) -> tuple[Stream | 
     claimed = size_64 if size_64 is not None and chunk.size == 0xFFFFFFFF else chunk.size
     there = data.size - chunk.start
     following, lost, rewritten = None, None, False
-    if claimed == 0 and _is_chunk_list(data, chunk.start, order):
+    if claimed == 0 and _is_chunk_list(data, chunk.start, order):  # no sound
         stop = chunk.start
-    elif is_unknown(claimed) and (claimed == 0 or claimed > there):
+    elif is_unknown(claimed) and (claimed == 0 or claimed > there):  # written to a pipe
         following, rewritten = _next_riff(data, chunk.start), True
         stop = data.size if following is None else following
         if stop - start >= _MAX_RIFF:
             stop, lost = start + _MAX_RIFF, f"{there} bytes of sound are there, more than a RIFF header can claim"
-    elif claimed > there:
+    elif claimed > there:  # cut short; a few bytes may be padding
         stop = data.size
         if claimed - there > max(_FEW_BYTES, bytes_per_second // 10):
             lost = short_of(claimed, there)
@@ -209,7 +209,7 @@ def _left_over(data: FileBytes, at: int, claimed: int, allowed: int) -> str | No
     rest = data.size - at
     if rest <= max(allowed, 128) or data.only_zeros(at, data.size):
         return None
-    return f"its header claims {claimed} bytes of sound, and {rest} more, which are no chunk, follow"
+    return f"its header claims {claimed} bytes of sound, but {rest} more follow that are no chunk"
 
 
 def _next_riff(data: FileBytes, start: int) -> int | None:
@@ -253,7 +253,7 @@ def _ogg_layout(data: FileBytes) -> Layout:
         elif link.continued and not all(link.ended.values()):
             stream.lost = "cut short, its last page ends within a packet"
         elif not all(link.ended.values()):
-            layout.notes.append("nothing marks the end of its Ogg stream, as where a recorder was stopped")
+            layout.notes.append("its Ogg stream has no end mark: perhaps its recorder was stopped")
         layout.streams.append(stream)
     if skipped:
         layout.notes.append(f"skipped {skipped} bytes that are no Ogg page")

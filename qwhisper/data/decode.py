@@ -90,7 +90,7 @@ class SndfileDecoder:
         except soundfile.LibsndfileError:
             if self.num_frames is None or left > 0:
                 raise
-            return np.empty((0, self.channels), dtype=np.float32)  # what follows the sound is none
+            return np.empty((0, self.channels), dtype=np.float32)  # the bytes after the sound are not sound
         self._position += len(block)
         return block
 

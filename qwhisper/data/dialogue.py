@@ -29,8 +29,8 @@ KNOWN = ("id", "messages", "audios", "system", "tools", *LOSS_KEYS)
 
 
 def in_words(messages: Sequence[Message]) -> tuple[Message, ...] | None:
-    """The messages as one would type them: each clip's transcript in its place, with a space towards what stands beside
-    it. None if a clip has no transcript, or an empty one.
+    """The messages as typed text: each clip replaced with its transcript, with spaces towards its neighbours. None if
+    any clip's transcript is missing or empty.
     """
     if any(not (clip.transcript or "").strip() for message in messages for clip in message.clips):
         return None
@@ -76,8 +76,8 @@ def read_dialogues(
     """Read a JSONL file of dialogues, one a line, and refuse it as a whole if anything in it is wrong.
 
     Relative audio paths start at the file's folder; other paths must lie under `data_root` (default: the same folder).
-    `max_samples` reads no further than that many dialogues. Raises DataError with file and line of
-    the faults: equal ones as one line, the 20 most frequent.
+    `max_samples` reads no further than that many dialogues. Raises DataError with file and line of the faults: the 20
+    most frequent kinds, equal faults as one line.
     """
     dialogues, faults = scan_dialogues(path, data_root=data_root, max_samples=max_samples)
     refuse(faults, f"`qwhisper data check {path}` lists them all")
@@ -85,8 +85,8 @@ def read_dialogues(
 
 
 def refuse(faults: Sequence[str], all_of_them: str) -> None:
-    """Raises DataError if there are faults, see `read_dialogues`. all_of_them: the end of its last line, if they are
-    not all shown.
+    """Raise DataError if there are faults, see `read_dialogues`. all_of_them: the end of its last line, if it doesn't
+    show all.
     """
     if faults:
         lines = grouped(faults)
@@ -106,9 +106,9 @@ def scan_dialogues(
 ) -> tuple[list[Dialogue], list[str]]:
     """The good dialogues of a file and every fault in it, each fault as `file:line: sentence`.
 
-    answered: a dialogue without any answer is a fault; False: not where its last message awaits one. convert: makes the
-    canonical form of a line's object that has another. Raises DataError only if there is no such file,
-    or it is no JSONL file at all.
+    answered: True: a dialogue without an answer is a fault; False: not if its last message awaits one. convert: turns
+    a line's object of another form into the canonical one. Raises DataError only if there is no such file, or it isn't
+    JSONL at all.
     """
     path = Path(path)
     if fault := file_fault(path):
@@ -132,9 +132,9 @@ def parse_records(
     *,
     answered: bool = True,
 ) -> Iterator[Dialogue]:
-    """The good ones of records, each given with its source; `faults` takes a sentence for each fault of the others.
+    """Yield the good dialogues of records, each given with its source; `faults` takes a sentence for each fault.
 
-    A text in place of a record says what is wrong with it. The rest is as for `parse_dialogue` and `scan_dialogues`.
+    A text in place of a record is the fault of its line. See `parse_dialogue` and `scan_dialogues` for the rest.
     """
     first_seen: dict[str, str] = {}
     for source, record in records:
@@ -167,7 +167,7 @@ def parse_dialogue(
 
 
 def parse_own(record: dict, source: str, *, answered: bool = True) -> Dialogue:
-    """One record that a person's own call gives: relative paths start in the current folder, and any file may be read.
+    """One record that a caller gives directly: relative paths start in the current folder, and any file may be read.
 
     Raises DataError, and warns of keys that are not used.
     """
@@ -178,7 +178,7 @@ def parse_own(record: dict, source: str, *, answered: bool = True) -> Dialogue:
 
 
 def as_messages(messages: Sequence[Message | dict]) -> Sequence[Message]:
-    """Messages as they are, or those of a prompt, which a user's message ends, read as `parse_own` does."""
+    """Messages as they are; or the messages of a prompt, of which the last is the user's, read as by `parse_own`."""
     read = [message for message in messages if isinstance(message, Message)]
     if len(read) == len(messages):
         return read
@@ -186,10 +186,10 @@ def as_messages(messages: Sequence[Message | dict]) -> Sequence[Message]:
 
 
 def to_record(dialogue: Dialogue, folder: str | Path) -> dict[str, Any]:
-    """What `parse_dialogue` reads the same dialogue from; clips below `folder` stand there by their relative path,
-    and sound in memory as a data URL.
+    """The record that `parse_dialogue` reads as the same dialogue. Clips below `folder` get a relative path, and sound
+    in memory a data URL.
 
-    An id that was only the place where the dialogue stood is left out.
+    An id that is only the dialogue's place is left out.
     """
     root = Path(os.path.realpath(folder))
     identity = {} if dialogue.id == dialogue.source else {"id": dialogue.id}
@@ -224,7 +224,7 @@ def _clip_record(clip: AudioClip, root: Path) -> dict[str, Any]:
 
 
 def unused_notes(dialogues: Iterable[Dialogue]) -> list[str]:
-    """A sentence for each key that dialogues have and that nothing uses: how many have it, and where it is first."""
+    """A sentence for each unused key: how many dialogues have it, and where it is first."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for dialogue in dialogues:

@@ -1,7 +1,7 @@
-"""The audio of one dialogue: each clip decoded once, and no more of it than memory may hold.
+"""The audio of one dialogue: each clip decoded once, within a limit on their total length.
 
-What a dialogue's clips claim is added up before the first of them is decoded, and what they have is while they are:
-eight references to a clip of four hours are a short line of JSON.
+The lengths that headers claim are added up before the first clip is decoded, and the true lengths during decoding: a
+short line of JSON can hold eight references to a clip of four hours.
 """
 
 import os
@@ -21,8 +21,8 @@ LARGE_FILE = 2**20  # bytes; smaller files are decoded without asking their head
 
 @dataclass(frozen=True, eq=False)
 class Heard:
-    """A clip's length in samples at 16 kHz, its windows, float32 [samples] each, and how it was read, where a user
-    should know. Without windows: it was not decoded, and its length is its header's claim.
+    """A clip: its length in samples at 16 kHz, its windows, float32 [samples] each, and notes for the user on how it
+    was read. Without windows it was not decoded, and its length is its header's claim.
     """
 
     num_samples: int
@@ -31,7 +31,7 @@ class Heard:
 
 
 def claimed_by_headers(clips: Sequence[AudioClip]) -> dict[AudioClip, float]:
-    """Seconds that the headers of large files claim. Raises TooLongError where a dialogue may not have that much."""
+    """Seconds that the headers of large files claim. Raises TooLongError if they exceed the limit of a dialogue."""
     large = {clip for clip in clips if _is_large(clip)}
     claimed = {clip: claimed_seconds(clip.source, clip.start, clip.end, follow_links=False) for clip in large}
     check_dialogue_seconds([claimed.get(clip, 0.0) for clip in clips])
@@ -39,7 +39,7 @@ def claimed_by_headers(clips: Sequence[AudioClip]) -> dict[AudioClip, float]:
 
 
 def check_dialogue_seconds(seconds: Sequence[float]) -> None:
-    """Raises TooLongError where the clips of a dialogue, of so many seconds, are more than one may have."""
+    """Raise TooLongError if a dialogue's clips, of these lengths in seconds, exceed the limit together."""
     if sum(seconds) > MAX_DIALOGUE_SECONDS:
         raise TooLongError(
             f"{sum(seconds):.5g} s of audio in {len(seconds)} clips, and a dialogue may have {MAX_DIALOGUE_SECONDS}: "
@@ -48,7 +48,7 @@ def check_dialogue_seconds(seconds: Sequence[float]) -> None:
 
 
 class DialogueAudio:
-    """Decodes the clips of a dialogue, once each, for all rows that are made of it.
+    """Decodes the clips of a dialogue, once each, for all rows that are made from it.
 
     max_length: tokens of a row; a clip that is longer by itself is not decoded.
     """
@@ -59,9 +59,9 @@ class DialogueAudio:
         self._heard: dict[AudioClip, Heard] = {}
 
     def lengths(self, clips: Sequence[AudioClip]) -> list[int]:
-        """Samples at 16 kHz of each clip of a row, in their order; decodes those that were not decoded before.
+        """Samples at 16 kHz of each clip of a row, in their order; decodes clips that were not decoded before.
 
-        Raises BadClipError, and TooLongError where the clips claim or have more than a dialogue may, with repetitions.
+        Raises BadClipError, and TooLongError if the claimed or the true lengths, repetitions counted, exceed the limit.
         """
         claimed = claimed_by_headers([clip for clip in clips if clip not in self._heard])
         seconds: list[float] = []
@@ -74,7 +74,7 @@ class DialogueAudio:
         return [self._heard[clip].num_samples for clip in clips]
 
     def heard(self, clip: AudioClip) -> Heard:
-        """A clip whose length was asked for."""
+        """A clip that was given to `lengths` before."""
         return self._heard[clip]
 
     def _not_decoded(self, clip: AudioClip, claimed: dict[AudioClip, float]) -> Heard | None:

@@ -1,6 +1,6 @@
 """DialogueEncoder: dialogues to samples, and generation's prompts by the same path.
 
-A row is laid out from the lengths of its clips, `layout`, and then given its audio, `add_audio`; `encode` does both.
+`layout` makes a row from the lengths of its clips, `add_audio` adds the audio, and `encode` does both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,10 +31,10 @@ from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 
 TRAIN_ON = ("assistant", "last", "all")
-# Samples at 16 kHz of each clip of a row: `ClipLengths()` without decoding them, or `DialogueAudio.lengths`. Raises
-# BadClipError, TooLongError among them.
+# Gives the samples at 16 kHz of each clip of a row: `ClipLengths()` without decoding them, or `DialogueAudio.lengths`.
+# Raises BadClipError, including TooLongError.
 Lengths = Callable[[Sequence[AudioClip]], list[int]]
-LAID_OUT_AGAIN = "laid out again"  # begins the event of a clip that has another length than was thought
+LAID_OUT_AGAIN = "laid out again"  # begins the event of a clip whose length was not the expected one
 
 
 class NoLabelsError(DataError):
@@ -42,13 +42,13 @@ class NoLabelsError(DataError):
 
 
 class DialogueEncoder:
-    """Turns dialogues into samples: `encode`, `encode_rows`; and what `generate` continues: `encode_prompt`.
+    """Makes training samples from dialogues (`encode`, `encode_rows`), and prompts for `generate` (`encode_prompt`).
 
-    In two stages: `layout`, `layout_rows` need the lengths of clips alone, and `add_audio` the clips.
+    Encoding has two stages: `layout` and `layout_rows` need only the lengths of clips, `add_audio` the clips.
 
-    audio_token_id: the token that stands once for every projected audio frame. train_on: "assistant" supervises every
-    answer, "last" the last one, "all" what users typed as well; a message whose `learned` is False is none of these.
-    max_length: tokens a row may have. teach: samples carry the same dialogue in words, for a teacher to read.
+    audio_token_id: the placeholder, one per projected audio frame. train_on: "assistant" supervises every answer,
+    "last" only the last one, "all" also what users typed; a message whose `learned` is False is never supervised.
+    max_length: maximum number of tokens in a row. teach: samples carry the same dialogue in words, for the teacher.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class DialogueEncoder:
         self._keeps_reasoning = supports_reasoning(tokenizer, chat_template)
 
     def dialogue_audio(self) -> DialogueAudio:
-        """What decodes the clips of one dialogue for this encoder's rows, once each. Nothing is decoded yet."""
+        """A decoder of one dialogue's clips that decodes each once for all rows. Nothing is decoded yet."""
         return DialogueAudio(self.frames, self.max_length)
 
     def encode(self, dialogue: Dialogue | dict, audio: DialogueAudio | None = None) -> Sample:
-        """`layout` with its audio. audio: what has decoded the dialogue's clips for another row, perhaps."""
+        """`layout` with its audio. audio: the decoder of this dialogue's clips, if another row has made one."""
         audio = audio or self.dialogue_audio()
         return self.add_audio(self.layout(dialogue, audio.lengths), audio)
 
@@ -96,8 +96,8 @@ class DialogueEncoder:
         return [self.add_audio(layout, audio) for layout in self.layout_rows(dialogue, audio.lengths)]
 
     def add_audio(self, layout: Layout, audio: DialogueAudio | None = None) -> Sample:
-        """The sample of a row. If a clip has another length than it was laid out with, the row is laid out again, and
-        `events` says so. Raises as `layout` does.
+        """The sample of a row. If a clip's length differs from the one it was laid out with, the row is laid out again,
+        and `events` says so. Raises as `layout` does.
         """
         audio, dialogue = audio or self.dialogue_audio(), layout.made_of.dialogue
         with _naming_the_source(dialogue):
@@ -121,7 +121,7 @@ class DialogueEncoder:
     def layout(self, dialogue: Dialogue | dict, lengths: Lengths) -> Layout:
         """The whole dialogue as one row. Raises BadClipError, NoLabelsError, DataError, with the dialogue's source.
 
-        An earlier answer whose reasoning the template drops from the history is masked: `layout_rows` gives it its row.
+        An earlier answer whose reasoning the template drops from the history is masked: `layout_rows` gives it a row.
         """
         dialogue, events = self._prepare(dialogue)
         answers = _learned(dialogue.messages)
@@ -131,7 +131,7 @@ class DialogueEncoder:
         return self._lay_out(RowSource(dialogue, frozenset(supervised), 0, tuple(events)), lengths)
 
     def layout_rows(self, dialogue: Dialogue | dict, lengths: Lengths) -> list[Layout]:
-        """One row, or one for every answer where any of them has reasoning (the history then drops it, as Qwen does).
+        """One row; or one per answer if any answer has reasoning, which the history then drops, as Qwen does.
 
         Raises as `layout` does.
         """
@@ -151,7 +151,7 @@ class DialogueEncoder:
     def encode_prompt(
         self, messages: Sequence[Message | dict], *, tools: Sequence[str] = (), reply_with: str | None = None
     ) -> Sample:
-        """What `generate` continues: dialogue and generation prompt, and `reply_with` as the reply's beginning.
+        """The prompt that `generate` continues: dialogue, generation prompt, and `reply_with`, where the reply begins.
 
         messages: read already, or as `parse_own` reads them. tools: the JSON text of each, as in `Dialogue.tools`.
         Raises DataError, and BadClipError for an unusable clip.
@@ -165,7 +165,7 @@ class DialogueEncoder:
         return Sample("prompt", "prompt", np.array(ids, dtype=np.int64), labels, windows)
 
     def _prepare(self, dialogue: Dialogue | dict) -> tuple[Dialogue, list[str]]:
-        """The dialogue without what nothing is learned from, and the events of leaving it out."""
+        """The dialogue without the messages and the reasoning that nothing is learned from, and an event for each."""
         if isinstance(dialogue, dict):
             dialogue = parse_own(dialogue, str(dialogue.get("id", "a dialogue given as a dict")))
         messages, events = dialogue.messages, []
@@ -204,8 +204,8 @@ class DialogueEncoder:
         return layout
 
     def _in_words(self, heard: Layout, lengths: Lengths, *, cut: bool) -> Layout | None:
-        """The dialogue as typed; None if a clip has no transcript, or if max_length cuts one of the two: they
-        would answer with another history, or at another turn that has the same answer.
+        """The dialogue in words; None if a clip has no transcript, or if max_length cuts either version: the two would
+        answer with different histories, or at different turns with the same answer.
         """
         if not heard.slots:
             return replace(heard)
@@ -231,8 +231,8 @@ class DialogueEncoder:
             return cut, 0
         if dialogue.has_tools:
             raise NoLabelsError(
-                f"a dialogue with tools is cut behind its answers alone, and of {len(row.input_ids)} tokens none that "
-                f"is learned ends within max_length {self.max_length}; raise it"
+                "a dialogue with tools is cut only after an answer, and no learned answer of its "
+                f"{len(row.input_ids)} tokens ends within max_length {self.max_length}; raise it"
             )
         last = max(supervised)
         first = max((answer + 1 for answer in _answers(messages) if answer < last), default=0)
@@ -254,7 +254,7 @@ class DialogueEncoder:
 
 
 def require_labels(source: str, row: Layout | Sample) -> None:
-    """Raises NoLabelsError where no token of a row is supervised. source: of its dialogue."""
+    """Raise NoLabelsError if no token of a row is supervised. source: its dialogue's."""
     if row.num_supervised == 0:
         reasons = f" ({'; '.join(row.events)})" if row.events else ""
         raise NoLabelsError(f"{source}: no supervised token is left{reasons}; raise max_length or drop it")
@@ -276,7 +276,7 @@ def _naming_the_source(dialogue: Dialogue) -> Iterator[None]:
 
 
 def _changed(slots: Sequence[ClipSlot], lengths: Sequence[int]) -> list[str]:
-    """A sentence for each clip that has another length than it was laid out with."""
+    """A sentence for each clip whose length differs from the one it was laid out with."""
     sentences = [
         f"{LAID_OUT_AGAIN}: {slot.clip.name} has {length} samples at 16 kHz, and was laid out with {slot.num_samples}"
         for slot, length in zip(slots, lengths, strict=True)
@@ -300,7 +300,7 @@ def _learned(messages: Sequence[Message]) -> list[int]:
 
 
 class PartEncoder:
-    """Tokenises pieces; the scaffold's few texts are remembered."""
+    """Tokenises pieces; remembers the few texts of the scaffold."""
 
     def __init__(
         self,
@@ -324,7 +324,7 @@ class PartEncoder:
         *,
         add_generation_prompt: bool = False,
     ) -> list[Part]:
-        """All parts of a dialogue. Raises DataError where the template refuses it, and what `lengths` raises."""
+        """All parts of a dialogue. Raises DataError if the template refuses it, and what `lengths` raises."""
         pieces = render_pieces(messages, self.tokenizer, self.chat_template, add_generation_prompt, tools)
         num_samples = iter(lengths([piece.clip for piece in pieces if piece.clip is not None]))
         return [self._audio_part(piece, next(num_samples)) if piece.clip else self._part(piece) for piece in pieces]

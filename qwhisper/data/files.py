@@ -19,7 +19,7 @@ READ = (
 )  # not blocking: a FIFO put there after the check must not wait for a writer
 BLOCK = 2**16
 
-Piece = bytes | tuple[int, int]  # bytes themselves, or from and up to which offset of the file
+Piece = bytes | tuple[int, int]  # bytes themselves, or (start, end) offsets of the file
 
 
 def file_fault(path: str | Path) -> str | None:
@@ -78,14 +78,15 @@ def open_without_links(path: str | Path) -> int:
         if error.errno not in (errno.ELOOP, errno.ENOTDIR):
             raise
         raise BadClipError(
-            f"{path}: a link is in this path, which had none when it was checked (it leads to {os.path.realpath(path)} "
-            "now): what it leads to is not read; load the data again"
+            f"{path}: a link appeared in this path after it was checked (it leads to {os.path.realpath(path)} now), "
+            "and is not followed; load the data again"
         ) from None
     finally:
         os.close(folder)
 
 
 def kind_fault(mode: int) -> str | None:
+    """What a file of this mode is instead of a regular file, as the end of a sentence, or None. mode: `st_mode`."""
     if stat.S_ISREG(mode):
         return None
     kinds = {"a folder": stat.S_ISDIR, "a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}

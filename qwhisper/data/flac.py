@@ -1,20 +1,20 @@
-"""Whether a FLAC file ends where its header says: a count of samples stands in the header and in its last frame.
+"""Checks whether a FLAC file ends where its header says, by the sample counts in the header and in the last frame.
 
-A frame of FLAC is a block of samples of all channels (RFC 9639); each begins with a header that has a check sum.
+A frame of FLAC is a block of samples of all channels (RFC 9639); each begins with a header that has a checksum.
 """
 
 from qwhisper.data.containers import behind_flac_metadata
 from qwhisper.data.files import FileBytes
 
 _STREAMINFO = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")  # how a file begins
-_UNKNOWN_FRAME_BYTES = 2**17  # that are searched for the last frame where the header does not tell the largest
+_UNKNOWN_FRAME_BYTES = 2**17  # searched for the last frame if the header doesn't give the largest
 _TAGS = 256  # bytes that may follow the last frame
 _HEADER = 16  # bytes, at most
 
 
 def counted_samples(data: FileBytes) -> tuple[int, int] | None:
-    """(samples of each channel, rate) of a file whose last frame ends with the sample that its header claims to be the
-    last; None for any other.
+    """(samples of each channel, rate) if the file's last frame ends with the last sample that its header claims; None
+    otherwise.
     """
     if data.get(0, 8) not in _STREAMINFO:
         return None
@@ -35,12 +35,12 @@ def counted_samples(data: FileBytes) -> tuple[int, int] | None:
 
 
 def _format_of(head: bytes) -> tuple[int, ...]:
-    """What is the same in the headers of all frames of a file: sample rate and sample size."""
+    """The fields that are equal in the headers of all frames of a file: sample rate and sample size."""
     return tuple(byte & 15 for byte in head[2:4])
 
 
 def _end_of_frame(head: bytes, largest_block: int) -> int | None:
-    """How many samples of the file have passed at the end of a frame; None if no frame's header stands here."""
+    """The number of samples up to the end of this frame; None if no frame's header begins here."""
     if len(head) < 6 or head[0] != 0xFF or head[1] & 0xFE != 0xF8:
         return None
     block_code, rate_code, number_bytes = head[2] >> 4, head[2] & 15, _leading_ones(head[4])
@@ -66,7 +66,7 @@ def _leading_ones(byte: int) -> int:
 
 
 def _crc8(content: bytes) -> int:
-    """0 where the last byte is the check sum of those before it."""
+    """0 if the last byte is the checksum of those before it."""
     crc = 0
     for byte in content:
         crc ^= byte

@@ -12,8 +12,8 @@ from qwhisper.data.rows import Layout, Sample
 from qwhisper.errors import DataError
 from qwhisper.frames import SAMPLE_RATE
 
-# Of audio that is in memory at once, silence around the clips included: 115 MB, some 20,000 tokens, which are several
-# packs. What fits into one portion is packed as if it were one list.
+# Audio in memory at once, silence around the clips included: 115 MB, some 20,000 tokens, which are several packs. What
+# fits into one portion is packed as if it were one list.
 PORTION_SAMPLES = 1800 * SAMPLE_RATE
 
 
@@ -38,11 +38,12 @@ class HeldOut:
 
     @property
     def num_rows(self) -> int:
+        """Rows of all dialogues: one for each dialogue or answer, see `DialogueEncoder.layout_rows`."""
         return sum(len(dialogue.layouts) for dialogue in self.dialogues)
 
     def portions(self, num_workers: int = 0, poll: Poll = nothing) -> Generator[list[Sample]]:
-        """All samples, in their order. Raises DataError if a dialogue can no longer be read: a loss over the others is
-        another number. poll: as in `read_in_order`.
+        """Yield all samples, in order, in portions. Raises DataError if a dialogue can no longer be read: the loss of
+        the others can't be compared. poll: as in `read_in_order`.
         """
         portion: list[Sample] = []
         num_samples = 0
@@ -62,7 +63,7 @@ class HeldOut:
 def hold_out(
     dialogues: Sequence[Dialogue], encoder: DialogueEncoder, num_workers: int = 0
 ) -> tuple[HeldOut, list[Rejection]]:
-    """Decode all dialogues once, and keep what was laid out: those that can be used, and the rejections of the rest."""
+    """Decode every dialogue once; return the layouts of the usable ones, and the rejections of the rest."""
     items = chain.from_iterable(read_in_order(dialogues, encoder, num_workers, rows=_laid_out))
     usable, rejections = sort_items(items)
     return HeldOut(usable, encoder), rejections

@@ -1,6 +1,6 @@
-"""Dialogues in memory as files that a run can be started from again: a JSONL file, and arrays and bytes as audio files.
+"""Writes dialogues in memory to files from which a run can be restarted: JSONL, and audio files for arrays and bytes.
 
-Every name holds a digest of what is in the file: the same dialogues are the same files, and nothing is overwritten.
+The name of each file holds a digest of its content: equal dialogues make equal files, and nothing is overwritten.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ def _plain(record: object) -> dict | str:
 
 
 def _with_files(dialogue: Dialogue, folder: Path) -> Dialogue:
-    """The dialogue with the files that `write` makes in place of its sounds in memory."""
+    """The dialogue with its sounds in memory replaced by the files that `write` makes."""
 
     def part(given: str | AudioClip) -> str | AudioClip:
         if isinstance(given, str) or given.sound is None:
@@ -115,7 +115,7 @@ def _sound_file(sound: Sound, folder: Path) -> Path:
 
 
 def _wav_dtype(sound: Sound) -> str | None:
-    """Of the samples of an AU file that WAV holds as they are; None for any other."""
+    """The sample type with which WAV holds the samples of an AU file unchanged; None for any other file."""
     if not sound.data.startswith(b".snd"):
         return None
     try:

@@ -97,7 +97,7 @@ class _Training:
             yield "id", f"id {dialogue.id!r}, {self._ids[dialogue.id]}"
 
     def _names_of_the_same_bytes(self, held_out: dict[str, AudioClip], trained: dict[str, AudioClip]) -> dict[str, str]:
-        """Name in the training data, by a held-out recording that has another name there."""
+        """{name of a held-out recording: the other name that it has in the training data}."""
         others: dict[int, list[AudioClip]] = defaultdict(list)
         for name, clip in held_out.items():
             if name not in trained:

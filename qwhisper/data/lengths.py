@@ -1,9 +1,9 @@
 """How long clips are, in samples at 16 kHz, without their audio: dialogues can be laid out before anything is decoded.
 
-A length is exact where the header of a PCM WAV or FLAC file agrees with the structure of the file. Of any other file
+A length is exact where the header of a PCM WAV or FLAC file agrees with the structure of the file. For any other file
 (an MP3, an Ogg file, one that was written to a pipe, several that were joined) a header gives an estimate: such a clip
-is decoded once, and its length kept in memory. The index isn't saved: what lays rows out for a run decodes their clips
-as well, and a header is read as fast as an entry of an index.
+is decoded once, and its length kept in memory. The index isn't saved: a run that lays rows out decodes their clips as
+well, and reading a header takes no longer than reading an entry of an index.
 """
 
 import os
@@ -31,8 +31,8 @@ class ClipLengths:
         self._known: dict[Hashable, int] = {}
 
     def __call__(self, clips: Sequence[AudioClip]) -> list[int]:
-        """Samples at 16 kHz of each. Raises TooLongError where they are more than a dialogue may have, and BadClipError
-        for a clip that has to be decoded and can't be; what else is wrong with a clip shows when its audio is read.
+        """Samples at 16 kHz of each. Raises TooLongError if they exceed the limit of a dialogue, and BadClipError for a
+        clip that must be decoded and can't be. Other faults of a clip show when its audio is read.
         """
         lengths: list[int] = []
         for clip in clips:
@@ -56,7 +56,7 @@ def _key(clip: AudioClip) -> Hashable:
     try:
         facts = os.stat(clip.path)
     except OSError:
-        return clip.path, None, *stretch  # reading it names the fault
+        return clip.path, None, *stretch  # the reader names the fault
     return clip.path, facts.st_size, facts.st_mtime_ns, *stretch
 
 
@@ -77,7 +77,7 @@ def exact_length(clip: AudioClip) -> int | None:
 
 
 def _exact_claim(data: FileBytes, end: float | None) -> tuple[int, int] | None:
-    """(frames, rate) of a file of one stream, all of whose bytes are what its header says."""
+    """(frames, rate) of a file of one stream whose bytes agree with its header."""
     claim = {b"RIFF": _wav_claim, b"fLaC": counted_samples}.get(data.get(0, 4))
     found = None if claim is None else claim(data)
     if found is None:

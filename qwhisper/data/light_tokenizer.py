@@ -1,6 +1,6 @@
-"""What an encoder needs of a Hugging Face tokenizer, without transformers: for processes that read data.
+"""The part of a Hugging Face tokenizer that an encoder needs, without transformers: for processes that read data.
 
-Ids and rendered texts are those of the tokenizer that it was made from.
+Ids and rendered texts equal those of the tokenizer that it was made from.
 """
 
 import io
@@ -26,8 +26,8 @@ REASONING, SECOND_NAME = "reasoning_content", "thinking"
 class LightTokenizer:
     """The part of transformers' interface that `data.encode`, `data.template` and `data.text_tokens` use.
 
-    definition: JSON of a `tokenizers.Tokenizer`, which is built when it is first asked: Qwen3's takes half a second.
-    special_tokens: by name, as a chat template sees them. reasoning_has_two_names: as transformers has it.
+    definition: JSON of a `tokenizers.Tokenizer`, which is built on first use: Qwen3's takes half a second.
+    special_tokens: by name, as a chat template sees them. reasoning_has_two_names: as in the installed transformers.
     """
 
     definition: str
@@ -88,7 +88,7 @@ class LightTokenizer:
 
 
 def lightened(tokenizer) -> LightTokenizer | None:
-    """A transformers tokenizer without transformers; None for one that has more than a `tokenizers.Tokenizer` in it."""
+    """A transformers tokenizer without transformers; None for one that is more than its `tokenizers.Tokenizer`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -108,7 +108,7 @@ def lightened(tokenizer) -> LightTokenizer | None:
 
 
 def dumps(work: Any) -> bytes:
-    """A pickle in which each transformers tokenizer is a light one, where it can be."""
+    """Pickle `work`; each transformers tokenizer that can be made a light one becomes one."""
     stream = io.BytesIO()
     _Pickler(stream, pickle.HIGHEST_PROTOCOL).dump(work)
     return stream.getvalue()
@@ -122,7 +122,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _itself(light: LightTokenizer) -> LightTokenizer:
-    """What unpickling calls in the place of the tokenizer's own class."""
+    """The function that unpickling calls in place of the tokenizer's class."""
     return light
 
 

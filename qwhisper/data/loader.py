@@ -19,7 +19,7 @@ CHUNK = 16  # dialogues that a worker reads for an evaluation before it answers
 
 
 class Readable(Protocol):
-    """A dialogue, or what is made of one."""
+    """A dialogue, or something made from one."""
 
     @property
     def id(self) -> str: ...
@@ -39,10 +39,10 @@ class Rejection:
 
 @dataclass
 class DialogueReader:
-    """Reads dialogues, here or in a worker, which is sent this object.
+    """Reads dialogues, in this process or in a worker, which gets a copy of this object.
 
-    killers: what is known of dialogues that kill or hang who reads them, by id; they are not read. rows: what is made
-    of a dialogue: its samples, or others; importable by its module's name; raises DataError.
+    killers: the rejections, by id, of dialogues that kill or hang their reader; they are not read again. rows: makes a
+    dialogue's rows (samples, or others); importable by its module's name; raises DataError.
     """
 
     encoder: DialogueEncoder
@@ -78,7 +78,7 @@ def _lost(dialogue: Readable, how: str) -> str:
 
 @dataclass
 class WorkerDeath:
-    """A process that reads ahead died or hung. how: as in WorkerDied; samples: ids of those that it died of."""
+    """A process that reads ahead died or hung. how: as in WorkerDied; samples: ids of the dialogues that caused it."""
 
     how: str
     samples: list[str]
@@ -86,9 +86,9 @@ class WorkerDeath:
 
 @dataclass
 class StepSamples:
-    """What one optimizer step is given; `position` is the source's after it.
+    """The samples of one optimizer step; `position` is the source's position after it.
 
-    deaths: of workers while these samples were awaited.
+    deaths: of workers while these samples were read.
     """
 
     samples: list[Sample]
@@ -100,7 +100,7 @@ class StepSamples:
 def encode_all(
     dialogues: Sequence[Readable], encoder: DialogueEncoder, num_workers: int = 0
 ) -> tuple[list[Sample], list[Rejection]]:
-    """Every dialogue's rows at once."""
+    """All dialogues' rows, and all rejections."""
     return sort_items(chain.from_iterable(read_in_order(dialogues, encoder, num_workers)))
 
 
@@ -113,11 +113,11 @@ def read_in_order(
     chunk: int = CHUNK,
     poll: Poll = nothing,
 ) -> Generator[list[list[Any] | Rejection]]:
-    """The rows of each dialogue or its rejection, in chunks that a worker reads at a time; read as they are asked for,
-    and with workers a few chunks ahead. rows: as DialogueReader's.
+    """Yield the rows or the rejection of each dialogue, in chunks that a worker reads at a time; read on demand, and
+    with workers a few chunks ahead. rows: as DialogueReader's.
 
-    With workers, a dialogue that kills its reader is a rejection. Raises DataError where they die in a row though each
-    dialogue can be read, and what `poll` raises in a wait.
+    With workers, a dialogue that kills its reader becomes a rejection. Raises DataError if workers die repeatedly
+    although each dialogue can be read, and what `poll` raises in a wait.
     """
     reader = DialogueReader(encoder, rows=rows)
     chunks = [dialogues[first : first + chunk] for first in range(0, len(dialogues), chunk)]
@@ -156,11 +156,11 @@ def sort_items(items: Iterable[list[Any] | Rejection]) -> tuple[list[Any], list[
 def step_samples(
     source: Source, encoder: DialogueEncoder, *, position: Position = None, num_workers: int = 0, poll: Poll = nothing
 ) -> Generator[StepSamples, None, None]:
-    """Endless, from a position of the source on; closing it ends the workers.
+    """Yield the samples of each step without end, from a position of the source; closing it ends the workers.
 
-    Neither the workers nor a resume change which samples a step has. Where a worker dies, all are started again at the
-    position that was reached, without the samples that kill whoever reads them. Raises DataError where they die in a
-    row though each sample can be read, and what `poll` raises in a wait.
+    Neither the workers nor a resume change which samples a step has. If a worker dies, all restart at the position that
+    was reached, without the samples that kill their reader. Raises DataError if workers die repeatedly although each
+    sample can be read, and what `poll` raises in a wait.
     """
     reader = DialogueReader(encoder)
     deaths: list[WorkerDeath] = []

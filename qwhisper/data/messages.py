@@ -74,7 +74,7 @@ def join_calls(messages: Sequence[Message], raw: Sequence, faults: list[str]) ->
             joined.append(message)
             continue
         if message.learned != before.learned or message.reasoning:
-            faults.append(f"message {number}: one answer with the message before it: give `loss` and reasoning there")
+            faults.append(f"message {number}: belongs to the answer before it: give `loss` and reasoning there")
         joined[-1] = replace(before, tool_calls=before.tool_calls + message.tool_calls)
     return joined
 
@@ -82,7 +82,7 @@ def join_calls(messages: Sequence[Message], raw: Sequence, faults: list[str]) ->
 def parse_learned(raw: dict, where: str, faults: list[str]) -> bool | None:
     """Whether an object is to be learned, by `loss`, `train` and `weight`; None if it has none of them."""
     said = {key: raw[key] for key in LOSS_KEYS if raw.get(key) is not None}
-    if not said:  # of most messages
+    if not said:  # as in most messages
         return None
     for key, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):

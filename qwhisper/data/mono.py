@@ -25,7 +25,7 @@ class Mono:
         self._waveform = bytearray()  # grows in place; NumPy 2.5 copies an array that is resized
         self._rate = SAMPLE_RATE
         self._resampler: soxr.ResampleStream | None = None
-        self._frames_of_rate = 0  # since the rate is what it is
+        self._frames_of_rate = 0  # since the last change of rate
         self._start_of_rate = 0  # bytes of the waveform before them
         self._covariances: dict[int, Covariance] = {}  # by number of channels
         self.num_frames = 0
@@ -69,6 +69,7 @@ class Mono:
         return int(longest.value().diagonal().argmax())
 
     def finish(self) -> np.ndarray:
+        """The whole waveform, float32 [samples] at 16 kHz."""
         self._flush()
         return np.frombuffer(self._waveform, dtype=np.float32)
 
@@ -99,6 +100,7 @@ class Covariance:
         self._sums, self._products = np.zeros(channels), np.zeros((channels, channels))
 
     def add(self, block: np.ndarray) -> None:
+        """block: float32 [frames, channels]."""
         exact = block.astype(np.float64)
         self.num_frames += len(block)
         self._sums += np.ones(len(exact)) @ exact  # NumPy's own sums over a short axis are 20 times as slow

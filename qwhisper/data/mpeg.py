@@ -55,8 +55,8 @@ class MpegStream:
         return int.from_bytes(self._count_of(self.info), "big")
 
     def with_count(self) -> tuple[list[Piece], int]:
-        """The stream's bytes for a decoder, with a header that has the number of frames; and the samples before the
-        first.
+        """The stream's bytes for a decoder, with a header that has the number of frames; and the number of samples
+        before the first.
         """
         if self.frame.kind[1] != 3:
             return list(self.pieces), 0
@@ -87,6 +87,8 @@ class MpegStream:
 
 @dataclass
 class MpegLayout:
+    """The streams of MPEG audio in a file, in order."""
+
     streams: list[MpegStream] = field(default_factory=list)
     skipped: int = 0  # bytes that are neither frames nor tags
 

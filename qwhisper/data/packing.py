@@ -1,4 +1,4 @@
-"""Samples laid together: which share a pack, and how a pack or a padded batch looks as tensors."""
+"""Groups samples into packs, and turns a pack or a padded batch into tensors."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ Batch = dict[str, torch.Tensor | int]
 
 
 def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Which samples share a pack of at most `max_tokens`: first fit, longest first; the same answer every time.
+    """Group samples into packs of at most `max_tokens`: first fit, longest first; deterministic.
 
     Every index stands in exactly one pack; a sample longer than `max_tokens` is alone in one. Packs are in the order
     of their first index, and indices within a pack rise.
@@ -29,7 +29,7 @@ def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def pack_samples(samples: Sequence[Sample]) -> Batch:
-    """Samples end to end in one row, in the keywords of transformers' packed attention.
+    """Lay samples end to end in one row, with the keywords of transformers' packed attention.
 
     input_ids, labels, position_ids: int64 [1, tokens], positions restarting at 0; cu_seq_lens_q, cu_seq_lens_k: int32
     [samples + 1]; max_length_q, max_length_k: int; and what `_common` adds.
@@ -49,7 +49,7 @@ def pack_samples(samples: Sequence[Sample]) -> Batch:
 
 
 def pad_samples(samples: Sequence[Sample], pad_token_id: int, padding_side: str = "right") -> Batch:
-    """One row a sample: input_ids, attention_mask, labels int64 [samples, longest], and what `_common` adds.
+    """Pad to one row per sample: input_ids, attention_mask, labels int64 [samples, longest], and what `_common` adds.
 
     padding_side "left" is for `generate`, and leaves out labels and their count, which it refuses.
     """
@@ -72,7 +72,7 @@ def pad_samples(samples: Sequence[Sample], pad_token_id: int, padding_side: str 
 
 
 def _common(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """valid_label_count int64 []; where there is audio: audio_waveforms float32 [samples], all windows end to end, and
+    """valid_label_count int64 []; with audio also audio_waveforms float32 [samples], all windows end to end, and
     audio_lengths int64 [windows].
     """
     common = {"valid_label_count": torch.tensor(sum(sample.num_supervised for sample in samples))}

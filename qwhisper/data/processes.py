@@ -1,8 +1,8 @@
-"""Worker processes, seen from the process that gives them work: tasks in order, read ahead, with deaths noticed.
+"""Worker processes, on the side of the process that gives them work: tasks in order, read ahead; deaths are noticed.
 
-Not torch's DataLoader: it raises the death of a worker wherever the training process stands, also in the middle of an
-optimizer step or a save, and without its signal handler a worker killed in the middle of a message blocks the reader
-for ever. Here each worker has its own socket, which nobody else can write into: when it closes, the worker is dead.
+torch's DataLoader is not used: it raises the death of a worker at any point of the training process, even inside an
+optimizer step or a save; and without its signal handler a worker killed in the middle of a message blocks the reader
+for ever. Here each worker has its own socket, which no other process can write to: when it closes, the worker is dead.
 """
 
 import os
@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 from qwhisper.data import worker
 from qwhisper.data.light_tokenizer import dumps
 
-AHEAD = 2  # tasks that a worker has been given: the one that it does, and the next
-# In which a worker has to answer. Decoding takes seconds: one that is silent for so long hangs, in a decoder or on a
+AHEAD = 2  # tasks given to a worker: the current one and the next
+# Time limit of an answer. Decoding takes seconds: a worker that is silent for this long hangs, in a decoder or on a
 # network drive.
 ANSWER_SECONDS = 900.0
-STOP_SECONDS = 1.0  # a killed process that is not gone by then hangs in the kernel, on a dead disk: left to itself
+STOP_SECONDS = 1.0  # a killed process that still exists by then hangs in the kernel, on a dead disk: left alone
 ENDING_WAITS = 30  # of STOP_SECONDS, for a process that has closed its socket
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ Poll = Callable[[], None]  # called at least once a second in every wait; what i
 
 
 class WorkerDied(Exception):
-    """A worker ended before it had answered, hangs, or was never there.
+    """A worker ended before it answered, hangs, or could not be started.
 
     how: "signal 9", "exit code 1", "no answer in 900 s" or "no process could be started (…)".
     """
@@ -45,13 +45,13 @@ class WorkerDied(Exception):
 
 
 def nothing() -> None:
-    """A poll that ends no wait."""
+    """A poll that never ends a wait."""
 
 
 def work_ahead(
     work: Callable[[Task], Result], tasks: Iterator[Task], num_workers: int, poll: Poll = nothing
 ) -> Iterator[tuple[Task, Result]]:
-    """Each task and what `work` makes of it, in the order of the tasks; without workers in this process.
+    """Yield each task with its result, `work(task)`, in the order of the tasks; without workers in this process.
 
     work: picklable, and importable by its module's name. Raises WorkerDied, and whatever `work` and `poll` raise.
     """
@@ -80,7 +80,7 @@ def work_ahead(
 
 
 def work_in_thread(work: Callable[[Task], Result], task: Task, poll: Poll) -> Result:
-    """`work(task)`, in a thread: this one polls. Where a poll raises, work that hangs is left behind."""
+    """Run `work(task)` in another thread while this one polls. If a poll raises, work that hangs is abandoned."""
     if poll is nothing:
         return work(task)
     done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
@@ -123,7 +123,7 @@ def how_it_dies(work: Callable[[Task], Any], task: Task, poll: Poll = nothing) -
 
 
 class Worker:
-    """One process. A thread writes its tasks, so that a large one waits for nobody here."""
+    """One process. A thread writes its tasks, so that sending a large one does not block the caller."""
 
     def __init__(self, pickled_work: bytes):
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -139,10 +139,11 @@ class Worker:
         threading.Thread(target=self._send_all, daemon=True).start()
 
     def give(self, task: Any) -> None:
+        """Queue a task; never blocks."""
         self._messages.put(pickle.dumps(task, pickle.HIGHEST_PROTOCOL))
 
     def answer(self, poll: Poll = nothing) -> Any:
-        """The oldest task's result that is not taken yet. Raises WorkerDied, and what the work and `poll` raise."""
+        """The oldest result that was not taken yet. Raises WorkerDied, and what the work and `poll` raise."""
         deadline = time.monotonic() + ANSWER_SECONDS
 
         def waited() -> None:
@@ -160,7 +161,7 @@ class Worker:
         return result
 
     def _how_it_ended(self, poll: Poll) -> str:
-        """Its socket is closed already; a process that takes much memory takes a while to end."""
+        """How the process ended once its socket closed. One that uses much memory takes a while to end."""
         for _ in range(ENDING_WAITS):
             with suppress(subprocess.TimeoutExpired):
                 code = self.process.wait(STOP_SECONDS)
@@ -169,23 +170,26 @@ class Worker:
         return "it closed its socket"
 
     def _send_all(self) -> None:
-        with suppress(OSError):  # dead: found out where its answer is missed
+        with suppress(OSError):  # dead: noticed when its answer is read
             while (message := self._messages.get()) is not None:
                 worker.send(self.channel, message)
 
     def kill(self) -> None:
+        """Kill the process, without waiting for its end."""
         self.process.kill()  # it holds nothing that could be left half done, and may hang in a decoder
         self._messages.put(None)
         with suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)  # ends a write of the thread
 
     def wait(self) -> None:
+        """Wait up to STOP_SECONDS for the end of a killed process."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
         self.channel.close()
 
 
 def stop(workers: Sequence[Worker]) -> None:
+    """Kill all workers, then wait for their ends."""
     for each in workers:
         each.kill()
     for each in workers:
@@ -193,7 +197,7 @@ def stop(workers: Sequence[Worker]) -> None:
 
 
 def _start(descriptor: int) -> subprocess.Popen:
-    """A worker on its end of a socket. Its signals stay blocked until it ignores those that are the trainer's."""
+    """Start a worker on its end of a socket. Signals for the trainer stay blocked until the worker ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, worker.LEFT_TO_THE_TRAINER)
     try:
         return subprocess.Popen(

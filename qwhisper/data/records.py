@@ -21,7 +21,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise DuplicateKeyError(f"the key {quoted.repr(twice)} stands twice in one object; keep one")
+        raise DuplicateKeyError(f"the key {quoted.repr(twice)} appears twice in one object; keep one")
     return found
 
 

@@ -1,7 +1,7 @@
 """A row of tokens: how the parts of a dialogue are joined and cut to fit; `Layout`, the row without its audio, and
 `Sample`, the row as training takes it.
 
-Where each answer stands is known from the pieces that the dialogue was rendered into; no text is ever searched.
+The place of each answer follows from the pieces of the rendered dialogue; no text is ever searched.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,12 +15,12 @@ from qwhisper.data.messages import Message
 from qwhisper.data.template import Piece
 from qwhisper.errors import BadClipError
 
-IGNORE = -100  # a position that no loss is taken at
+IGNORE = -100  # label of a position without a loss
 
 
 @dataclass(frozen=True)
 class ClipSlot:
-    """Where a clip stands in a row: its first placeholder, and the samples at 16 kHz that it has placeholders for."""
+    """A clip's place in a row: its first placeholder, and the samples at 16 kHz that its placeholders stand for."""
 
     clip: AudioClip
     start: int
@@ -29,7 +29,7 @@ class ClipSlot:
 
 @dataclass(frozen=True)
 class RowSource:
-    """What a row is made of, so that it can be laid out again.
+    """The input of a row, so that it can be laid out again.
 
     supervised: message indices of the answers to learn; first_own: the first message whose text counts; events: what
     was left out of the dialogue before.
@@ -43,7 +43,7 @@ class RowSource:
 
 @dataclass(eq=False)
 class Layout:
-    """One training row without its audio: as `Sample`, with slots, in their order, in the place of windows."""
+    """One training row without its audio: like `Sample`, with clip slots, in order, instead of windows."""
 
     made_of: RowSource
     input_ids: np.ndarray
@@ -55,7 +55,7 @@ class Layout:
 
     @property
     def num_supervised(self) -> int:
-        """Positions that the loss is taken at, after the shift by one."""
+        """Number of positions with a loss, after the shift by one."""
         return int((self.labels[1:] != IGNORE).sum())
 
     @property
@@ -71,8 +71,8 @@ class Sample:
     input_ids, labels: int64 [tokens], labels unshifted with -100 where nothing is learned. windows: float32 [samples]
     each, in the order of their placeholders. answer_spans: (start, end) of every supervised answer with the token that
     ends its turn; the tokens before start are the generation prompt at that turn. events: what was cut or left out.
-    notes: how its audio was read, where a user should know. teacher: the same dialogue in words, with the same tokens
-    supervised in the same order, or None.
+    notes: for the user, on how its audio was read. teacher: the same dialogue in words, with the same tokens supervised
+    in the same order, or None.
     """
 
     id: str
@@ -87,12 +87,12 @@ class Sample:
 
     @property
     def targets(self) -> np.ndarray:
-        """The tokens that are learned, in their order."""
+        """The supervised tokens, in order."""
         return self.labels[1:][self.labels[1:] != IGNORE]
 
     @property
     def num_supervised(self) -> int:
-        """Positions that the loss is taken at, after the shift by one."""
+        """Number of positions with a loss, after the shift by one."""
         return len(self.targets)
 
 
@@ -150,9 +150,9 @@ def cut_row(row: Row, max_length: int) -> Row | None:
 def fit_last_exchange(
     parts: Sequence[Part], messages: Sequence[Message], max_length: int, added_ids: set[int], events: list[str]
 ) -> Row:
-    """One exchange made to fit: its prompt's text is shortened from the front; if that is not enough, all of the
-    prompt goes; at worst the reply's tail. Raises BadClipError where audio would have to go: a reply that is learned
-    without what it answers teaches the model to invent.
+    """Make one exchange fit: shorten its prompt's text from the front; if that is not enough, drop the whole prompt; at
+    worst cut the reply's tail. Raises BadClipError if audio would have to be dropped: a reply learned without the audio
+    that it answers teaches the model to invent.
     """
 
     def is_prompt(part: Part) -> bool:
@@ -183,6 +183,7 @@ def fit_last_exchange(
 
 
 def refuse_to_drop_audio(parts: Iterable[Part]) -> None:
+    """Raise BadClipError if any of the parts is audio."""
     clips = {part.piece.clip.name: len(part.ids) for part in parts if part.piece.clip is not None}
     if clips:
         raise BadClipError(
@@ -192,7 +193,7 @@ def refuse_to_drop_audio(parts: Iterable[Part]) -> None:
 
 
 def _cut_at(row: Row, end: int) -> Row:
-    """The first `end` tokens; an answer that they cut is shortened, one that lies behind is gone."""
+    """The first `end` tokens; an answer across the cut is shortened, answers behind it are dropped."""
     answers = {index: (start, min(stop, end)) for index, (start, stop) in row.answers.items() if start < end}
     texts = [text for text in row.texts if text[2] <= end]
     return Row(row.input_ids[:end], answers, texts, [slot for slot in row.slots if slot.start < end])

@@ -25,15 +25,15 @@ class Source(Protocol):
     """Where the dialogues come from: a function of the position, so that a resume continues exactly."""
 
     def steps(self, position: Position = None) -> Iterator[StepDialogues]:
-        """Endless, from a position on."""
+        """Yield steps without end, from a position on."""
 
     def passes(self, position: Position) -> int:
-        """Whole passes over the data that are done at a position."""
+        """Number of whole passes over the data that are done at a position."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffledDialogues:
-    """Dialogues in memory, pass after pass, each in another order that the seed decides.
+    """Dialogues in memory, pass after pass, each in a new order that the seed decides.
 
     The short last step of a pass is an ordinary one. Position: {"epoch": passes done, "offset": dialogues of the next
     pass that are done}.
@@ -85,9 +85,9 @@ def _epoch_and_offset(position: Position) -> tuple[int, int]:
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The permutation, int64 [num_samples], in which an epoch sees the samples.
+    """The order of the samples in an epoch: a permutation, int64 [num_samples].
 
-    Sorts raw bits: numpy promises a bit generator's stream across versions, but not what `permutation` makes of it.
+    Sorts raw bits: numpy promises a bit generator's stream across versions, but not the result of `permutation`.
     """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
     return np.argsort(bits, kind="stable")

@@ -1,8 +1,7 @@
 """Chat templates that can listen, and the pieces that a dialogue is rendered into.
 
-The template that is trained on is the one that is served: rendered up to any assistant turn, with its generation
-prompt, it gives a prefix of the whole dialogue. Qwen3's own does not: its empty think block stands in the last turn
-alone.
+Training and serving use the same template: rendered up to any assistant turn, with its generation prompt, it gives a
+prefix of the whole dialogue. Qwen3's own does not: it writes its empty think block only in the last turn.
 """
 
 import json
@@ -35,7 +34,7 @@ MARK = re.compile("\ue000([cr])(\\d+)\ue001")
 
 
 class Slot(NamedTuple):
-    """All that the rendering of a message depends on. has_text: False only for an answer of calls alone."""
+    """All that the rendering of a message depends on. has_text: False only for an answer that has only calls."""
 
     role: str
     has_reasoning: bool = False
@@ -50,9 +49,9 @@ Pattern = tuple[Slot, ...]
 class Piece:
     """A stretch of a rendered dialogue.
 
-    kind: "scaffold" (the template's own text), "text" or "audio" (from the messages). message_index: the message whose
-    content it is; None for scaffold, except for what the assistant writes itself (think marks, tool calls), which is
-    its turn's.
+    kind: "scaffold" (the template's own text), "text" or "audio" (from the messages). message_index: the message that
+    it belongs to; None for scaffold, except for text that the assistant writes itself (think marks, tool calls), which
+    belongs to its turn.
     """
 
     kind: str
@@ -62,10 +61,11 @@ class Piece:
 
 
 def listening_template(tokenizer) -> tuple[str, str]:
-    """(chat template to train with and to save with the processor, where it comes from in one line).
+    """(chat template to train with and to save with the processor, its origin in one line).
 
-    The tokenizer's own template where it is prefix-stable, else Qwen3's patched, else a table of the texts that the
-    own one writes between turns; a plain one where the tokenizer has none. Raises UsageError where nothing works.
+    The first that works: the tokenizer's own template if it is prefix-stable; Qwen3's, patched; a table of the texts
+    that the tokenizer's own template writes between turns. A plain one if the tokenizer has none. Raises UsageError if
+    nothing works.
     """
     if not getattr(tokenizer, "chat_template", None):
         return _checked(tokenizer, PREAMBLE + PLAIN), "a plain User/Assistant template, since the tokenizer has none"
@@ -82,7 +82,7 @@ def listening_template(tokenizer) -> tuple[str, str]:
 
 
 def refuse_costly(chat_template: str) -> None:
-    """Raises UsageError for a template that takes too long, too much memory or writes too much."""
+    """Raise UsageError for a template that takes too long or too much memory, or writes too much."""
     if (fault := cost_fault(chat_template)) is not None:
         raise UsageError(f"the chat template can't be used: {fault}")
 
@@ -115,7 +115,7 @@ def render_pieces(
     """A dialogue as scaffold, texts and clips in their order; contents are stripped. tools: the JSON text of each.
 
     The pieces before the first one of an assistant turn are exactly those of the generation prompt at that turn.
-    Raises DataError where the template refuses the dialogue, drops a message or is not prefix-stable.
+    Raises DataError if the template refuses the dialogue, drops a message or is not prefix-stable.
     """
     with_tools = bool(tools) or any(message.tool_calls or message.role == "tool" for message in messages)
     if with_tools:
@@ -142,10 +142,10 @@ def render_pieces(
 
 
 def _without_past_reasoning(messages: Sequence[Message]) -> list[Message]:
-    """Without the reasoning before the last question.
+    """The messages without reasoning before the last question.
 
-    Qwen3's template keeps it over calls and responses, and drops it once the next question is asked: a row that held
-    both would show an earlier answer another history.
+    Qwen3's template keeps reasoning across calls and responses, and drops it after the next question: in a row with
+    both, an earlier answer would have a different history.
     """
     asked = max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
     return [replace(m, reasoning=None) if index < asked else m for index, m in enumerate(messages)]
@@ -158,9 +158,9 @@ def supports_reasoning(tokenizer, chat_template: str) -> bool:
 
 
 def _check_typed(tokenizer, pattern: Pattern, tools: Sequence[str]) -> None:
-    """Refuses tools and calls with what would be a control token or a mark once it stands in the rendered text."""
+    """Refuse tools and calls whose rendered text would hold a control token or a mark."""
     if pattern[0].calls:
-        raise DataError("the first message calls a tool, but there is nothing that it answers")
+        raise DataError("the first message calls a tool, but answers no question")
     for text in (*tools, *(f"{call.name} {call.arguments}" for slot in pattern for call in slot.calls)):
         found = [*typed_tokens(tokenizer, text), *("a private-use character" for _ in MARK.finditer(text))]
         if found:
@@ -170,7 +170,7 @@ def _check_typed(tokenizer, pattern: Pattern, tools: Sequence[str]) -> None:
 
 
 def _check_rendered(segments: Sequence[tuple], pattern: Pattern, tools: Sequence[str]) -> None:
-    """Refuses a rendering that lacks a tool, or a call in the answer that it belongs to."""
+    """Refuse a rendering that lacks a tool, or a call in the answer that it belongs to."""
     scaffold = "".join(text for _, text, _ in segments)
     lacking = [name for tool in tools if (name := json.loads(tool)["function"]["name"]) not in scaffold]
     for index, slot in enumerate(pattern):
@@ -183,7 +183,7 @@ def _check_rendered(segments: Sequence[tuple], pattern: Pattern, tools: Sequence
 def end_of_turn_ids(tokenizer, chat_template: str) -> list[int]:
     """Tokens that end an answer in generation: the one that closes an assistant turn, then the tokenizer's eos.
 
-    Raises UsageError where no added token closes the turn: a model could never learn to stop.
+    Raises UsageError if no added token closes the turn: a model could never learn to stop.
     """
     ends = _closing_ids(tokenizer, chat_template)
     if not ends:
@@ -194,7 +194,7 @@ def end_of_turn_ids(tokenizer, chat_template: str) -> list[int]:
 
 
 def _closing_ids(tokenizer, chat_template: str) -> list[int]:
-    """The token that closes an assistant turn, as a list; empty where none does."""
+    """The token that closes an assistant turn, as a list; empty if there is none."""
     kind, text, _ = _segments(tokenizer, chat_template, (Slot("user"), Slot("assistant")), False)[-1]
     added = added_token_ids(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if kind == "scaffold" else []
@@ -221,10 +221,10 @@ def _content_pieces(content: Sequence[str | AudioClip], index: int) -> list[Piec
 
 
 def _with_space_in_texts(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Moves the white space between a message's text and the scaffold behind it to the text.
+    """Move the white space between a message's text and the scaffold behind it to the text.
 
-    Around tools a template writes a line break behind contents, and a tokenizer joins it with what it follows: the
-    model must meet the tokens that it meets where the whole prompt is tokenised at once.
+    Around tools a template writes a line break behind contents, and a tokenizer joins it with the text before: training
+    must see the same tokens as when the whole prompt is tokenised at once.
     """
     space = ""
     for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
@@ -242,8 +242,8 @@ def _segments(
 ) -> tuple:
     """(kind, text, message index) of a rendering: kind "scaffold", "c" (a message's content) or "r" (its reasoning).
 
-    Scaffold is cut where a generation prompt ends, so that what follows it is tokenised as the model will meet it, and
-    where an answer with tool calls ends.
+    Scaffold is cut where a generation prompt ends, so that the text after it is tokenised as in generation, and where
+    an answer with tool calls ends.
     """
     text = _render(tokenizer, chat_template, pattern, add_generation_prompt, tools=tools)
     marks = list(MARK.finditer(text))
@@ -267,7 +267,7 @@ def _segments(
 
 
 def _end_of_calls(tokenizer, chat_template: str, text: str, start: int, stop: int) -> int:
-    """Where, between `start` and `stop`, the token stands that closes a turn; contents and calls hold no token."""
+    """Position, between `start` and `stop`, of the token that closes a turn; contents and calls hold no such token."""
     closing = tokenizer.convert_ids_to_tokens(_closing_ids(tokenizer, chat_template))
     end = text.find(closing[0], start, stop) if closing else -1
     if end < 0:
@@ -278,7 +278,11 @@ def _end_of_calls(tokenizer, chat_template: str, text: str, start: int, stop: in
 def _split(
     text: str, marks: list[re.Match], own_from: dict[int, int | None], calling: set[int]
 ) -> Iterator[tuple[str, str, int | None]]:
-    """Cut a rendering at its marks and where the owner of the scaffold changes. calling: answers with tool calls."""
+    """Cut a rendering at its marks and where the owner of the scaffold changes.
+
+    own_from: offset -> index of the turn that owns the scaffold from there on, None for the template. calling: answers
+    with tool calls.
+    """
     position, own_turn = 0, None
     for mark in [*marks, None]:
         end = mark.start() if mark else len(text)

@@ -47,7 +47,7 @@ def cost_fault(chat_template: str) -> str | None:
         child.kill()
         child.wait()
     lines = said.decode(errors="replace").split("\n")
-    if lines[0] != STARTED:  # no jinja2 there, no memory: that says nothing of the template
+    if lines[0] != STARTED:  # no jinja2 there, no memory: that says nothing about the template
         return None
     if lines[1] == ENDED:
         return None
@@ -92,7 +92,7 @@ def _render_all(chat_template: str) -> str:
         template = environment().from_string(chat_template)
     except (MemoryError, RecursionError) as error:
         return f"it can't be compiled ({type(error).__name__})"
-    except Exception:  # a fault that the caller will meet as well, in no time
+    except Exception:  # a fault that the caller will meet as well, quickly
         return ENDED
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<p>", "unk_token": "<u>"}
     trials = [(roles, SHORT_CHARACTERS) for roles in DIALOGUES] + [(roles, LONG_CHARACTERS) for roles in LONG]

@@ -41,7 +41,7 @@ SIGNATURES += tuple(b"\xff" + bytes([second]) for second in (0xFB, 0xFA, 0xF3, 0
 class Sound:
     """The bytes of an audio file in memory. Two are equal if their bytes are.
 
-    name: what an error calls it, as in "message 1, part 2, `audio`".
+    name: its name in errors, as in "message 1, part 2, `audio`".
     """
 
     digest: str
@@ -50,7 +50,7 @@ class Sound:
 
 
 def sound_of_bytes(data: bytes | bytearray | memoryview, name: str) -> Sound:
-    """data: a whole audio file. Raises ValueError where there is nothing in it."""
+    """data: a whole audio file. Raises ValueError if it is empty."""
     if not data:
         raise ValueError("is empty")
     data = bytes(data)
@@ -85,7 +85,7 @@ def is_base64(text: str) -> bool:
 
 
 def data_url(sound: Sound) -> str:
-    """A data URL that `sound_of_base64` reads the same sound from."""
+    """A data URL that `sound_of_base64` reads as the same sound."""
     return f"data:application/octet-stream;base64,{base64.b64encode(sound.data).decode()}"
 
 
@@ -94,8 +94,8 @@ def sound_of_array(samples: Any, rate: Any, name: str) -> Sound:
     own rate). rate: samples a second.
 
     Floats are taken as they are (full scale is 1), int16, int32 and uint8 at the scale that WAV files have them at.
-    Of two dimensions the smaller one is the channels. Raises ValueError for other types and shapes. What the samples
-    sound like is not looked at here: NaN and silence are found where the sound is read.
+    Of two dimensions the smaller one is the channels. Raises ValueError for other types and shapes. The values are not
+    checked here: NaN and silence are found when the sound is read.
     """
     if hasattr(samples, "get_all_samples"):
         decoded = samples.get_all_samples()
@@ -107,7 +107,7 @@ def sound_of_array(samples: Any, rate: Any, name: str) -> Sound:
     if array.dtype.name == "uint8":
         array = (array.astype(np.int16) - 128) << 8
     elif subtype == "FLOAT":
-        with np.errstate(over="ignore"):  # what float32 can't hold is infinite, and refused as that
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are refused as such
             array = array.astype(np.float32)
     if array.nbytes > MAX_ARRAY_BYTES:
         raise ValueError(f"has {array.nbytes} bytes of samples; write it to a file and give its path")
@@ -118,7 +118,7 @@ def sound_of_array(samples: Any, rate: Any, name: str) -> Sound:
 
 
 def whole_rate(rate: Any) -> int:
-    """A sampling rate as an int. Raises ValueError for what is none."""
+    """A sampling rate as an int. Raises ValueError for anything else."""
     low, high = SAMPLE_RATES
     rate = plain_scalar(rate)
     is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
@@ -175,7 +175,7 @@ def _as_numpy(samples: Any) -> np.ndarray:
         raise ValueError(f"has samples of type {array.dtype}, whose full scale is not known; give {known}")
     if array.dtype.name == "uint8" and array.ravel()[:4].tobytes() in SIGNATURES:
         raise ValueError("is an array of the bytes of a file, not of samples; give `bytes`")
-    return array.astype(array.dtype.newbyteorder("="), copy=False)  # soundfile takes every order for the machine's
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # soundfile ignores the byte order
 
 
 def _frames_and_channels(array: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""A process that works for another one: what it runs, and the messages that the two exchange over a socket.
+"""A worker process: its main loop, and the messages that it and its parent exchange over a socket.
 
-A worker is a fresh interpreter that imports this module. It is no fork, since locks that other threads hold stay locked
-in one, and it is not started by `multiprocessing`, which would import the user's script again. This module and what it
-imports know neither torch nor transformers: eight workers start in less than two seconds.
+A worker is a fresh interpreter that imports this module. It is not forked, since in a fork the locks of other threads
+stay locked; and `multiprocessing` doesn't start it, which would import the user's script again. This module and what it
+imports load neither torch nor transformers: eight workers start in less than two seconds.
 
-Each message is a pickle behind its length. The first one is the work, a callable; each further one is a task, and is
-answered with a pair: the result, and the exception that was raised in its place.
+Each message is a length and a pickle. The first one is the work, a callable; each further one is a task, which is
+answered with a pair: the result, and the exception that was raised instead.
 """
 
 import os
@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 ENTRY = "import sys; sys.path[:] = sys.argv[2:]; from qwhisper.data.worker import main; main(int(sys.argv[1]))"
-POLL_SECONDS = 0.5  # between two calls of what is asked for in a wait
+POLL_SECONDS = 0.5  # between two polls in a wait
 LENGTH = struct.Struct("!Q")
 # Each process has its share of the work; a pool of threads in each costs time and memory and computes nothing.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -30,7 +30,7 @@ LEFT_TO_THE_TRAINER = (signal.SIGINT, signal.SIGHUP)
 
 
 def command(descriptor: int) -> list[str]:
-    """Starts a worker on a socket that it inherits. Its modules are found where this process finds them."""
+    """The command that starts a worker on an inherited socket. Its modules are found where this process finds them."""
     # An empty entry is the current folder, as in a notebook and where a script is read from stdin.
     places = [os.path.abspath(place) for place in sys.path if isinstance(place, str)]
     return [sys.executable, "-c", ENTRY, str(descriptor), *places]
@@ -43,7 +43,7 @@ def send(channel: socket.socket, message: bytes) -> None:
 
 def receive(channel: socket.socket, poll: Callable[[], None] | None = None) -> bytearray:
     """The next message. `poll` is called every POLL_SECONDS of a wait, also in the middle of a message; what it raises
-    ends the wait. Raises EOFError where the other process has closed its end.
+    ends the wait. Raises EOFError if the other process has closed its end.
     """
     (length,) = LENGTH.unpack(_read(channel, LENGTH.size, poll))
     return _read(channel, length, poll)
@@ -65,10 +65,10 @@ def _read(channel: socket.socket, size: int, poll: Callable[[], None] | None) ->
 
 
 def main(descriptor: int) -> None:
-    """A worker's life. It ends when the process that it works for ends, and with it the other end of the socket."""
+    """Work until the parent process ends, and with it the other end of the socket."""
     for number in LEFT_TO_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_TRAINER)  # blocked until here by who started it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_TRAINER)  # blocked until here by the parent
     with socket.socket(fileno=descriptor) as channel, suppress(EOFError, OSError):
         work: Callable[[Any], Any] | None = None
         while True:
@@ -84,7 +84,7 @@ def main(descriptor: int) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or that alone if the error can't be pickled."""
+    """The error with its traceback as a note; the note alone if the error can't be pickled."""
     trace = f"in a data worker:\n{traceback.format_exc()}"
     error.add_note(trace)
     try:

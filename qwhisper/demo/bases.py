@@ -126,8 +126,8 @@ def make_whisper_base(
 ) -> dict[str, float]:
     """Train an encoder to spell what the clips say and save a whole Whisper checkpoint into `out_dir`.
 
-    held_out: (clips, words) of voices that are not trained on. Returns the last losses' mean as "loss", and on the
-    held-out clips "character_error_rate" and "word_accuracy", shares.
+    held_out: (clips, words) of voices that are not trained on. Returns "loss", the mean of the last losses, and the
+    shares "character_error_rate" and "word_accuracy" on the held-out clips.
     """
     torch.manual_seed(seed)
     config = whisper_config()
@@ -248,9 +248,9 @@ def make_qwen3_base(
 ) -> dict[str, float]:
     """Teach a small Qwen3 to answer text dialogues (canonical records) and save it with its tokenizer into `out_dir`.
 
-    The dialogues are rendered and masked as in training on audio. Returns the last losses' mean as "loss", and the
-    share of answers to `held_out` dialogues that are exactly right as "answer_accuracy". tokenizer: one of Qwen3's kind
-    (None: make a small one from the texts).
+    The dialogues are rendered and masked as in training on audio. Returns "loss", the mean of the last losses, and
+    "answer_accuracy", the share of answers to `held_out` dialogues that are exactly right. tokenizer: one of Qwen3's
+    kind (None: make a small one from the texts).
     """
     torch.manual_seed(seed)
     dialogues = [parse_dialogue(record, record["id"], Path.cwd()) for record in texts]

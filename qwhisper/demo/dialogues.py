@@ -37,7 +37,7 @@ QUESTIONS = {
     "earlier_rising": ("Is it bigger than the number before?", "Is it more than the one before?"),
     "earliest": ("What was the very first number?", "Which number did we begin with?"),
 }
-# (kind, new clips) of each turn; a dialogue follows one of them, each as often as the others.
+# (kind, new clips) of each turn. A dialogue follows one of these scripts; all are equally frequent.
 SCRIPTS = (
     (("number", 1),),
     (("even", 1),),
@@ -58,8 +58,8 @@ SCRIPTS = (
     (("rising", 2), ("earlier_first", 0), ("number", 1)),
 )
 ABOUT_EARLIER_CLIPS = {"earlier_number", "earlier_first", "earlier_sum", "earlier_rising", "earliest"}
-# A language model learns arithmetic most slowly: in its training on text these scripts come three times as often, and
-# 450 steps do what took 650.
+# A language model learns arithmetic most slowly. These scripts are three times as frequent in its training on text,
+# which reduced 650 steps to 450.
 HARD_KINDS = {"sum", "rising", "earlier_sum", "earlier_rising"}
 TEXT_SCRIPTS = SCRIPTS + 2 * tuple(script for script in SCRIPTS if HARD_KINDS & {kind for kind, _ in script})
 
@@ -146,7 +146,7 @@ def swap_numbers(script: Script, heard: tuple[str, ...], generator: np.random.Ge
 
 
 def messages(script: Script, heard: Sequence[str], parts: Iterable[dict], generator: np.random.Generator) -> list[dict]:
-    """A dialogue in canonical form. parts: what stands for each clip, in their order: an audio part or a text part."""
+    """A dialogue in canonical form. parts: an audio part or a text part for each clip, in order."""
     parts = iter(parts)
     turns = []
     for (kind, clips), reply in zip(script, answers(script, heard), strict=True):

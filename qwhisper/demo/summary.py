@@ -17,7 +17,7 @@ def summary(
 ) -> dict[str, Any]:
     """demo.json: shares from 0 to 1.
 
-    turns_swapped: answers that equal the original's although the clips make each of these wrong.
+    turns_swapped: the original's answers that the model still gives although the swapped clips make each of them wrong.
     """
     kinds = {
         kind: {
@@ -88,7 +88,7 @@ def report(result: dict[str, Any], folder: Path) -> None:
     for kind, scores in rows.items():
         shares = [scores[name] for name in ("turns_before", "turns", "turns_swapped", "majority")]
         print(f"{kind:<16}{scores['n']:>8}{shares[0]:>9.1%}{shares[1]:>9.1%}{shares[2]:>9.1%}{shares[3]:>10.1%}")
-    print("swapped: answers that stay as they were when other clips are put in, which makes every one of them wrong")
+    print("swapped: reference answers still given when other clips are put in, which makes every one of them wrong")
     headline("A dialogue with a voice it never heard")
     for line in result["dialogue"]:
         print(f"{line['role']:>10}: {line['text']}")

@@ -1,7 +1,7 @@
 """Attention implementations for transformers' registry, each a choice of kernels for packed rows and padded batches.
 
 Samples lie end to end in a packed row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses.
-CUDA uses `torch.nn.attention.varlen`; where that cannot run (CPU, fp32, dropout, heads wider than 256) the same result
+CUDA uses `torch.nn.attention.varlen`; if that cannot run (CPU, fp32, dropout, heads wider than 256) the same result
 comes from one SDPA call a segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own
 SDPA, with its mask. A configuration names its implementation, so two models may use different kernels; a kernel that is
 found wrong for one model (`engine.kernels.check_kernels`) is replaced in that model's configurations alone.
@@ -52,8 +52,8 @@ def without_cudnn(attend: Callable) -> Callable:
 
 
 def math_alone(attend: Callable) -> Callable:
-    """`attend` with torch's SDPA as separate matrix products and softmax, in fp32 within: slow, and right wherever
-    those are.
+    """`attend` with torch's SDPA as separate matrix products and softmax, in fp32: slow, but right wherever those are
+    right.
     """
 
     @functools.wraps(attend)
@@ -73,7 +73,7 @@ def attention_for(text_config: PreTrainedConfig) -> str:
 
 
 def set_text_attention(config: PreTrainedConfig) -> None:
-    """Gives a language model ours where none is set or "sdpa" is, which would call cuDNN; any other stays as it is."""
+    """Set ours on a language model that has none or "sdpa", which would call cuDNN; any other stays as it is."""
     requested = config._attn_implementation
     if requested in (None, "sdpa"):
         ours = attention_for(config)
@@ -81,7 +81,7 @@ def set_text_attention(config: PreTrainedConfig) -> None:
 
 
 def set_encoder_attention(config: PreTrainedConfig) -> None:
-    """Gives an encoder ours whatever is set: with any other implementation its packed windows would see each other."""
+    """Set ours on an encoder, whatever it has: with any other its packed windows would attend to each other."""
     requested = config._attn_implementation
     if requested not in IMPLEMENTATIONS:
         config._attn_implementation = {"sdpa": PACKED_SDPA, "eager": PACKED_MATH}.get(requested, PACKED_ATTENTION)
@@ -97,13 +97,13 @@ def packed_row_mask(hidden_states: Tensor) -> Tensor:
 
 
 def varlen_keywords(num_key_value_groups: int) -> dict:
-    """torch 2.11 repeats key heads by itself; from 2.12 on it does so where `enable_gqa` asks for it."""
+    """torch 2.11 repeats key heads without being asked; from 2.12 on `enable_gqa` must ask for it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if num_key_value_groups > 1 and _takes_gqa(varlen_attn) else {}
 
 
-@functools.cache  # each layer of each step asks: 0.05 to 0.16 ms [measured]
+@functools.cache  # called by each layer in each step: 0.05 to 0.16 ms [measured]
 def _takes_gqa(varlen: Callable) -> bool:
     return "enable_gqa" in inspect.signature(varlen).parameters
 
@@ -128,12 +128,12 @@ def _varlen(
         window_size=(left, 0 if causal else -1),
         **varlen_keywords(query.shape[1] // key.shape[1]),
     )
-    assert isinstance(out, Tensor)  # a pair only where return_aux asks for one
+    assert isinstance(out, Tensor)  # a pair only if return_aux asks for one
     return out
 
 
 def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
-    """[length, length], True where a query may look; None if plain causal attention says the same."""
+    """[length, length], True where a query may look; None if plain causal attention gives the same."""
     if window is None or length <= window:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
@@ -143,13 +143,13 @@ def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
 def _sdpa_per_segment(
     query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None
 ) -> Tensor:
-    """The exact, slower twin of `_varlen`. Without `cu_seq_lens_host` it waits for the device to read the borders."""
+    """The same result as `_varlen`, slower. Without `cu_seq_lens_host` it waits for the device to read the borders."""
     bounds = cu_seq_lens.tolist() if cu_seq_lens_host is None else cu_seq_lens_host
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
     for start, end in itertools.pairwise(bounds):
-        if start == end:  # a border that is not used
+        if start == end:  # an unused border
             continue
         mask = _segment_mask(end - start, window, query.device) if causal else None
         out = nn.functional.scaled_dot_product_attention(
@@ -169,7 +169,7 @@ def _sdpa(*args, **kwargs) -> Tensor:
     return sdpa_attention_forward(*args, **kwargs)[0]
 
 
-# Of each kind a kernel and its fallbacks: the first that runs is used. What each computes is the same.
+# By kind, a kernel and its fallbacks: the first that runs is used. All of a kind compute the same.
 PACKED_KERNELS = {
     "varlen": _varlen,
     "sdpa_per_segment": without_cudnn(_sdpa_per_segment),
@@ -180,7 +180,7 @@ PADDED_KERNELS = {"sdpa": without_cudnn(_sdpa), "math": math_alone(_sdpa)}
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernel for packed rows and the one for padded batches; where the first cannot run, the next in its table."""
+    """The kernels for packed rows and for padded batches; if one cannot run, the next in its table is used."""
 
     packed: str
     padded: str
@@ -200,7 +200,7 @@ def next_kernel(name: str) -> str | None:
 
 
 def with_kernel(implementation: str, kernel: str) -> str:
-    """The implementation that differs from the given one in this kernel, for the rows that the kernel is for."""
+    """The implementation that uses `kernel` for its kind of rows, and is otherwise the same."""
     kind = "packed" if kernel in PACKED_KERNELS else "padded"
     wanted = replace(IMPLEMENTATIONS[implementation], **{kind: kernel})
     return next(name for name, kernels in IMPLEMENTATIONS.items() if kernels == wanted)
@@ -241,7 +241,7 @@ def packed_attention_forward(
     Returns ([batch, tokens, heads, head_dim], None).
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        # SDPA would leave them out without a word.
+        # SDPA would silently ignore them.
         raise ValueError(
             f"{PACKED_ATTENTION} knows neither soft-capping nor sinks: use attn_implementation='eager' and padded "
             "batches, as `qwhisper train` does by itself for a model with soft-capped scores"

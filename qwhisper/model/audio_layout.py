@@ -1,7 +1,7 @@
-"""Where each number of the audio path comes from: indices made on the host, from window lengths alone.
+"""Indices of the audio path, made on the host from window lengths alone.
 
-Log-mel, encoder and projector compute from these tensors. They wait for no device, and their shapes follow from
-`AudioSizes`, so that a batch can be rounded up to sizes that are met again. What is rounded up points at rows of zeros.
+Log-mel, encoder and projector compute from these tensors without waiting for a device. Their shapes follow from
+`AudioSizes`, so a batch can be rounded up to sizes that occur again; the entries added then point at rows of zeros.
 All index tensors are int64 unless they say otherwise.
 """
 
@@ -17,7 +17,7 @@ from qwhisper.frames import CONV_STRIDE, HOP_LENGTH, N_FFT, FrameArithmetic, enc
 
 MARGIN_HOPS = 2  # of a window in the row, beyond one hop a frame: its last frame reaches 240 samples further
 Layout = TypeVar("Layout")
-END_HOPS = 3  # zeros at the row's end, where the frames that stand for none lie
+END_HOPS = 3  # zeros at the row's end, which padding frames point at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class MelLayout:
 
 @dataclass(frozen=True)
 class EncoderLayout:
-    """mel: [conv slots], the mel frame in each slot; the number of mel frames where it is empty. slots: [encoder
+    """mel: [conv slots], the mel frame in each slot; the number of mel frames if it is empty. slots: [encoder
     frames], where each lies behind the convolutions. positions: [encoder frames], within their windows. cu_seq_lens:
     int32 [windows + 1], borders of the windows; cu_seq_lens_host: the same on the host. max_length: frames of the
     longest window, or more.
@@ -73,7 +73,7 @@ class EncoderLayout:
 @dataclass(frozen=True)
 class AudioLayout:
     """All indices from a row of samples to audio tokens. groups: [tokens, stack], the encoder frames that the projector
-    joins; the number of encoder frames where there is none.
+    joins; a missing frame has the number of encoder frames as its index.
     """
 
     mel: MelLayout
@@ -97,7 +97,7 @@ def audio_sizes(lengths: Sequence[int], arithmetic: FrameArithmetic) -> AudioSiz
 def audio_layout(lengths: Sequence[int], arithmetic: FrameArithmetic, sizes: AudioSizes | None = None) -> AudioLayout:
     """lengths: samples of each window, silence included. sizes: exact or larger ones; None: the exact ones.
 
-    Raises ValueError where the windows do not fit into the sizes.
+    Raises ValueError if the windows do not fit into the sizes.
     """
     sizes = sizes or audio_sizes(lengths, arithmetic)
     mel = [mel_frames(n) for n in lengths]
@@ -195,7 +195,7 @@ def stack_groups(spans: Sequence[tuple[int, int]], stack: int, *, nothing: int, 
 def padding_segments(lengths: Sequence[int], total: int, segments: int, longest: int) -> list[int]:
     """Lengths of the segments, at most `longest` each, that fill segments of `lengths` up to `total`.
 
-    Raises ValueError where they do not fit into `segments` of that length.
+    Raises ValueError if they do not fit into `segments` of that length.
     """
     rest, spare = total - sum(lengths), segments - len(lengths)
     if min(rest, spare) < 0 or max(lengths, default=0) > longest or rest > spare * longest:
@@ -207,7 +207,7 @@ def padding_segments(lengths: Sequence[int], total: int, segments: int, longest:
 
 
 def with_zero_row(rows: Tensor) -> Tensor:
-    """[rows + 1, size]: a row of zeros after the last, which index entries for nothing point at."""
+    """[rows + 1, size]: `rows` and a row of zeros, which padding indices point at."""
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 

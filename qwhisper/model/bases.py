@@ -74,6 +74,7 @@ class LoadOptions:
 
     @property
     def encoder_device(self) -> torch.device:
+        """The CPU with `whisper_cpu`, else `device`."""
         return torch.device("cpu") if self.whisper_cpu else self.device
 
     @property
@@ -213,9 +214,9 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
     refuse_missing("--text_model", name, info)
     for module in language_model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks 4-bit weights for this CPU in the first pass in evaluation mode (and fails where a
-            # size is no multiple of 32); afterwards no gradient passes through them, not even in training mode
-            # either.
+            # If this is True, bitsandbytes repacks 4-bit weights for this CPU in the first pass in evaluation mode (and
+            # fails if a size is no multiple of 32). Afterwards no gradient passes through them, not even in training
+            # mode.
             module.support_avx512bf16_for_cpu = False
     _refuse_other_head(name, language_model)
     return language_model.requires_grad_(False).eval()

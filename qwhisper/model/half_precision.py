@@ -1,7 +1,7 @@
 """Keeps a Whisper encoder in fp16 within fp16's range, and counts what would have left it.
 
-`WhisperEncoderLayer` bounds what a layer returns. What its parts hand to one another can overflow before that, and a
-sum of an infinite value with its opposite is NaN, which no bound takes back.
+`WhisperEncoderLayer` bounds only what a layer returns. Values between its parts can overflow before that, and the sum
+of an infinite value and its opposite is NaN, which no bound repairs.
 """
 
 from functools import partial
@@ -16,8 +16,8 @@ PARTS = ("conv1", "conv2", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2
 class OverflowClamp:
     """Hooks on an encoder's layers and on those of their parts that add many products; idle unless these are fp16.
 
-    Counts in one int64 a module on its device, which stays the same tensor, without waiting for it. NaN is neither
-    changed nor counted.
+    Counts in one int64 tensor per module, on its device and always the same tensor, without waiting for it. NaN is
+    neither changed nor counted.
     """
 
     def __init__(self, encoder: nn.Module):
@@ -28,7 +28,7 @@ class OverflowClamp:
                 module.register_forward_hook(partial(self.clamp_output, name))
 
     def take_counts(self) -> dict[str, int]:
-        """{module's name: values bounded since the last call}, without those that had none; waits for the device."""
+        """{module's name: values bounded since the last call}, without zeros; waits for the device."""
         if not self._counts:
             return {}
         counts = torch.stack(list(self._counts.values())).tolist()

@@ -128,8 +128,8 @@ def load_trained(
 
 
 def options_as_trained(name: str | os.PathLike, given: Mapping[str, Any]) -> LoadOptions:
-    """given: fields of LoadOptions. Those that are None or missing are as in the run that a folder was trained in: a
-    base that was trained on in 4 bits is loaded in 4 bits.
+    """Load options. given: fields of LoadOptions; those that are None or missing are taken from the run that trained
+    the folder: a base that was trained on in 4 bits is loaded in 4 bits.
     """
     run = run_arguments(Path(name)) if os.path.isdir(name) else {}
     as_trained = {key: run[key] for key in ("load_in_4bit", "projector_fp32") if key in run}
@@ -199,7 +199,7 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model:
 
 
 def _attention_in(config: Qwen3AudioConfig | str | os.PathLike | None) -> dict[str, str]:
-    """The attention implementation of each part that a given configuration names one for."""
+    """The attention implementation of each part for which a given configuration names one."""
     if not isinstance(config, Qwen3AudioConfig):
         return {}
     parts = {"audio_config": config.audio_config, "text_config": config.text_config}

@@ -25,7 +25,7 @@ ADAPTER = "default"
 def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     """base(x) + scaling * B A x, computed in the base layer's output dtype.
 
-    Anything but one plain, unmerged adapter goes PEFT's own way.
+    PEFT handles any case other than one plain, unmerged adapter.
     """
     plain = (
         not kwargs and not self.disable_adapters and not self.merged and self.active_adapters == [ADAPTER]
@@ -81,7 +81,7 @@ def add_lora(
     init_scale: float = 0.1,
     fp32: bool = True,
 ) -> None:
-    """Injects a fresh adapter: A Kaiming uniform × `init_scale`, B zero, so that the model's output does not change
+    """Inject a fresh adapter: A Kaiming uniform × `init_scale`, B zero, so that the model's output does not change
     yet.
 
     target_modules: names of linears of the LM (None: all of them). Everything else keeps its `requires_grad`.
@@ -111,7 +111,7 @@ def add_lora(
 
 
 def inject(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Puts the adapter that `config` describes into the model, with our forward pass."""
+    """Inject the adapter that `config` describes, with our forward pass."""
     config._register_custom_module(_layer_types(model))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     inject_adapter_in_model(config, model, ADAPTER)
@@ -126,7 +126,7 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> None:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The language model as it was before LoRA, without a copy of it. PEFT's own switch would also freeze A and B."""
+    """Switch LoRA off, without a copy of the language model. PEFT's own switch would also freeze A and B."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer) and not module.disable_adapters]
     for layer in layers:
         layer._disable_adapters = True

@@ -1,6 +1,4 @@
-"""Cross-entropy of each supervised position, in chunks, also beside a teacher; and the plain computation that it is
-checked against.
-"""
+"""Cross-entropy of each supervised position, in chunks, with or without a teacher; and a plain reference of it."""
 
 from dataclasses import dataclass
 
@@ -20,10 +18,11 @@ def head_logits(hidden_states: Tensor, lm_head: nn.Module, softcap: float | None
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher, the same language model reading the words, makes of the supervised positions.
+    """The output of a teacher, the same language model reading the words, at the supervised positions.
 
-    hidden_states: [positions, hidden], its last; any row where a position has no teacher. taught: bool [positions],
-    which have one. weight: from 0 to 1, of the divergence from the teacher; the rest is cross-entropy's.
+    hidden_states: [positions, hidden], the teacher's last; any row at a position without a teacher. taught: bool
+    [positions], True where there is a teacher. weight: from 0 to 1, of the divergence from the teacher; cross-entropy
+    has the rest.
     """
 
     hidden_states: Tensor
@@ -54,8 +53,8 @@ def token_losses(
 
     hidden_states: [positions, hidden], the LM's last; targets: int64 [positions], -100 at padding, whose hidden states
     may hold anything, NaN included.
-    A token's loss is its cross-entropy; where it has a teacher, (1 - weight) of it and `weight` of the Kullback-Leibler
-    divergence of the model's distribution from the teacher's (Hinton et al., 2015, arXiv 1503.02531, at temperature 1).
+    A token's loss is its cross-entropy; with a teacher, (1 - weight) × cross-entropy + weight × the Kullback-Leibler
+    divergence of the model's distribution from the teacher's (Hinton et al., 2015, arXiv 1503.02531, temperature 1).
     """
     rows = max(1, MAX_LOGITS_AT_ONCE // lm_head.weight.shape[0] // (1 if lesson is None else 2))
     last_logits = hidden_states.new_empty(0, lm_head.weight.shape[0])
@@ -85,7 +84,7 @@ def token_losses(
     if hidden_states.shape[0] <= rows:
         found = chunk_losses(*(part[0] for part in parts))
     else:
-        # Each chunk's logits are computed once more in the backward pass instead of being kept.
+        # The backward pass computes each chunk's logits again, so that they need not be kept.
         chunks = zip(*parts, strict=True)
         again = [checkpoint(chunk_losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         found = torch.cat(again, dim=1)
@@ -125,7 +124,7 @@ def reference_loss(
     softcap: float | None = None,
     lesson: Lesson | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same number the plain way: fp32 logits of every position, log-softmax, one look-up a token (`--manual_loss`).
+    """The same loss the plain way: fp32 logits of every position, log-softmax, one look-up a token (`--manual_loss`).
 
     Arguments as for `supervised_loss`; a lesson for the supervised positions in their order. Waits for the device.
     Returns (loss, logits [batch, tokens, vocabulary]).

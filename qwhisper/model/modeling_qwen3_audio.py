@@ -46,7 +46,7 @@ class Qwen3AudioPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """As transformers', but the encoder keeps one of ours, and "sdpa" for the language model means ours as well."""
+        """As in transformers, but the encoder keeps one of ours, and "sdpa" for the language model selects ours."""
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
         set_encoder_attention(self.config.audio_config)
         set_text_attention(self.config.text_config)
@@ -72,7 +72,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
 
     @property
     def encoder_is_trained(self) -> bool:
-        """Whether any of it is, a last layer alone or LoRA on it included."""
+        """Whether any parameter of the encoder is trained, LoRA on it included."""
         return any(parameter.requires_grad for parameter in self.audio_tower.parameters())
 
     def train(self, mode: bool = True) -> "Qwen3AudioModel":
@@ -112,7 +112,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
         """Audio tokens [tokens, hidden_size], in the projector's dtype, of a row of samples.
 
         row: see `audio_layout.waveform_row`. It and the indices of mel and encoder lie on the encoder's device. Waits
-        for no device, but to carry the encoder's frames from one to another.
+        for a device only to move the encoder's frames to another one.
         """
         mel = log_mel(row, layout.mel, self.config.audio_config.num_mel_bins)
         frames = self._encode(mel, layout.encoder)
@@ -155,7 +155,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=frames, pooler_output=tokens)
 
     def get_placeholder_mask(self, input_ids: Tensor, audio_tokens: Tensor | None) -> Tensor:
-        """[batch, tokens], True at placeholders; their number must be that of the audio tokens."""
+        """[batch, tokens], True at placeholders; their number must equal that of the audio tokens."""
         mask = input_ids == self.config.audio_token_id
         found, wanted = int(mask.sum()), 0 if audio_tokens is None else audio_tokens.shape[0]
         if found != wanted:
@@ -172,7 +172,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
             raise ValueError(f"pass one of {', '.join(AUDIO_INPUTS)}, not {' and '.join(given)}")
         tokens = self.get_audio_features(**audio).pooler_output if given else None
         placeholders = self.get_placeholder_mask(input_ids, tokens)
-        # The placeholder's id may lie outside the vocabulary; what is looked up in its stead is replaced.
+        # The placeholder's id may lie outside the vocabulary; the embedding looked up instead is replaced.
         input_ids = input_ids.masked_fill(placeholders, 0)
         if tokens is None:
             return self.get_input_embeddings()(input_ids)
@@ -180,7 +180,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel):
 
     def embed_with_audio(self, input_ids: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
         """Embeddings [batch, tokens, hidden_size] in the LM's dtype, with audio tokens [audio tokens, hidden_size] at
-        `positions`, int64 [audio tokens], of the rows end to end. One past the last position is nowhere.
+        `positions`, int64 [audio tokens], of the rows end to end. A token at one past the last position is dropped.
 
         input_ids: [batch, tokens], any id of the vocabulary at placeholders.
         """
@@ -277,6 +277,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
 
     @property
     def softcap(self) -> float | None:
+        """The bound of the language model's logits (Gemma 2's final_logit_softcapping), or None."""
         return getattr(self.config.get_text_config(), "final_logit_softcapping", None)
 
     def forward(
@@ -300,8 +301,8 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, GenerationMi
 
         labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is the loss alone
         (sum over supervised tokens / num_items_in_batch, or their mean), and no full logits exist; without, logits
-        [batch, tokens or logits_to_keep, vocabulary]. valid_label_count travels in our batches for whoever reports it,
-        and is not used.
+        [batch, tokens or logits_to_keep, vocabulary]. valid_label_count is in our batches for code that reports it, and
+        is not used here.
         """
         outputs = self.model(
             input_ids=input_ids,

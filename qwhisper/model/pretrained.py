@@ -44,11 +44,13 @@ def load_config(name: str | os.PathLike, flag: str = "") -> PreTrainedConfig:
 
 
 def load_tokenizer(name: str | os.PathLike, flag: str = "") -> PreTrainedTokenizerBase:
+    """A base's tokenizer; arguments and errors as for `load_config`."""
     with _loading(name, "tokenizer", flag):
         return AutoTokenizer.from_pretrained(name, **NO_CODE)
 
 
 def load_feature_extractor(name: str | os.PathLike, flag: str = ""):
+    """A base's feature extractor; arguments and errors as for `load_config`."""
     with _loading(name, "feature extractor (preprocessor_config.json)", flag):
         return AutoFeatureExtractor.from_pretrained(name, **NO_CODE)
 

@@ -20,7 +20,7 @@ from qwhisper.model.mel import packed_log_mel
 def add_audio_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Makes the placeholder a token and returns its id: the next free one.
 
-    Qwen3 has 151,669 tokens in 151,936 rows, so this takes a spare row; where an LM has none the id lies outside its
+    Qwen3 has 151,669 tokens in 151,936 rows, so this takes a spare row; if an LM has none, the id lies outside its
     vocabulary, which the model allows for.
     """
     tokenizer.add_tokens(AddedToken(AUDIO_TOKEN, special=True, normalized=False), special_tokens=True)
@@ -88,7 +88,7 @@ class Qwen3AudioProcessor(ProcessorMixin):
         return super().__call__(text=text, audio=audio, **kwargs)
 
     def apply_chat_template(self, conversation, *, processor_kwargs: dict[str, Any] | None = None, **kwargs):
-        """As in transformers. A prompt has the empty think block that every answer was trained behind."""
+        """As in transformers. A prompt has the empty think block that precedes every answer in training."""
         kwargs.setdefault("enable_thinking", False)
         call = {"add_special_tokens": False, **(processor_kwargs or {})}
         return super().apply_chat_template(conversation, processor_kwargs=call, **kwargs)

@@ -1,6 +1,6 @@
 """The processor of the package: all forms of messages and audio, a template that can listen, and a run's folder.
 
-Everybody in the package, and transformers' Auto classes, use this class.
+The whole package, and transformers' Auto classes, use this class.
 """
 
 import os
@@ -37,7 +37,7 @@ class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
     """Feature extractor + tokenizer + the lengths that the model was trained with.
 
     `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and as many clips of any length: files,
-    data URLs, bytes, arrays (at 16 kHz, or at `sampling_rate`, or as a pair with their rate) or what else
+    data URLs, bytes, arrays (at 16 kHz, or at `sampling_rate`, or as a pair with their rate) or any other form that
     `qwhisper.data.clips` reads. It returns input_ids, attention_mask (left-padded), input_features [windows, mel bins,
     frames] and input_features_mask [windows, frames]. `apply_chat_template` takes messages whose parts are read, and
     refused, as those of a file of dialogues are, except that paths start in the current folder and lead anywhere. It
@@ -97,10 +97,10 @@ class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
         processor_kwargs: dict | None = None,
         **kwargs,
     ):
-        """Text, or with `tokenize` input_ids, or with `return_dict` as well all that the model takes.
+        """Return text; with `tokenize` input_ids; with `return_dict` as well all inputs of the model.
 
-        Arguments as in transformers, whose own way of reading audio parts knows no stretches and no silence. A prompt
-        has the empty think block that every answer was trained behind.
+        Arguments as in transformers, whose own reader of audio parts supports no stretches and no silence. A prompt
+        has the empty think block that precedes every answer in training.
         """
         return_tensors = kwargs.pop("return_tensors", "pt")
         kwargs.setdefault("enable_thinking", False)
@@ -116,7 +116,7 @@ class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
 
 
 def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
-    """The processor of a folder of trained weights, which must have the lengths of its model.
+    """The processor of a folder of trained weights; its lengths must agree with those of its model.
 
     Raises CheckpointError, also for a chat template that can't be rendered, or not in a reasonable time.
     """

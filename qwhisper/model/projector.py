@@ -14,7 +14,7 @@ from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 class ProjectorLinear(nn.Linear):
     """Marks the projector's own layers, so that the model's weight initialisation knows them from all others.
 
-    transformers initialises by module type after construction: a plain `nn.Linear` would be drawn anew at std 0.02.
+    transformers initialises by module type after construction: it would draw a plain `nn.Linear` again at std 0.02.
     """
 
     def reset_to_small_xavier(self, scale: float) -> None:
@@ -27,8 +27,8 @@ class ProjectorLinear(nn.Linear):
 class AudioProjection(nn.Module):
     """LayerNorm, dropout, two linear layers with an activation between, times `projector_scale`.
 
-    The dropout (Srivastava et al., 2014; 0 unless configured) stands before the first layer: what a few recorded voices
-    have in common with a word is then no longer read from a few of the encoder's dimensions alone.
+    The dropout (Srivastava et al., 2014; 0 unless configured) stands before the first layer. It stops the projector
+    from recognising a word by the few encoder dimensions in which a few recorded voices agree.
     """
 
     def __init__(self, config: Qwen3AudioConfig):
@@ -43,8 +43,8 @@ class AudioProjection(nn.Module):
         self.linear_2 = ProjectorLinear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: Tensor, groups: Tensor) -> Tensor:
-        """hidden_states: [frames, d_model] of the encoder; groups: int64 [tokens, stack], the frames that each token is
-        made of; the number of frames, where there is none, reads zeros.
+        """hidden_states: [frames, d_model] of the encoder; groups: int64 [tokens, stack], the frames of each token; an
+        index equal to the number of frames reads zeros.
 
         Returns [tokens, hidden_size] in the projector's own dtype. Computed in that dtype even under autocast: half
         precision here is where the first NaN of such models comes from.

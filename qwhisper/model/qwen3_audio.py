@@ -1,6 +1,6 @@
 """The model that qwhisper trains and serves: the architecture, with folders of trained weights and runs.
 
-Everybody in the package, and transformers' Auto classes, use this class and the functions below it.
+The whole package, and transformers' Auto classes, use this class and the functions below it.
 """
 
 import os
@@ -27,13 +27,13 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads a whole model, or, from a folder of trained weights (projector, adapter), the bases it names and then
-        these.
+        """Load a whole model; or, from a folder of trained weights (projector, adapter), the bases that it names and
+        then these weights.
 
-        Of a run's folder it is the best checkpoint by evaluation, else the newest. Files of a checkpoint must be what
-        its manifest says. For a folder of trained weights the keywords are the fields of `bases.LoadOptions` (dtype,
-        device_map, load_in_4bit …) and audio_model, text_model, where a base has moved; load_in_4bit and projector_fp32
-        are those of its run unless they are given. Weights that are missing are an error, not a warning.
+        For a run's folder, load its best checkpoint by evaluation, else the newest. A checkpoint's files must match its
+        manifest. For a folder of trained weights the keywords are the fields of `bases.LoadOptions` (dtype, device_map,
+        load_in_4bit …), and audio_model, text_model if a base has moved; load_in_4bit and projector_fp32 are those of
+        its run unless they are given. Weights that are missing are an error, not a warning.
         """
         name = pretrained_model_name_or_path
         if is_run_folder(name) or (os.path.isdir(name) and loading.is_trained_folder(name)):
@@ -46,7 +46,7 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
         return loading.load_whole(cls, name, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
-        """Trained weights alone where all others are still their bases', the whole model otherwise; see
+        """Save the trained weights alone if all others still equal their bases', the whole model otherwise; see
         `saving.save_pretrained`.
         """
         keywords = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}

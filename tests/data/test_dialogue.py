@@ -113,9 +113,12 @@ FAULTS = {
     ),
     "key twice": (
         '{"messages": [{"role": "user", "role": "user"}]}',
-        "the key 'role' stands twice in one object; keep",
+        "the key 'role' appears twice in one object; keep",
     ),
-    "key twice at the top": ('{"messages": [], "messages": []}', "the key 'messages' stands twice in one object; keep"),
+    "key twice at the top": (
+        '{"messages": [], "messages": []}',
+        "the key 'messages' appears twice in one object; keep",
+    ),
     "misspelled": ({"mesages": []}, "the dialogue: unknown key `mesages`; did you mean `messages`?"),
     "audio": (dialogue(audio="a.wav"), "the dialogue: unknown key `audio`; did you mean `audios`?"),
     "preference": (dialogue(rejected_response="Two."), "the key `rejected_response` is not supported: preferences"),

@@ -192,7 +192,7 @@ def test_tools_are_read_from_a_list_or_its_text_with_or_without_wrapper():
 TOOL_FAULTS = {
     "tools no list": ({"tools": 1}, [], "`tools` must be a list, not int"),
     "tools no JSON": ({"tools": "look()"}, [], "`tools` is not valid JSON"),
-    "key twice": ({"tools": '[{"name": "a", "name": "b"}]'}, [], "the key 'name' stands twice in one object"),
+    "key twice": ({"tools": '[{"name": "a", "name": "b"}]'}, [], "the key 'name' appears twice in one object"),
     "tool without name": ({"tools": [{"description": "a"}]}, [], "tool 1 has no `name`"),
     "NaN": ({"tools": [{"name": "a", "x": math.nan}]}, [], "tool 1 holds NaN or Infinity"),
     "calls no list": ({}, [{**ONE, "tool_calls": 1}], "message 2: `tool_calls` must be a list, not int"),
@@ -225,7 +225,7 @@ TOOL_FAULTS = {
     "mask of a part": (
         {},
         [ONE, {"role": "tool_call", "content": '{"name": "a"}', "loss": False}],
-        "message 3: one answer with the message before it",
+        "message 3: belongs to the answer before it",
     ),
     "wrong id": (
         {},

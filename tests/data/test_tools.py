@@ -213,7 +213,7 @@ def test_dialogue_with_tools_is_cut_behind_an_answer_or_refused(qwen3_tokenizer,
     cut = encode(first_end)
     assert cut.input_ids.tolist() == sample.input_ids[:first_end].tolist()
     assert cut.events == [f"cut to 1 of 5 turns: {len(sample.input_ids)} > {first_end} tokens"]
-    with pytest.raises(NoLabelsError, match=r"talk\.jsonl:3: a dialogue with tools is cut behind its answers alone"):
+    with pytest.raises(NoLabelsError, match=r"talk\.jsonl:3: a dialogue with tools is cut only after an answer"):
         encode(first_end - 1)
 
 

@@ -148,7 +148,9 @@ def test_link_that_comes_later(run, tmp_path):
         (run.data / "d3.wav").unlink()
         (run.data / "d3.wav").symlink_to(tmp_path / "private.wav")
 
-    run.named(run.train(callbacks=[At(swap)]), "a link is in this path", str(tmp_path / "private.wav"), checked=False)
+    run.named(
+        run.train(callbacks=[At(swap)]), "a link appeared in this path", str(tmp_path / "private.wav"), checked=False
+    )
 
 
 # Decoders.

@@ -118,14 +118,14 @@ def test_nan_in_json(run, values):
 
 
 @fault(
-    "a key that stands twice in one object",
+    "a key that appears twice in one object",
     of="data",
     guarantee=f"{REFUSED} and key: neither value is silently lost",
     without=lambda monkeypatch: monkeypatch.setattr(records, "parse_json", json.loads),
 )
 def test_duplicate_key(run):
     line = b'{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "low"}]}'
-    run.refused(run.read(line=line), "the key 'content' stands twice in one object; keep one")
+    run.refused(run.read(line=line), "the key 'content' appears twice in one object; keep one")
 
 
 def faulty_lines_dropped(monkeypatch) -> None:
