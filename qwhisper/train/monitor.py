@@ -72,7 +72,7 @@ def as_line(found: Probed) -> str:
     if found.text_shift is not None:
         line += f"; text shift {found.text_shift:.4f} nats a token"
     if found.retention is not None:
-        line += f"; right by ear, of kinds never trained on: {found.retention}"
+        line += f"; right on speech, of kinds never trained on: {found.retention}"
         line += f", of trained kinds: {found.hearing}" if found.hearing is not None else ""
     return line
 

@@ -57,7 +57,7 @@ class Probed(ListeningGain):
     """The result of a probe.
 
     text_shift: divergence of the language model from its base on the base's answers to text, nats a token; None if the
-    base answers everything alike. retention, hearing: scores by ear, on kinds of question that were never trained on
+    base answers everything alike. retention, hearing: scores on speech, on kinds of question that were never trained on
     and on trained ones; None if too few were asked.
     """
 
