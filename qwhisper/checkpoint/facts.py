@@ -48,7 +48,7 @@ def read_arguments(
 
 
 def run_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The same, with the present paths of files that moved together with the run; empty if there is no such file."""
+    """Like `read_arguments`, with the present paths of files that moved with the run; empty without arguments.json."""
     if not (checkpoint / ARGUMENTS_FILE).is_file():
         return {}
     return found_again(read_arguments(checkpoint), checkpoint.absolute().parent)

@@ -22,7 +22,7 @@ PROJECTOR_FILE = "projector.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FOLDER = "adapter"  # of a whole model: beside its config.json, transformers would load it in its own way
+ADAPTER_FOLDER = "adapter"  # below a whole model: beside config.json, transformers would load the adapter itself
 WHOLE_WEIGHTS = "model*.safetensors"
 
 

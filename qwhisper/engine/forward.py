@@ -32,7 +32,7 @@ def at(hidden_states: Tensor, positions: Tensor) -> Tensor:
 
 @torch.no_grad()
 def teacher_states(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Tensor:
-    """The same for the language model without its adapter, in evaluation mode."""
+    """The hidden states, [rows, columns, hidden], without the language model's adapter and in evaluation mode."""
     language_model, was_training = model.model.language_model, model.training
     try:
         language_model.eval()

@@ -71,7 +71,7 @@ def word_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def character_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
-    """The same for characters, marks and spaces between words included."""
+    """Wrong, missing and additional characters / characters of all references; marks and spaces between words count."""
     return _error_rate(jiwer.process_characters, [[_characters(t) for t in texts] for texts in (references, answers)])
 
 

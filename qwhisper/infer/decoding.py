@@ -205,5 +205,5 @@ class AnswerText:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _stop_place(self, text: str) -> int | None:
-        """Where the first stop text begins."""
+        """Index of the first stop text; None without any."""
         return min((place for place in map(text.find, self._stop) if place >= 0), default=None)

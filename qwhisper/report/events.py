@@ -98,7 +98,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _readable(path: Path) -> list[dict[str, Any]]:
-    """The same; an empty list also if it is not a regular file or can't be read."""
+    """Like `read_jsonl`; an empty list also if the path is not a regular file or can't be read."""
     try:
         return read_jsonl(path) if path.is_file() else []
     except OSError:

@@ -97,7 +97,7 @@ class GradientSum:
         return statistics
 
     def add_one(self, sample: Sample, count: int) -> str:
-        """The same for one sample. Returns what was not finite or that memory ran out; "" if it was added."""
+        """Like `add`, for one sample. Returns what was not finite, or that memory ran out; "" if it was added."""
         try:
             return " and ".join(self.add([sample], count).not_finite)
         except MemoryLimitError:
@@ -117,9 +117,9 @@ class GradientSum:
 
 
 def find_cause(session: Session, pack: list[Sample], count: int) -> Finding | None:
-    """Where a number first is not finite. Runs the whole pack: some faults depend on the other samples or the padding.
+    """Find where a number first is not finite, in the whole pack: some faults depend on other samples or the padding.
 
-    None if everything is finite or the search itself fails, for example without memory: the step matters more.
+    Returns None if everything is finite or the search fails, for example without memory: the step matters more.
     """
     session.executor.before_pack()
     try:

@@ -29,7 +29,7 @@ from qwhisper.typed_json import ADDED_LATER, from_json
 
 @dataclass
 class TrainState:
-    """Where a run stands.
+    """The position and counters of a run.
 
     step: optimizer steps done, skipped ones included. position: of the source of dialogues, in the source's own format.
     evaluated: step of the last evaluation. kinds: kinds of question in the training data. saved_with: SHA-256 of the
