@@ -100,7 +100,7 @@ def test_a_moved_tree_is_resumed_from_a_third_folder(moved, tmp_path, capsys):
     adapter = json.loads((moved / "run/checkpoint-3/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(moved / "bases/qwen3")
     # The data is where the run is now, so the losses of before still count.
-    assert "checkpoint-2 goes on with --max_steps 3 (was 2)" in said
+    assert "checkpoint-2 continues with --max_steps 3 (was 2)" in said
     assert json.loads((moved / "run/checkpoint-3/state.json").read_text())["learning"]["steps"] == 3
 
 
@@ -222,7 +222,7 @@ def test_data_that_is_gone_is_named_with_the_flag(moved, capsys):
     command = ["train", "--config", str(moved / "run/config.yaml"), "--resume_from_checkpoint", "--max_steps", "3"]
     assert cli(command) == 3
     assert (
-        "data/train.jsonl does not exist: if it has moved, give its place with --train_file" in capsys.readouterr().err
+        "data/train.jsonl does not exist: if it has moved, give its path with --train_file" in capsys.readouterr().err
     )
     assert cli([*command, "--train_file", str(moved / "gone/train.jsonl")]) == 0
 
@@ -244,13 +244,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_started_anew_by_the_com
     command = ["train", "--config", "../else where/moved/run/config.yaml"]
     assert cli([*command, "--resume_from_checkpoint"]) == 2
     said = capsys.readouterr().err
-    assert "the run ended before its first one" in said
+    assert "the run ended before its first save" in said
     named = shlex.split(said.split("To start it again: ")[1])
     assert named == ["qwhisper", "train", "--config", str(moved / "run/config.yaml")]
     assert cli([*named[1:], "--max_steps", "1"]) == 0
     assert (moved / "run/checkpoint-1").is_dir()
     assert cli(command) == 2
-    resume = capsys.readouterr().err.split("To go on with it: ")[1].split(". For a new run")[0]
+    resume = capsys.readouterr().err.split("To resume it: ")[1].split(". For a new run")[0]
     assert cli([*shlex.split(resume)[1:], "--max_steps", "2"]) == 0
 
 

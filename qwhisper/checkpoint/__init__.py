@@ -1,1 +1,1 @@
-"""Checkpoint folders and the runs they lie in: write, list, choose, verify, rotate, read facts. No torch, no models."""
+"""Checkpoint folders of a run: write, list, choose, verify, rotate, read facts. No torch, no models."""

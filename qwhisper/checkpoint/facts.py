@@ -14,7 +14,7 @@ from qwhisper.errors import CheckpointError
 from qwhisper.files import read_json_object
 from qwhisper.typed_json import checked
 
-# The values of arguments.json that are read here, with their types; and those that every run has written.
+# The values of arguments.json that are read here, with their types; and those that every run writes.
 ARGUMENTS: dict[str, Any] = {
     "output_dir": str,
     "load_in_4bit": bool,
@@ -32,8 +32,8 @@ def read_arguments(
 ) -> dict[str, Any]:
     """The arguments of the run that wrote a checkpoint, as they are stored.
 
-    Raises CheckpointError if they can't be read, if one of `needed` is missing, or if a value is not of the type that
-    `hints` has for its name; names without a hint are not checked.
+    Raises CheckpointError if they can't be read, if one of `needed` is missing, or if a value does not have its type in
+    `hints`; names without a hint are not checked.
     """
     file = checkpoint / ARGUMENTS_FILE
     saved = read_json_object(file)
@@ -48,7 +48,7 @@ def read_arguments(
 
 
 def run_arguments(checkpoint: Path) -> dict[str, Any]:
-    """The same, with the present paths of files that moved together with the run; empty if there is no such file."""
+    """Like `read_arguments`, with the present paths of files that moved with the run; empty without arguments.json."""
     if not (checkpoint / ARGUMENTS_FILE).is_file():
         return {}
     return found_again(read_arguments(checkpoint), checkpoint.absolute().parent)
@@ -73,7 +73,7 @@ def best_checkpoint(checkpoint: Path) -> str | None:
 
 
 def _of_state(checkpoint: Path, name: str, hint: Any) -> Any:
-    """One value of state.json; None if there is no such file. Raises CheckpointError if it is missing or odd."""
+    """One value of state.json; None without that file. Raises CheckpointError if it is missing or of another type."""
     file = checkpoint / STATE_FILE
     if not file.is_file():
         return None
@@ -88,6 +88,6 @@ def _of_state(checkpoint: Path, name: str, hint: Any) -> Any:
 
 
 def refuse_another_step(checkpoint: Path, step: Any) -> None:
-    """Raises CheckpointError if state.json, which has `step`, was not saved with the manifest beside it."""
+    """Raises CheckpointError if `step`, that of state.json, is not the step of the manifest beside it."""
     if (checkpoint / MANIFEST).exists() and (written := read_manifest(checkpoint)["step"]) != step:
-        raise CheckpointError(f"{checkpoint / STATE_FILE}: is of step {step}, its {MANIFEST} of step {written}")
+        raise CheckpointError(f"{checkpoint / STATE_FILE}: is of step {step}, but its {MANIFEST} is of step {written}")

@@ -1,4 +1,4 @@
-"""A run's checkpoint folders: written aside, flushed to the disk, renamed; listed, put aside, rotated.
+"""A run's checkpoint folders: written under a hidden name, flushed to the disk, renamed; listed, put aside, rotated.
 
 Handles files and hashes, not models or torch: the caller passes a function that fills a folder.
 
@@ -20,15 +20,15 @@ from qwhisper.disk import WRITING, flush, remove
 
 DELETING = ".deleting"
 ASIDE = "aside-"
-# How the tokenizer's and safetensors' libraries, which are not Python, report what Python calls an OSError.
+# How the native libraries tokenizers and safetensors report what Python calls an OSError.
 FOREIGN_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_checkpoint(run_folder: Path, step: int, fill: Callable[[Path], None], *, finite: bool = True) -> Path:
     """Write `run_folder`/checkpoint-`step`, which appears whole or not at all; replace an earlier one of this step.
 
-    fill: writes all files into the folder that it is given. finite: whether all weights are; if not, no run resumes
-    from this checkpoint. Raises OSError if it can't be written, and leaves all checkpoints unchanged.
+    fill: writes all files into the given folder. finite: whether all weights are finite; if not, no run resumes from
+    this checkpoint. Raises OSError if it can't be written, and leaves all checkpoints unchanged.
     """
     _clear_leftovers(run_folder)
     final = run_folder / checkpoint_name(step)
@@ -67,7 +67,7 @@ def _clear_leftovers(run_folder: Path) -> None:
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
-    """A run's checkpoint-N folders, oldest first: N decides which is older, not the clock."""
+    """A run's checkpoint-N folders, oldest first, in the order of N and not of their times."""
     found = by_step(run_folder)
     return [found[step] for step in sorted(found)]
 
@@ -81,7 +81,7 @@ def by_step(run_folder: Path) -> dict[int, Path]:
 def put_aside_later(run_folder: Path, resumed: Path) -> list[Path]:
     """Rename the checkpoints of later steps than `resumed`, oldest first, and return their new names.
 
-    They belong to another course of the run and must neither count among the newest that are kept nor be resumed.
+    They belong to another course of the run. They must not count among the newest that are kept, and not be resumed.
     `resumed` may be a copy in another folder.
     """
     resumed_step = read_manifest(resumed)["step"]
@@ -97,5 +97,5 @@ def rotate(run_folder: Path, keep_last: int, protected: set[str]) -> None:
     healthy = next((folder.name for folder in reversed(found) if says_finite(folder)), None)
     for folder in found[:-keep_last]:
         if folder.name not in protected | {healthy}:
-            # Under a name that is never read: a kill in the middle leaves no half checkpoint.
+            # Delete under a name that is never read: a kill then leaves no half checkpoint.
             remove(folder.rename(_free(run_folder, f".{folder.name}", DELETING)))

@@ -27,7 +27,7 @@ def write_manifest(folder: Path, step: int, finite: bool) -> None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every file of a checkpoint but the manifest, by its path in it. Raises CheckpointError as `files_of` does."""
+    """Every file of a checkpoint except the manifest, by its path in it. Raises CheckpointError as `files_of` does."""
     files = files_of(folder)
     files.pop(MANIFEST, None)
     return files
@@ -51,7 +51,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest after comparing every file with it.
 
-    Raises CheckpointError naming the first file that is missing, not what was written, or not of this checkpoint.
+    Raises CheckpointError with the first file that is missing, changed, or not part of this checkpoint.
     """
     manifest = read_manifest(folder)
     entries = manifest["files"]
@@ -63,20 +63,20 @@ def check_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder}: {name} is not what was written (damaged or changed since)")
     for name in files.keys() - entries.keys():
         if name.endswith(LOADED_SUFFIXES):
-            raise CheckpointError(f"{folder}: {name} was added since it was written; move it away")
+            raise CheckpointError(f"{folder}: {name} was added after the save; move it away")
     return manifest
 
 
 def _sha256_or_error(path: Path) -> str:
     try:
         return file_sha256(path)
-    except OSError as error:  # the disk can no longer read it
+    except OSError as error:  # a read error of the disk
         return str(error)
 
 
 def check_usable(folder: Path) -> None:
-    """Raises CheckpointError if a file is not what was written, if a weight was not finite then, or if the folder has
-    another checkpoint's name.
+    """Raises CheckpointError if a file is not what was written, if a weight is not finite, or if the folder has another
+    checkpoint's name.
     """
     try:
         manifest = check_manifest(folder)

@@ -22,7 +22,7 @@ PROJECTOR_FILE = "projector.safetensors"
 ENCODER_FILE = "encoder.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FOLDER = "adapter"  # of a whole model: beside its config.json, transformers would load it in its own way
+ADAPTER_FOLDER = "adapter"  # below a whole model: beside config.json, transformers would load the adapter itself
 WHOLE_WEIGHTS = "model*.safetensors"
 
 
@@ -31,16 +31,16 @@ def checkpoint_name(step: int) -> str:
 
 
 def is_checkpoint_name(name: Any) -> bool:
-    """Whether this is checkpoint-N and nothing else, so that it names a folder beside the one that mentions it."""
+    """Whether this is exactly checkpoint-N: a name without a path, of a folder in the same run."""
     return isinstance(name, str) and re.fullmatch(rf"{PREFIX}[0-9]+", name) is not None
 
 
 def step_in_name(folder: Path) -> int | None:
-    """The N of checkpoint-N, also under the hidden name that a kill during its replacement leaves; else None."""
+    """The N of checkpoint-N, also of the hidden name that a kill during a replacement leaves; else None."""
     found = re.fullmatch(rf"{PREFIX}([0-9]+)|\.{PREFIX}([0-9]+){re.escape(OLD)}", folder.name)
     return int(found[1] or found[2]) if found else None
 
 
 def adapter_folder(folder: Path) -> Path:
-    """Where the adapter of a saved folder lies, if it has one: beside trained weights, below a whole model."""
+    """The adapter's folder in a saved folder, if it has one: itself for trained weights, below it for a whole model."""
     return folder if (folder / PROJECTOR_FILE).is_file() else folder / ADAPTER_FOLDER

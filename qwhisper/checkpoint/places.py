@@ -27,10 +27,10 @@ def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def found_again(values: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
-    """What `absolute` stored, for a run whose folder is now `run_folder`.
+    """The values that `absolute` made, for a run whose folder is now `run_folder`.
 
-    A path that no longer exists is looked up at the same place relative to the run: a tree that was moved as a whole
-    keeps working.
+    A path that no longer exists is looked up at the same place relative to the run, so that a tree can be moved as a
+    whole.
     """
     was, now = values.get("output_dir"), os.path.abspath(run_folder)
     if not isinstance(was, str):
@@ -48,9 +48,9 @@ def found_again(values: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
 
 
 def run_of_config(config: Path) -> Path | None:
-    """The folder of the run that wrote `config`, which is the one in which it lies; None for any other recipe.
+    """The folder of the run that wrote `config`, if the file is in it; None for any other recipe.
 
-    A copy in a folder that holds no run is the recipe of a new run, whose output_dir is what the file says.
+    A copy in a folder that holds no run is the recipe of a new run, with the output_dir in the file.
     """
     folder = config.absolute().parent
     if config.name != CONFIG_FILE:

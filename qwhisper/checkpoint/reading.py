@@ -18,7 +18,7 @@ ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes at
 
 
 def is_run_folder(name: str | os.PathLike) -> bool:
-    """Whether this is a folder with checkpoints in it that is no model itself."""
+    """Whether this is a folder that has checkpoints and is not itself a model."""
     return (
         os.path.isdir(name) and not os.path.exists(os.path.join(name, MODEL_CONFIG)) and bool(checkpoints(Path(name)))
     )
@@ -34,7 +34,7 @@ def _seen(run_folder: Path) -> set[tuple[str, int]]:
 
 
 def newest_usable(run_folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole and finite, or None; and what is wrong with each newer one.
+    """The newest checkpoint that is whole and finite, or None; and the fault of each newer one.
 
     If a trainer saves or deletes checkpoints at the same time, look again, at most ATTEMPTS times.
     """
@@ -58,7 +58,7 @@ def _newest_usable(run_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def choose_checkpoint(path: str | os.PathLike) -> Path:
-    """The checkpoint that `path` names: itself, or of a run the best by evaluation, else the newest usable one.
+    """The checkpoint at `path`; in a run folder, the best by evaluation, else the newest usable one.
 
     Raises UsageError if there is no checkpoint, CheckpointError if all are damaged or not finite. A trainer
     may save and delete checkpoints of the run at the same time.
@@ -110,7 +110,7 @@ def _instead(missing: Path) -> str:
 
 
 def _holds_model(folder: Path) -> bool:
-    """Trained weights, or a whole model of ours."""
+    """Whether the folder has trained weights or a whole model of ours."""
     if (folder / PROJECTOR_FILE).is_file():
         return True
     try:

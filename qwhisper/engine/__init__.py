@@ -1,1 +1,1 @@
-"""Packs of samples run forward and backward on one model, and the check of the attention kernels that do it."""
+"""Runs packs of samples forward and backward on one model, and checks the attention kernels."""

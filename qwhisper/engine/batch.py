@@ -1,7 +1,7 @@
-"""A pack of samples as tensors, with every index that the model selects by, made on the host.
+"""A pack of samples as tensors, with all indices that the model needs, made on the host.
 
-`PackShape` holds the sizes that all shapes of a pack follow from. A batch can be built to a larger shape than its
-samples need, so that few shapes are met in a run: what is rounded up points at rows of zeros that no result depends on.
+`PackShape` holds the sizes that determine all tensor shapes of a pack. A batch can have a larger shape than its samples
+need, so that a run has few different shapes: the padding points at rows of zeros, on which no result depends.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ from qwhisper.model.loss import IGNORE_INDEX
 
 @dataclass(frozen=True, kw_only=True)
 class PackShape:
-    """tokens of all segments; max_length: of the longest. supervised: positions that a loss is taken at. windows = 0 is
-    a pack of text alone; max_window: encoder frames of the longest window. teacher: of the row that a teacher reads.
+    """tokens: of all segments; max_length: of the longest. supervised: positions with a loss. windows: 0 for a pack of
+    text alone. max_window: encoder frames of the longest window. teacher: shape of the row that a teacher reads.
     """
 
     tokens: int
@@ -45,7 +45,7 @@ class PackShape:
     def __post_init__(self):
         if self.teacher is not None and self.teacher.supervised != self.supervised:
             raise ValueError(
-                f"{self.teacher.supervised} supervised positions of a teacher for {self.supervised} of the pack"
+                f"the teacher has {self.teacher.supervised} supervised positions, the pack {self.supervised}"
             )
 
     @property
@@ -60,7 +60,7 @@ class PackShape:
 
     @property
     def waveform_samples(self) -> int:
-        """Of the row that the windows are laid into with their margins."""
+        """Length of the row that holds the windows with their margins."""
         return self.audio.samples if self.windows else 0
 
 
@@ -68,14 +68,14 @@ class PackShape:
 class TextPart:
     """Samples end to end in one row, or one padded row each.
 
-    input_ids: int64 [rows, columns], 0 at placeholders. real: bool [rows, columns], False at the tokens that fill a
-    packed row up. position_ids: int64 [1, tokens], restarting at 0; cu_seq_lens: int32 [segments + 1], borders of the
-    segments, and cu_seq_lens_host, the same on the host: None in padded rows, which have attention_mask instead, int64
-    [rows, columns]. max_length: of the longest segment, or more.
+    input_ids: int64 [rows, columns], 0 at placeholders. real: bool [rows, columns], False at the padding of a packed
+    row. position_ids: int64 [1, tokens], restarting at 0 in each segment. cu_seq_lens: int32 [segments + 1], borders of
+    the segments; cu_seq_lens_host: the same on the host. Padded rows have None for these three, and attention_mask,
+    int64 [rows, columns]. max_length: tokens of the longest segment, or more.
 
-    positions: int64 [supervised], where in the rows, end to end, the hidden state stands that predicts; one past the
-    last for padding. targets: int64 [supervised], -100 for padding. segments: int64 [supervised], the sample of each;
-    the number of segments for padding.
+    positions: int64 [supervised], index of the hidden state that predicts each target, in the flattened rows; one past
+    the last for padding. targets: int64 [supervised], -100 for padding. segments: int64 [supervised], the sample of
+    each target; the number of segments for padding.
     """
 
     input_ids: Tensor
@@ -90,7 +90,7 @@ class TextPart:
     segments: Tensor
 
     def keywords(self) -> dict:
-        """For the language model's attention."""
+        """Keyword arguments for the language model's attention."""
         if self.cu_seq_lens is None:
             return {"attention_mask": self.attention_mask}
         return {
@@ -105,8 +105,8 @@ class TextPart:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioPart:
-    """row: float32, the windows with their margins, see `audio_layout.waveform_row`. positions: int64 [audio tokens],
-    the placeholders in the text's rows, end to end; one past the last for padding.
+    """row: float32 [samples], the windows with their margins, see `audio_layout.waveform_row`. positions: int64 [audio
+    tokens], indices of the placeholders in the flattened text rows; one past the last for padding.
     """
 
     row: Tensor
@@ -116,7 +116,7 @@ class AudioPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """teacher: the row that a teacher reads, whose supervised positions stand in the order of the batch's own."""
+    """teacher: the row that a teacher reads; its supervised positions have the order of the batch's."""
 
     shape: PackShape
     text: TextPart
@@ -125,7 +125,7 @@ class Batch:
 
     @property
     def teacher_position(self) -> Tensor | None:
-        """int64 [supervised], where in the teacher's row the same token is predicted; one past the last for none."""
+        """int64 [supervised], index in the teacher's row that predicts the same token; one past the last for none."""
         return None if self.teacher is None else self.teacher.text.positions
 
     @property
@@ -134,7 +134,7 @@ class Batch:
         return None if self.teacher is None else self.teacher.text.targets != IGNORE_INDEX
 
     def to(self, device: torch.device | str, encoder_device: torch.device | str | None = None) -> "Batch":
-        """A copy on the device, without a wait. encoder_device: where the encoder is, if not there."""
+        """A copy on the device, without a wait. encoder_device: the encoder's device, if it is another."""
         moved = on_device(self, device)
         if self.audio is None or encoder_device in (None, device):
             return moved
@@ -144,12 +144,12 @@ class Batch:
 
 
 def taught_by(samples: Sequence[Sample]) -> list[Sample]:
-    """The rows that a teacher reads beside these samples."""
+    """The rows that the teachers of these samples read."""
     return [sample.teacher for sample in samples if sample.teacher is not None]
 
 
 def pack_shape(samples: Sequence[Sample], frames: FrameArithmetic, *, teach: bool = False) -> PackShape:
-    """The exact sizes of a pack of these samples. teach: with what their teachers read, where there is any."""
+    """The exact sizes of a pack of these samples. teach: include the rows of their teachers, if any."""
     supervised = sum(sample.num_supervised for sample in samples)
     teachers = taught_by(samples) if teach else []
     audio = audio_sizes([len(window) for sample in samples for window in sample.windows], frames)
@@ -175,10 +175,10 @@ def packed_batch(
     teach: bool = False,
     shape: PackShape | None = None,
 ) -> Batch:
-    """Samples end to end in one row, on the host. shape: larger sizes than theirs; ValueError where they do not fit."""
+    """Samples end to end in one row, on the host. shape: larger sizes. Raises ValueError if the samples don't fit."""
     shape = shape or pack_shape(samples, frames, teach=teach)
     if teach and shape.teacher is None and taught_by(samples):
-        raise ValueError("the samples have teachers, and the shape has none")
+        raise ValueError("the samples have teachers, but the shape has none")
     teacher = None
     if shape.teacher is not None:
         teacher = _packed([sample.teacher for sample in samples], samples, frames, audio_token_id, shape.teacher)
@@ -194,8 +194,8 @@ def padded_batch(
     teach: bool = False,
     multiple_of: int = 1,
 ) -> Batch:
-    """One row a sample, filled up on the right to a multiple of so many tokens, on the host: for language models that
-    can't keep samples of one row apart.
+    """One row for each sample, padded on the right to a multiple of `multiple` tokens, on the host. For language models
+    that can't keep the samples of one row apart.
     """
     shape = pack_shape(samples, frames, teach=teach)
     teacher = None
@@ -213,7 +213,7 @@ def _packed(
     audio_token_id: int,
     shape: PackShape,
 ) -> Batch:
-    """`rows`, the samples or what the teacher of each reads, end to end."""
+    """The rows end to end: the samples, or what the teacher of each reads."""
     lengths = [0 if row is None else len(row.input_ids) for row in rows]
     ids = np.zeros(shape.tokens, dtype=np.int64)
     ends = np.cumsum([0, *lengths])
@@ -248,7 +248,7 @@ def _padded(
     multiple_of: int,
     shape: PackShape,
 ) -> Batch:
-    """The same in a row each; rows without anything are filled with padding."""
+    """The same, one row for each; a missing one is a row of padding."""
     lengths = [0 if row is None else len(row.input_ids) for row in rows]
     columns = -(-max(lengths) // multiple_of) * multiple_of
     ids = np.full((len(rows), columns), pad_token_id)
@@ -260,7 +260,7 @@ def _padded(
     mask = torch.arange(columns) < torch.tensor(lengths)[:, None]
     text = TextPart(
         input_ids=torch.from_numpy(ids),
-        real=torch.ones_like(mask),  # the attention mask keeps padding apart
+        real=torch.ones_like(mask),  # the attention mask excludes padding
         position_ids=None,
         attention_mask=mask.long(),
         cu_seq_lens=None,
@@ -279,7 +279,7 @@ def _supervised(
     *,
     nowhere: int,
 ) -> dict[str, Tensor]:
-    """positions, targets and segments of a `TextPart`, in the order of the samples' own supervised tokens."""
+    """positions, targets and segments of a `TextPart`, in the order of the samples' supervised tokens."""
     counts = [sample.num_supervised for sample in samples]
     if sum(counts) > shape.supervised:
         raise ValueError(f"{sum(counts)} supervised tokens do not fit into {shape.supervised}")
@@ -308,15 +308,15 @@ def _supervised(
 def _audio(
     rows: Sequence[Sample | None], placeholders: np.ndarray, frames: FrameArithmetic, shape: PackShape, *, nowhere: int
 ) -> AudioPart | None:
-    """Raises ValueError where placeholders and audio do not agree."""
+    """Raises ValueError if the number of placeholders is not that of the audio tokens."""
     windows = [window for row in rows if row is not None for window in row.windows]
     lengths, sizes = [len(window) for window in windows], shape.audio
     needed = audio_sizes(lengths, frames)
     if len(placeholders) != needed.tokens:
         raise ValueError(
             f"{len(placeholders)} audio placeholders in {', '.join(row.id for row in rows if row is not None)}, but "
-            f"the audio gives {needed.tokens} tokens: both must be encoded for this model, whose configuration holds "
-            "silence, stack and audio_token_id"
+            f"the audio gives {needed.tokens} tokens: encode both for this model, whose configuration has silence, "
+            "stack and audio_token_id"
         )
     if needed.mel_frames > sizes.mel_frames or needed.tokens > sizes.tokens:
         raise ValueError(f"{needed} does not fit into {sizes}")

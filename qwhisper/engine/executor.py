@@ -1,6 +1,6 @@
 """Lays the samples of an optimizer step into as few packs as memory allows and runs them forward and backward.
 
-What is optimised (the samples) and how it is executed (the packs) are apart: any packing gives the same gradients, to
+Optimisation (the samples) is independent of execution (the packs): any packing gives the same gradients, except for
 rounding.
 """
 
@@ -23,15 +23,15 @@ from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
-AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved on the first out-of-memory; a planner will know better
+AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved when memory runs out
 Result = TypeVar("Result")
 UNPACKABLE_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
 
 
 def supports_packing(text_config) -> bool:
-    """Whether the LM can keep samples of one row apart.
+    """Whether the LM can keep the samples of one row apart.
 
-    Recurrent layers would leak from one to the next; soft-capped attention has no packed kernel.
+    Recurrent layers would leak from one sample to the next; soft-capped attention has no packed kernel.
     """
     layers = getattr(text_config, "layer_types", None) or []
     recurrent = any(word in layer for layer in layers for word in UNPACKABLE_LAYERS)
@@ -39,7 +39,7 @@ def supports_packing(text_config) -> bool:
 
 
 def generators_as_now(device: torch.device) -> Callable[[], None]:
-    """Called, it puts the random generators of CPU and device back to where they are now."""
+    """Return a function that restores the present state of the random generators of CPU and device."""
     generators = [(torch.get_rng_state, torch.set_rng_state)]
     if device.type == "cuda":
         generators.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
@@ -54,7 +54,7 @@ def generators_as_now(device: torch.device) -> Callable[[], None]:
 
 @dataclass
 class Halved:
-    """Out of memory was met by halving the pack; the step was run again."""
+    """A pack of `tokens` tokens did not fit into memory; packs have at most `now` from here on."""
 
     tokens: int
     now: int
@@ -62,8 +62,8 @@ class Halved:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Of the packs of a step. loss: sum(token losses) / supervised tokens of the step, fp32 scalar. divergence: from
-    the teacher, in nats a taught token, fp32 scalar; None if nothing was taught. halvings: that memory forced.
+    """The loss of a step. loss: sum(token losses) / supervised tokens of the step, fp32 scalar. divergence: from the
+    teacher, in nats a taught token, fp32 scalar; None if nothing was taught. halvings: of packs that did not fit.
     """
 
     loss: Tensor
@@ -72,7 +72,7 @@ class StepLoss:
 
 
 class Executor:
-    """Runs packs on one model; `max_tokens_per_pack` shrinks when memory runs out, and is saved with the run."""
+    """Runs packs on one model. `max_tokens_per_pack` is halved when memory runs out, and is saved with the run."""
 
     def __init__(
         self,
@@ -85,22 +85,22 @@ class Executor:
     ):
         self.model = model
         self.distill_weight = distill_weight
-        self.manual_loss = manual_loss  # compare each pack's loss with one that is computed the plain way
-        self.before_pack: Callable[[], None] = lambda: None  # what it raises leaves step or evaluation half done
-        self.start_gradients: Callable[[], None] = model.zero_grad  # in a training those of its GradientBuffers
+        self.manual_loss = manual_loss  # compare each pack's loss with a plain one
+        self.before_pack: Callable[[], None] = lambda: None  # may raise: the step or evaluation is then incomplete
+        self.start_gradients: Callable[[], None] = model.zero_grad  # in a training, GradientBuffers.start
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
         self.device = device
         self.max_tokens_per_pack = max_tokens_per_pack or AUTO_TOKENS_PER_PACK.get(self.device.type, 4096)
         self.pad_token_id = pad_token_id
         self.half_precision = model.model.language_model.dtype == torch.float16
-        self.loss_scale = 1.0  # what the loss is multiplied by before the backward pass, and gradients divided by after
+        self.loss_scale = 1.0  # multiplies the loss before the backward pass; the gradients are divided by it
         self.packing = supports_packing(model.config.get_text_config())
-        # What changes from step to step is read from the device, by the same tensors each time.
+        # Values that change with each step are in fixed tensors on the device.
         self._count, self._scale = torch.ones((), device=self.device), torch.ones((), device=self.device)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
-        """One pack on the model's device; in training with what its teacher reads."""
+        """One pack on the model's device; in training with the row that its teacher reads."""
         return self._batch(samples, teach=bool(self.distill_weight) and self.model.training)
 
     def _batch(self, samples: Sequence[Sample], *, teach: bool) -> Batch:
@@ -120,10 +120,10 @@ class Executor:
         return [[samples[i] for i in pack] for pack in plan_packs(lengths, self.max_tokens_per_pack)]
 
     def forward_backward(self, samples: Sequence[Sample], num_supervised: int) -> StepLoss:
-        """Leaves the gradients of sum(token losses) / num_supervised over all samples, in place of any before.
+        """Leave the gradients of sum(token losses) / num_supervised over all samples; earlier ones are replaced.
 
-        num_supervised: supervised tokens of the whole optimizer step. Raises MemoryLimitError where a pack of one
-        sample does not fit, NumericalError where --manual_loss finds another loss.
+        num_supervised: supervised tokens of the whole optimizer step. Raises MemoryLimitError if a pack of one sample
+        does not fit, NumericalError if --manual_loss finds another loss.
         """
         put_generators_back = generators_as_now(self.device)
 
@@ -150,8 +150,8 @@ class Executor:
 
     @torch.no_grad()
     def shift_from_base(self, samples: Sequence[Sample]) -> float:
-        """Divergence of the language model from what it was before its adapter, in nats a supervised token, where both
-        read the samples, which are text; 0 without any.
+        """Divergence of the language model from itself without its adapter, in nats a supervised token, over samples
+        that are text; 0 without any sample.
         """
         if not samples:
             return 0.0
@@ -169,21 +169,21 @@ class Executor:
 
     @torch.no_grad()
     def sample_losses(self, samples: Sequence[Sample]) -> list[float]:
-        """Loss of each sample, summed over its supervised tokens, in nats; as `evaluate` computes it, in one wait.
+        """Loss of each sample, summed over its supervised tokens, in nats. Computed as in `evaluate`, with one wait.
 
-        Lets memory run out: packs of this size have been trained on, and are not made smaller here.
+        Raises if memory runs out: packs of this size have been trained on, so they are not halved here.
         """
         return self._of_each(samples, self._losses_of_pack)
 
     @torch.no_grad()
     def answered_right(self, samples: Sequence[Sample]) -> list[bool]:
-        """Of each sample, whether its target is the likeliest token at every supervised position: where one answer is
-        supervised, that is whether greedy decoding gives it, to its last token. Waits and fails as `sample_losses`.
+        """For each sample, whether the target is the likeliest token at every supervised position. If one answer is
+        supervised, this means that greedy decoding gives it, to its last token. Waits and fails as `sample_losses`.
         """
         return self._of_each(samples, self._right_of_pack)
 
     def _of_each(self, samples: Sequence[Sample], of_pack: Callable[[Batch], Tensor]) -> list:
-        """of_pack: a value for each sample of a pack, [samples or more]."""
+        """The value of each sample. of_pack: gives those of a pack, [samples or more]."""
         found: dict[int, Tensor] = {}
         with self.evaluation_mode():
             for pack in self.packs(samples):
@@ -212,7 +212,7 @@ class Executor:
     def within_memory(
         self, attempt: Callable[[], Result], samples: Sequence[Sample], start_again: Callable[[], None]
     ) -> tuple[Result, list[Halved]]:
-        """Calls `attempt` until memory suffices, with packs of half the size after each failure."""
+        """Call `attempt` until memory suffices; halve the packs after each failure."""
         halvings: list[Halved] = []
         while True:
             try:
@@ -221,7 +221,7 @@ class Executor:
                 if not is_out_of_memory(error):
                     raise
                 halvings.append(self._halve(samples, error))
-            # Outside the handler, whose traceback keeps the failed attempt's tensors alive.
+            # Outside the handler: its traceback keeps the failed attempt's tensors alive.
             start_again()
             torch.cuda.empty_cache()
 
@@ -237,7 +237,7 @@ class Executor:
         return Halved(tokens=tokens, now=self.max_tokens_per_pack)
 
     def run_packs(self, samples: Sequence[Sample], num_supervised: int) -> StepLoss:
-        """Forward pass of each pack and, where something is trained, its backward pass."""
+        """Forward pass of each pack and, if the loss requires gradients, its backward pass."""
         self._count.fill_(num_supervised)
         self._scale.fill_(self.loss_scale)
         found = [self._run_samples(pack, num_supervised) for pack in self.packs(samples)]
@@ -247,7 +247,7 @@ class Executor:
         return StepLoss(torch.stack([loss for loss, _ in found]).sum(), divergence)
 
     def _run_samples(self, pack: Sequence[Sample], num_supervised: int) -> tuple[Tensor, Tensor | None]:
-        """Detached loss and, with a teacher, the divergence from it, in nats."""
+        """Detached loss and summed divergence from the teacher, in nats; None without a teacher."""
         self.before_pack()
         batch = self.batch(pack)
         result = self.run_pack(batch)

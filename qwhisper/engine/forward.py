@@ -1,4 +1,4 @@
-"""One pack through the model: hidden states, what the teacher makes of them, the loss of each supervised token."""
+"""One pack through the model: hidden states, the teacher's hidden states, the loss of each supervised token."""
 
 import math
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ def hidden_states_of(model: Qwen3AudioForConditionalGeneration, batch: Batch) ->
 
 
 def at(hidden_states: Tensor, positions: Tensor) -> Tensor:
-    """[positions, hidden] of [rows, columns, hidden], zeros for a position past the last."""
+    """[positions, hidden] selected from [rows, columns, hidden]; zeros for a position past the last."""
     return with_zero_row(hidden_states.flatten(0, 1)).index_select(0, positions.to(hidden_states.device))
 
 
 @torch.no_grad()
 def teacher_states(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Tensor:
-    """The same of the language model as it was before its adapter, in evaluation mode."""
+    """The hidden states, [rows, columns, hidden], without the language model's adapter and in evaluation mode."""
     language_model, was_training = model.model.language_model, model.training
     try:
         language_model.eval()
@@ -44,8 +44,8 @@ def teacher_states(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> T
 
 @dataclass(frozen=True)
 class PackResult:
-    """Of one pack. hidden_states: [rows, columns, hidden], the language model's last. lesson: None without a teacher.
-    tokens: loss and divergence of each supervised position.
+    """The result of one pack. hidden_states: [rows, columns, hidden], the language model's last. lesson: None without a
+    teacher. tokens: loss and divergence of each supervised position.
     """
 
     hidden_states: Tensor
@@ -54,7 +54,7 @@ class PackResult:
 
 
 def run_pack(model: Qwen3AudioForConditionalGeneration, batch: Batch, distill_weight: float) -> PackResult:
-    """Forward pass of a pack. distill_weight: of the divergence from its teacher, where it has one."""
+    """Forward pass of a pack. distill_weight: weight of the divergence from its teacher, if it has one."""
     hidden_states, lesson = hidden_states_of(model, batch), None
     if batch.teacher is not None and batch.taught is not None:
         states = teacher_states(model, batch.teacher)
@@ -70,7 +70,7 @@ def run_pack(model: Qwen3AudioForConditionalGeneration, batch: Batch, distill_we
 
 
 def likeliest_tokens(model: Qwen3AudioForConditionalGeneration, batch: Batch, hidden_states: Tensor) -> Tensor:
-    """int64 [supervised], what greedy decoding would give at each supervised position."""
+    """int64 [supervised], the token that greedy decoding would give at each supervised position."""
     rows = max(1, MAX_LOGITS_AT_ONCE // model.lm_head.weight.shape[0])
     return torch.cat([_likeliest(model, part) for part in at(hidden_states, batch.text.positions).split(rows)])
 
@@ -78,11 +78,11 @@ def likeliest_tokens(model: Qwen3AudioForConditionalGeneration, batch: Batch, hi
 def _likeliest(model: Qwen3AudioForConditionalGeneration, hidden_states: Tensor) -> Tensor:
     logits = head_logits(hidden_states, model.lm_head, model.softcap)
     audio = model.config.audio_token_id
-    logits[:, audio : audio + 1] = -math.inf  # it is never generated, and may lie outside of the vocabulary
+    logits[:, audio : audio + 1] = -math.inf  # never generated, and may be outside of the vocabulary
     return logits.argmax(-1)
 
 
 def by_sample(batch: Batch, values: Tensor) -> Tensor:
-    """[segments], sums of values [supervised] over the supervised positions of each sample of a pack."""
+    """[segments], the sum of values [supervised] for each sample of a pack."""
     sums = values.new_zeros(batch.shape.segments + 1)
     return sums.index_add(0, batch.text.segments.to(values.device), values)[:-1]

@@ -1,4 +1,4 @@
-"""The attention kernels of a model, tried before a run and replaced by name where they are wrong."""
+"""The attention kernels of a model: tested before a run, reported and replaced if they are wrong."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ class WrongKernel:
 def check_kernels(
     model: Qwen3AudioForConditionalGeneration, longest: int, before_trial: Callable[[], None] = lambda: None
 ) -> list[WrongKernel]:
-    """Tries the kernels that this model's attention uses, on each of its devices, and replaces those that are wrong.
+    """Test the kernels that this model's attention uses, on each of its devices, and replace those that are wrong.
 
-    A replacement stands in this model's configurations: other models are not concerned. longest: tokens of the longest
-    row that the run may have. before_trial: what it raises ends the check. Touches neither weights nor generators.
-    Raises NumericalError where no kernel is right.
+    A replacement is set in this model's configurations alone. longest: tokens of the longest row that the run may have.
+    before_trial: may raise to end the check. Changes neither weights nor random generators. Raises NumericalError if no
+    kernel is right.
     """
     kernels.set_encoder_attention(model.model.audio_tower.config)
     kernels.set_text_attention(model.model.language_model.config)
@@ -65,7 +65,7 @@ def _first_wrong(
 
 
 def _replace(model: Qwen3AudioForConditionalGeneration, wrong: str, right: str) -> None:
-    """In encoder and language model, whichever uses the wrong kernel."""
+    """Replace the kernel in encoder and language model, if they use it."""
     for attention in attentions(model):
         config = _config_of(attention, model)
         if any(name == wrong for name, _, _ in kernels_in_use(attention, config._attn_implementation)):
@@ -78,10 +78,10 @@ def _config_of(attention: Attention, model: Qwen3AudioForConditionalGeneration) 
 
 
 def kernels_in_use(attention: Attention, implementation: str) -> Iterator[tuple[str, Kernel, bool]]:
-    """(name, kernel, whether it is for packed rows), under one of our implementations."""
+    """(name, kernel, whether it is for packed rows) of one of our implementations."""
     query = torch.empty(0, attention.head_dim, dtype=attention.dtype, device=attention.device)
     yield (name := kernels.packed_kernel(implementation, query)), _packed(name), True
-    if attention.owner != "encoder":  # whose windows are always packed
+    if attention.owner != "encoder":  # its windows are always packed
         yield (name := kernels.IMPLEMENTATIONS[implementation].padded), _padded(name), False
 
 

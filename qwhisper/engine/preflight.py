@@ -1,9 +1,9 @@
-"""Whether an attention kernel is right on this machine, before a run relies on it.
+"""Tests whether an attention kernel is right on this machine, before a run relies on it.
 
-Its result and its gradients are compared with softmax written out in fp32, at the model's own head size, grouping,
-window and dtype. Silently wrong backward passes are what this field has: cuDNN's gives NaN in the gradient of the
-queries where length % 128 = 64 and a row's log-sum-exp is under -88.7 (pytorch#196678), and elsewhere gradients that
-are wrong by a factor. So half of the heads have ordinary scores, and half a log-sum-exp under -100.
+Its result and gradients are compared with explicit softmax attention in fp32, at the model's own head size, grouping,
+window and dtype. Backward passes can be silently wrong: if length % 128 = 64 and a row's log-sum-exp is under -88.7,
+cuDNN's gives NaN in the gradient of the queries (pytorch#196678), and elsewhere gradients that are wrong by a factor.
+So half of the heads have ordinary scores, and half a log-sum-exp under -100.
 """
 
 import itertools
@@ -18,13 +18,13 @@ from qwhisper.errors import first_line
 from qwhisper.memory import is_out_of_memory
 
 LENGTHS = (64, 192, 128, 65, 1)
-LOW_SCORE = -110.0  # of every pair: log-sum-exp stays under -100 for rows of up to e^10 tokens
+LOW_SCORE = -110.0  # of every pair: log-sum-exp is under -100 for rows of up to e^10 tokens
 RESULTS = ("the result", "the gradient of queries", "the gradient of keys", "the gradient of values")
-SHORT_WINDOW = 100  # a model's own window seldom shows in rows of 192 tokens
-# The reference takes [length, length] for each head, in fp32.
+SHORT_WINDOW = 100  # a model's own window is seldom shorter than rows of 192 tokens
+# The reference needs [length, length] in fp32 for each head.
 LONGEST = {"cpu": 256, "cuda": 4096}
-# `_one_head` counts two roundings, and a kernel may make four: of probabilities, of the scores' gradient, of each
-# head's result and of the sum over a group. Twice that; torch's own kernels on CPU reach 1.3 of the 4.
+# `_one_head` counts two roundings. A kernel may make four: probabilities, the scores' gradient, each head's result, the
+# sum over a group. The bound is twice that; torch's kernels on CPU reach 1.3 of the 4.
 SLACK = 4.0
 
 
@@ -32,8 +32,8 @@ SLACK = 4.0
 class Attention:
     """One attention of a model, as its kernel is called.
 
-    groups: query heads that share a key head. window: tokens that a query looks back, itself among them. trained:
-    whether gradients pass through it.
+    groups: query heads that share a key head. window: tokens that a query attends to, itself included. trained: whether
+    gradients pass through it.
     """
 
     owner: str
@@ -47,7 +47,7 @@ class Attention:
     trained: bool
 
     def allowed(self, length: int) -> Tensor:
-        """[length, length] bool, True where a query may look."""
+        """[length, length] bool, True where a query may attend."""
         distance = torch.arange(length, device=self.device)[:, None] - torch.arange(length, device=self.device)
         if not self.causal:
             return torch.ones_like(distance, dtype=torch.bool)
@@ -56,7 +56,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences lie in a tensor: end to end in one packed row, or a padded row each."""
+    """How a tensor holds sequences: end to end in one packed row, or one padded row each."""
 
     lengths: tuple[int, ...]
     packed: bool
@@ -82,7 +82,7 @@ class Layout:
         return real
 
     def mask(self, attention: Attention) -> Tensor | None:
-        """[rows, 1, tokens, tokens] bool of a padded batch; None if plain causal attention says the same."""
+        """[rows, 1, tokens, tokens] bool for a padded batch; None if plain causal attention is equal."""
         windowed = attention.window is not None and attention.window < self.tokens
         if len(set(self.lengths)) == 1 and not windowed:
             return None
@@ -108,7 +108,7 @@ class Fault:
 
 
 def trials(attention: Attention, longest: int, *, packed: bool) -> list[tuple[Attention, Layout]]:
-    """What a kernel is tried with. longest: tokens of the run's longest sequence; more than LONGEST is cut to that."""
+    """The test cases of a kernel. longest: tokens of the run's longest sequence; tests have at most LONGEST tokens."""
     longest = max(1, min(longest, LONGEST.get(attention.device.type, LONGEST["cpu"])))
     short = replace(attention, window=attention.window and min(attention.window, SHORT_WINDOW))
     if packed:
@@ -119,15 +119,15 @@ def trials(attention: Attention, longest: int, *, packed: bool) -> list[tuple[At
 
 
 def first_fault(kernel: Kernel, cases: Iterable[tuple[Attention, Layout]]) -> Fault | None:
-    """The first case that the kernel does not run, or gets wrong; None if it is right in all.
+    """The first case that the kernel can't run or gets wrong; None if it is right in all.
 
-    Touches no generator's state, and leaves no graph and no gradient behind.
+    Changes no random generator, and leaves no graph and no gradient behind.
     """
     return next((fault for case in cases if (fault := _fault(kernel, *case)) is not None), None)
 
 
 def _fault(kernel: Kernel, attention: Attention, layout: Layout) -> Fault | None:
-    # Left padding is generation's, which has no backward pass.
+    # Only generation pads on the left, and it has no backward pass.
     backward = attention.trained and layout.padding_side == "right"
     query, key, value, grad = make_inputs(attention, layout)
     leaves = [x.requires_grad_(backward) for x in (query, key, value)]
@@ -157,7 +157,7 @@ def name_of(attention: Attention) -> str:
 
 
 def _difference(got: Tensor, expected: Tensor, rounding: Tensor, *, dtype: torch.dtype) -> str | None:
-    """What is wrong with `got`, or None. rounding: the errors that `reference` gives."""
+    """What is wrong with `got`, or None. rounding: the error bounds from `reference`."""
     finite = torch.isfinite(got)
     if not finite.all():
         rows = int((~finite).any(-1).sum())
@@ -176,8 +176,8 @@ def make_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, values and the result's gradient, [rows, tokens, heads, head_dim] in the attention's dtype.
 
-    Of two key heads the first has scores of mean 0 and variance 1, the second has all of them near `score`. The
-    gradient is 0 at padding, as it is in training.
+    The first of two key heads has scores of mean 0 and variance 1, the second scores near `score`. The gradient is 0 at
+    padding, as in training.
     """
     generator = torch.Generator().manual_seed(0)
     real = layout.real(torch.device("cpu"))
@@ -199,10 +199,10 @@ def make_inputs(
 def reference(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor | None, attention: Attention, layout: Layout
 ) -> list[tuple[Tensor, Tensor]]:
-    """Result and gradients of queries, keys and values (with `grad` None the result alone), and each one's error.
+    """(value, error) of the result and, with `grad`, of the gradients of queries, keys and values.
 
-    All [rows, tokens, heads, head_dim] fp32. error: what rounding in the attention's dtype explains; infinite for the
-    result at padding, which nobody reads.
+    All [rows, tokens, heads, head_dim] fp32. error: the part that rounding in the attention's dtype explains; infinite
+    for the result at padding, which is never read.
     """
     shapes = (query, query, key, value) if grad is not None else (query,)
     found = [(torch.zeros_like(x), torch.zeros_like(x)) for x in shapes]
@@ -219,13 +219,14 @@ def reference(
 def _one_head(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor | None, attention: Attention
 ) -> list[tuple[Tensor, Tensor]]:
-    """softmax(scale Q K^T) V written out, and its gradients; [length, head_dim] fp32 each, beside their errors.
+    """softmax(scale Q K^T) V and its gradients, each [length, head_dim] fp32, with their errors.
 
-    Errors are a first-order analysis of a kernel that rounds the probabilities P, the scores' gradient and its results
-    to its dtype (eps), and sums in fp32 (eps32). With |.| elementwise: a score is off by head_dim eps32 scale |q| |k|,
-    so a probability by the share r = eps + that + length eps32 of itself, the result by r P |V|. The scores' gradient
-    is P (dP - D), with dP = dO V^T and D = rowsum(dO O), which kernels take from the rounded O: it is off by
-    r P (|dP| + rowsum |dO| |O|) and dP's own sum in fp32. What it is multiplied with passes that on.
+    The errors are a first-order analysis of a kernel that rounds the probabilities P, the scores' gradient and its
+    results to its dtype (eps), and sums in fp32 (eps32). |.| is elementwise. The error of a score is
+    head_dim eps32 scale |q| |k|; relative to itself, that of a probability is r = eps + that + length eps32, and that
+    of the result is r P |V|. The scores' gradient is P (dP - D), with dP = dO V^T and D = rowsum(dO O), which kernels
+    compute from the rounded O: its error is r P (|dP| + rowsum |dO| |O|), plus that of dP's sum in fp32. Products with
+    it carry this error on.
     """
     scale, head_dim = attention.scale, attention.head_dim
     eps, eps32 = torch.finfo(attention.dtype).eps, torch.finfo(torch.float32).eps

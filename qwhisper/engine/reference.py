@@ -1,4 +1,4 @@
-"""`--manual_loss`: the loss and the mask of a pack, computed the plain way from its samples' own labels, must agree."""
+"""`--manual_loss`: recompute the loss and mask of a pack from its samples' labels, and compare."""
 
 import math
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def compare_with_reference(
     loss: Tensor,
     num_supervised: int,
 ) -> Tensor:
-    """Raises NumericalError where they do not agree. batch, result: of these samples; loss: the sum of its token losses
-    / num_supervised. Uses none of the batch's indices but a lesson's. Waits for the device.
+    """Raises NumericalError if loss or mask differ. batch, result: of these samples; loss: sum of its token losses /
+    num_supervised. Uses none of the batch's indices except a lesson's. Waits for the device.
 
     Returns logits of every position, [rows, columns, vocabulary].
     """
@@ -46,8 +46,8 @@ def compare_with_reference(
     )
     fast, plain = float(loss.detach()), float(reference)
     if not math.isfinite(fast) and not math.isfinite(plain):
-        return logits  # the two agree that the step is lost, and the finite check skips it
-    # Both sum the same fp32 terms in another order; the head's matrix product rounds by shape, in its own dtype.
+        return logits  # both are not finite, and the finite check skips the step
+    # Both sum the same fp32 terms in different orders; the head's matrix product rounds by shape, in the head's dtype.
     head = model.lm_head.weight
     tolerance = max(1e-5, 4 * torch.finfo(head.dtype).eps if head.is_floating_point() else 0.03)
     if not abs(fast - plain) <= tolerance * max(1.0, abs(plain)):

@@ -1,4 +1,4 @@
-"""The evaluation of a model in memory: it answers every turn of dialogues, with true and with swapped audio."""
+"""Evaluates a model in memory: asks for the answer of every turn, with true and with swapped audio."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -29,23 +29,23 @@ from qwhisper.evaluate.turns import Turn, answer_row, turns_of
 from qwhisper.infer.assistant import answer_prompts
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
-DIALOGUES_AT_ONCE = 256  # whose audio is in memory together
+DIALOGUES_AT_ONCE = 256  # their audio is in memory together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All numbers of a model on dialogues. Shares run from 0 to 1; None: there is nothing to share or to measure.
+    """All numbers of a model on dialogues. Shares are from 0 to 1. None: nothing to measure.
 
-    turns, dialogues: exactly right. turns_swapped: answers under swapped audio that still are the original's reference;
-    no turn without a clip before it is among them. majority: what a guesser that knows each question's kind gets.
-    text_model: what the language model without its adapter gets right of the answers after a clip, where it is asked
-    the same in words; heard: the share of these that are right on speech. wer, cer: of all answers. kinds: {kind: n,
-    turns, swapped, majority, text_model, heard}.
-    loss: nats a supervised token, as in training; loss_swapped, loss_unswapped: of the swapped turns' reference
-    answers, with swapped and with true audio; listening_gain: their difference.
-    retention: of the kinds that are not among `trained_kinds`; text_shift: in nats a token, on text alone. See
-    forgetting.py. notes: sentences, among them why there is no retention or no text shift, though it was asked for.
-    rejected: dialogues with a bad clip (id, reason). answers: one a turn.
+    turns, dialogues: share that is exactly right. turns_swapped: share of answers under swapped audio that still equal
+    the original reference, among turns after a clip. majority: score of a guesser that knows each question's kind.
+    text_model: share of answers after a clip that the language model without its adapter gets right from the
+    transcripts; heard: share of the same answers that are right on speech. wer, cer: error rates of all answers. kinds:
+    {kind: n, turns, swapped, majority, text_model, heard}.
+    loss: nats a supervised token, as in training; loss_swapped, loss_unswapped: the same for the reference answers of
+    swapped turns, with swapped and with true audio; listening_gain: their difference.
+    retention: on kinds that are not in `trained_kinds`; text_shift: nats a token, on text alone; see forgetting.py.
+    notes: sentences, such as why retention or text shift is missing. rejected: dialogues with a bad clip (id, reason).
+    answers: one record for each turn.
     """
 
     turns: float | None
@@ -71,7 +71,7 @@ class Evaluation:
     answers: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """By field, in their order; what `json` writes."""
+        """The fields as a dictionary of JSON's types, in their order."""
         return asdict(self)
 
 
@@ -88,7 +88,7 @@ def evaluate_model(
     max_new_tokens: int = 128,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate a model in memory, each answer asked for with the reference answers as history.
+    """Evaluate a model in memory. Each answer is asked for with the reference answers as history.
 
     swap: ask again with swapped audio. text_model: ask the language model without its adapter as well, and measure its
     shift on `text` (None: on what the base answers to the instructions that qwhisper ships). The model keeps its mode.
@@ -134,7 +134,7 @@ def evaluate_model(
 
 
 class _TokenMean:
-    """Mean loss a supervised token over lists of samples that are never in memory together."""
+    """Mean loss a supervised token, in nats, over lists of samples that are not in memory together."""
 
     def __init__(self) -> None:
         self.total, self.tokens = 0.0, 0
@@ -151,10 +151,10 @@ class _TokenMean:
 
 @dataclass(eq=False)
 class _Heard:
-    """What the pass with true audio found.
+    """The results of the pass with true audio.
 
-    usable: dialogues; rejected: the others (id, reason). loss: over all of their supervised tokens. turns and answers:
-    one for each answer to ask for; turn_losses: of the turns after a clip, by position, (nats, supervised tokens).
+    usable: dialogues; rejected: the others (id, reason). loss: over all supervised tokens of `usable`. turns, answers:
+    one for each answer to ask for. turn_losses: (nats, supervised tokens) of each turn after a clip, by position.
     """
 
     usable: list[Dialogue] = field(default_factory=list)
@@ -173,7 +173,7 @@ def _with_true_audio(
     *,
     measure_turns: bool,
 ) -> _Heard:
-    """Loss and answers, from one decoding of each dialogue's clips. answer: gives the model's to rows of turns."""
+    """Loss and answers; decodes each dialogue's clips once. answer: gives the model's answers to rows of turns."""
     heard = _Heard()
     for first in range(0, len(dialogues), DIALOGUES_AT_ONCE):
         samples: list[Sample] = []
@@ -198,7 +198,7 @@ def _with_true_audio(
 
 
 def _row_losses(executor: Executor, rows: Sequence[Sample]) -> list[tuple[float, int]]:
-    """Of each row: nats over its supervised tokens, and how many these are."""
+    """(nats, supervised tokens) of each row; nats are summed over its supervised tokens."""
 
     def attempt() -> Tensor:
         return torch.tensor(executor.sample_losses(rows), dtype=torch.float64)
@@ -214,7 +214,7 @@ def _mean(losses: Iterable[tuple[float, int]]) -> float:
 
 
 def _prompt(row: Sample) -> Sample:
-    """What stands before a row's answer: the generation prompt at that turn, with all audio."""
+    """The part of a row before its answer: the generation prompt of that turn, with all audio."""
     start = row.answer_spans[-1][0]
     return replace(
         row, input_ids=row.input_ids[:start], labels=np.full_like(row.labels[:start], IGNORE), answer_spans=[]
@@ -222,7 +222,7 @@ def _prompt(row: Sample) -> Sample:
 
 
 def _record(turn: Turn, answer: str) -> dict[str, Any]:
-    """One line of `answers`; turn: which answer of the dialogue it is, from 1."""
+    """One record of `answers`; its "turn" counts the answers of the dialogue from 1."""
     number = sum(message.role == "assistant" for message in turn.dialogue.messages[: turn.index + 1])
     return {
         "id": turn.dialogue.id,
@@ -242,9 +242,9 @@ def _with_swapped_audio(
     answer: Callable[[Sequence[Sample]], list[str]],
     seed: int,
 ) -> dict[str, float]:
-    """Adds swapped_answer, swapped_same and swapped_same_question to the records of the turns that have a partner.
+    """Add swapped_answer, swapped_same and swapped_same_question to the records of turns that have a partner.
 
-    The clips of a partner's dialogue are decoded once, for all the turns that hear them.
+    Returns the losses. Decodes the clips of a partner's dialogue once, for all turns that hear them.
     """
     swaps = {position: swapped for position, swapped in enumerate(swap_audio(heard.turns, seed=seed)) if swapped}
     if not swaps:
@@ -274,7 +274,7 @@ def _with_swapped_audio(
 
 
 def _with_text_model(records: list[dict], turns: Sequence[Turn], answers: Sequence[str | None]) -> None:
-    """Adds text_model_answer and text_model_right to the records of the turns that it was asked."""
+    """Add text_model_answer and text_model_right to the records of the turns that the text model was asked."""
     for record, turn, answer in zip(records, turns, answers, strict=True):
         if answer is not None:
             record["text_model_answer"], record["text_model_right"] = answer, same(turn.reference, answer)
@@ -302,8 +302,8 @@ def _notes(scores: dict[str, Any], trained_kinds: Collection[str], no_shift: str
     notes = []
     if not trained_kinds and scores["text_model"] is not None and scores["kinds"].keys() != {NO_KIND}:
         notes.append(
-            "No retention: the checkpoint's training data names no `kind`, so what was never trained on is unknown; "
-            "give the answers of the training data a `kind`."
+            "No retention: the checkpoint's training data names no `kind`, so the kinds that were never trained on are "
+            "unknown; give the answers of the training data a `kind`."
         )
     return notes + ([f"No text shift: {no_shift}."] if no_shift else [])
 
@@ -312,8 +312,8 @@ def _not_asked(dialogues: Sequence[Dialogue]) -> list[str]:
     answers = [message for dialogue in dialogues for message in dialogue.messages if message.is_answer]
     masked = sum(not answer.learned for answer in answers)
     calls = sum(answer.learned and bool(answer.tool_calls) for answer in answers)
-    notes = [f"Masked answers (`loss` false), which are history alone: {masked}."] if masked else []
-    return notes + ([f"Answers with tool calls, of which the loss alone is measured: {calls}."] if calls else [])
+    notes = [f"Masked answers (`loss` false), used only as history: {masked}."] if masked else []
+    return notes + ([f"Answers with tool calls, measured by their loss alone: {calls}."] if calls else [])
 
 
 def _kind_scores(records: list[dict]) -> dict[str, Any]:
@@ -327,7 +327,7 @@ def _kind_scores(records: list[dict]) -> dict[str, Any]:
 
 
 def _text_model_shares(records: list[dict]) -> dict[str, float | None]:
-    """Of the answers that the text model was asked for as well, what each got right."""
+    """Shares that the text model and the model on speech got right, of the answers that both were asked for."""
     both = [record for record in records if "text_model_right" in record]
     return {
         "text_model": share(record["text_model_right"] for record in both),

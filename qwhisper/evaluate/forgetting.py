@@ -1,8 +1,9 @@
-"""What is left of the text model: how much it still knows of what it hears, and how far its answers to text have moved.
+"""Measures forgetting: how well the model still answers kinds of question that it was not trained on (retention), and
+how far its answers to text have moved from the base's (text shift).
 
-A model that was taught to hear on a few kinds of question may have forgotten how to think about what it hears: that
-shows in kinds that it was never trained on, held against what the language model makes of the transcripts. A question
-counts only if the language model without its adapter answers it correctly from the words.
+A model that was trained on a few kinds of question may hear and yet have forgotten how to answer the others. Retention
+compares its answers on such kinds with those of the language model to the transcripts. A question counts only if the
+language model without its adapter answers it correctly from the words.
 """
 
 from collections import defaultdict
@@ -25,11 +26,11 @@ from qwhisper.infer.assistant import answer_prompts
 from qwhisper.model.lora import adapter_off
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
-SOLID = 0.7  # what the text model itself answers less well than this says nothing about what was kept
-OWN_TOKENS = 32  # of an answer to an instruction: where it begins and what it is about
-NO_KIND = "(none)"  # of answers whose message has no `kind`: nobody knows whether it was trained on
-OWN_ANSWERS = 64  # are asked for, some 1500 tokens: on a CPU a language model of 1.5B takes minutes for more
-MIN_ANSWERS = 8  # different ones; a model that has no more for all instructions has nothing in text to be moved from
+SOLID = 0.7  # a kind that the text model answers less well than this does not count
+OWN_TOKENS = 32  # first tokens of an answer: how it begins and what it is about
+NO_KIND = "(none)"  # of messages without `kind`: whether it was trained on is unknown
+OWN_ANSWERS = 64  # some 1500 tokens: a language model of 1.5B takes minutes for more on a CPU
+MIN_ANSWERS = 8  # different ones; a model with fewer has no answers to text whose shift could be measured
 
 
 def text_answers(
@@ -39,8 +40,8 @@ def text_answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str | None]:
-    """What the language model without its adapter answers where it reads what was said; None for a turn without a clip
-    before it, or with one that has no transcript.
+    """Answers of the language model without its adapter, which reads the transcripts. None for a turn without a clip
+    before it, or with a clip that has no transcript.
     """
     prompts = {}
     for position, turn in enumerate(turns):
@@ -55,9 +56,9 @@ def text_answers(
 def text_shift(
     executor: Executor, encoder: DialogueEncoder, dialogues: Sequence[Dialogue] | None
 ) -> tuple[float | None, str | None]:
-    """Kullback-Leibler divergence of the adapted language model from its base, in nats a token of the answers, where
-    both read the dialogues in words, or, without dialogues, of what the base answers to the instructions that qwhisper
-    ships. Where nothing can be read, None, and why.
+    """Kullback-Leibler divergence of the adapted language model from its base, in nats a token of the answers. Both
+    read the dialogues in words or, without dialogues, the base's answers to the instructions that qwhisper ships. The
+    second value says why the first is None.
     """
     if dialogues is None:
         samples = own_answers(executor.model, encoder, OWN_ANSWERS)
@@ -69,7 +70,7 @@ def text_shift(
 
 
 def _typed_rows(encoder: DialogueEncoder, dialogues: Sequence[Dialogue]) -> tuple[list[Sample], list[str]]:
-    """The dialogues as text, and of those that can't be the reason."""
+    """The dialogues as text, and the reasons why others can't be read as text."""
     samples: list[Sample] = []
     faults: list[str] = []
     for dialogue in dialogues:
@@ -90,12 +91,12 @@ def own_answers(
     *,
     seed: int = 0,
 ) -> list[Sample]:
-    """At most `count` of the shipped instructions, drawn by `seed`, each with the first OWN_TOKENS of what the language
-    model without its adapter answers; these alone are supervised. Every answer once; none at all for fewer than
-    MIN_ANSWERS.
+    """At most `count` of the shipped instructions, drawn by `seed`, each with the first OWN_TOKENS of the answer of the
+    language model without its adapter. Only the answers are supervised. Each answer appears once; the list is empty for
+    fewer than MIN_ANSWERS.
 
-    Text that no training asked for, and that the base finds likely: where it is moved, something was forgotten. Draws
-    no random number; the model must be in evaluation mode.
+    No training asks for this text, and the base finds it likely: a shift on it shows forgetting. Changes no global
+    generator; the model must be in evaluation mode.
     """
     instructions = [line for line in instruction_pool("both") if line]
     chosen = [instructions[index] for index in np.random.default_rng(seed).permutation(len(instructions))[:count]]
@@ -114,9 +115,9 @@ def own_answers(
 
 
 def retention(kinds: dict[str, dict[str, Any]], trained: Collection[str]) -> float | None:
-    """The mean score on speech over the text model's on the words, of the kinds that were never trained on and that the
-    text model answers well (SOLID); None if there are none, or if no trained kind is known, since any may have
-    been trained on then. kinds: as in `Evaluation`.
+    """The mean score on speech divided by the text model's on the words, over kinds that were never trained on and that
+    the text model answers well (SOLID). None if there are none, or if no trained kind is known, because then any may
+    have been trained on. kinds: as in `Evaluation`.
     """
     if not trained:
         return None
@@ -130,13 +131,13 @@ def retention(kinds: dict[str, dict[str, Any]], trained: Collection[str]) -> flo
     return sum(scores["heard"] for scores in judged) / sum(scores["text_model"] for scores in judged)
 
 
-MAX_QUESTIONS = 32  # of either group: a share of one half is then known to 9 %
+MAX_QUESTIONS = 32  # in each group: the standard error of a share of one half is then 9 %
 MIN_QUESTIONS = 8  # with fewer, 2 standard errors of a half are more than a third
 
 
 @dataclass(frozen=True)
 class Question:
-    """One answer after audio, which alone is supervised, and the same one after the words."""
+    """The same answer after audio (`heard`) and after the words (`read`); only the answer is supervised."""
 
     heard: Sample
     read: Sample
@@ -144,7 +145,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """Answers that are right to the last token, of how many."""
+    """The number of answers that are right to the last token, and of those asked for."""
 
     right: int
     asked: int
@@ -159,7 +160,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Questions:
-    """untrained: of kinds that were never trained on; trained: of kinds that were."""
+    """untrained: questions of kinds that were never trained on; trained: of kinds that were."""
 
     untrained: Sequence[Question] = ()
     trained: Sequence[Question] = ()
@@ -176,11 +177,11 @@ def choose_questions(
     seed: int,
     num_workers: int = 0,
 ) -> Questions:
-    """At most MAX_QUESTIONS of either group, from all of its kinds alike; decodes their audio, in workers if there are
-    any.
+    """At most MAX_QUESTIONS in each group, evenly over its kinds; decodes their audio, in `num_workers` processes
+    if there are any.
 
-    `dialogues` must be held out. None at all where fewer than MIN_QUESTIONS are of kinds never trained on, and
-    where no trained kind is known: any may have been trained on then.
+    `dialogues` must be held out. Empty if fewer than MIN_QUESTIONS are of kinds never trained on, or if no trained kind
+    is known, because then any may have been trained on.
     """
     if not trained_kinds:
         return Questions()
@@ -198,7 +199,7 @@ def choose_questions(
 
 
 def answered_by_text_model(executor: Executor, questions: Questions) -> Questions:
-    """Those that the language model without its adapter answers right where it reads the words."""
+    """The questions that the language model without its adapter answers right from the words."""
     every = [*questions.untrained, *questions.trained]
     with adapter_off(executor.model):
         right = executor.answered_right([question.read for question in every])
@@ -210,7 +211,7 @@ def answered_by_text_model(executor: Executor, questions: Questions) -> Question
 
 
 def scores_by_ear(executor: Executor, questions: Questions) -> tuple[Score | None, Score | None]:
-    """(retention, hearing): of `untrained` and of `trained`; None for fewer than MIN_QUESTIONS."""
+    """(retention, hearing): scores on `untrained` and on `trained`; None for fewer than MIN_QUESTIONS."""
     right = iter(executor.answered_right([q.heard for q in (*questions.untrained, *questions.trained)]))
     counts = [(sum(islice(right, len(group))), len(group)) for group in (questions.untrained, questions.trained)]
     retention, hearing = (Score(count, asked) if asked >= MIN_QUESTIONS else None for count, asked in counts)
@@ -218,9 +219,9 @@ def scores_by_ear(executor: Executor, questions: Questions) -> tuple[Score | Non
 
 
 def _questions(encoder: DialogueEncoder, by_kind: Mapping[str, Sequence[Turn]], num_workers: int) -> list[Question]:
-    """One of every kind, then a second one of each, and so on.
+    """One question of every kind, then a second one of each, and so on.
 
-    Left out: those with a clip that is bad or has no transcript, and those that `encoder` would cut.
+    Leaves out questions with a clip that is bad or has no transcript, and those that `encoder` would cut.
     """
     groups = []
     for turn in (turn for rank in zip_longest(*by_kind.values()) for turn in rank if turn is not None):

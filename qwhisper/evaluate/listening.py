@@ -1,6 +1,6 @@
-"""Swapped audio: what a model still answers as before, with other clips put in, it has not heard.
+"""Swapped audio: if a model gives the same answer after other clips, it has not heard the audio.
 
-Knows dialogues, no model. Only clips are exchanged; every text, earlier answers included, stays.
+Works on dialogues, without a model. Only clips are exchanged; all text, earlier answers included, stays.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from qwhisper.evaluate.turns import Turn
 
 @dataclass(frozen=True)
 class SwappedTurn:
-    """A turn with its partner's clips. same_question: the partner was asked the same, so its reference is right now."""
+    """A turn with its partner's clips. same_question: the partner was asked the same, so its reference is now right."""
 
     turn: Turn
     partner: Turn
@@ -24,11 +24,11 @@ class SwappedTurn:
 
 
 def swap_audio(turns: Sequence[Turn], *, seed: int = 0) -> list[SwappedTurn | None]:
-    """Each turn with another dialogue's clips, such that the right answer differs; None if there are no such clips.
+    """Each turn with the clips of another dialogue that has a different right answer; None if there are no such clips.
 
-    First choice is a turn before which the user says the same around as many clips, but whose reference differs; then
-    any turn with as many clips before it and another reference. Each new clip must be another one than the clip in its
-    place, and say something else where both transcripts are known. A turn without clips before it gives None.
+    The first choice is a turn with the same user messages and number of clips but another reference; then any turn with
+    the same number of clips and another reference. Each new clip must differ from the one that it replaces, and say
+    something else if both transcripts are known. A turn without clips before it gives None.
     """
     references = [normalise(turn.reference) for turn in turns]
     same_question, as_many_clips = defaultdict(list), defaultdict(list)
@@ -50,12 +50,12 @@ def swap_audio(turns: Sequence[Turn], *, seed: int = 0) -> list[SwappedTurn | No
 
 
 def _question(turn: Turn) -> Hashable:
-    """All that was said to the model before its answer, and where the clips were."""
+    """All that was said to the model before its answer, with the places of the clips."""
     return tuple((m.role, normalise(m.text), len(m.clips)) for m in turn.history if m.role != "assistant")
 
 
 def _from_random_place(pool: Sequence[int], generator: np.random.Generator) -> Iterator[int]:
-    """All of the pool once, in order from a place drawn at random, then from its beginning."""
+    """The whole pool once, in order, starting at a random place and continuing from its beginning."""
     first = int(generator.integers(len(pool)))
     yield from pool[first:]
     yield from pool[:first]
@@ -74,7 +74,7 @@ def _says_something_else(clip: AudioClip, other: AudioClip) -> bool:
 
 
 def _heard_instead(turn: Turn, other: Turn) -> Turn:
-    """The turn with the other one's clips, put in one by one in order."""
+    """The turn with the clips of `other` in their order."""
     rest = iter(other.clips)
     history = [
         replace(message, content=tuple(next(rest) if isinstance(part, AudioClip) else part for part in message.content))

@@ -1,6 +1,6 @@
 """Scores of answers against references: exact match, word and character error rates, and a guesser to compare with.
 
-Plain text in, numbers out; knows no model. docs/learning.md has what a score does not count.
+Plain text in, numbers out; no model. docs/learning.md says what a score does not count.
 """
 
 import unicodedata
@@ -10,23 +10,22 @@ from collections.abc import Hashable, Iterable, Sequence
 import jiwer
 import regex
 
-FINAL_PUNCTUATION = ".,;:!?。、।॥؟،؛۔։።။។"  # as `_compatible` leaves them: it turns full-width ones into ASCII
+FINAL_PUNCTUATION = ".,;:!?。、।॥؟،؛۔։።။។"  # after `_compatible`, which turns full-width ones into ASCII
 AT_END = regex.compile(rf"[\s{FINAL_PUNCTUATION}]+\Z")
-# Neither heard nor seen: joiners, direction marks, soft hyphens, and what chooses between two glyphs of a character.
+# Neither heard nor seen: joiners, direction marks, soft hyphens, and selectors of a character's glyph.
 INVISIBLE = regex.compile(r"[\p{Cf}\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 RAISED = ("<super>", "<sub>")
-# A letter with its marks, in the scripts that put no space between words: Chinese characters, kana, Thai, Lao, Khmer,
-# Burmese.
+# A letter with its marks, in scripts without spaces between words: Chinese characters, kana, Thai, Lao, Khmer, Burmese.
 UNSPACED = regex.compile(
     r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]\p{M}*)"
 )
-# Categories P and S alone: a mark (M) is a vowel or a tone in most scripts of India, in Thai and in Hebrew.
+# Only categories P and S: a mark (M) is a vowel or a tone in most scripts of India, in Thai and in Hebrew.
 OUTER_PUNCTUATION = regex.compile(r"(?<![^\s\p{P}\p{S}])[\p{P}\p{S}]+|[\p{P}\p{S}]+(?![^\s\p{P}\p{S}])")
 
 
 def normalise(text: str) -> str:
-    """What exact match compares: NFKC without raised digits, case, invisible characters, surrounding white space and
-    final punctuation.
+    """The text that exact match compares: NFKC except for raised digits, without case, invisible characters, final
+    punctuation and surrounding white space.
 
     A text of punctuation alone stays as it is.
     """
@@ -35,7 +34,7 @@ def normalise(text: str) -> str:
 
 
 def _compatible(text: str) -> str:
-    """NFKC, but 10² does not become 102. NFC at last: a character and its marks are one wherever Unicode has one."""
+    """NFKC, but 10² does not become 102. The final NFC joins a character and its marks if Unicode has one for both."""
     return unicodedata.normalize("NFC", "".join(map(_compatible_character, unicodedata.normalize("NFC", text))))
 
 
@@ -72,22 +71,22 @@ def word_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def character_error_rate(references: Sequence[str], answers: Sequence[str]) -> float:
-    """The same for characters, marks and spaces between words included."""
+    """Wrong, missing and additional characters / characters of all references; marks and spaces between words count."""
     return _error_rate(jiwer.process_characters, [[_characters(t) for t in texts] for texts in (references, answers)])
 
 
 def _error_rate(process, texts: list[list[str]]) -> float:
-    """Errors / units of the references; where the references are empty, errors alone."""
+    """Errors / units of the references; if the references are empty, the number of errors."""
     if not texts[0]:
         return 0.0
-    # jiwer's own rate for empty references is 1, however many the errors.
+    # jiwer's rate for empty references is 1 for any number of errors.
     counts = process(*texts)
     errors = counts.substitutions + counts.deletions + counts.insertions
     return errors / max(1, counts.hits + counts.substitutions + counts.deletions)
 
 
 def share(outcomes: Iterable[bool]) -> float | None:
-    """Part of the outcomes that is true; None of none."""
+    """The share of outcomes that are true; None without any."""
     outcomes = list(outcomes)
     return sum(outcomes) / len(outcomes) if outcomes else None
 
@@ -110,7 +109,7 @@ def majority_share_by_kind(kinds: Sequence[Hashable], references: Sequence[str])
 
 
 def whole_dialogue_share(dialogues: Sequence[Hashable], right: Sequence[bool]) -> float | None:
-    """Part of the dialogues whose turns are all right; dialogues, right: one entry a turn."""
+    """The share of dialogues whose turns are all right. dialogues, right: one entry for each turn."""
     all_right: dict[Hashable, bool] = {}
     for dialogue, outcome in zip(dialogues, right, strict=True):
         all_right[dialogue] = all_right.get(dialogue, True) and outcome

@@ -5,7 +5,7 @@ from qwhisper.evaluate.forgetting import NO_KIND
 
 
 def markdown(result: Evaluation, *, checkpoint: str, eval_file: str) -> str:
-    """The result's headline names the checkpoint and the file."""
+    """The evaluation as Markdown, under a headline with the checkpoint and the file."""
     counts = result.counts
     lines = [
         f"# {checkpoint} on {eval_file}",

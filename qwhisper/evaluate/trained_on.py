@@ -1,4 +1,4 @@
-"""What of the evaluation data a checkpoint was trained on."""
+"""Finds evaluation data that a checkpoint was trained on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +11,9 @@ from qwhisper.errors import CheckpointError, QwhisperError, first_line
 
 
 def shared_with_training(folder: Path, eval_file: str, dialogues: Sequence[Dialogue]) -> list[str]:
-    """Sentences on what of the evaluation data the checkpoint was trained on, as far as that can be found out."""
+    """Sentences about evaluation data that the checkpoint was trained on, as far as this can be found out."""
     train_file_sha256 = trained_file_sha256(folder)
-    if train_file_sha256 is None:  # no run of ours has saved it
+    if train_file_sha256 is None:  # not saved by a run of qwhisper
         return []
     if train_file_sha256 == file_sha256(eval_file):
         return [f"{eval_file} is what {folder.name} was trained on: its scores say what was learned by heart."]
@@ -29,5 +29,5 @@ def shared_with_training(folder: Path, eval_file: str, dialogues: Sequence[Dialo
         return [f"Whether {eval_file} shares dialogues with the training data was not checked: {first_line(error)}."]
     notes = leakage.notes(eval_file, dialogues, train_file, trained)
     if faults:
-        notes.append(f"not compared with what can't be read of {train_file} any more ({faults[0]})")
+        notes.append(f"not compared with the dialogues of {train_file} that can no longer be read ({faults[0]})")
     return [f"{note[0].upper()}{note[1:]}." for note in notes]

@@ -1,4 +1,4 @@
-"""Turns: the answers that a model is asked for, each with what is said before it, and their rows of tokens."""
+"""Turns: the answers that a model is asked for, each with the messages before it, and their rows of tokens."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -47,10 +47,10 @@ def turns_of(dialogues: Sequence[Dialogue]) -> list[Turn]:
 
 
 def answer_row(encoder: DialogueEncoder, turn: Turn, audio: DialogueAudio | None = None) -> Sample:
-    """A turn as a row that ends with its answer, which alone is supervised.
+    """A turn as a row that ends with its answer; only the answer is supervised.
 
-    audio: as `DialogueEncoder.encode` takes it. The answer's reasoning is left out: the prompt is the one that is
-    served, which has no place for it. Raises as `DialogueEncoder.encode` does.
+    audio: as `DialogueEncoder.encode` takes it. The answer's reasoning is left out, because the prompt is that of
+    inference, which has none. Raises as `DialogueEncoder.encode` does.
     """
     messages = (*turn.history, replace(turn.answer, reasoning=None))
     row = encoder.encode(replace(turn.dialogue, messages=messages), audio)
@@ -62,7 +62,7 @@ def answer_row(encoder: DialogueEncoder, turn: Turn, audio: DialogueAudio | None
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Turns that are read together; named by the first one's dialogue."""
+    """Turns that are read together; id and source are those of the first one's dialogue."""
 
     turns: Sequence[Turn]
 
@@ -78,9 +78,9 @@ class _Group:
 def answer_rows(
     groups: Sequence[Sequence[Turn]], encoder: DialogueEncoder, num_workers: int = 0
 ) -> Generator[list[Sample] | None]:
-    """The rows of each group of turns, in their order; None for a group with one that can't be used.
+    """The rows of each group of turns, in their order; None for a group with a turn that can't be used.
 
-    Reads as many groups as are asked for, and with workers a few ahead. Raises DataError as `read_in_order` does.
+    Reads groups as they are consumed, with workers a few ahead. Raises DataError as `read_in_order` does.
     """
     for (item,) in read_in_order([_Group(turns) for turns in groups], encoder, num_workers, rows=_rows, chunk=1):
         yield None if isinstance(item, Rejection) else item

@@ -1,1 +1,1 @@
-"""What stands between gradients and weights: measure on the device, decide in plain Python, apply by branching."""
+"""Guards between gradients and weights: measure on the device, decide in plain Python, branch on the decision."""

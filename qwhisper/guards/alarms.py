@@ -1,4 +1,4 @@
-"""Alarms for failures that show in no NaN: they observe, report a finding once, and change nothing.
+"""Alarms for failures without a NaN. They observe, report a finding once, and change nothing.
 
 Plain Python: the facts of a step in, alarms out.
 """
@@ -51,7 +51,7 @@ class StepFacts:
     Empty or None in steps without the measurement: weight_checksums, which change with any bit of the group's weights;
     changed_weights, names of frozen tensors that have changed; listening_gain and its standard error listening_noise,
     nats a supervised token; text_shift, divergence from the base model on its own answers to text, nats a token;
-    retention and hearing, shares of questions answered right by ear: of kinds never trained on (there were
+    retention and hearing, shares of questions answered right on speech: of kinds never trained on (there were
     retention_questions of them) and of trained kinds.
     """
 
@@ -76,7 +76,7 @@ class StepFacts:
 
     @property
     def hears(self) -> bool | None:
-        """Whether the true audio is worth more than the noise; None if that was not looked at."""
+        """Whether the gain of the true audio exceeds its noise; None if it was not measured."""
         gain, noise = self.listening_gain, self.listening_noise
         if gain is None or noise is None or not (math.isfinite(gain) and math.isfinite(noise)):
             return None
@@ -95,11 +95,11 @@ class StepFacts:
 
 @dataclass
 class Alarms:
-    """What alarms remember between steps, in JSON's types: `Alarms(**dataclasses.asdict(alarms))` is an equal copy.
+    """The alarms' memory between steps, in JSON's types: `Alarms(**dataclasses.asdict(alarms))` is an equal copy.
 
-    active: raised and not cleared yet, as "kind/about". last_loss: of the last step whose loss was not 0. By group:
-    without_gradient, steps in a row; unmoved, steps taken since the weights last changed; checksums, of the weights at
-    the last check.
+    active: alarms raised and not cleared yet, as "kind/about". last_loss: of the last step whose loss was not 0. By
+    group: without_gradient, steps in a row; unmoved, steps taken since the weights last changed; checksums of the
+    weights at the last check.
     """
 
     active: list[str] = field(default_factory=list)
@@ -153,7 +153,7 @@ class Alarms:
         if facts.loss != 0:
             self.last_loss = facts.loss
             return {("loss_zero", ""): None}
-        # On text, a projector alone and an adapter that is still zero are the teacher.
+        # On text, the model equals its teacher if only the projector is trained or the adapter is still zero.
         if facts.divergence == 0 and not facts.has_audio:
             return {}
         if self.last_loss is not None and self.last_loss < MEMORISED_LOSS:
@@ -165,7 +165,7 @@ class Alarms:
         return {("loss_zero", ""): message}
 
     def zero_gradients(self, facts: StepFacts) -> Findings:
-        """Per group: at step 0 LoRA's A has none, because B is zero, but B has one."""
+        """Checked by group, not by tensor: at step 0 LoRA's A has no gradient, because B is zero, but B has one."""
         found: Findings = {}
         for group, norm in facts.group_norms.items():
             if not facts.should_learn(group):
@@ -222,7 +222,7 @@ class Alarms:
         return {("not_listening", ""): None if facts.hears else message}
 
     def forgetting(self, facts: StepFacts) -> Findings:
-        """No finding for a model that does not hear: its wrong answers by ear prove nothing."""
+        """No finding for a model that does not hear: its wrong answers on speech prove nothing."""
         if not facts.hears or (facts.hearing is not None and facts.hearing < HEARS):
             return {}
         found = [finding for finding in (lost_kinds(facts), moved_text(facts)) if finding is not None]
@@ -237,7 +237,7 @@ class Alarms:
 
 
 def lost_kinds(facts: StepFacts) -> str | None:
-    """What retention shows of forgetting; "" for none; None if it was not measured."""
+    """What retention shows of forgetting; "" if there is none, None if it was not measured."""
     share, count, hearing = facts.retention, facts.retention_questions, facts.hearing
     if share is None or hearing is None:
         return None
@@ -245,8 +245,8 @@ def lost_kinds(facts: StepFacts) -> str | None:
     if share + NOISES * standard_error >= FORGETTING * hearing:
         return ""
     return (
-        f"{share:.0%} of {count} questions of kinds that were never trained on are answered right by ear, though the "
-        f"text model knows them all, and {hearing:.0%} of trained kinds"
+        f"{share:.0%} of {count} questions of kinds that were never trained on are answered right on speech, though "
+        f"the text model knows them all, and {hearing:.0%} of trained kinds"
     )
 
 

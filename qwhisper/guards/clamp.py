@@ -1,7 +1,7 @@
-"""`--activation_clamp`: keeps outliers out of the first decoder layer's q_proj. `auto` has its rule in state.py.
+"""`--activation_clamp`: bounds the input of the first decoder layer's q_proj. state.py has the rule of `auto`.
 
-The clamp acts in training alone. What is evaluated and served has none: there is nothing to save, export or remember,
-and the held-out loss shows the model as it will be used.
+The clamp acts only in training, not in evaluation or inference. So a saved model needs no clamp, and the held-out loss
+is that of the model as it will be used.
 """
 
 import math
@@ -20,7 +20,7 @@ FIRST_Q_PROJ = re.compile(r"(^|\.)0\.(.+\.)?q_proj$")  # layers.0.self_attn.q_pr
 def first_q_proj(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Name and module of the first decoder layer's q_proj in any Hugging Face causal LM, with or without LoRA.
 
-    None if that layer has none of this name (GPT-2, recurrent layers): the clamp then has no effect for this model.
+    None if the layer has no module of this name (GPT-2, recurrent layers): the clamp then has no effect.
     """
     get_decoder: Any = model.get_decoder
     in_decoder = {id(module): name for name, module in get_decoder().named_modules()}
@@ -31,16 +31,16 @@ def first_q_proj(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def clamped(x: Tensor, bound: Tensor) -> Tensor:
-    """x within ±bound, a scalar, with a zero gradient where it was not. NaN stays NaN, for the finite check to see."""
+    """x limited to ±bound (a scalar), with a zero gradient where it was outside. NaN stays, for the finite check."""
     return torch.clamp(x, -bound, bound)
 
 
 class ActivationClamp:
-    """A pre-hook on one module that bounds its first input, while `on` and in training mode.
+    """A pre-hook on one module that bounds its first input, if `on` and in training mode.
 
-    The bound in force is a tensor on the module's device, infinite while it is off, so that a captured step need not be
-    captured again when it changes. Counts what it changes, infinite values included, in one int64 there, without a
-    wait; a pass that is run again (out of memory, a diagnosis) counts again. NaN is neither changed nor counted.
+    The current bound is a tensor on the module's device, infinite if the clamp is off, so that a captured step need not
+    be captured again when it changes. An int64 on the device counts the values changed, infinite ones included, without
+    a wait. A pass that runs again (out of memory, a diagnosis) counts again. NaN is neither changed nor counted.
     """
 
     def __init__(self, name: str, module: nn.Module, *, bound: float = BOUND, on: bool = False):
@@ -70,7 +70,7 @@ class ActivationClamp:
         return {self.name: count}
 
     def count_as_now(self) -> Callable[[], None]:
-        """Return a function that puts the count back to what it is now, without a wait: for a step that is given up."""
+        """Return a function that restores the present count, without a wait: for a step that is aborted."""
         before = self._count.clone()
 
         def put_back() -> None:
@@ -82,7 +82,7 @@ class ActivationClamp:
         if not module.training:
             return None
         x = args[0]
-        # Gradient checkpointing runs the layer again within the backward pass: values that are counted already.
+        # In the backward pass gradient checkpointing runs the layer again: its values are already counted.
         if torch._C._current_graph_task_id() == -1:
             self._count += (x.detach().abs() > self._in_force).sum()
         return (clamped(x, self._in_force), *args[1:])

@@ -13,16 +13,16 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-BETA = 0.98  # remembers about 50 steps
+BETA = 0.98  # averages about 50 steps
 FIRST_NORMS = 20  # steps without a bound; the average starts at their median, so that one peak does not decide it
 PEAK = 3.0  # a norm above this many averages is reduced to it
-# AdaGC takes 1.05, a tensor at a time. Norms of whole groups at batch 4 vary by a factor of two in sound runs, and what
-# a bound of three lets through changes AdamW's step by less than a factor of two.
+# AdaGC uses 1.05 for each tensor. Norms of whole groups at batch 4 vary by a factor of two in sound runs, and a norm
+# within a bound of three changes AdamW's step by less than a factor of two.
 BAD = 10.0  # a norm this many times above its bound makes the step a bad one: it is taken, but counted
-# Of 13,500 sound steps of the demo's models, 4 to 14 % had a peak, of up to 931 averages where nearly all was learned;
-# 106 were bad, never more than two in a row. None was above 3.3 times the largest norm lately.
+# Of 13,500 sound steps of the demo's models, 4 to 14 % had a peak, of up to 931 averages when nearly all was learned;
+# 106 were bad, never more than two in a row. None was above 3.3 times the largest recent norm.
 SPIKE = 10.0  # a bad step's norm this many times above the largest recent one is a spike
-FADE = 0.5 ** (1 / 1000)  # a step, of the largest norm: hard samples may be hundreds of steps apart
+FADE = 0.5 ** (1 / 1000)  # of the largest norm, a step: hard samples may be hundreds of steps apart
 
 
 @dataclass
@@ -60,7 +60,7 @@ class NormAverage:
         self.variance = BETA * (self.variance + difference * change)
 
 
-LARGEST_NORM = 1e18  # fp32 can't square more, and kernels differ in the result: such a norm counts as not finite
+LARGEST_NORM = 1e18  # fp32 can't square more, and kernels differ in the result: a larger norm counts as not finite
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class StepStatistics:
 
     @property
     def not_finite(self) -> list[str]:
-        """What is not finite, in words; weights first, because they break the rest."""
+        """The numbers that are not finite, by name; weights first, because they break the rest."""
         named = {f"weights of {name}": norm for name, norm in self.weights.items()}
         named |= {"loss": self.loss} | {f"gradient of {name}": norm for name, norm in self.gradients.items()}
         return [what for what, value in named.items() if not abs(value) <= LARGEST_NORM]
@@ -105,7 +105,7 @@ class Decision:
 
 
 def clip_factor(norm: float, bound: float) -> float:
-    """Brings `norm` down to `bound`; a bound of 0 is none."""
+    """The factor that scales `norm` down to `bound`; a bound of 0 means none."""
     return bound / norm if 0 < bound < norm else 1.0
 
 
@@ -116,10 +116,10 @@ def decide(
     group_bounds: Mapping[str, float],
     max_grad_norm: float,
 ) -> Decision:
-    """Finite check, then each group's fixed and adaptive bound, then the bound on what is left of all together.
+    """Check that all is finite; apply each group's fixed and adaptive bound, then the bound on all groups together.
 
-    A non-finite number ends the step before it reaches any arithmetic. group_bounds: fixed bounds by group, 0 for none;
-    averages: of the groups that have one.
+    A step with a non-finite number is skipped before the number reaches any arithmetic. group_bounds: fixed bounds by
+    group, 0 for none. averages: of the groups that have one.
     """
     norms = statistics.gradients
     grad_norm = math.hypot(*norms.values())

@@ -1,4 +1,4 @@
-"""Where the first value that is not finite comes from: a weight, the batch, a module's forward or its backward pass.
+"""Finds the source of the first value that is not finite: a weight, the batch, a module's forward or backward pass.
 
 Runs the few samples concerned once more, with hooks, and waits for the device at every module: use it rarely.
 """
@@ -22,8 +22,8 @@ class Finding:
     """The first place where a number stopped being finite.
 
     where: name of a module, parameter or input of the batch. when: what was checked. message: why this place.
-    inputs: `describe` of what went in: of a module its inputs and, for "backward", the gradients at its outputs; of a
-    weight or an input of the batch itself.
+    inputs: `describe` of a module's inputs and, for "backward", of the gradients at its outputs; or of the weight or
+    the input of the batch.
     """
 
     where: str
@@ -36,12 +36,12 @@ class Finding:
         return f"{self.when}: {self.message}" + (f" ({'; '.join(map(summary, shown))})" if shown else "")
 
     def as_dict(self) -> dict[str, Any]:
-        """For a line of JSON."""
+        """The finding in JSON's types."""
         return dataclasses.asdict(self)
 
 
 def describe(name: str, tensor: Tensor) -> dict[str, Any]:
-    """Counts of a tensor, and the range of its finite part (None without any)."""
+    """Counts of a tensor's values, and the range of its finite part (None if it has none)."""
     tensor = tensor.detach()
     finite = tensor[torch.isfinite(tensor)]
     some = finite.numel() > 0
@@ -58,7 +58,7 @@ def describe(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # Detached: what autograd saves under gradient checkpointing must be the same in the second run of a module.
+    # Detached: under gradient checkpointing, autograd must save the same tensors in the second run of a module.
     return bool(torch.isfinite(tensor.detach()).all())
 
 
@@ -141,7 +141,7 @@ def _float_tensors(values: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 @dataclass
 class _Call:
-    """One call of a module: descriptions of its inputs, and of the gradients that came to its outputs."""
+    """One call of a module: descriptions of its inputs and of the gradients at its outputs."""
 
     name: str
     has_matrix: bool
@@ -189,9 +189,9 @@ class _Trace:
         return self.found
 
     def see_loss(self, loss: Tensor) -> None:
-        """Of modules whose outputs are all finite."""
+        """Check the loss, after modules whose outputs are all finite."""
         if self.found is None and not _all_finite(loss):
-            message = "the loss is not finite, although what every module made is"
+            message = "the loss is not finite, although every module's output is"
             self.found = Finding("loss", "forward", message, (describe("loss", loss),))
 
     def _before(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -211,7 +211,7 @@ class _Trace:
         if self.found or not all(is_finite(d) for d in call.inputs if d["name"] not in MASKS):
             return
         if not all(map(_all_finite, outputs)):
-            message = f"{self._label(name)} makes values that are not finite from finite inputs"
+            message = f"{self._label(name)} has finite inputs and an output that is not finite"
             self.found = Finding(self._label(name), "forward", message, call.seen)
 
     def _at_output(self, call: _Call, gradient: Tensor) -> None:
@@ -238,7 +238,7 @@ class _Trace:
         return Finding(where, "backward", message, call.seen if call else ())
 
     def _arrival(self, call: _Call) -> Finding:
-        """A gradient that broke between the output of the module around this one and the output of this one."""
+        """The finding for a gradient that broke between the output of the surrounding module and this one's output."""
         around, where = self._around(call.name), self._label(call.name)
         source = f"the output of {around.name}" if around else "the loss"
         message = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qwhisper.guards.gradients import Groups, drop_gradients
 
-ALIGNMENT = 512  # bytes, as CUDA's allocator places a tensor: kernels add up an array in the order of its alignment
+ALIGNMENT = 512  # bytes, as in CUDA's allocator: the order in which kernels sum an array depends on its alignment
 
 
 class GradientBuffers:
@@ -54,7 +54,7 @@ class GradientBuffers:
         """Detach every gradient and zero the buffers: before the packs of a step, and before they are run again."""
         drop_gradients(self.groups)
         for flat in self.flat:
-            flat.zero_()  # also what is not finite, which a product with 0 would keep
+            flat.zero_()  # not a product with 0, which would keep values that are not finite
         self._zero = dict(self._views)
 
     def attach(self, parameter: nn.Parameter) -> None:
@@ -64,6 +64,6 @@ class GradientBuffers:
 
 
 def _attach(buffers: "weakref.ref[GradientBuffers]", parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Called for a gradient before autograd adds it to `.grad`."""
+    """Hook that runs before autograd adds a gradient to `.grad`."""
     if (alive := buffers()) is not None:
         alive.attach(parameter)

@@ -1,5 +1,5 @@
-"""The trained weights by group: the statistics that a step is judged by, a decision carried out on the gradients, and
-checksums that show whether frozen weights changed and trained ones moved.
+"""The trained weights by group: statistics of a step, scaling and dropping of gradients, and checksums that show
+whether frozen weights changed and trained ones moved.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def step_statistics(loss: Tensor, groups: Groups) -> StepStatistics:
-    """Loss and each group's gradient norm, fetched in one wait for the device. loss: scalar.
+    """Loss and each group's gradient norm, fetched with one wait for the device. loss: scalar.
 
-    The weights' norms are fetched, in a second wait, only where one of these is not finite: a broken weight that takes
-    part makes them so, and all that is left to find out is whether it was one.
+    If one of these is not finite, a second wait fetches the weights' norms, which show whether a weight is the cause.
+    Otherwise no weight that takes part is broken.
     """
     values = {name: norm_of(gradients(parameters)) for name, parameters in groups.items()}
     first, *norms = _fetch([loss.detach().float(), *values.values()], loss.device)
@@ -47,10 +47,10 @@ def _fetch(scalars: list[Tensor], device: torch.device) -> list[float]:
 
 
 def drop_gradients(groups: Groups) -> None:
-    """Sets every gradient to None, so that no optimizer touches the parameter, its moments or its step count. Buffers
-    (gradient_buffers.py) are detached by it.
+    """Set every gradient to None, so that the optimizer changes neither the parameter nor its moments and step count.
+    This detaches buffers (gradient_buffers.py).
 
-    A zeroed gradient would not do: AdamW moves on its momentum.
+    A gradient of zero would not suffice: AdamW would move the weight by its momentum.
     """
     for parameters in groups.values():
         for parameter in parameters:
@@ -58,7 +58,7 @@ def drop_gradients(groups: Groups) -> None:
 
 
 def scale_gradients(decision: Decision, groups: Groups) -> None:
-    """Multiplies each group's gradients by its factor, in place. Only finite norms lead here."""
+    """Multiply each group's gradients by its factor, in place. Called only if all norms are finite."""
     for name, factor in decision.factors.items():
         found = gradients(groups[name])
         if found:
@@ -68,8 +68,8 @@ def scale_gradients(decision: Decision, groups: Groups) -> None:
 def frozen_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter that does not require gradients, and of the scales of 4-bit ones.
 
-    Left out: buffers, since rotary embeddings may rewrite theirs as they go; weights that are offloaded (on `meta` they
-    have no bits); 4-bit weights on a CPU, which bitsandbytes lays out anew at their first evaluation.
+    Leaves out buffers, because rotary embeddings may rewrite theirs; offloaded weights, which have no bits on `meta`;
+    4-bit weights on a CPU, whose layout bitsandbytes changes at their first evaluation.
     """
     for name, parameter in model.named_parameters():
         quant_state = getattr(parameter, "quant_state", None)
@@ -81,6 +81,6 @@ def frozen_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def group_checksums(groups: Groups) -> dict[str, int]:
-    """One checksum a group: another number as soon as any bit of its weights has changed."""
+    """One checksum for each group, which changes with any bit of its weights."""
     sums = checksums((f"{name}/{i}", p) for name, parameters in groups.items() for i, p in enumerate(parameters))
     return {name: sum(sums[f"{name}/{i}"] for i in range(len(parameters))) for name, parameters in groups.items()}

@@ -9,24 +9,24 @@ from torch import Tensor
 
 from qwhisper.guards.gradients import Groups
 
-KEPT = 2  # the newest may already be poisoned without showing it
-WEIGHT = "weight"  # no optimizer calls a moment so
-TRIED = "tried"  # in what is saved, the step that was restored last
+KEPT = 2  # the newest may already be damaged although it is finite
+WEIGHT = "weight"  # no optimizer has a moment of this name
+TRIED = "tried"  # key of the saved step that was restored last
 
 
 @dataclass
 class Copy:
-    """Of each parameter its moments by their names, and itself as WEIGHT."""
+    """For each parameter, its moments by name and its value as WEIGHT."""
 
     step: int
     tensors: list[dict[str, Tensor]]
 
 
 class Snapshots:
-    """Of one run's parameters and optimizer, the newest last.
+    """Snapshots of one run's parameters and optimizer, the newest last.
 
-    From a GPU the copies go to pinned memory, without a wait: the device does what comes later in the same stream. The
-    memory of the copy that is given up is used again, since pinning takes longer than copying.
+    Copies from a GPU go to pinned memory without a wait: later work follows in the same stream. The memory of a
+    discarded copy is used again, because pinning takes longer than copying.
     """
 
     def __init__(self, groups: Groups, optimizer: torch.optim.Optimizer):
@@ -36,14 +36,14 @@ class Snapshots:
         self.restored: int | None = None
 
     def sound(self) -> bool:
-        """Whether every weight and moment is finite, now."""
+        """Whether every present weight and moment is finite."""
         return all_finite([tensor for entry in self._now() for tensor in entry.values()])
 
     @torch.no_grad()
     def take(self, step: int) -> bool:
-        """Copies everything, unless a number in it is not finite. Returns whether it did.
+        """Copy all weights and moments, unless one is not finite. Returns whether they were copied.
 
-        A second copy of one step takes the place of the first. May run out of memory.
+        A second copy of the same step replaces the first. May run out of memory.
         """
         if not self.sound():
             return False
@@ -61,7 +61,7 @@ class Snapshots:
         return [{WEIGHT: p.detach()} | self.optimizer.state.get(p, {}) for p in self.parameters]
 
     def as_tensors(self) -> dict[str, Tensor]:
-        """All copies, by "step|parameter's index|name", for a file. The device must have been waited for."""
+        """All copies, by "step|parameter's index|name", for a file. Wait for the device before."""
         tensors = {
             f"{copy.step}|{index}|{name}": tensor
             for copy in self.kept
@@ -72,7 +72,7 @@ class Snapshots:
         return tensors | {TRIED: torch.tensor(-1 if self.restored is None else self.restored)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The copies that `as_tensors` gave, in the place of those here."""
+        """Replace the copies by those that `as_tensors` gave."""
         tried = int(tensors.pop(TRIED))
         copies: dict[int, list[dict[str, Tensor]]] = {}
         for key, tensor in tensors.items():
@@ -83,10 +83,10 @@ class Snapshots:
 
     @torch.no_grad()
     def restore(self) -> int | None:
-        """Puts the newest copy back, or the older one where the newest has just been tried: in place, so that weights
-        and moments stay where they are in memory.
+        """Restore the newest copy, or the older one if the newest has just been tried. Writes in place, so that weights
+        and moments keep their memory.
 
-        Returns the step that it is of; None if there is none.
+        Returns the step of the copy; None if there is no copy.
         """
         if self.restored is not None and len(self.kept) > 1:
             self.kept.pop()
@@ -105,19 +105,19 @@ class Snapshots:
 
 
 def was_stepped(moments: Mapping[str, Tensor]) -> bool:
-    """Whether the optimizer has stepped this parameter: a rewind to before its first step leaves moments of zeros."""
+    """Whether the optimizer has stepped this parameter. A rewind to before its first step leaves moments of zeros."""
     return "step" in moments and bool(moments["step"] != 0)
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """In one wait for the device."""
-    largest = torch._foreach_norm(tensors, float("inf"))  # a NaN among the values is the result
+    """Whether all values are finite, with one wait for the device."""
+    largest = torch._foreach_norm(tensors, float("inf"))  # NaN if any value is NaN
     device = tensors[0].device
     return bool(torch.stack([value.to(device, torch.float32) for value in largest]).isfinite().all())
 
 
 def on_host(tensors: dict[str, Tensor], spare: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, in the memory of `spare` where it has some of that name."""
+    """Copies on the host, in the memory of `spare` for names that it has."""
     copies = {}
     for name, tensor in tensors.items():
         into = spare.get(name)

@@ -1,7 +1,7 @@
-"""What the guards remember from step to step. Plain Python; all of it is saved with the run.
+"""The guards' memory between steps. Plain Python; all of it is saved with the run.
 
-`GuardState` holds the averages of gradient norms and what follows a run of bad steps; `DynamicRate`, `ClampSwitch` and
-`LossScale` are its parts, each with its own rule.
+`GuardState` holds the averages of gradient norms and the counts of bad steps and rewinds; `DynamicRate`, `ClampSwitch`
+and `LossScale` are its parts, each with its own rule.
 """
 
 import math
@@ -14,14 +14,14 @@ from qwhisper.typed_json import ADDED_LATER
 RATE_WINDOW, RATE_CALM = 20, 60
 RATE_DOWN, RATE_UP, RATE_LEAST = 0.7, 1.1, 0.1
 FAST, SLOW = 1 / 20, 1 / 100  # weights of a new loss in the two averages
-RISE = 2.5  # in 13,500 sound steps twice
+RISE = 2.5  # twice in 13,500 sound steps
 LOSSES_KNOWN = 40  # losses before the two averages mean anything
 
-# The field report's. In a 4-bit copy of Qwen2.5-1.5B what the first q_proj reads of a word stays below it but for 2
-# values in 100,000, up to 18.
+# The field report's. In a 4-bit copy of Qwen2.5-1.5B, the first q_proj's inputs from words are below it except for 2
+# values in 100,000, of up to 18.
 CLAMP_BOUND = 8.0
 CLAMP_SPIKES = 3  # fewer than the 5 bad steps in a row that rewind
-CLAMP_WINDOW = 50  # as long as the norms' average remembers
+CLAMP_WINDOW = 50  # steps; the norms' average covers as many
 CLAMP_CLEAN = 200  # four windows: turning off takes longer than turning on, so that it does not oscillate
 
 LARGEST_SCALE, SMALLEST_SCALE = 2.0**24, 1.0
@@ -30,7 +30,7 @@ GROWTH_STEPS = 500  # steps without overflow before a larger one is tried
 
 SNAPSHOT_STEPS = 50  # clean steps between two snapshots
 REWIND_RATE = 0.5  # factor on the learning rate after each rewind
-ALL = "all"  # the average of all groups' norm together: a metric, no bound
+ALL = "all"  # key of the average norm of all groups together: a metric, not a bound
 
 Act = Literal["go on", "rewind", "stop"]
 
@@ -155,7 +155,7 @@ class LossScale:
     clean: int = 0
 
     def shrink(self) -> bool:
-        """Call after an overflow. Returns False if the scale is already the smallest: then the cause is another."""
+        """Call after an overflow. Returns False if the scale is already the smallest: then the cause is no overflow."""
         if self.scale <= SMALLEST_SCALE:
             return False
         self.scale, self.clean = max(SMALLEST_SCALE, self.scale * SHRINK), 0
@@ -181,7 +181,7 @@ class GuardState:
     clamp: ClampSwitch = field(default_factory=ClampSwitch)
 
     def feed(self, statistics: StepStatistics, decision: Decision) -> None:
-        """Call after a step: adds its norms to the averages if it was taken, for groups that had gradients."""
+        """Call after a step. If it was taken, adds the norms of groups with gradients to the averages."""
         self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if decision.bad else 0
         if decision.skip:
             return
@@ -191,7 +191,7 @@ class GuardState:
                 self.averages.setdefault(name, NormAverage()).feed(norm)
 
     def next_act(self, statistics: StepStatistics, *, max_bad_steps: int, max_rewinds: int) -> Act:
-        """Bad steps in a row, or weights that are not finite, mean that the weights are damaged."""
+        """What to do after a step. Several bad steps in a row, or a weight that is not finite, mean damaged weights."""
         if not statistics.broken_weights and self.bad_steps_in_a_row < max_bad_steps:
             return "go on"
         return "rewind" if self.rewinds < max_rewinds else "stop"

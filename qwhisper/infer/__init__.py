@@ -1,1 +1,1 @@
-"""From a checkpoint to answers: in Python, in the terminal, and for a training file."""
+"""Answers from a checkpoint, in Python and in the terminal, and answers of a text model for a training file."""

@@ -1,9 +1,9 @@
-"""Answer-writing: the text model reads what was said and writes the answers that audio will be taught with.
+"""Writes training answers: the text model reads the transcripts and answers them.
 
-Its prompts are those of training, with each clip's transcript where the audio would be. Every batch of answers is on
-disk, in OUT.cache.jsonl, before the next is asked for; OUT itself is written when all are there. An answer is found
-again by its prompt, the model and the number of tokens it may have: another model finds nothing there, and a longer
-input asks only for what is new.
+Its prompts are those of training, with each clip's transcript instead of the audio. Each batch of answers is written to
+the disk, in OUT.cache.jsonl, before the next is computed; OUT itself is written at the end. The cache's key is the
+prompt, the model and the largest number of tokens: another model finds none of these answers, and for a longer input
+only the new ones are computed.
 """
 
 import fcntl
@@ -37,14 +37,14 @@ from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, 
 from qwhisper.model.pretrained import load_tokenizer
 from qwhisper.report.events import ends_in_half_a_line, read_jsonl
 
-# Prompts that are in memory together, and among which the longest go first. Windows are cut from all questions, those
-# that were answered before a kill included, so that the same ones share a batch afterwards: bf16 rounds by the batch.
+# Prompts in memory together, the longest first. Windows are cut from all questions, including those answered before a
+# kill, so that the same ones share a batch afterwards: in bf16 the rounding depends on the batch.
 WINDOW = 4096
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the text model is asked, and the key under which its answer is kept."""
+    """A prompt of the text model, and the cache's key of its answer."""
 
     key: str
     prompt: Sample
@@ -52,7 +52,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Written:
-    """An answer as the cache has it. ended: whether the model ended its turn; else it was cut at `max_new_tokens`."""
+    """An answer in the cache. ended: whether the model ended its turn; else the answer was cut at `max_new_tokens`."""
 
     text: str
     ended: bool
@@ -60,11 +60,11 @@ class Written:
 
 @dataclass(frozen=True)
 class Answered:
-    """What became of a file of dialogues.
+    """The result for a file of dialogues.
 
-    dialogues: those that have their answers, in their order; given: how many of them were answered by the text model;
-    asked: how many prompts it read now, the rest being in the cache; cut: how many answers were left out because they
-    had too many tokens; faults: why dialogues were not answered.
+    dialogues: those with their answers, in order. given: how many of them the text model answered. asked: how many
+    prompts it read now; the rest was in the cache. cut: how many answers were left out because they had too many
+    tokens. faults: why dialogues were not answered.
     """
 
     dialogues: list[Dialogue]
@@ -77,8 +77,8 @@ class Answered:
 def read_unanswered(
     in_file: str | Path, *, data_root: str | Path | None, instructions: str | None, language: str, seed: int
 ) -> tuple[list[Dialogue], list[str]]:
-    """Dialogues and faults of a file in which dialogues may end with a question, and lines may be a clip alone, which
-    is given an instruction: of the file `instructions`, or of those that qwhisper ships in a language.
+    """Dialogues and faults of a file. A dialogue may end with a question. A line may be a clip alone; it gets an
+    instruction from the file `instructions`, or else one that qwhisper ships in `language`.
     """
     pool = instruction_pool(language) if instructions is None else read_instructions(instructions)
     convert = partial(as_question, instructions=pool, seed=seed)
@@ -94,9 +94,9 @@ def answer_dialogues(
     max_new_tokens: int,
     batch_size: int,
 ) -> Answered:
-    """Have a text model answer the dialogues, and write those that have answers to `out_file`, if there are any.
+    """Answer the dialogues with a text model, and write those with answers to `out_file`, if there are any.
 
-    text_model: its folder. The cache lies beside `out_file`, and is held for this process.
+    text_model: its folder. The cache is beside `out_file`; this process locks it.
     """
     encoder = encoder_for_text(text_model)
     settings = [fingerprint(text_model), str(options.compute_dtype), options.load_in_4bit, max_new_tokens]
@@ -118,7 +118,7 @@ def answer_dialogues(
 
 
 def encoder_for_text(path: str) -> DialogueEncoder:
-    """Makes a text model's prompts as they will be in training."""
+    """The encoder that makes a text model's prompts as in training."""
     tokenizer = load_tokenizer(path)
     refuse_empty_tokenizer(tokenizer, path)
     return DialogueEncoder(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))
@@ -127,9 +127,9 @@ def encoder_for_text(path: str) -> DialogueEncoder:
 def find_questions(
     dialogues: Sequence[Dialogue], encoder: DialogueEncoder, settings: Sequence
 ) -> tuple[dict[int, Question], list[str]]:
-    """The dialogues that await an answer, by their position, and which of these can't be asked, and why.
+    """The questions of dialogues that need an answer, by position, and the reasons why others can't be asked.
 
-    settings: all beside the prompt that an answer depends on.
+    settings: everything except the prompt that an answer depends on.
     """
     questions, faults = {}, []
     for position, dialogue in enumerate(dialogues):
@@ -158,8 +158,8 @@ def answer_all(
     max_new_tokens: int,
     batch_size: int,
 ) -> tuple[dict[str, Written], int]:
-    """Answers by key, the questions' among them, and how many were not in the cache. load: gives the model, which is
-    called for only where something is asked.
+    """All known answers by key, those of the questions included, and how many were not in the cache. load: loads the
+    model; called only if an answer is missing.
     """
     answers = read_answers(cache)
     unique = list({question.key: question for question in questions}.values())
@@ -185,7 +185,7 @@ def answer_all(
 def with_answers(
     dialogues: Sequence[Dialogue], questions: dict[int, Question], answers: dict[str, Written]
 ) -> tuple[list[Dialogue], list[str], int]:
-    """The dialogues that have an answer now or had one, in their order, what was wrong with an answer, and how many
+    """The dialogues with an answer, new or old, in order; the faults of unusable answers; the number of answers that
     were left out because they reached the limit of tokens.
     """
     answered, faults, cut = [], [], 0
@@ -197,7 +197,7 @@ def with_answers(
             if fault := _unusable(found.text):
                 faults.append(f"{dialogue.source}: {fault}")
                 continue
-            if not found.ended:  # it would teach to end in mid-sentence
+            if not found.ended:  # it would train the model to stop in mid-sentence
                 cut += 1
                 continue
             answer = Message("assistant", (found.text,), kind=dialogue.messages[-1].kind)
@@ -206,7 +206,7 @@ def with_answers(
 
 
 def read_answers(cache: Path) -> dict[str, Written]:
-    """What was answered so far, by key; lines that this command has not written are passed over."""
+    """The answers so far, by key. Skips lines that this command did not write."""
     answers = {}
     for record in read_jsonl(cache):
         match record:
@@ -216,7 +216,7 @@ def read_answers(cache: Path) -> dict[str, Written]:
 
 
 def _unusable(text: str) -> str | None:
-    """Why a text model's answer can't be learned from."""
+    """Why an answer of the text model can't be trained on, or None."""
     if not text or any(mark in text for mark in THINK_MARKS):
         return f"the text model answered {'reasoning' if text else 'nothing'}; word the question differently"
     if any(mark in text for mark in CALL_MARKS):
@@ -229,7 +229,7 @@ def _is_open(dialogue: Dialogue) -> bool:
 
 
 def refuse_foreign_output(in_file: Path, out_file: Path) -> None:
-    """Raises UsageError for an output that is the input, or that this module has not written."""
+    """Raises UsageError if the output is the input, or exists and was not written by this module."""
     if out_file.is_dir():
         raise UsageError(f"{out_file} is a folder: give a file for the output")
     cache = _cache_beside(out_file)
@@ -238,7 +238,7 @@ def refuse_foreign_output(in_file: Path, out_file: Path) -> None:
             raise UsageError(f"{taken} is the input as well: give another file for the output")
     if out_file.exists() and not (cache.exists() and cache.stat().st_size):
         raise UsageError(
-            f"{out_file} exists, and beside it no {cache.name} with answers, so it may not be of `data answer`: give "
+            f"{out_file} exists without {cache.name} and answers in it, so `data answer` may not have written it: give "
             "another file, or move it away"
         )
 
@@ -250,8 +250,8 @@ def _cache_beside(out_file: Path) -> Path:
 
 @contextmanager
 def _held(cache: Path) -> Iterator[None]:
-    """Makes the file where it is missing and holds it for this process: two would ask for the same and write into each
-    other's output. At the end an empty one is taken away again, with the folders that were made for it.
+    """Create the cache if it is missing, and lock it: two processes would compute the same answers and overwrite each
+    other's output. At the end delete an empty cache, and the folders that were created for it.
     """
     try:
         made = [folder for folder in cache.parents if not folder.exists()]
@@ -260,7 +260,7 @@ def _held(cache: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"{cache} can't be written ({error}): give another file for the output") from None
     with file:
-        # Not by `lockf`, which the closing of the file after each batch would end.
+        # Not `lockf`: closing the file after each batch would release that lock.
         hold(
             file.fileno(),
             fcntl.flock,
@@ -274,7 +274,7 @@ def _held(cache: Path) -> Iterator[None]:
         finally:
             if cache.exists() and not cache.stat().st_size:
                 cache.unlink()
-                with suppress(OSError):  # OUT lies there
+                with suppress(OSError):  # the folder has OUT in it
                     for folder in made:
                         folder.rmdir()
 
@@ -285,7 +285,7 @@ def _load(path: str, options: LoadOptions) -> PreTrainedModel:
 
 
 def folder_of_far_audio(dialogues: Sequence[Dialogue], folder: Path) -> str | None:
-    """The folder of all files that don't lie below `folder`, whose paths are absolute; None if there are none."""
+    """The common folder of all audio files that are not below `folder`; None if there are none."""
     clips = {clip.path for dialogue in dialogues for clip in dialogue.clips if clip.sound is None}
     root = os.path.realpath(folder)
     far = [os.path.dirname(path) for path in clips if not Path(path).is_relative_to(root)]
@@ -304,7 +304,7 @@ def _write(out_file: Path, dialogues: Sequence[Dialogue]) -> None:
     for dialogue, line in zip(dialogues, lines, strict=True):
         if len(line.encode()) > MAX_LINE_BYTES:
             raise DataError(
-                f"{dialogue.source}: its line in {out_file} would have more than {MAX_LINE_BYTES} bytes, which is not "
+                f"{dialogue.source}: its line in {out_file} would have more than {MAX_LINE_BYTES} bytes, too many to "
                 "read; write its audio to a file and give the path"
             )
     write_whole(out_file, "".join(lines))

@@ -1,4 +1,4 @@
-"""Assistant: a checkpoint that answers messages, one conversation at a time or many together, whole or piece by piece.
+"""Assistant: answers messages with a checkpoint, for one conversation or many, at once or as a stream.
 
 assistant = Assistant.from_pretrained("run")
 messages = [{"role": "user", "content": [{"type": "audio", "audio": "question.wav"}]}]
@@ -30,29 +30,28 @@ from qwhisper.model.processor import Qwen3AudioProcessor, encoder_of, load_proce
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, load_trained
 from qwhisper.versions import check_versions
 
-CACHE_BYTES = 2**30  # of Qwen3-1.7B in bf16 9000 tokens
-AT_ONCE = 256  # conversations whose audio is in memory together
+CACHE_BYTES = 2**30  # 9000 tokens of Qwen3-1.7B in bf16
+AT_ONCE = 256  # conversations; their audio is in memory together
 
 Messages = Sequence[Message | dict]
 
 
 class Assistant:
-    """A model and the encoder that makes its prompts as they were in training.
+    """A model, and the encoder that makes its prompts as in training.
 
-    It keeps what it computed for the last conversations, so that their next turns compute only what is new. While
-    anything is kept the weights must stay as they are: whoever changes them, or switches the adapter off, calls
-    `forget` before and after.
+    It keeps the keys and values of the last conversations, so that a next turn computes only what is new. Meanwhile the
+    weights must not change: call `forget` before and after you change them or switch the adapter off.
 
-    Every method takes the fields of `Request` as keywords (max_new_tokens, temperature, top_p, stop, seed), and
+    Methods that answer take the fields of `Request` as keywords (max_new_tokens, temperature, top_p, stop, seed), and
     messages in the canonical form or in transformers': text, and audio as paths, bytes, base64 or arrays. They raise
-    DataError for messages that can't be read, BadClipError for a clip that can't be used, UsageError for a request that
-    means nothing, MemoryLimitError if one prompt is too much.
+    DataError for messages that can't be read, BadClipError for a clip that can't be used, UsageError for an invalid
+    request, MemoryLimitError if one prompt does not fit into memory.
     """
 
     def __init__(
         self, model: Qwen3AudioForConditionalGeneration, encoder: DialogueEncoder, *, cache_bytes: int = CACHE_BYTES
     ):
-        """model: in evaluation mode. cache_bytes: of device memory for what is kept; 0 keeps nothing."""
+        """model: in evaluation mode. cache_bytes: device memory for past conversations; 0 keeps none."""
         self.model = model
         self.encoder = encoder
         self._cache = ReadingCache(cache_bytes)
@@ -68,12 +67,12 @@ class Assistant:
         text_model: str | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> "Assistant":
-        """A checkpoint, or of a run's folder the best by evaluation, else the newest.
+        """Load a checkpoint, or the best by evaluation of a run's folder, else its newest.
 
         device: "cpu", "cuda", "cuda:1" (None: the first GPU if there is one). dtype: "auto" is bf16 on a GPU and fp32
-        on a CPU. A base that was trained on in 4 bits is loaded in 4 bits. audio_model, text_model: where the bases lie
-        now, if they are neither where they were nor beside the checkpoint. Raises UsageError for a folder that is none
-        and for a device that is not there, CheckpointError for a folder that is damaged or whose bases have changed.
+        on a CPU. A base that was in 4 bits in training is loaded in 4 bits. audio_model, text_model: present paths of
+        the bases, if they are neither at their old paths nor beside the checkpoint. Raises UsageError for a folder
+        without a checkpoint or a missing device, CheckpointError for a folder that is damaged or whose bases changed.
         """
         bases = {"audio_model": audio_model, "text_model": text_model}
         model, processor = read_checkpoint(
@@ -90,9 +89,9 @@ class Assistant:
         return stream.answer
 
     def stream(self, messages: Messages, **request: Any) -> "AnswerStream":
-        """The answer's text in pieces, as it is written; then the stream's `answer` is set.
+        """The answer's text in pieces, as the model writes it; at the end the stream's `answer` is set.
 
-        Messages are read, and their clips decoded, before this returns.
+        Reads the messages and decodes their clips before it returns.
         """
         wanted = Request(**request)
         prompt = self.encoder.encode_prompt(messages)
@@ -101,7 +100,7 @@ class Assistant:
     def answer_all(self, conversations: Sequence[Messages], *, batch_size: int = 8, **request: Any) -> list[Answer]:
         """Answers in the order of the conversations, in batches of similar length; see `answer_batches`.
 
-        Nothing is kept of them. Of `answer` they differ by rounding alone.
+        Keeps nothing for later turns. The answers differ from those of `answer` only by rounding.
         """
         Request(**request)
         answers: list[Answer] = []
@@ -114,7 +113,7 @@ class Assistant:
         return answers
 
     def answer_prompts(self, prompts: Sequence[Sample], *, batch_size: int = 8, **request: Any) -> list[Answer]:
-        """`answer_all` for conversations that are encoded, see `DialogueEncoder.encode_prompt`."""
+        """`answer_all` for encoded conversations, see `DialogueEncoder.encode_prompt`."""
         answers: dict[int, Answer] = {}
         with tqdm(total=len(prompts), unit="answer", disable=None, leave=False) as bar:
             for batch in answer_batches(self.model, self.encoder, prompts, Request(**request), batch_size):
@@ -123,7 +122,7 @@ class Assistant:
         return [answers[position] for position in range(len(prompts))]
 
     def forget(self) -> bool:
-        """Free what was kept of earlier conversations. Returns whether there was anything."""
+        """Free the memory of past conversations. Returns whether there were any."""
         found = self._cache.clear()
         if found and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -136,7 +135,7 @@ class Assistant:
             raise type(error)(f"conversation {number}: {error}") from error
 
     def _tokens(self, prompt: Sample, request: Request) -> Generator[int, None, None]:
-        """The tokens that the model writes after a prompt, without end; what it has read is kept at the close."""
+        """The tokens that the model writes after a prompt, without end. Closing the generator keeps what was read."""
         chooser = Chooser(request, 1, never_written(self.model))
         with naming_the_prompt(prompt):
             reading, reader, logits = self._begin(PromptTokens(self.model, prompt))
@@ -146,22 +145,22 @@ class Assistant:
                     yield int(token)
                     logits = reader.read_tokens(token)
                     reading.tokens.append(int(token))
-            except GeneratorExit:  # between two steps: each layer has read the same
+            except GeneratorExit:  # between two tokens: all layers have read the same
                 reading.past = reader.past
                 self._cache.keep(reading)
                 raise
 
     def _begin(self, prompt: PromptTokens) -> tuple[Reading, Reader, Tensor]:
-        """`_read`; memory that runs out costs what was kept of other conversations first."""
+        """`_read`; if memory runs out, free that of past conversations and try again."""
         try:
             return self._read(prompt)
         except Exception as error:
             if not is_out_of_memory(error) or not self.forget():
                 raise
-        return self._read(prompt)  # outside the handler, whose traceback keeps the tensors of the first attempt alive
+        return self._read(prompt)  # outside the handler: its traceback keeps the first attempt's tensors alive
 
     def _read(self, prompt: PromptTokens) -> tuple[Reading, Reader, Tensor]:
-        """The model with the prompt read, as far as it was not yet, and the logits of what follows."""
+        """Read the part of the prompt that is not in the cache. Returns the reading, the reader and the next logits."""
         known = self._cache.take(prompt.tokens)
         reader = Reader(self.model, past=known.past)
         logits = reader.read(prompt.embed_rest(known))
@@ -169,10 +168,10 @@ class Assistant:
 
 
 class AnswerStream(Iterator[str]):
-    """The text of one answer in pieces, which joined are `answer.text`.
+    """The text of one answer in pieces; joined, they are `answer.text`.
 
-    answer: None until the iteration has ended. A stream that is not read to its end is closed, by `close` or as the
-    context of a `with`; its answer then has the text that was read.
+    answer: None until the iteration has ended. Close a stream that is not read to its end, by `close` or with `with`;
+    its answer then has the text that was read.
     """
 
     def __init__(self, tokens: Generator[int, None, None], written: AnswerText):
@@ -191,11 +190,11 @@ class AnswerStream(Iterator[str]):
         return piece
 
     def cancel(self) -> None:
-        """End the answer after the token that is being computed. Any thread may call this, at any time."""
+        """End the answer after the current token. Any thread may call this at any time."""
         self._cancelled.set()
 
     def close(self) -> None:
-        """End the answer now. For the thread that reads it; to be called any number of times."""
+        """End the answer now. Only the reading thread may call this, any number of times."""
         if self.answer is None:
             self._end(replace(self._written.answer(), text=self._read, finish_reason="cancelled"))
 
@@ -206,7 +205,7 @@ class AnswerStream(Iterator[str]):
         self.close()
 
     def _advance(self) -> str:
-        """Writes one token. Returns the text that it makes certain, which may be none."""
+        """Add one token. Returns the text that is certain now and was not before; may be empty."""
         if self._cancelled.is_set():
             self.close()
             return ""
@@ -229,7 +228,7 @@ def answer_prompts(
     max_new_tokens: int,
     batch_size: int = 8,
 ) -> list[str]:
-    """The texts of a model's most probable answers, see `Assistant.answer_prompts`."""
+    """The text of a model's most probable answer to each prompt, see `Assistant.answer_prompts`."""
     answers = Assistant(model, encoder).answer_prompts(prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
     return [answer.text for answer in answers]
 
@@ -242,9 +241,9 @@ def load_chosen(
     audio_model: str | None = None,
     text_model: str | None = None,
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
-    """The model in evaluation mode and the processor of a checkpoint that `read_checkpoint` has chosen and checked.
+    """The model (in evaluation mode) and processor of a checkpoint that `read_checkpoint` has chosen and checked.
 
-    Arguments as `Assistant.from_pretrained`'s.
+    The arguments are those of `Assistant.from_pretrained`.
     """
     options = options_as_trained(folder, {"dtype": dtype, "device_map": {"": device} if device else None})
     check_versions(quantized=options.load_in_4bit)

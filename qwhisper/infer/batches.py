@@ -23,11 +23,11 @@ def answer_batches(
     request: Request,
     batch_size: int = 8,
 ) -> Iterator[dict[int, Answer]]:
-    """The model's answers, a batch at a time, by the position of their prompts.
+    """The model's answers, one batch at a time, by the position of their prompts.
 
-    model: ours, or any causal LM if no prompt has audio. prompts: see `DialogueEncoder.encode_prompt`. The result
-    depends on the batches by rounding alone; long prompts go first, and memory that runs out halves the batch. Raises
-    MemoryLimitError if one prompt alone is too much.
+    model: ours, or any causal LM if no prompt has audio. prompts: see `DialogueEncoder.encode_prompt`. The batches
+    change the result only by rounding. Long prompts go first, and the batch is halved if memory runs out. Raises
+    MemoryLimitError if one prompt alone does not fit.
     """
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
     done = 0
@@ -43,7 +43,7 @@ def answer_batches(
                     raise
             batch_size = len(chosen) // 2
             answers = None
-        if answers is None:  # outside the handler, whose traceback keeps the failed batch's tensors alive
+        if answers is None:  # outside the handler: its traceback keeps the failed batch's tensors alive
             torch.cuda.empty_cache()
             continue
         yield dict(zip(chosen, answers, strict=True))
@@ -52,7 +52,7 @@ def answer_batches(
 
 @contextmanager
 def naming_the_prompt(prompt: Sample) -> Iterator[None]:
-    """Memory that runs out as MemoryLimitError with the size of the prompt."""
+    """A context in which running out of memory raises MemoryLimitError with the size of the prompt."""
     try:
         yield
     except Exception as error:

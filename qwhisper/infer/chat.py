@@ -1,4 +1,4 @@
-"""A conversation in the terminal, over text and audio files.
+"""A conversation in the terminal, with text and audio files.
 
 > question.wav                     attaches a file; an empty line then sends it
 > a.wav b.wav Which came first?    attaches two and sends them with the text
@@ -22,7 +22,7 @@ HELP = """A line is sent as text. A line that begins with audio files (`a.wav b.
 
 
 class Chat:
-    """A dialogue with an assistant: its messages so far."""
+    """The messages so far of a dialogue with an assistant."""
 
     def __init__(self, assistant: Assistant, *, system: str | None = None, max_new_tokens: int = 256):
         self.assistant = assistant
@@ -35,10 +35,10 @@ class Chat:
         self.messages = list(self.opening)
 
     def ask(self, clips: Sequence, text: str) -> str:
-        """Print the answer to one turn as it comes, and return it.
+        """Print the answer to one turn as the model writes it, and return it.
 
-        clips: AudioClips, or whatever an audio part may hold. Raises DataError, for a clip that can't be used
-        BadClipError, and then nothing was said.
+        clips: AudioClips, or anything that an audio part may hold. Raises DataError, or BadClipError for a clip that
+        can't be used; the messages are then unchanged.
         """
         heard = [read_own_audio(clip, f"clip {n}") for n, clip in enumerate(clips, 1)]
         question = Message("user", (*heard, text) if text else tuple(heard))
@@ -52,7 +52,7 @@ class Chat:
 
 
 def converse(chat: Chat, read_line: Callable[[], str]) -> None:
-    """Lines to turns until /quit or the end of the input; a mistake is explained and the conversation continues."""
+    """Read lines as turns until /quit or the end of the input. Print errors of the user and continue."""
     attached: list[AudioClip] = []
     while True:
         try:
@@ -73,16 +73,16 @@ def converse(chat: Chat, read_line: Callable[[], str]) -> None:
                 sent, attached = attached, []
                 chat.ask(sent, text)
             elif attached:
-                print(f"({len(attached)} attached; go on with text or files, or send with an empty line)")
+                print(f"({len(attached)} attached; add text or files, or send with an empty line)")
         except DataError as error:
             print(error)
 
 
 def split_line(line: str) -> tuple[list[AudioClip], str]:
-    """The audio files that a line begins with, and the text after them.
+    """The audio files at the beginning of a line, and the text after them.
 
-    A path with spaces is quoted; one without a slash is known by its ending. Raises DataError for a file that is
-    missing or no audio, and for an unknown command.
+    A path with spaces must be quoted; one without a slash is recognised by its extension. Raises DataError for a file
+    that is missing or not audio, and for an unknown command.
     """
     clips = []
     while line:

@@ -1,4 +1,4 @@
-"""Decoding: the tokens of an answer, chosen one after another, and the text that they become."""
+"""Decoding: chooses the tokens of an answer one after another, and decodes them to text."""
 
 import inspect
 import math
@@ -15,16 +15,16 @@ from qwhisper.data.rows import Sample
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import UsageError
 
-MOST_UNSETTLED = 64  # tokens that are decoded again with each new one, unless they can't be divided
+MOST_UNSETTLED = 64  # tokens decoded again with each new one; more only if they can't be split
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """How an answer is written. Nothing is taken from the base's generation_config.json: Qwen's samples and penalises.
+    """Options of an answer. The base's generation_config.json is not used: Qwen's samples and penalises.
 
-    temperature: 0 takes the most probable token. Above 0 tokens are drawn, from the most probable ones that together
-    have `top_p` of the probability. seed: of what is drawn; None: another answer each time. stop: texts that end the
-    answer and are no part of it. Raises UsageError for values that mean nothing.
+    temperature: 0 takes the most probable token. Above 0, tokens are drawn from the most probable ones that together
+    have `top_p` of the probability. seed: of the draws; None: another answer each time. stop: texts that end the answer
+    and are not part of it. Raises UsageError for invalid values.
     """
 
     max_new_tokens: int = 256
@@ -35,7 +35,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; an answer needs 1 at least")
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; an answer needs at least 1")
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"temperature is {self.temperature}; give 0 (the most probable answer) or more")
         if not 0 < self.top_p <= 1:
@@ -52,9 +52,9 @@ class Request:
 class Answer:
     """text: without special tokens and surrounding white space.
 
-    finish_reason: "stop" (the model ended its turn, or wrote a stop text), "length" (max_new_tokens were written) or
-    "cancelled". prompt_tokens: all that the model was asked, audio_tokens: those of them that are audio.
-    completion_tokens: all that it wrote, with the token that ends the turn.
+    finish_reason: "stop" (the model ended its turn, or wrote a stop text), "length" (it wrote max_new_tokens) or
+    "cancelled". prompt_tokens: tokens of the prompt, of which audio_tokens are audio. completion_tokens: tokens of the
+    answer, including the one that ends the turn.
     """
 
     text: str
@@ -65,11 +65,11 @@ class Answer:
 
 
 class Reader:
-    """A causal LM, and the keys and values of what it has read.
+    """A causal LM with the keys and values of the tokens that it has read.
 
-    attention_mask: int64 [rows, tokens], 0 at the padding on the left of what is read first; None: there is none.
-    past: a cache by the name that the model's output has for it and its forward takes it by, which transformers 5.24
-    changed; empty if nothing was read.
+    attention_mask: int64 [rows, tokens], 0 at the left padding of the first tokens; None: no padding. past: the cache,
+    under the name that the model's forward and its output use for it (transformers 5.24 changed this name); empty
+    before the first read.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Reader:
 
     @torch.no_grad()
     def read(self, embeddings: Tensor) -> Tensor:
-        """embeddings: [rows, new tokens, hidden], after those read before.
+        """Read embeddings [rows, new tokens, hidden], which follow those read before.
 
-        Returns float32 [rows, vocabulary]: the logits of the token that comes next.
+        Returns float32 [rows, vocabulary], the logits of the next token.
         """
         keywords: dict[str, Any] = {"logits_to_keep": 1, **self._place(embeddings)}
         keywords = {name: value for name, value in keywords.items() if name in self._accepted}
@@ -94,11 +94,11 @@ class Reader:
 
     @torch.no_grad()
     def read_tokens(self, tokens: Tensor) -> Tensor:
-        """tokens: int64 [rows], one for each row. Returns as `read`."""
+        """Read tokens, int64 [rows], one for each row. Returns the same as `read`."""
         return self.read(self.model.get_input_embeddings()(tokens[:, None]))
 
     def _place(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """Where the new tokens stand; without padding the model counts the positions itself."""
+        """Mask and positions of the new tokens; empty without padding, when the model counts the positions itself."""
         if self.attention_mask is None:
             return {}
         if self.past:
@@ -109,7 +109,7 @@ class Reader:
 
 
 def never_written(model: PreTrainedModel) -> list[int]:
-    """Ids that are no token of an answer: the placeholder of audio, if it has a row in the vocabulary."""
+    """Ids that no answer contains: the placeholder of audio, if it has a row in the vocabulary."""
     placeholder: int | None = getattr(model.config, "audio_token_id", None)
     if placeholder is None or placeholder >= model.config.get_text_config().vocab_size:
         return []
@@ -117,9 +117,9 @@ def never_written(model: PreTrainedModel) -> list[int]:
 
 
 class Chooser:
-    """Chooses the next token of each row. The global random generators are neither used nor changed.
+    """Chooses the next token of each row. Neither uses nor changes the global random generators.
 
-    Each row draws from its own generator, so that the same seed gives an answer in a batch that it gives alone.
+    Each row draws from its own generator, so that a seed gives the same answer in a batch as alone.
     forbidden: tokens that are never chosen.
     """
 
@@ -134,7 +134,7 @@ class Chooser:
                 generator.manual_seed(request.seed)
 
     def choose(self, logits: Tensor) -> Tensor:
-        """logits: float32 [rows, vocabulary], which is changed. Returns int64 [rows]."""
+        """logits: float32 [rows, vocabulary], changed in place. Returns int64 [rows]."""
         logits[:, self._forbidden] = -math.inf
         if not self._generators:
             return logits.argmax(dim=-1)
@@ -148,7 +148,7 @@ class Chooser:
 
 
 class AnswerText:
-    """The answer to one prompt as its tokens come. `finish_reason` is None until one of them ends it."""
+    """The answer to one prompt while its tokens come. `finish_reason` is None until a token ends the answer."""
 
     def __init__(self, encoder: DialogueEncoder, prompt: Sample, request: Request):
         self.tokens: list[int] = []
@@ -159,7 +159,7 @@ class AnswerText:
         self._ends = end_of_turn_ids(encoder.tokenizer, encoder.chat_template)
         self._max_tokens = request.max_new_tokens
         self._stop = request.stop_texts
-        self._settled, self._num_settled = "", 0  # the text of the first tokens, which is not decoded again
+        self._settled, self._num_settled = "", 0  # text and number of the first tokens, which are not decoded again
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
@@ -170,21 +170,21 @@ class AnswerText:
 
     @property
     def text(self) -> str:
-        """Up to the end of the turn or to a stop text, without special tokens and surrounding white space."""
+        """The text up to the end of the turn or a stop text, without special tokens and surrounding white space."""
         text = self._decoded()
         return text[: self._stop_place(text)].rstrip()
 
     @property
     def certain(self) -> str:
-        """The beginning of `text` that no further token changes."""
+        """The beginning of `text` that later tokens can't change."""
         if self.finish_reason is not None:
             return self.text
-        text = self._decoded().rstrip("\ufffd")  # a character whose last bytes are still to come
+        text = self._decoded().rstrip("\ufffd")  # a character whose last bytes are missing
         begun = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return text[: len(text) - max(begun, default=0)].rstrip()
 
     def answer(self) -> Answer:
-        """The text as it stands, which is cut short where nothing has ended it."""
+        """The answer so far; "cancelled" if nothing has ended it."""
         reason = self.finish_reason or "cancelled"
         return Answer(self.text, reason, self._prompt_tokens, self._audio_tokens, len(self.tokens))
 
@@ -196,7 +196,7 @@ class AnswerText:
         if len(rest) > MOST_UNSETTLED:
             half = len(rest) // 2
             first = self._decode(rest[:half])
-            if first + self._decode(rest[half:]) == text:  # not within a character, nor before a space that gets lost
+            if first + self._decode(rest[half:]) == text:  # no character or space is lost at the split
                 self._settled += first
                 self._num_settled += half
         return decoded
@@ -205,5 +205,5 @@ class AnswerText:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _stop_place(self, text: str) -> int | None:
-        """Where the first stop text begins."""
+        """Index of the first stop text; None without any."""
         return min((place for place in map(text.find, self._stop) if place >= 0), default=None)

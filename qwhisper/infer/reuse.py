@@ -1,8 +1,8 @@
-"""What a later prompt need not compute again: the keys and values of what it begins with, and clips that were encoded.
+"""Reuse between prompts: the keys and values of a common beginning, and encoded windows of audio.
 
-Two prompts begin alike as far as their tokens are equal, and at the tokens of audio the windows that they came from.
-So a history that has changed, or an answer that is tokenised in another way than it was written, is computed again from
-there on; it is never taken for what it is not.
+Two prompts have a common beginning as far as their tokens are equal and their audio tokens come from equal windows. A
+history that has changed, or an answer that is tokenised in another way than it was written, is computed again from
+that place on; it is never matched by mistake.
 """
 
 import copy
@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from qwhisper.data.rows import Sample
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
-# An id, or of a token of audio the hash of its window and its place in it.
+# An id; for a token of audio, the hash of its window and its place in the window.
 Token = int | tuple[bytes, int]
 
 
@@ -27,7 +27,7 @@ Token = int | tuple[bytes, int]
 class Reading:
     """Tokens that a language model has read.
 
-    past: as `Reader`'s, of exactly these tokens. heard: by the hash of a window its encoder frames [frames, d_model].
+    past: as in `Reader`, of exactly these tokens. heard: encoder frames [frames, d_model] by the hash of their window.
     """
 
     tokens: list[Token] = field(default_factory=list)
@@ -42,9 +42,9 @@ class Reading:
 
 
 class ReadingCache:
-    """Readings of earlier prompts and their answers, the least recently used dropped first. Threads may share it.
+    """Readings of earlier prompts and their answers. Drops the least recently used first. Threads may share it.
 
-    limit_bytes: of all readings together, on the device; one that is larger by itself is not kept.
+    limit_bytes: device memory of all readings together; a reading that is larger by itself is not kept.
     """
 
     def __init__(self, limit_bytes: int):
@@ -53,10 +53,10 @@ class ReadingCache:
         self._lock = Lock()
 
     def take(self, tokens: Sequence[Token]) -> Reading:
-        """A beginning of a prompt that was read before, all but its last token at most; the caller may extend it.
+        """The longest beginning of a prompt that was read before, without its last token. The caller may extend it.
 
-        A reading that the prompt continues is handed over. From one that it branches off, the common part is taken,
-        which needs a cache that can be cut: one with a sliding window can't, and gives its clips alone.
+        If the prompt continues a reading, the cache gives that reading away. If it branches off, the common part is
+        copied. This needs keys and values that can be cut; with a sliding window, only the encoded windows are reused.
         """
         with self._lock:
             heard = self._heard(tokens)
@@ -80,7 +80,7 @@ class ReadingCache:
                 self._kept.pop(0)
 
     def clear(self) -> bool:
-        """Whether there was anything to drop."""
+        """Drop all readings. Returns whether there were any."""
         with self._lock:
             found = bool(self._kept)
             self._kept.clear()
@@ -93,7 +93,7 @@ class ReadingCache:
 
 
 class PromptTokens:
-    """A prompt as a model of ours reads it: its tokens, and the embeddings of those that it has not read yet."""
+    """A prompt for one of our models: its tokens, and the embeddings of those that are not read yet."""
 
     def __init__(self, model: Qwen3AudioForConditionalGeneration, prompt: Sample):
         self._model = model
@@ -113,7 +113,7 @@ class PromptTokens:
 
     @torch.no_grad()
     def embed_rest(self, reading: Reading) -> Tensor:
-        """[1, tokens, hidden] of what follows the reading. Encodes the windows that it lacks, and adds them to it."""
+        """Embeddings [1, tokens, hidden] after the reading. Encodes missing windows and adds them to the reading."""
         rest = self.tokens[len(reading.tokens) :]
         windows = [token[0] for token in rest if isinstance(token, tuple) and token[1] == 0]
         new = [window for window in dict.fromkeys(windows) if window not in reading.heard]
@@ -136,7 +136,7 @@ def _hash(window) -> bytes:
 
 
 def _num_shared(read: Sequence[Token], tokens: Sequence[Token]) -> int:
-    """How many tokens of a prompt were read: not the last one, whose logits are asked for, and whole windows alone."""
+    """How many tokens of a prompt were read; only whole windows, and not the last token, whose logits are needed."""
     pairs = zip(read, tokens[:-1], strict=False)
     shared = next((n for n, (own, other) in enumerate(pairs) if own != other), min(len(read), len(tokens) - 1))
     cut = tokens[shared] if shared else 0
@@ -148,7 +148,7 @@ def _can_be_cut(cache: Cache) -> bool:
 
 
 def _beginning(cache: Cache, length: int) -> Cache:
-    """A cache of the first tokens of another, which stays as it is: a DynamicLayer never writes into its tensors."""
+    """A cache of the first tokens of another, which does not change: a DynamicLayer never writes into its tensors."""
     beginning = copy.copy(cache)
     beginning.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in beginning.layers:

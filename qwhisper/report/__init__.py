@@ -1,1 +1,1 @@
-"""What a run tells: files for machines, lines for people."""
+"""The output of a run: files for machines, lines for people."""

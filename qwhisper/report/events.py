@@ -37,7 +37,7 @@ class RunLog:
         path = self.folder / file
         line = json.dumps(record, ensure_ascii=False) + "\n"
         try:
-            if self._torn.get(file, True):  # a kill, or a full disk, in the middle of a line
+            if self._torn.get(file, True):  # a kill or a full disk interrupted a line
                 line = "\n" * ends_in_half_a_line(path) + line
             self._torn[file] = True
             with path.open("a", encoding="utf-8") as handle:
@@ -76,7 +76,7 @@ def readable(statistics: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def acts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events without those of the run's course."""
+    """The events that are not of the run's course: acts of guards, and alarms."""
     return [event for event in events if event.get("kind") not in COURSE]
 
 
@@ -98,7 +98,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _readable(path: Path) -> list[dict[str, Any]]:
-    """The same; an empty list also if it is no regular file or can't be read."""
+    """Like `read_jsonl`; an empty list also if the path is not a regular file or can't be read."""
     try:
         return read_jsonl(path) if path.is_file() else []
     except OSError:
@@ -106,7 +106,7 @@ def _readable(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """None for an incomplete line, which a kill or a full disk leaves, and for anything that is no record."""
+    """The record, or None for an incomplete line, which a kill or a full disk leaves, and for anything else."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -355,7 +355,7 @@ METRICS = {
     "listening_gain": "loss with swapped audio minus loss with the true audio, nats a supervised token",
     "listening_noise": "standard error of `listening_gain`",
     "text_shift": "Kullback-Leibler divergence of the answers to text from the base model's, nats a token",
-    "retention": "share of questions of kinds never trained on that are answered right by ear",
+    "retention": "share of questions of kinds never trained on that are answered right on speech",
     "retention_questions": "number of those questions",
-    "hearing": "share of questions of trained kinds that are answered right by ear",
+    "hearing": "share of questions of trained kinds that are answered right on speech",
 }

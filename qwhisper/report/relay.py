@@ -1,7 +1,7 @@
 """The process between a run and the readers of its output: it accepts everything at once and passes it on when it can.
 
-streams.py starts it as a script, so it imports only the standard library. It is a process, not a thread of the run, so
-that it also gets what a library writes to the descriptor, and the last lines before a crash.
+streams.py starts it as a script, so it imports only the standard library. It is a process and not a thread of the run,
+so that it also receives what a library writes to the descriptor, and the last lines before a crash.
 
     python relay.py NAME:IN:OUT …      a word on stdin, or its end, marks the end of the run; stdout: a JSON report
 
@@ -19,8 +19,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-MAX_BYTES = 2**20  # kept for a reader that has stopped; beyond this, the oldest lines are dropped
-PATIENCE_S = 2.0  # wait after the end of the run, for a reader that reads nothing
+MAX_BYTES = 2**20  # kept for a reader that has stopped; above this, the oldest lines are dropped
+PATIENCE_S = 2.0  # after the end of the run, for a reader that reads nothing
 
 
 def cannot_be_written(name: str, error: OSError) -> str:
@@ -41,10 +41,10 @@ class Outlet:
         self._on_error = on_error
         self._lines: deque[bytes] = deque()
         self._size = 0
-        self._gap = 0  # lines dropped since the last one that was written
+        self._gap = 0  # lines dropped since the last written one
         self._lost = 0  # before that
         self._last_byte = b"\n"
-        self.in_hand = b""  # being written: perhaps a line's beginning, whose rest is still to come
+        self.in_hand = b""  # being written; may be the beginning of a line
         self.is_dead = False
         self._is_idle = True
         self._changed = threading.Condition()
@@ -57,7 +57,7 @@ class Outlet:
         return self._lost + self._gap + left
 
     def put(self, data: bytes) -> None:
-        """Never waits."""
+        """Queue data without a wait."""
         with self._changed:
             if self.is_dead:
                 return
@@ -74,7 +74,7 @@ class Outlet:
             self._changed.notify_all()
 
     def finish(self) -> bool:
-        """Wait until everything is written; False if nothing was written for PATIENCE_S."""
+        """Wait until everything is written. Returns False if nothing was written for PATIENCE_S."""
         with self._changed:
             while self._lines or not self._is_idle:
                 if not self._changed.wait(PATIENCE_S):  # each write notifies
@@ -118,7 +118,7 @@ class Outlet:
 
 
 def main(arguments: Sequence[str]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they may go to all processes of the run
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a terminal sends them to all processes of the run
         signal.signal(number, signal.SIG_IGN)
     outlets: dict[int, Outlet] = {}
 
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
     lost = sum(outlet.lost for outlet in outlets.values())
     dead = [outlet.name for outlet in outlets.values() if outlet.is_dead]
     print(json.dumps({"lost": lost, "stalled": [outlet.name for outlet in stalled], "dead": dead}), flush=True)
-    os._exit(0)  # without a wait for a write that does not end
+    os._exit(0)  # don't wait for a write that does not end
 
 
 def _pass_on(outlets: dict[int, Outlet]) -> None:

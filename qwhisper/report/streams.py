@@ -1,8 +1,8 @@
-"""stdout and stderr that neither end nor block a run.
+"""Keeps failures and stalls of stdout and stderr from ending or blocking a run.
 
-They may fail (a full disk, a pipe without a reader, a closed terminal) or stop accepting output (a paused pipe or
-terminal, a stalled log collector). The run folder's logs have the same content. Imports are few, because the command
-line loads this file before anything else.
+They fail on a full disk, a pipe without a reader or a closed terminal; they stall on a paused pipe or terminal or a
+stalled log collector. The run folder's logs have the same content. Imports are few, because the command line loads
+this file before anything else.
 """
 
 import atexit
@@ -27,8 +27,8 @@ RELAY_IS_GONE = "note: the process that passes on the output was killed; from no
 class Unfailing:
     """A stream that reports its first failing write on stderr, and discards that and all later output.
 
-    terminal: a descriptor of the stream's terminal, if the stream itself leads to the relay. without_relay: restores
-    the stream's own target; None if it already leads there.
+    terminal: descriptor of the stream's terminal, if the stream leads to the relay. without_relay: restores the
+    stream's original target; None if the stream has it.
     """
 
     def __init__(self, stream: TextIO, name: str):
@@ -45,7 +45,7 @@ class Unfailing:
         return self.terminal is not None or self._stream.isatty()
 
     def fileno(self) -> int:
-        """A progress bar uses it to get the width of the terminal."""
+        """The terminal's descriptor, if there is one: a progress bar reads the width from it."""
         return self._stream.fileno() if self.terminal is None else self.terminal
 
     def write(self, text: str) -> int:
@@ -62,12 +62,12 @@ class Unfailing:
             self.give_up(error)
 
     def give_up(self, error: OSError) -> None:
-        if self.without_relay:  # it takes everything, so it was killed
+        if self.without_relay:  # the relay accepts all output, so a failed write means that it was killed
             self.without_relay()
             print(RELAY_IS_GONE, file=sys.stderr)
-            self.flush()  # what was not written is still in the buffer, if there is one
+            self.flush()  # writes what is left in the buffer, if there is one
             return
-        # With what is left in its buffer: the interpreter's last flush would fail on that and end in exit code 120.
+        # Discards the buffer too: the interpreter's last flush would fail on it and end in exit code 120.
         with suppress(OSError):
             _discard(self._stream.fileno())
         if not self._has_warned:
@@ -77,13 +77,13 @@ class Unfailing:
 
 @contextmanager
 def unfailing_output(*, on_lost: Callable[[int], None] | None = None) -> Iterator[None]:
-    """A context in which no write to stdout or stderr raises OSError, whoever prints; a closed stream discards output.
+    """A context in which no write to stdout or stderr raises OSError; a closed stream discards output.
 
     With on_lost, no write waits for a reader either. Lines that a reader does not read in time are dropped; when it
     continues, it gets a line with their number. on_lost is called at the end with the number of lost lines, if any.
     """
     with ExitStack() as opened:
-        # Opened for a closed one, it has that one's descriptor as well, which a library may write to.
+        # A stream opened for a closed one also gets its descriptor, to which a library may write.
         out, err = (
             Unfailing(stream or opened.enter_context(open(os.devnull, "w")), name)
             for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr"))
@@ -102,7 +102,7 @@ def unfailing_output(*, on_lost: Callable[[int], None] | None = None) -> Iterato
 class Relayed:
     """Descriptors that lead to a relay process.
 
-    targets: by descriptor, a copy of what it was. descriptors: those of each of the relay's outlets, by its name.
+    targets: a copy of each descriptor's original target. descriptors: those of each outlet of the relay, by its name.
     """
 
     process: subprocess.Popen
@@ -119,12 +119,12 @@ class Relayed:
 
 
 def start_relay(streams: Sequence[Unfailing]) -> Relayed | None:
-    """Puts a relay process between the streams that may have to wait and their readers; see relay.py."""
+    """Put a relay process between the streams that may have to wait and their readers; see relay.py."""
     waiting = [stream for stream in streams if _may_wait(stream)]
     if not waiting or not sys.executable:
         return None
     targets = {stream.fileno(): os.dup(stream.fileno()) for stream in waiting}
-    outlets: dict[tuple[int, int], str] = {}  # one for both streams of a terminal: their lines stay in order
+    outlets: dict[tuple[int, int], str] = {}  # both streams of a terminal share one: their lines stay in order
     pipes: dict[str, tuple[int, int]] = {}
     descriptors: dict[str, list[int]] = {}
     for stream in waiting:
@@ -141,7 +141,7 @@ def start_relay(streams: Sequence[Unfailing]) -> Relayed | None:
             pass_fds=[int(number) for argument in arguments for number in argument.split(":")[1:]],
             start_new_session=True,  # Ctrl-C and Ctrl-Z in the terminal are meant for the run
         )  # fmt: skip
-    except OSError:  # no memory, or a limit of processes: without it, the run waits for a reader that has stopped
+    except OSError:  # no memory, or a limit of processes: the run then waits for a reader that has stopped
         for descriptor in (*targets.values(), *(end for pipe in pipes.values() for end in pipe)):
             os.close(descriptor)
         return None
@@ -159,17 +159,17 @@ def start_relay(streams: Sequence[Unfailing]) -> Relayed | None:
 
 
 def _may_wait(stream: Unfailing) -> bool:
-    """Whether it is a pipe, a socket or a terminal, with somebody at its other end."""
+    """Whether the stream is a pipe, a socket or a terminal with a reader."""
     try:
         descriptor = stream.fileno()
-    except (OSError, AttributeError):  # of Python's making
+    except (OSError, AttributeError):  # a Python object without a descriptor
         return False
     mode = os.fstat(descriptor).st_mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(descriptor)):
         return False
     poll = select.poll()
     poll.register(descriptor, 0)
-    return not poll.poll(0)  # it reports only errors
+    return not poll.poll(0)  # reports only errors
 
 
 def _end(relayed: Relayed | None, on_lost: Callable[[int], None]) -> None:
@@ -180,10 +180,10 @@ def _end(relayed: Relayed | None, on_lost: Callable[[int], None]) -> None:
     for target in relayed.targets.values():
         os.close(target)
     try:
-        # A word, since a child that was forked meanwhile may keep its stdin open.
+        # Not the end of its stdin: a child forked since may keep that open.
         answer, _ = relayed.process.communicate(b"end", timeout=RELAY_ENDS_S)
         report = json.loads(answer)
-    except (subprocess.TimeoutExpired, ValueError):  # it hangs, or was killed
+    except (subprocess.TimeoutExpired, ValueError):  # the relay hangs or was killed
         relayed.process.kill()
         relayed.process.wait()
         return
@@ -197,7 +197,7 @@ def _end(relayed: Relayed | None, on_lost: Callable[[int], None]) -> None:
 
 
 def _discard_what_would_wait(descriptors: Sequence[int]) -> None:
-    """Call at the interpreter's end, so that no last flush or line of a library blocks the process."""
+    """Called at the interpreter's end, so that no last flush or line of a library blocks the process."""
     for descriptor in descriptors:
         if not select.select([], [descriptor], [], 0)[1]:
             _discard(descriptor)

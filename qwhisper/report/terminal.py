@@ -21,10 +21,9 @@ def note(text: str) -> None:
 
 
 class StepLines:
-    """The bar shows loss, supervised tokens, gradient norm and the time left; whatever is printed stands above it.
+    """A bar that shows loss, supervised tokens, gradient norm and the time left; printed lines appear above it.
 
-    It appears with the first step, on a terminal only. Elsewhere each of the first steps gets a line, whatever the
-    logging interval.
+    It appears with the first step, on a terminal only. Elsewhere EARLY_LINES get a line at any logging interval.
     """
 
     def __init__(self, total_steps: int, first_step: int):
@@ -72,7 +71,7 @@ class StepLines:
             above = AboveBar(stream, bar)
             self._above_bar.enter_context(redirect(cast(TextIO, above)))
             self._above_bar.callback(above.finish)
-        self._above_bar.callback(bar.close)  # the first of these to be called
+        self._above_bar.callback(bar.close)  # called first of these
         return bar
 
 

@@ -1,1 +1,1 @@
-"""Training: arguments, the visible step, and what is around it."""
+"""Training: its arguments, the loop, and the start and end of a run."""

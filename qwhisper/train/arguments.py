@@ -1,7 +1,7 @@
-"""`TrainArguments`: everything that a user says about a training. Checks itself; knows no files, models or tensors.
+"""`TrainArguments`: all arguments of a training, which check themselves. Knows no files, models or tensors.
 
-The flags, with defaults and reasons, are in `flag_sections.py`; names of HF that are no flags in `hf_names.py`; the
-meaning of None and `auto` in `plan.py`.
+`flag_sections.py` has the flags with defaults and reasons, `hf_names.py` the names of HF that are not flags, `plan.py`
+the meaning of None and `auto`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, Fram
 from qwhisper.train import flag_sections as flags
 from qwhisper.train import hf_names
 
-LEAST_CLAMP, MOST_CLAMP = 0.1, 1e4  # a layer's input comes out of a norm: most of it is around 1
+LEAST_CLAMP, MOST_CLAMP = 0.1, 1e4  # a norm precedes the layer: most of its input is around 1
 LEAST_LORA_SCALE, MOST_LORA_SCALE = 1e-3, 1e3
 MOST_DECAY = 0.1  # of a weight in one step
 
@@ -71,7 +71,7 @@ class TrainArguments(
             self._set("resume_from_checkpoint", None)
         trackers = (
             [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        )  # as transformers has it
+        )  # as transformers accepts it
         self._set("report_to", [name for name in trackers if name != "none"])
         self._set("max_tokens_per_pack", str(self.max_tokens_per_pack))
         clamp = str(self.activation_clamp).lower()
@@ -81,7 +81,7 @@ class TrainArguments(
         if self.max_tokens_per_pack != "auto" and not (
             self.max_tokens_per_pack.isascii()
             and self.max_tokens_per_pack.isdigit()
-            and len(self.max_tokens_per_pack) <= len(str(LARGEST))  # Python reads no number of 5000 digits
+            and len(self.max_tokens_per_pack) <= len(str(LARGEST))  # Python refuses to parse 5000 digits
             and 0 < int(self.max_tokens_per_pack) <= LARGEST
         ):
             raise UsageError(
@@ -98,7 +98,7 @@ class TrainArguments(
             )
 
     def _check_silence(self) -> None:
-        """Raises UsageError if the silences leave no speech in a window of Whisper's."""
+        """Raises UsageError if the silences leave no room for speech in one of Whisper's windows."""
         lead = DEFAULT_LEAD_SILENCE_S if self.audio_lead_silence is None else self.audio_lead_silence
         tail = DEFAULT_TAIL_SILENCE_S if self.audio_tail_silence is None else self.audio_tail_silence
         try:
@@ -109,7 +109,7 @@ class TrainArguments(
     def _check_combinations(self) -> None:
         if self.whisper_cpu and not self.freeze_whisper:
             raise UsageError(
-                "--whisper_cpu with --no_freeze_whisper: an encoder that is trained must be where the training is; "
+                "--whisper_cpu with --no_freeze_whisper: a trained encoder must be on the device of the training; "
                 "drop one"
             )
         if self.freeze_projector_steps and not self.use_lora and self.freeze_whisper:
@@ -136,7 +136,7 @@ class TrainArguments(
             )
 
     def _check_optimizer(self) -> None:
-        """Refuse values that are sound one by one but together let no weight learn."""
+        """Refuse values that are each valid but together let no weight learn."""
         rate = max(self.learning_rate, self.projector_learning_rate or 0.0)
         if rate * self.weight_decay > MOST_DECAY:
             raise UsageError(
@@ -145,18 +145,18 @@ class TrainArguments(
             )
         if self.adam_beta1**4 >= self.adam_beta2 and self.adam_beta1 > 0:  # Kingma and Ba, 2015, theorem 4.1
             raise UsageError(
-                f"--adam_beta1 {self.adam_beta1} with --adam_beta2 {self.adam_beta2}: Adam converges only where "
+                f"--adam_beta1 {self.adam_beta1} with --adam_beta2 {self.adam_beta2}: Adam converges only if "
                 "beta1 ** 4 is below beta2; raise --adam_beta2"
             )
         scale = self.lora_alpha / self.lora_r
         if self.use_lora and not LEAST_LORA_SCALE <= scale <= MOST_LORA_SCALE:
             raise UsageError(
                 f"--lora_alpha {self.lora_alpha} with --lora_r {self.lora_r}: the adapters' output would be multiplied "
-                f"by {scale:.3g}; {LEAST_LORA_SCALE:g} to {MOST_LORA_SCALE:g} is what can be trained"
+                f"by {scale:.3g}; use {LEAST_LORA_SCALE:g} to {MOST_LORA_SCALE:g}"
             )
 
     def _changed(self, *names: str) -> list[str]:
-        """Those of `names` whose value differs from the default."""
+        """The flags among `names` whose value is not the default."""
         default = {
             f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             for f in dataclasses.fields(self)
@@ -173,13 +173,13 @@ class TrainArguments(
             if self.eval_steps not in (None, self.save_steps):
                 found.append(("eval_steps", "there is no --eval_file"))
         if self.max_steps > 0:
-            found += [(name, f"--max_steps {self.max_steps} decides") for name in self._changed("num_train_epochs")]
+            found += [(name, f"--max_steps {self.max_steps} replaces it") for name in self._changed("num_train_epochs")]
         if self.early_lr_steps == 0 and self.early_lr_factor != 1:
             found += [(name, "--early_lr_steps is 0") for name in self._changed("early_lr_factor")]
         if self.early_lr_factor == 1 and self.early_lr_steps:
             found.append(("early_lr_steps", "--early_lr_factor is 1"))
         if self.resume_from_checkpoint and self.init_from:
-            found.append(("init_from", "the checkpoint that is resumed holds these weights already"))
+            found.append(("init_from", "the resumed checkpoint already holds these weights"))
         if self.hub != "huggingface" and all(
             model is not None and os.path.isdir(model) for model in (self.audio_model, self.text_model)
         ):

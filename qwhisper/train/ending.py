@@ -30,8 +30,8 @@ INTERRUPTED = 130  # by a second Ctrl-C, which no handler catches
 
 
 def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -> int:
-    """Do the run's `work` and return its exit code. events.jsonl gets the begin or resume and the end, also after an
-    exception; only a kill leaves no end.
+    """Do the run's `work` and return its exit code. Record begin or resume and the end in events.jsonl, the end also
+    after an exception; only a kill leaves no end.
     """
     state, log = session.state, session.log
     run_id = (log.run_id() if resumed else None) or uuid.uuid4().hex[:RUN_ID_LENGTH]
@@ -93,8 +93,8 @@ def how_far(session: Session) -> str:
 
 
 def refuse_to_have_learned_nothing(session: Session) -> None:
-    """Raise DataError or NumericalError if steps were taken and no sample in them was trained on; NothingLearnedError
-    if the run's numbers show that it has learned nothing.
+    """Raises DataError or NumericalError if steps were run but no sample was trained on; NothingLearnedError if the
+    run's numbers show that it has learned nothing.
     """
     state, log = session.state, session.log
     if not state.step:
@@ -140,7 +140,7 @@ def cure(session: Session) -> str:
 
 
 def in_numbers(session: Session) -> str:
-    """What the run's numbers show of its learning."""
+    """The numbers that show whether the run has learned."""
     learning, numbers = session.state.learning, []
     if learning.first_held_out is not None and learning.last_held_out is not None:
         numbers.append(f"held-out loss {learning.first_held_out:.3g} → {learning.last_held_out:.3g}")
@@ -154,7 +154,7 @@ def in_numbers(session: Session) -> str:
 
 
 def in_words(session: Session) -> str:
-    """The meaning of the numbers, for a run that is not known to have learned nothing."""
+    """What the numbers mean, unless they show that nothing was learned."""
     learning = session.state.learning
     if learning.direction() == "rose":
         return "the loss rose: try a lower --learning_rate"
@@ -176,7 +176,7 @@ def saved_in(session: Session) -> str:
 
 
 def closing_line(session: Session) -> str:
-    """What was done and learned; after a clean run that learned, also what may be loosened."""
+    """Report what was done and learned; after a clean run that learned, also which flags may be relaxed."""
     state, log, args = session.state, session.log, session.args
     how = f"done: {state.step}" if state.step >= session.total_steps else how_far(session).removesuffix(" steps")
     done = f"{how} steps, {state.supervised_tokens} supervised tokens; {saved_in(session)}"

@@ -20,19 +20,18 @@ from qwhisper.train.state import TrainState
 from qwhisper.versions import check_versions
 
 Dialogues = str | os.PathLike | Iterable[Mapping]
-DATA_FOLDER = "data"  # of a run folder, for dialogues that came from memory
-# Flags that have a parameter of their own, and its name.
+DATA_FOLDER = "data"  # in a run folder, for dialogues from memory
+# Flags with a separate parameter, and its name.
 NAMED = {"train_file": "dialogues", "eval_file": "eval_dialogues", "output_dir": "output_dir"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a training has made.
+    """The result of a training. A number is None if it was not measured.
 
-    checkpoint: the best by held-out loss, without one the last; `from_pretrained` takes it. steps: of the optimizer, of
-    which skipped_steps left the weights as they were. loss: towards the end, held_out_loss: the last one, both in nats
-    a supervised token; listening_gain: how much the true audio lowers the loss against swapped audio, in the same unit.
-    None where it was not measured.
+    checkpoint: the best by held-out loss, else the last; `from_pretrained` takes it. steps: optimizer steps, of which
+    skipped_steps left the weights unchanged. loss: near the end of the run; held_out_loss: the last one;
+    listening_gain: loss with swapped audio minus loss with the true audio; all in nats a supervised token.
     """
 
     checkpoint: Path
@@ -54,13 +53,13 @@ def finetune(
 ) -> TrainResult:
     """Fine-tune as `qwhisper train` does, with the same files in `output_dir`.
 
-    dialogues, eval_dialogues: a JSONL file's path, or dialogues in its form whose audio is a path (relative ones start
-    in the current folder), an array or bytes. Those from memory are written into `output_dir`/data, so that the run can
-    be resumed or started again, here with the same dialogues or on the command line from its config.yaml.
-    callbacks: any of `transformers`. flags: those of `qwhisper train`, such as learning_rate=1e-4.
+    dialogues, eval_dialogues: path of a JSONL file, or dialogues in its format whose audio is a path (a relative one
+    starts in the current folder), an array or bytes. Dialogues from memory are written into `output_dir`/data. The run
+    can then be resumed or started again, here with the same dialogues or on the command line from its config.yaml.
+    callbacks: any `TrainerCallback`s. flags: those of `qwhisper train`, such as learning_rate=1e-4.
 
-    Raises a `qwhisper.errors.QwhisperError` wherever the command line ends with its exit code. Ctrl-C ends it with a
-    checkpoint and KeyboardInterrupt, another signal with a checkpoint and SystemExit.
+    Raises a `qwhisper.errors.QwhisperError` where the command line ends with its exit code. Ctrl-C saves a checkpoint
+    and raises KeyboardInterrupt; another signal saves a checkpoint and raises SystemExit.
     """
     check_versions(quantized=flags.get("load_in_4bit", False))
     _refuse_unknown(flags)
@@ -102,7 +101,7 @@ def _refuse_unknown(flags: Mapping[str, Any]) -> None:
 
 
 def _common_root(data_root: str | os.PathLike | None, in_memory: Sequence[DialoguesInMemory]) -> str | None:
-    """The one folder that holds all audio which dialogues from memory name, and `data_root` if it is given."""
+    """The common folder of all audio files of dialogues from memory, and of `data_root` if it is given."""
     folders = {folder for dialogues in in_memory for folder in dialogues.folders}
     if data_root is not None:
         folders.add(os.path.realpath(data_root) if folders else os.fspath(data_root))

@@ -40,7 +40,7 @@ TRACKERS_WITH_ID = ("WANDB", "SWANLAB")  # trackio continues a run of the same n
 
 
 def hf_arguments(args: TrainArguments, plan: Plan) -> TrainingArguments:
-    """What callbacks see as `args`: a TrainingArguments with the values of TrainArguments that it has."""
+    """The `args` of callbacks: a TrainingArguments with the values that it shares with TrainArguments."""
     same = (
         "output_dir learning_rate per_device_train_batch_size gradient_accumulation_steps max_grad_norm "
         "num_train_epochs lr_scheduler_type warmup_steps weight_decay logging_steps save_steps save_total_limit "
@@ -58,10 +58,10 @@ def hf_arguments(args: TrainArguments, plan: Plan) -> TrainingArguments:
 
 
 class OneBoard(TensorBoardCallback):
-    """One TensorBoard run per run, <output_dir>/tensorboard: HF's callback begins another with each resume.
+    """Writes one TensorBoard run, <output_dir>/tensorboard; HF's callback would begin another with each resume.
 
-    Logs of steps that are repeated after a resume are no longer shown. The environment variable TENSORBOARD_LOGGING_DIR
-    names another folder.
+    TensorBoard hides the earlier logs of steps that a resume repeats. The environment variable TENSORBOARD_LOGGING_DIR
+    sets another folder.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -73,9 +73,9 @@ class OneBoard(TensorBoardCallback):
 
 @contextmanager
 def tracked_as(run_id: str) -> Iterator[None]:
-    """A context in which trackers that identify a run by an id continue the run of that id, or begin it.
+    """A context in which trackers that identify runs by an id continue or begin the run `run_id`.
 
-    They read the id from their environment variables; variables that are already set are unchanged.
+    They read it from environment variables; variables that are already set stay unchanged.
     """
     values = {f"{tracker}_RUN_ID": run_id for tracker in TRACKERS_WITH_ID}
     values |= {f"{tracker}_RESUME": "allow" for tracker in TRACKERS_WITH_ID}
@@ -89,9 +89,9 @@ def tracked_as(run_id: str) -> Iterator[None]:
 
 
 class Tracker:
-    """A tracker's callback that can't end a run: once it raises or exits, it is named and not called again.
+    """A tracker's callback that can't end a run: if it raises or exits, it is reported and not called again.
 
-    A user's own callback is not wrapped: its author wants to see its errors.
+    Users' callbacks are not wrapped: their authors want to see the errors.
     """
 
     def __init__(self, callback: TrainerCallback):
@@ -121,7 +121,7 @@ class Tracker:
 def tracker_callbacks(report_to: list[str]) -> list[Tracker]:
     """transformers' own callbacks for tensorboard, wandb, trackio, …
 
-    Raises UsageError naming one that is unknown or not installed.
+    Raises UsageError with the name of one that is unknown or not installed.
     """
     try:
         found = get_reporting_integration_callbacks(report_to)
@@ -133,7 +133,7 @@ def tracker_callbacks(report_to: list[str]) -> list[Tracker]:
 
 
 class Hooks:
-    """The callbacks of one run and what they are shown: `args`, `state`, `control`, model, optimizer, scheduler."""
+    """The callbacks of one run and their arguments: `args`, `state`, `control`, model, optimizer, scheduler."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class ConfiguringCallback(TrainerCallback):
     values: dict[str, Any]  # the arguments that correspond to this callback
 
     def configure(self, args: TrainArguments) -> TrainArguments:
-        """The run's arguments with this callback's values in them."""
+        """A copy of the run's arguments with this callback's values."""
         self.in_our_loop = True
         return dataclasses.replace(args, **self.values)
 
@@ -204,7 +204,7 @@ class ProjectorFreezeHook(ConfiguringCallback):
 
 
 class LoRAStabilizeCallback(ConfiguringCallback):
-    """LoRA's early learning-rate factor, its separate clip, and no optimizer step on gradients that are not finite.
+    """Sets LoRA's early learning-rate factor and gradient clip, and skips steps whose gradients are not finite.
 
     early_lr_steps: default as for `--early_lr_steps`: 100, at most 10 % of the run.
     """
@@ -246,9 +246,9 @@ class LoRAStabilizeCallback(ConfiguringCallback):
 
 
 class LossDebugCallback(TrainerCallback):
-    """Prints supervised tokens and loss of every step, or hands them to `report(step, valid_labels, loss)`.
+    """Prints supervised tokens and loss of every step, or passes them to `report(step, valid_labels, loss)`.
 
-    In a plain Trainer it watches the model's forward passes: with accumulation, the last micro-batch's.
+    In a plain Trainer it reads them from the forward passes: with accumulation, from the last micro-batch's.
     """
 
     def __init__(self, report=None):

@@ -114,7 +114,7 @@ class Learning:
         return None if self.gain is None or self.noise is None else self.gain > NOISES * self.noise
 
     def direction(self) -> Direction | None:
-        """Where the training loss went; None if there were too few steps to tell."""
+        """The direction of the training loss; None if there were too few steps to tell."""
         if self.steps < FEWEST:
             return None
         ranks, (first, last) = rank_test(*self.windows), self.windows
@@ -174,7 +174,7 @@ class Learning:
 
 
 def rank_test(first: list[float], last: list[float]) -> float:
-    """By how many standard errors the last losses exceed the first (Mann and Whitney, 1947; ties count half).
+    """Number of standard errors by which the last losses exceed the first (Mann and Whitney, 1947; ties count half).
 
     Ranks, because outliers among the losses would dominate a mean.
     """

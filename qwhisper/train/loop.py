@@ -43,19 +43,19 @@ from qwhisper.train.state import TrainState
 
 
 def train_step(session: Session, fetched: StepSamples) -> StepReport:
-    """One optimizer step on the given samples: the same mathematics however they are packed.
+    """Take one optimizer step on the given samples. The way that they are packed does not change the result.
 
-    Samples whose loss or gradient is not finite are left out and named. A step that is skipped, because no sample is
-    left or the sum of their gradients is not finite, leaves parameters, moments and Adam's step counts untouched;
-    learning rate and data continue. Raises Stopped if a signal ends it between two packs, half done.
+    Samples whose loss or gradient is not finite are left out and named. A step is skipped if no sample is left or the
+    sum of the gradients is not finite: parameters, moments and Adam's step counts stay as they are, learning rate and
+    data continue. Raises Stopped if a signal ends the step between two packs.
     """
     args, guards, samples, frozen = session.args, session.state.guards, fetched.samples, session.frozen_groups
 
     statistics, divergence = run_samples(session, samples, num_supervised(samples))
     if statistics.not_finite and not statistics.broken_weights:
         samples, statistics = drop_bad_samples(session, samples, statistics)
-        divergence = None  # it may be that of a sample that is left out
-    quarantine(session, fetched)  # written and counted only now: until here the step may be given up
+        divergence = None  # it may come from a sample that is left out
+    quarantine(session, fetched)  # not earlier: until here a signal may abort the step
     bounds = {"lora": args.lora_grad_clip}
     decision = decide(statistics, guards.averages, group_bounds=bounds, max_grad_norm=args.max_grad_norm)
     skipped, tokens = decision.skip or (None if samples else "no sample left"), num_supervised(samples)
@@ -102,10 +102,10 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
 
 
 def train(session: Session, steps: Iterator[StepSamples], signals: StopSignals) -> int:
-    """Runs to the end, or to a signal, and leaves a checkpoint. steps: polls `signals` where it waits.
+    """Train to the last step or to a signal, and save a checkpoint. steps: polls `signals` while it waits.
 
-    Returns the exit code: 0, or 128 + the number of a signal that left something to do. Raises DiskError where the last
-    one can't be written.
+    Returns the exit code: 0, or 128 + the number of the signal if the run is not finished. Raises DiskError if the last
+    checkpoint can't be written.
     """
     saved = take_steps(session, steps, signals)
     session.fire("on_train_end")
@@ -120,9 +120,9 @@ def train(session: Session, steps: Iterator[StepSamples], signals: StopSignals) 
 
 
 def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSignals) -> bool:
-    """Whether what was reached is saved."""
+    """Take the steps and return whether the last one is saved."""
     args, state = session.args, session.state
-    # A skipped first step is meant: the schedule advances, the optimizer does not.
+    # If the first step is skipped, the schedule advances and the optimizer does not, on purpose.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     session.executor.model.train()
     session.executor.before_pack = signals.between_packs
@@ -134,7 +134,7 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
     window: list[StepReport] = []
     last_saved: int | None = state.step
     try:
-        if evaluation_is_due(session):  # a signal came in the middle of it
+        if evaluation_is_due(session):  # a signal interrupted it
             evaluate(session, signals)
             last_saved = state.step if is_best(session) and try_to_save(session) else None
         while state.step < session.total_steps and not session.hooks.control.should_training_stop:
@@ -151,7 +151,7 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
                 report = train_step(session, fetched)
             except Stopped:
                 put_back()
-                say(f"step {state.step + 1}: given up for a signal; it is taken when the run is resumed")
+                say(f"step {state.step + 1}: aborted by a signal; a resumed run takes it")
                 break
             learning_rates = rates
             report.seconds = time.perf_counter() - begun
@@ -173,7 +173,7 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
                 evaluate(session, signals)
             if (due or is_best(session)) and not at_end(session) and try_to_save(session):
                 last_saved = state.step
-        if window:  # before the save, which holds what has been logged
+        if window:  # before the save, because the checkpoint holds what has been logged
             log_window(session, window, max(learning_rates.values()))
             window = []
         return last_saved == state.step or try_to_save(session, stopped=not at_end(session))
@@ -184,7 +184,7 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
 
 
 def as_before_step(session: Session) -> Callable[[], None]:
-    """Called, it puts back what a step changes while it has packs to run; all else is changed only after the last."""
+    """Return a function that undoes what a step changes before its last pack is done; the rest changes only later."""
     loss_scale, pack_size = dataclasses.replace(session.state.guards.loss_scale), session.executor.max_tokens_per_pack
     put_generators_back = generators_as_now(session.executor.device)
     put_count_back = session.clamp.count_as_now() if session.clamp else None
@@ -214,7 +214,7 @@ def evaluation_is_due(session: Session) -> bool:
 
 
 def quarantine(session: Session, fetched: StepSamples) -> None:
-    """Names bad dialogues; ends the run when they are more than --max_bad_fraction of the data."""
+    """Report bad dialogues. Raises DataError if they are more than --max_bad_fraction of the data."""
     for death in fetched.deaths:
         session.report(WorkerDied(how=death.how, samples=death.samples))
     for rejection in fetched.rejections:
@@ -235,7 +235,7 @@ def quarantine(session: Session, fetched: StepSamples) -> None:
 
 
 def answer_spikes(session: Session, loss: float, decision: Decision, ids: list[str]) -> None:
-    """Names spikes, which the clamp answers; --dynamic_lr answers peaks and the loss."""
+    """Report spikes, which switch the clamp; peaks and the loss change the rate of --dynamic_lr."""
     guards = session.state.guards
     if decision.spikes:
         times = {name: round(times_average, 2) for name, times_average in decision.spikes.items()}
@@ -258,7 +258,7 @@ def answer_spikes(session: Session, loss: float, decision: Decision, ids: list[s
 
 
 def begin_to_learn(session: Session, signals: StopSignals) -> None:
-    """What the end of the run is compared with: the weights, and the held-out loss where there is a file for it."""
+    """Record what the end of the run is compared with: the weights and, with --eval_file, the held-out loss."""
     session.state.learning.weights = group_checksums(session.groups)
     if session.held_out and (loss := held_out_loss(session, signals)) is not None:
         session.state.learning.evaluated(loss, before_first_step=True)
@@ -266,7 +266,7 @@ def begin_to_learn(session: Session, signals: StopSignals) -> None:
 
 
 def evaluate(session: Session, signals: StopSignals) -> None:
-    """Held-out loss over all supervised tokens; remembers the best step, whose checkpoint is kept."""
+    """Measure the held-out loss over all supervised tokens. The checkpoint of the best step is kept."""
     state, loss = session.state, held_out_loss(session, signals)
     if loss is None:
         return
@@ -279,8 +279,8 @@ def evaluate(session: Session, signals: StopSignals) -> None:
 
 
 def held_out_loss(session: Session, signals: StopSignals) -> float | None:
-    """None if a signal came meanwhile. Also if memory does not suffice or a held-out dialogue can't be read any more:
-    that counts as an evaluation.
+    """The loss in nats a supervised token; None if a signal came. None also if memory runs out or a held-out dialogue
+    can no longer be read: this counts as an evaluation.
     """
     again: dict[str, list[str]] = {}
     try:
@@ -295,8 +295,8 @@ def held_out_loss(session: Session, signals: StopSignals) -> float | None:
 
 
 def loss_in_portions(session: Session, poll: Poll, again: dict[str, list[str]]) -> float:
-    """Over all supervised tokens of the held-out dialogues. again: takes the events of those that were laid out again,
-    by their samples' ids. Raises what `poll` raises in a wait.
+    """Mean loss over all supervised tokens of the held-out dialogues, in nats. again: receives the events of samples
+    that were laid out again, by sample id. Raises what `poll` raises during a wait.
     """
     losses, tokens = [], []
     with closing(session.held_out.portions(session.args.dataloader_num_workers, poll)) as portions:
@@ -316,7 +316,7 @@ def report_held_out(session: Session, loss: float, remark: str) -> None:
 
 
 def improves(loss: float, best: float | None) -> bool:
-    """Not where it is NaN, which as the first would stay the best for ever: nothing is below it."""
+    """Whether `loss` is the best so far. A NaN never is: no loss is below it, so it would stay the best."""
     return math.isfinite(loss) and (best is None or loss < best)
 
 
@@ -325,10 +325,10 @@ def last_whole(newest: Path | None) -> str:
 
 
 def try_to_save(session: Session, *, stopped: bool = False) -> bool:
-    """Save a checkpoint. Return whether the disk took it; if not, the run continues with the older checkpoints.
+    """Save a checkpoint and return whether it was written; if not, the run continues with the older ones.
 
-    Weights that are not finite are not saved: the run rewinds first. Takes a snapshot as well, but not when stopping
-    early: an uninterrupted run would not, and a later rewind must land on the same weights.
+    Weights that are not finite are not saved: the run rewinds first. Takes a snapshot as well, unless the run is
+    stopped: an uninterrupted run takes none there, and a later rewind must land on the same weights.
     """
     keep_sound(session, copy=not stopped)
     try:

@@ -1,6 +1,4 @@
-"""The model of a training: from its bases or from a checkpoint, with LoRA, and with what is trained set to require
-gradients.
-"""
+"""Build the model of a training from its bases or a checkpoint; add LoRA; choose which parameters require gradients."""
 
 import dataclasses
 import os
@@ -22,8 +20,8 @@ from qwhisper.train.resume import saved_arguments
 def build_model(
     args: TrainArguments, plan: Plan, resumed: Path | None
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
-    """The model with LoRA and whatever else is trained set to require gradients, and its processor."""
-    if args.init_from and not resumed:  # a run that may still be in training
+    """The model, with gradients required of LoRA and all other trained parameters, and its processor."""
+    if args.init_from and not resumed:  # its run may still be training
         return read_checkpoint(args.init_from, lambda folder: _build(args, plan, folder))
     return _build(args, plan, resumed)
 
@@ -32,7 +30,7 @@ def _build(
     args: TrainArguments, plan: Plan, start_from: Path | None
 ) -> tuple[Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor]:
     if start_from is None:
-        assert plan.audio_model and plan.text_model  # left empty only for a run that starts from a checkpoint
+        assert plan.audio_model and plan.text_model  # empty only if the run starts from a checkpoint
         silences = ("audio_lead_silence", "audio_tail_silence")
         config_values = {name: getattr(args, name) for name in silences if getattr(args, name) is not None}
         model, processor = build_from_bases(
@@ -55,18 +53,18 @@ def _build(
     model.config.projector_dropout = model.model.multi_modal_projector.dropout.p = args.projector_dropout
     prepare_trainable(model, args)
     if start_from is not None and not args.freeze_whisper:
-        load_trained_weights(model, start_from)  # the encoder is in fp32 only now; it was rounded as it came
+        load_trained_weights(model, start_from)  # again: loading rounded the encoder, which is in fp32 only now
     return model, processor
 
 
 def moved_bases(args: TrainArguments, plan: Plan, start_from: Path) -> dict[str, str]:
-    """The bases that the flags name, without folders that the run was given before and that no longer exist.
+    """The bases that the flags name, without folders from the run's config.yaml that no longer exist.
 
-    That one comes from the run's config.yaml; `find_base` looks for where it is now.
+    For those `find_base` finds the present place.
     """
     then = absolute(saved_arguments(start_from)) if (start_from / ARGUMENTS_FILE).is_file() else {}
     now = {role: absolute(vars(plan))[role] for role in BASES}
-    fetched = args.hub == "modelscope"  # whose ids only the flag holds: the checkpoint holds a folder of its cache
+    fetched = args.hub == "modelscope"  # only the flag has its ids: the checkpoint has a folder of its cache
     given = {
         role: name for role, name in now.items() if name and (name != then.get(role) or os.path.isdir(name) or fetched)
     }
@@ -78,7 +76,7 @@ def load_options(args: TrainArguments) -> LoadOptions:
 
 
 def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArguments) -> None:
-    """Adds LoRA if it is wanted and not there yet, and sets what requires gradients."""
+    """Add LoRA if --use_lora is set and the model has none, and set which parameters require gradients."""
     if args.use_lora and not getattr(model, "peft_config", None):
         add_lora(
             model,
@@ -102,6 +100,6 @@ def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArgu
 
 
 def has_dropout(model: Qwen3AudioForConditionalGeneration) -> bool:
-    """Whether the language model has dropout, by any of the names that configurations give it."""
+    """Whether the language model's configuration sets any dropout, whatever its name."""
     values = model.config.get_text_config().to_dict()
     return any(value for name, value in values.items() if ("dropout" in name or "pdrop" in name) and value is not None)

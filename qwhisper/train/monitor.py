@@ -1,5 +1,5 @@
-"""What only observes a step: metrics.jsonl, the terminal's lines and the trackers' logs, the alarms for silent failures
-and the listening probe.
+"""Observe a step without changing it: metrics.jsonl, the terminal's lines, the trackers' logs, the listening probe and
+the alarms for silent failures.
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ from qwhisper.train.signals import StopSignals
 def watch(
     session: Session, report: StepReport, learning_rates: dict[str, float], signals: StopSignals, *, save_is_due: bool
 ) -> None:
-    """After a step: probes the model where that is due, and raises the alarms that its numbers call for.
+    """Probe the model after a step if that is due, and raise the alarms that its numbers call for.
 
-    The last step is probed whether that is paid for or not, so that the run can say what it has learned.
+    The last step is always probed, so that the run can report what it has learned.
     """
     state, probe, found = session.state, session.probe, None
     due = probe is not None and probe.due(state.step, report.seconds)
@@ -35,7 +35,7 @@ def watch(
         session.measured(as_facts(found), as_line(found))
         session.fire("on_log", logs=as_facts(found))
     if probe and state.step < probe.first_step:
-        found = None  # too short to hear yet: no reason for an alarm
+        found = None  # too early to expect that it hears: no alarm
     facts = StepFacts(
         step=state.step,
         loss=report.loss,
@@ -56,7 +56,7 @@ def watch(
 
 
 def as_facts(found: Probed) -> dict[str, Any]:
-    """What a probe found, by the names that StepFacts and metrics.jsonl have for it."""
+    """The results of a probe, under their names in StepFacts and metrics.jsonl."""
     facts: dict[str, Any] = {"listening_gain": found.gain, "listening_noise": found.noise}
     if found.text_shift is not None:
         facts["text_shift"] = found.text_shift
@@ -72,13 +72,13 @@ def as_line(found: Probed) -> str:
     if found.text_shift is not None:
         line += f"; text shift {found.text_shift:.4f} nats a token"
     if found.retention is not None:
-        line += f"; right by ear, of kinds never trained on: {found.retention}"
+        line += f"; right on speech, of kinds never trained on: {found.retention}"
         line += f", of trained kinds: {found.hearing}" if found.hearing is not None else ""
     return line
 
 
 def altered_base(session: Session) -> list[str]:
-    """Names of frozen weights that are no longer what they were when the run began."""
+    """Names of frozen weights that have changed since the run began."""
     return changed(session.base_checksums, checksums(frozen_parameters(session.executor.model)))
 
 
@@ -110,23 +110,23 @@ def log_step(session: Session, report: StepReport, learning_rates: dict[str, flo
 
 
 def grad_norm_average(session: Session) -> dict[str, float]:
-    """Exponential mean and variance of all groups' gradient norm together."""
+    """Exponential mean and variance of the gradient norm of all groups together."""
     average = session.state.guards.averages.get(ALL)
     return {} if average is None else {"grad_norm_mean": average.mean, "grad_norm_variance": average.variance}
 
 
 def memory(session: Session) -> dict[str, float]:
-    """The most that was ever allocated on the accelerator, in GiB; nothing on a CPU."""
+    """Peak memory allocated on the GPU, in GiB; empty on a CPU."""
     if session.executor.device.type != "cuda":
         return {}
     return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(session.executor.device) / 2**30, 3)}
 
 
 def log_window(session: Session, window: list[StepReport], learning_rate: float) -> None:
-    """One line for the last steps: loss weighted by tokens, skipped steps left out of the averages.
+    """Print one line for the last steps. The loss is weighted by tokens; averages leave out skipped steps.
 
-    The trackers get each group's norm as well, and gradient_peaks: steps in which a group was brought down to its
-    adaptive bound.
+    The trackers get each group's norm as well, and gradient_peaks: the number of steps in which a group's gradient was
+    scaled down to its adaptive bound.
     """
     taken = [report for report in window if not report.skipped]
     tokens = sum(report.tokens for report in taken)
@@ -158,7 +158,7 @@ def mean_norm(reports: list[StepReport], group: str) -> float:
 
 
 def log_clamped(session: Session, clamp: ActivationClamp) -> None:
-    """How many activations were clamped since the last event of them; an event only where there were any."""
+    """Report how many activations were clamped since the last such event; no event if there were none."""
     collect_clamped(session)
     switch = session.state.guards.clamp
     if new := switch.clamped - switch.told:

@@ -1,5 +1,7 @@
-"""The trainable parameters in the groups that have their own learning rate, bound and freeze; their optimizer; the
-learning rate as a function of the step alone, so that a resumed run continues where it was.
+"""The groups of trainable parameters, their optimizer and their learning rate.
+
+Each group can have its own learning rate, gradient bound and frozen steps. The schedule depends on the step alone,
+so a resumed run continues it.
 """
 
 import math
@@ -16,7 +18,7 @@ from qwhisper.train.plan import Plan
 
 
 def parameter_groups(model: Qwen3AudioForConditionalGeneration) -> Groups:
-    """ "lora", "projector" and "encoder", each only if it has trainable parameters; together they are all there are."""
+    """ "lora", "projector" and "encoder", each only if it has trainable parameters; every such parameter is in one."""
     groups = {
         "lora": [p for _, p in lora_parameters(model) if p.requires_grad],
         "projector": [p for p in model.model.multi_modal_projector.parameters() if p.requires_grad],
@@ -33,7 +35,7 @@ def parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
 
 
 def make_optimizer(groups: Groups, args: TrainArguments, plan: Plan) -> torch.optim.AdamW:
-    """AdamW with a param group a parameter group, named alike."""
+    """AdamW with one param group for each group, under the same name."""
     rates = {"projector": plan.projector_learning_rate}
     on_cuda = all(p.is_cuda for parameters in groups.values() for p in parameters)
     return torch.optim.AdamW(
@@ -46,7 +48,7 @@ def make_optimizer(groups: Groups, args: TrainArguments, plan: Plan) -> torch.op
 
 
 def learning_rate_factor(step: int, args: TrainArguments, plan: Plan) -> float:
-    """What the base learning rate is multiplied by in optimizer step `step`, counted from 0.
+    """Factor on the base learning rate in optimizer step `step`, counted from 0.
 
     Warm-up, then the named schedule, times --early_lr_factor in the first --early_lr_steps.
     """
@@ -63,6 +65,6 @@ def learning_rate_factor(step: int, args: TrainArguments, plan: Plan) -> float:
 
 
 def guarded_factor(step: int, args: TrainArguments, plan: Plan, guards: GuardState) -> float:
-    """The schedule's factor times those of the rewinds so far and, with --dynamic_lr, of the peaks lately."""
+    """The schedule's factor, times those of the rewinds so far and of --dynamic_lr."""
     dynamic = guards.rate.factor if args.dynamic_lr else 1.0
     return learning_rate_factor(step, args, plan) * guards.lr_factor * dynamic

@@ -1,9 +1,9 @@
 """Resolves every `auto` and None of the flags into a plan, once.
 
 `resolve` runs before a model is loaded, because it may refuse. `longest_dialogue` and `longest_row` need the model.
-Values that other verbs need as well are decided outside `train/`: dtype and device in
-`model.bases.LoadOptions`, tokens per pack in `engine.executor`, LoRA's layers in `model.lora`, the silences around a
-clip in the model's configuration. `start.py` finds the checkpoint to resume.
+Other verbs share some values, which are decided outside `train/`: dtype and device in `model.bases.LoadOptions`,
+tokens per pack in `engine.executor`, LoRA's layers in `model.lora`, the silences around a clip in the model's
+configuration. `start.py` finds the checkpoint to resume.
 """
 
 import copy
@@ -28,17 +28,17 @@ CAREFUL_STEPS = {
     "early_lr_steps": (100, 10),
     "freeze_projector_steps": (20, 2),
 }
-LONGEST_WARMUP = 10  # times the run: the learning rate then reaches only a tenth
+LONGEST_WARMUP = 10  # times the run: the learning rate then reaches only a tenth of its peak
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a training does, beyond the flags with explicit values.
+    """The values of a training that its flags don't give explicitly.
 
-    audio_model, text_model, projector_scale: None with --init_from, where that checkpoint decides. total_steps,
-    num_warmup_steps, early_lr_steps, freeze_projector_steps, eval_steps: optimizer steps. clamp_bound: bound of
-    the activation clamp, on or off; None: no clamp. clamp_follows_spikes: spikes turn it on and off. notes: what a user
-    should know about these values.
+    audio_model, text_model, projector_scale: None with --init_from, whose checkpoint decides. total_steps,
+    num_warmup_steps, early_lr_steps, freeze_projector_steps, eval_steps: optimizer steps. clamp_bound: bound of the
+    activation clamp; None: no clamp. clamp_follows_spikes: whether spikes turn it on and off. notes: sentences about
+    these values for the user.
     """
 
     audio_model: str | None
@@ -56,25 +56,25 @@ class Plan:
     notes: tuple[str, ...]
 
 
-# Flags that are None if nobody gave them; arguments.json in a checkpoint holds their values.
+# Flags that are None if not given; arguments.json in a checkpoint has their values.
 DECIDED_FLAGS = [
     f.name for f in dataclasses.fields(Plan) if f.name in {f.name for f in dataclasses.fields(TrainArguments)}
 ]
 
 
 def resolve(args: TrainArguments, *, num_dialogues: int, saved: Mapping[str, Any] | None = None) -> Plan:
-    """The plan of a run over so many dialogues.
+    """The plan of a run over `num_dialogues` dialogues.
 
-    early_lr_steps and freeze_projector_steps that were not given: a resumed run has those of its first part (`saved`,
-    the arguments in the checkpoint), so that its schedule stays the same with any number of epochs. A new run has the
-    default, or a share of its steps if that is less. Raises UsageError for a warm-up of more than LONGEST_WARMUP
-    times the run.
+    If early_lr_steps or freeze_projector_steps was not given, a resumed run takes the value of its first part (`saved`,
+    the arguments in the checkpoint), so that its schedule stays the same with any number of epochs. A new run takes the
+    default, or a share of its steps if that is less. Raises UsageError for a warm-up of more than LONGEST_WARMUP times
+    the run.
     """
     total_steps = all_steps(args, num_dialogues)
     if args.warmup_steps > LONGEST_WARMUP * total_steps:
         raise UsageError(
-            f"--warmup_steps {args.warmup_steps:g}: this run has {total_steps} steps, and its learning rate would end "
-            f"at {total_steps / args.warmup_steps:.2g} of --learning_rate; a number below 1 is a share of all steps"
+            f"--warmup_steps {args.warmup_steps:g}: this run has {total_steps} steps, and its learning rate would only "
+            f"reach {total_steps / args.warmup_steps:.2g} of --learning_rate; a number below 1 is a share of all steps"
         )
     defaults = defaults_from_flags(args)
     careful, notes = _careful_steps_of(args, total_steps, defaults, saved or {})
@@ -91,7 +91,7 @@ def resolve(args: TrainArguments, *, num_dialogues: int, saved: Mapping[str, Any
 
 
 def defaults_from_flags(args: TrainArguments) -> dict[str, Any]:
-    """Defaults that depend on other flags, by flag. A run's config.yaml holds them."""
+    """Defaults that depend on other flags, by flag name, for a run's config.yaml."""
     from_bases = not args.init_from
     return {
         "audio_model": DEFAULT_AUDIO_MODELS[args.hub] if from_bases else None,
@@ -105,7 +105,7 @@ def defaults_from_flags(args: TrainArguments) -> dict[str, Any]:
 
 
 def with_values(args: TrainArguments, values: Mapping[str, Any]) -> TrainArguments:
-    """A copy of the arguments with `values` instead of None. They follow from checked flags: no second check."""
+    """A copy of the arguments with `values` instead of None. No second check: they follow from checked flags."""
     filled = copy.copy(args)
     for name, value in values.items():
         if getattr(args, name, 0) is None:
@@ -126,12 +126,12 @@ def careful_steps(name: str, total_steps: int) -> int:
 
 
 def longest_dialogue(args: TrainArguments, text_config) -> int:
-    """Largest number of tokens of a dialogue: without --max_length, the language model's number of positions."""
+    """Largest number of tokens in a dialogue: --max_length, else the language model's number of positions."""
     return args.max_length or text_config.max_position_embeddings
 
 
 def longest_row(args: TrainArguments, max_tokens_per_pack: int) -> int:
-    """Tokens of the longest row on which attention kernels are checked: --max_length, or else a whole pack."""
+    """Tokens in the longest row on which attention kernels are checked: --max_length, else a whole pack."""
     return args.max_length or max_tokens_per_pack
 
 
@@ -157,5 +157,5 @@ def _first_known(*values: Any) -> Any:
 
 
 def _share_or_count(steps: float, total_steps: int) -> int:
-    """A number below 1 is a share of all steps."""
+    """Number of steps; a value below 1 is a share of all steps."""
     return math.ceil(steps * total_steps) if steps < 1 else int(steps)

@@ -1,8 +1,8 @@
-"""The listening probe: what the true audio is worth to the model, against audio whose right answer is another one, and
-what is left of the text model in one that hears.
+"""The listening probe: how much the true audio lowers the loss, compared with audio that has another right answer
+(the listening gain), and how much a model that hears has kept of the text model.
 
-A falling loss alone can be what the text gives away, and says nothing of what is forgotten. The probe looks only: it
-draws no random number, keeps no gradient, and leaves model and optimizer as they were.
+A loss can fall because of the text alone, and does not show what is forgotten. The probe only observes: it draws no
+random number, keeps no gradient, and leaves model and optimizer unchanged.
 """
 
 import math
@@ -34,11 +34,11 @@ from qwhisper.train.learning import SHORTEST
 
 TIME_SHARE = 0.005  # of the training time, at most
 MAX_PAIRS = 16  # a probe is then 32 forward passes of one dialogue each: 4 steps of 4 dialogues
-MIN_PAIRS = 8  # with fewer the noise is itself too uncertain to be judged by
-MAX_DIALOGUES = 256  # that pairs are looked for in
-TEXT_ROWS = 16  # answers, some 500 tokens: read for a hundredth of what the pairs cost, after they are once written
+MIN_PAIRS = 8  # with fewer, the estimate of the noise is too uncertain
+MAX_DIALOGUES = 256  # searched for pairs
+TEXT_ROWS = 16  # answers, some 500 tokens: once generated, they cost a hundredth of the pairs
 WARMUP_STEPS = 600  # twice what a 1.5B language model needed to hear spoken digits at the stable recipe's rate
-LAST_SHARE = 0.1  # of the training time, for the one probe at the end of a run that pays for no other
+LAST_SHARE = 0.1  # of the training time, for the single probe at the end of a short run
 MIN_WARMUP_STEPS = 300  # for short runs; batches of 16 at a projector rate of 1e-3 took 50 to 100
 
 
@@ -54,11 +54,11 @@ class ListeningGain:
 
 @dataclass(frozen=True)
 class Probed(ListeningGain):
-    """What a probe found.
+    """The result of a probe.
 
-    text_shift: of the language model from its base on what the base answers to text, nats a token; None if it
-    answers everything alike. retention, hearing: by ear, of kinds of question that were never trained on and of trained
-    ones; None if too few were asked.
+    text_shift: divergence of the language model from its base on the base's answers to text, nats a token; None if the
+    base answers everything alike. retention, hearing: scores on speech, on kinds of question that were never trained on
+    and on trained ones; None if too few were asked.
     """
 
     text_shift: float | None
@@ -68,7 +68,7 @@ class Probed(ListeningGain):
 
 @dataclass(frozen=True)
 class Pair:
-    """One answer after its own audio, and after that of another dialogue in which it would be wrong."""
+    """One answer after its own audio, and after another dialogue's audio, for which it is wrong."""
 
     true: Sample
     swapped: Sample
@@ -76,7 +76,7 @@ class Pair:
 
 @dataclass
 class ProbeState:
-    """Seconds of all steps, of all probes, of the last probe, and of the steps since; saved with the run as JSON."""
+    """Seconds of all steps, all probes, the last probe, and the steps since; saved with the run as JSON."""
 
     trained: float = 0.0
     probed: float = 0.0
@@ -85,7 +85,7 @@ class ProbeState:
 
 
 class ListeningProbe:
-    """Decides when the model is probed, and probes it. `state` is saved by whoever saves the run."""
+    """Decides when to probe the model, and probes it. The caller saves `state`."""
 
     def __init__(
         self,
@@ -105,15 +105,15 @@ class ListeningProbe:
         self.first_step = first_step
         self.questions = questions or Questions()
         self.asks_from = asks_from
-        # From the first time that they are needed: the base's answers, and the questions that it answers right.
+        # Made when first needed: the base's answers, and the questions that it answers right.
         self.text: list[Sample] | None = None
         self.known: Questions | None = None
 
     def due(self, step: int, step_seconds: float) -> bool:
         """Whether to probe now. Call once after each step, with its number and its seconds.
 
-        First at `first_step`; then as soon as the steps since the last one have paid for another like it, and all of
-        them are within TIME_SHARE of the training time.
+        The first probe is at `first_step`. The next follows when the last probe took at most TIME_SHARE of the steps
+        since, and all probes with the next take at most TIME_SHARE of all steps.
         """
         state = self.state
         state.trained += step_seconds
@@ -122,9 +122,9 @@ class ListeningProbe:
         return step >= self.first_step and paid and state.probed + state.last_probe <= TIME_SHARE * state.trained
 
     def measure(self, *, ask: bool = True) -> Probed | None:
-        """ask: the questions as well, which cost more than all the rest.
+        """Probe the model. ask: whether to ask the questions, which cost more than all the rest.
 
-        None if a loss is not finite, or if memory does not suffice: the run matters more.
+        Returns None if a loss is not finite or memory runs out: the run matters more.
         """
         started = time.perf_counter()
         try:
@@ -147,7 +147,7 @@ class ListeningProbe:
 
     def text_shift(self) -> float | None:
         if self.text is None:
-            # Minutes on a CPU: polled before each token, as between packs.
+            # This takes minutes on a CPU, so signals are polled before each token.
             polling = self.executor.model.register_forward_pre_hook(lambda *_: self.executor.before_pack())
             try:
                 with self.executor.evaluation_mode():
@@ -179,11 +179,10 @@ def make_probe(
     asks_from: int = 0,
     num_workers: int = 0,
 ) -> ListeningProbe | None:
-    """A probe on held-out dialogues, or on those of the training where there are no others; decodes their audio, in
-    workers if there are any.
+    """A probe on `dialogues`, whose audio it decodes, in `num_workers` processes if there are any.
 
-    questions: asked in probes from step `asks_from` on. None if the dialogues give fewer than MIN_PAIRS pairs, as
-    text-only ones do.
+    questions: asked in probes from step `asks_from` on. Returns None if the dialogues give fewer than MIN_PAIRS pairs,
+    as text-only ones do.
     """
     pairs = choose_pairs(dialogues, encoder, seed=seed, trained_kinds=trained_kinds, num_workers=num_workers)
     if len(pairs) < MIN_PAIRS:
@@ -194,40 +193,40 @@ def make_probe(
 
 
 def first_probe_step(*, total_steps: int, freeze_projector_steps: int, samples_per_step: int) -> int:
-    """The step from which a missing gain is a fault, and which pays for the probe.
+    """The step of the first probe, from which a missing gain is a fault.
 
-    Half of the run, at least MIN_WARMUP_STEPS and at most WARMUP_STEPS, after the steps in which the projector is
-    frozen; later where TIME_SHARE of the time would not suffice by then.
+    After the steps with a frozen projector, half of the run, but at least MIN_WARMUP_STEPS and at most WARMUP_STEPS;
+    later if the probe would take more than TIME_SHARE of the time by then.
     """
     warmup = min(WARMUP_STEPS, max(MIN_WARMUP_STEPS, total_steps // 2))
     return freeze_projector_steps + max(warmup, _steps_that_pay_for(2 * MAX_PAIRS, samples_per_step))
 
 
 def shortest_probed(*, samples_per_step: int) -> int:
-    """Steps of the shortest run that is probed once, at its end, so that it can say whether it hears."""
+    """Steps of the shortest run that gets one probe at its end, to report whether the model hears."""
     return max(SHORTEST, math.ceil(_steps_that_pay_for(2 * MAX_PAIRS, samples_per_step) * TIME_SHARE / LAST_SHARE))
 
 
 def first_questions_step(*, samples_per_step: int) -> int:
-    """The step which pays for a probe with all of its questions: they are heard each time, and read once, which takes
-    half as long.
+    """The first step at which a probe with all questions takes at most TIME_SHARE of the time. The model hears each
+    question in every probe, and reads it once, which takes half as long.
     """
     return _steps_that_pay_for(2 * MAX_PAIRS + 3 * MAX_QUESTIONS, samples_per_step)
 
 
 def _steps_that_pay_for(passes: int, samples_per_step: int) -> int:
-    """Steps of which TIME_SHARE is as long as so many forward passes of a dialogue.
+    """The number of steps of which TIME_SHARE is as long as `passes` forward passes of a dialogue.
 
-    On dialogues like those of the training a pass costs half as much as training: the backward pass, through frozen
-    weights, is as long as the forward pass.
+    A forward pass costs half as much as training on the same dialogue: through frozen weights, the backward pass takes
+    as long as the forward pass.
     """
     return math.ceil(passes / (2 * samples_per_step) / TIME_SHARE)
 
 
 def listening_gain(true: Sequence[float], swapped: Sequence[float], tokens: Sequence[int]) -> ListeningGain:
-    """From each pair's losses, summed over its supervised tokens.
+    """The gain and its noise from each pair's losses, which are sums over its supervised tokens, in nats.
 
-    The gain is a ratio of sums, so that long answers count for more; its standard error is that of a ratio estimator
+    The gain is a ratio of sums, so long answers count for more. Its standard error is that of a ratio estimator
     (Cochran, Sampling Techniques, 1977, chapter 6).
     """
     count, total = len(tokens), sum(tokens)
@@ -245,11 +244,11 @@ def choose_pairs(
     trained_kinds: Collection[str] = (),
     num_workers: int = 0,
 ) -> list[Pair]:
-    """At most MAX_PAIRS pairs, from as many dialogues as possible: two answers of one dialogue are less than two tests.
+    """At most MAX_PAIRS pairs, from as many dialogues as possible: two answers of one dialogue are not independent.
 
-    Of questions of other kinds than `trained_kinds` only where there are too few without: who hears may still not know
-    the answer. Left out: pairs with a bad clip, and those that `encoder` would cut, because what is left may be
-    another answer.
+    Uses kinds of question beyond `trained_kinds` only if there are too few pairs without them: a model that hears may
+    still not know the answer. Leaves out pairs with a bad clip, and pairs that `encoder` would cut, because the cut may
+    change the right answer.
     """
     chosen = np.random.default_rng(seed).permutation(len(dialogues))[:MAX_DIALOGUES]
     turns = turns_of([dialogues[index] for index in chosen])
@@ -271,8 +270,8 @@ def _pairs(turns: Sequence[Turn], encoder: DialogueEncoder, seed: int, num_worke
 def _by_preference(turns: Sequence[Turn], swaps: Sequence[SwappedTurn | None]) -> Iterator[tuple[Turn, SwappedTurn]]:
     """One turn of every dialogue, then a second one of each, and so on.
 
-    Within a dialogue those come first whose partner was asked the same, so that the audio alone differs; then the
-    earliest, which are the shortest.
+    Within a dialogue, turns whose partner was asked the same question come first, because only the audio differs; then
+    earlier turns, which are shorter.
     """
     by_dialogue: dict[str, list[tuple[Turn, SwappedTurn]]] = {}
     for turn, swapped in zip(turns, swaps, strict=True):

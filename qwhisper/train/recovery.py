@@ -1,4 +1,4 @@
-"""What is done about a step whose numbers are not finite: run it again, find the samples, rewind, or stop."""
+"""Recovery from a step that is not finite: run it again, find the bad samples, rewind, or stop."""
 
 import math
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ def num_supervised(samples: list[Sample]) -> int:
 
 
 def run_samples(session: Session, samples: list[Sample], count: int) -> tuple[StepStatistics, Tensor | None]:
-    """Forward and backward; leaves the gradients of sum(token losses) / count. Returns what they look like, and the
+    """Run forward and backward; leaves the gradients of sum(token losses) / count. Returns their statistics and the
     divergence from the teacher, in nats a taught token.
 
-    In fp16 an overflow of the gradients is met by a smaller loss scale and the same samples once more. Where no scale
-    helps, it was no overflow, and the scale is as before.
+    If gradients overflow in fp16, the same samples run again at a smaller loss scale. If no scale helps, it was no
+    overflow, and the scale is restored.
     """
     scale = session.state.guards.loss_scale
     before = scale.scale
@@ -51,11 +51,11 @@ def run_samples(session: Session, samples: list[Sample], count: int) -> tuple[St
 def drop_bad_samples(
     session: Session, samples: list[Sample], failed: StepStatistics
 ) -> tuple[list[Sample], StepStatistics]:
-    """Runs a step that was not finite again and leaves the gradients of its finite samples.
+    """Run a step that was not finite again and leave the gradients of its finite samples.
 
-    Pack by pack, and a pack that is not finite again sample by sample. What is left is weighted by its tokens, as if
-    the bad samples had never been there. Returns the samples kept and their statistics, or none and the failed ones.
-    This path may wait for the device.
+    Each pack runs again; a pack that is still not finite runs sample by sample. The samples kept are weighted by their
+    tokens, as if the bad samples had never been there. Returns the samples kept and their statistics; without any,
+    `failed`. This path may wait for the device.
     """
     count, packs = num_supervised(samples), session.executor.packs(samples)
     kept, dropped, total, finding = [], [], GradientSum(session), None
@@ -71,21 +71,21 @@ def drop_bad_samples(
             else:
                 kept.append(sample)
     report_dropped(session, kept, dropped, failed, finding)
-    session.executor.model.last_logits = None  # they may be those of a sample that is left out
+    session.executor.model.last_logits = None  # they may come from a sample that is left out
     if not kept:
         return [], failed
     return kept, total.leave(weight=count / num_supervised(kept))
 
 
 class GradientSum:
-    """Sums loss and gradients of what is run and found finite; the groups' own gradients stay dropped meanwhile."""
+    """Sums loss and gradients of the runs that are finite; between runs the parameters have no gradient."""
 
     def __init__(self, session: Session):
         self.session, self.loss = session, 0.0
         self.gradients: dict[torch.nn.Parameter, Tensor] = {}
 
     def add(self, samples: list[Sample], count: int) -> StepStatistics:
-        """Runs the samples of a step of `count` supervised tokens; what is not finite is not added."""
+        """Run samples of a step of `count` supervised tokens; add the result if it is finite."""
         statistics, _ = run_samples(self.session, samples, count)
         if not statistics.not_finite:
             self.loss += statistics.loss
@@ -97,15 +97,15 @@ class GradientSum:
         return statistics
 
     def add_one(self, sample: Sample, count: int) -> str:
-        """The same for one sample; what was not finite, or that it did not fit into memory, or ""."""
+        """Like `add`, for one sample. Returns what was not finite, or that memory ran out; "" if it was added."""
         try:
             return " and ".join(self.add([sample], count).not_finite)
         except MemoryLimitError:
             drop_gradients(self.session.groups)
-            return "out of memory where it was run alone"
+            return "out of memory when it ran alone"
 
     def leave(self, *, weight: float) -> StepStatistics:
-        """Puts the sum, times `weight`, where the gradients belong."""
+        """Make the sum, times `weight`, the parameters' gradients."""
         buffers = self.session.gradient_buffers
         buffers.start()
         for parameter, gradient in self.gradients.items():
@@ -117,9 +117,9 @@ class GradientSum:
 
 
 def find_cause(session: Session, pack: list[Sample], count: int) -> Finding | None:
-    """Where the first number breaks in the pack as it was run: some faults need the neighbours or the padding.
+    """Find where a number first is not finite, in the whole pack: some faults depend on other samples or the padding.
 
-    None also if the search itself fails, for example without memory: the step matters more.
+    Returns None if everything is finite or the search fails, for example without memory: the step matters more.
     """
     session.executor.before_pack()
     try:
@@ -147,7 +147,7 @@ def report_dropped(
     failed: StepStatistics,
     finding: Finding | None,
 ) -> None:
-    """One event with every sample concerned and where the numbers broke first."""
+    """Report in one event the samples concerned and where a number first was not finite."""
     diagnosis = None if finding is None else finding.as_dict()
     if not dropped:
         ids = [sample.id for sample in kept]
@@ -159,13 +159,15 @@ def report_dropped(
             kept=len(kept),
             not_finite=failed.not_finite,
             diagnosis=diagnosis,
-            cause=str(finding or "not finite, of no cause that a second run would show"),
+            cause=str(finding or "not finite; a second run did not show the cause"),
         )
     )
 
 
 def after_step(session: Session, statistics: StepStatistics, decision: Decision, samples: list[str]) -> None:
-    """After a bad step: continue, go back to a snapshot at half the rate, or NumericalError (exit 5)."""
+    """After a bad step, continue, or go back to a snapshot at half the learning rate. Raises NumericalError (exit code
+    5) if the run has no rewind left.
+    """
     guards = session.state.guards
     act = guards.next_act(statistics, max_bad_steps=session.args.max_bad_steps, max_rewinds=session.args.max_rewinds)
     if act != "go on":
@@ -187,7 +189,7 @@ def keep_sound(session: Session, samples: Sequence[str] = (), *, copy: bool = Tr
 
 
 def take_snapshot(session: Session) -> bool:
-    """Whether everything is finite. If the host has no memory for the copy, this step has no snapshot."""
+    """Copy weights and moments if all are finite; return whether they are. Without memory on the host, copy nothing."""
     try:
         return session.snapshots.take(session.state.step)
     except Exception as error:
@@ -198,8 +200,8 @@ def take_snapshot(session: Session) -> bool:
 
 
 def go_back(session: Session, why: str, samples: Sequence[str]) -> None:
-    """Weights and moments as they were, at half the learning rate; the data continues forward. Raises NumericalError
-    after --max_rewinds.
+    """Restore weights and moments from a snapshot and halve the learning rate; the data continues forward. Raises
+    NumericalError after --max_rewinds.
     """
     guards, step = session.state.guards, session.state.step
     weight = bad_weight(session.executor.model)
@@ -208,8 +210,8 @@ def go_back(session: Session, why: str, samples: Sequence[str]) -> None:
         cure = "with a lower --learning_rate, --lora_grad_clip or --projector_scale"
         raise NumericalError(
             f"numerically dead at step {step} after {guards.rewinds} rewinds: {why} (samples "
-            f"{', '.join(samples[:5])}). {session.log.folder / 'events.jsonl'} tells of every bad step. "
-            + (f"{newest} is sound: go on from it {cure}" if newest else f"No checkpoint is sound: begin again {cure}")
+            f"{', '.join(samples[:5])}). {session.log.folder / 'events.jsonl'} has every bad step. "
+            + (f"{newest} is sound: resume it {cure}" if newest else f"No checkpoint is sound: begin again {cure}")
         )
     bad_steps = guards.bad_steps_in_a_row
     guards.rewound()

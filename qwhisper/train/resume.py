@@ -1,7 +1,7 @@
-"""Whether a run can go on from a checkpoint: with these arguments, and with what is saved beside the weights.
+"""Checks whether a run can continue from a checkpoint: its arguments, and what is saved besides the weights.
 
-Arguments may change, some of them. Optimizer, generators and snapshots must fit the parameters that are trained, and
-the files that `state.json` names must be those that were saved with it: for every resume, and for `verify`.
+Some arguments may change. Optimizer, generators and snapshots must fit the trained parameters. The files that
+`state.json` names must be those that were saved with it. Every resume and `verify` make these checks.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from qwhisper.model.weights import ENCODER, PROJECTOR
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.state import TrainState, read_tensors
 
-# Made when the run began and read from the checkpoint since: another value would have no effect.
+# Decide what is created when a run begins; a resume reads it from the checkpoint, so another value has no effect.
 MADE_AT_THE_START = (
     "use_lora",
     "lora_r",
@@ -53,20 +53,20 @@ MADE_AT_THE_START = (
     "audio_lead_silence",
     "audio_tail_silence",
 )
-# Say where things lie, not what is computed. The bases are told apart by their fingerprints.
+# Paths, which don't change the result. Fingerprints identify the bases.
 PLACES = ("output_dir", "run_name", "resume_from_checkpoint", "init_from", "audio_model", "text_model", "hub")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's
 STEP_KEY = re.compile(r"(\d{1,19})\|(\d{1,9})\|(\w+)")
 
 
 def write_arguments(args: TrainArguments, folder: Path) -> None:
-    """With absolute paths: what is loaded from another current folder finds the same files."""
+    """Write arguments.json with absolute paths, which name the same files from any current folder."""
     text = json.dumps(absolute(dataclasses.asdict(args)), indent=1)
     (folder / ARGUMENTS_FILE).write_text(text, encoding="utf-8")
 
 
 def saved_arguments(checkpoint: Path) -> dict[str, Any]:
-    """`read_arguments` with every flag checked. Raises CheckpointError as that does."""
+    """`read_arguments`, with the type of every flag checked. Raises CheckpointError in the same cases."""
     return read_arguments(
         checkpoint, get_type_hints(TrainArguments), ("output_dir", "load_in_4bit", *MADE_AT_THE_START)
     )
@@ -92,9 +92,9 @@ def check_arguments(checkpoint: Path) -> None:
 
 
 def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
-    """Name to (value then, value now) of the flags that differ from the checkpoint's arguments.
+    """The flags that differ from the checkpoint's arguments: {name: (value then, value now)}.
 
-    Raises UsageError for one that can't be changed on the way, CheckpointError where the old ones can't be read.
+    Raises UsageError for a flag that can't change during a run, CheckpointError if the old ones can't be read.
     """
     check_arguments(checkpoint)
     then = absolute(found_again(saved_arguments(checkpoint), checkpoint.absolute().parent))
@@ -105,60 +105,60 @@ def changed_arguments(args: TrainArguments, checkpoint: Path) -> dict[str, tuple
         if name in changed:
             was, wanted = changed[name]
             raise UsageError(
-                f"--{name} is {wanted}, but {checkpoint} was made with {was}, which can't be changed on the way: leave "
+                f"--{name} is {wanted}, but {checkpoint} was made with {was}, and it can't change during a run: leave "
                 "the flag as it was, or begin a new run with --init_from"
             )
     return changed
 
 
 def refuse_missing_data(args: TrainArguments) -> None:
-    """Raises DataError where the data of a run that is resumed does not lie where its config.yaml says."""
+    """Raises DataError if the data of a resumed run is not where its flags say."""
     for name in ("train_file", "eval_file", "data_root"):
         path = getattr(args, name)
         if path and not os.path.exists(path):
-            raise DataError(f"{path} does not exist: if it has moved, give its place with --{name}")
+            raise DataError(f"{path} does not exist: if it has moved, give its path with --{name}")
 
 
 def output_dir_of(checkpoint: Path) -> Path:
-    """Of the run that saved it, as it was called then."""
+    """The --output_dir of the run that saved the checkpoint, at that time."""
     return Path(saved_arguments(checkpoint).get("output_dir", ""))
 
 
 def check_resumable(folder: Path, parameters: Mapping[str, Tensor], state: TrainState) -> None:
-    """Raises CheckpointError naming the first file and entry that no resume can use.
+    """Raises CheckpointError with the first file and entry that no resume can use.
 
-    parameters: those that are trained, by name, in the order of their groups; their shapes and dtypes are looked at,
-    so they may be on the meta device.
+    parameters: the trained ones, by name, in the order of their groups. Only shapes and dtypes are needed, so they may
+    be on the meta device.
     """
     for name, parameter in parameters.items():
         if not parameter.is_meta and not torch.isfinite(parameter).all():
-            raise CheckpointError(f"{folder}: {name} is not finite; go on from an older checkpoint")
+            raise CheckpointError(f"{folder}: {name} is not finite; use an older checkpoint")
     moments = read_tensors(folder / OPTIMIZER_FILE)
     _check_entries(folder / OPTIMIZER_FILE, _by_parameter(folder / OPTIMIZER_FILE, moments), parameters, state)
     if not moments and state.supervised_tokens and state.steps_taken and not state.guards.rewinds:
         raise CheckpointError(
-            f"{folder / OPTIMIZER_FILE} holds nothing, although {state.steps_taken} steps were taken: Adam would begin "
-            "again; go on from an older checkpoint"
+            f"{folder / OPTIMIZER_FILE} is empty, although {state.steps_taken} steps were taken: Adam would begin "
+            "again; use an older checkpoint"
         )
     _check_generators(folder / GENERATOR_FILE)
     if (folder / SNAPSHOT_FILE).exists():
         _check_snapshots(folder / SNAPSHOT_FILE, parameters, state)
     check_arguments(folder)
-    there = read_manifest(folder)["files"]  # which was found to be right, or nothing of this would be read
+    there = read_manifest(folder)["files"]  # already checked against the files
     for name, sha256 in state.saved_with.items():
         if there.get(name, {}).get("sha256") != sha256:
             raise CheckpointError(
                 f"{folder}: {name} is not the one that was saved with its state.json (of another run or step, or "
-                "changed since); go on from another checkpoint"
+                "changed since); use another checkpoint"
             )
 
 
 def saved_parameters(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """The parameters that the run of a checkpoint trains, as `check_resumable` takes them: shapes and dtypes of the
+    """The parameters that a checkpoint's run trains, as `check_resumable` takes them: with the shapes and dtypes of the
     files, in the model's order.
     """
     whole = not (folder / PROJECTOR_FILE).is_file()
-    # A whole model has an encoder in any case; a folder of trained weights only where it was trained.
+    # A whole model always has an encoder; a folder of trained weights only if it was trained.
     with_encoder = not (whole and saved_arguments(folder)["freeze_whisper"])
     trained = [
         name
@@ -186,7 +186,7 @@ def _by_parameter(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
     for entry, tensor in tensors.items():
         name, bar, key = entry.rpartition("|")
         if not bar:
-            raise CheckpointError(f"{file}: {entry} is no entry of an optimizer")
+            raise CheckpointError(f"{file}: {entry} is not an optimizer entry")
         found.setdefault(name, {})[key] = tensor
     return found
 
@@ -194,30 +194,28 @@ def _by_parameter(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
 def _check_entries(
     file: Path, entries: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor], state: TrainState
 ) -> None:
-    """Moments and step count of each parameter that has any."""
+    """Check moments and step count of each parameter that has any."""
     for name, entry in entries.items():
         if name not in parameters:
-            raise CheckpointError(f"{file}: its optimizer state does not fit this run ({name} is not trained in it)")
+            raise CheckpointError(f"{file}: its optimizer state does not fit this run, which does not train {name}")
         if set(entry) != set(MOMENTS):
-            raise CheckpointError(
-                f"{file}: of {name} it has {', '.join(sorted(entry))} in place of {', '.join(MOMENTS)}"
-            )
+            raise CheckpointError(f"{file}: {name} has {', '.join(sorted(entry))} instead of {', '.join(MOMENTS)}")
         for key in MOMENTS[:2]:
             _check_like(file, f"{name}|{key}", entry[key], parameters[name])
         if (entry["exp_avg_sq"] < 0).any():
-            raise CheckpointError(f"{file}: {name}|exp_avg_sq has a negative square")
+            raise CheckpointError(f"{file}: {name}|exp_avg_sq has a negative value")
         count = entry["step"]
         if count.shape != () or count.dtype != torch.float32:
             raise CheckpointError(f"{file}: {name}|step is {_seen(count)}, not one fp32 number")
         if not 1 <= float(count) <= state.steps_taken or float(count) % 1:
-            raise CheckpointError(f"{file}: {name}|step is {float(count):g} after {state.steps_taken} steps were taken")
+            raise CheckpointError(f"{file}: {name}|step is {float(count):g}, but {state.steps_taken} steps were taken")
 
 
 def _check_like(file: Path, entry: str, tensor: Tensor, parameter: Tensor) -> None:
     if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
-        raise CheckpointError(f"{file}: {entry} is {_seen(tensor)} where its parameter is {_seen(parameter)}")
+        raise CheckpointError(f"{file}: {entry} is {_seen(tensor)}, but its parameter is {_seen(parameter)}")
     if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{file}: {entry} is not finite; go on from an older checkpoint")
+        raise CheckpointError(f"{file}: {entry} is not finite; use an older checkpoint")
 
 
 def _seen(tensor: Tensor) -> str:
@@ -225,31 +223,31 @@ def _seen(tensor: Tensor) -> str:
 
 
 def _check_generators(file: Path) -> None:
-    """Load the states into unused generators; a GPU's state can't be tried without a GPU."""
+    """Load the states into unused generators. A GPU's state can't be tested without a GPU."""
     states = read_tensors(file)
     if "cpu" not in states or not states.keys() <= {"cpu", "cuda"}:
-        raise CheckpointError(f"{file}: holds generators of {', '.join(sorted(states)) or 'nothing'}, not cpu and cuda")
+        raise CheckpointError(f"{file}: has generators of {', '.join(sorted(states)) or 'nothing'}, not cpu and cuda")
     for device, values in states.items():
         if values.dtype != torch.uint8 or values.ndim != 1:
-            raise CheckpointError(f"{file}: {device} is {_seen(values)}, no state of a generator")
+            raise CheckpointError(f"{file}: {device} is {_seen(values)}, not a generator state")
         try:
             if device == "cpu" or torch.cuda.is_available():
                 torch.Generator(device).set_state(values)
         except (RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{file}: {device} is no state of a generator ({error})") from error
+            raise CheckpointError(f"{file}: {device} is not a generator state ({error})") from error
 
 
 def _check_snapshots(file: Path, parameters: Mapping[str, Tensor], state: TrainState) -> None:
-    """Each copy has every parameter, with moments that fit it or none."""
+    """Check that each copy has every parameter, with fitting moments or none."""
     tensors = read_tensors(file)
     tried = tensors.pop(TRIED, None)
     if tried is None or tried.shape != () or tried.dtype != torch.int64 or not -1 <= int(tried) <= state.step:
-        raise CheckpointError(f"{file}: {TRIED} is no step of this run")
+        raise CheckpointError(f"{file}: {TRIED} is not a step of this run")
     copies: dict[int, dict[int, dict[str, Tensor]]] = {}
     for entry, tensor in tensors.items():
         key = STEP_KEY.fullmatch(entry)
         if key is None or int(key[1]) > state.step or int(key[2]) >= len(parameters):
-            raise CheckpointError(f"{file}: {entry} is no entry of a snapshot of this run")
+            raise CheckpointError(f"{file}: {entry} is not a snapshot entry of this run")
         copies.setdefault(int(key[1]), {}).setdefault(int(key[2]), {})[key[3]] = tensor
     if len(copies) > KEPT:
         raise CheckpointError(f"{file}: holds {len(copies)} snapshots, more than {KEPT}")

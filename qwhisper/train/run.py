@@ -1,6 +1,6 @@
-"""A training from its arguments to its exit code: read the data, build the session, train, and say how it ended.
+"""A training from its arguments to its exit code: read the data, build the session, train, report the end.
 
-Everything that can be refused is refused before a model is loaded.
+All checks that need no model run before one is loaded.
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ from qwhisper.train.start import (
 def main(
     args: TrainArguments, callbacks: Sequence[TrainerCallback] = (), write_data: Callable[[], None] = lambda: None
 ) -> int:
-    """Runs a training and returns its exit code. callbacks: any `TrainerCallback`s; ours configure the run.
+    """Run a training and return its exit code. callbacks: any `TrainerCallback`s; ours configure the run.
 
-    write_data: makes the files of the arguments that don't exist yet; called when the run folder is known to be free.
+    write_data: writes data files that the arguments name; called after the checks of the run folder.
     """
-    begun: list[Session] = []  # a run that was refused has no log: its folder may be another run's
+    begun: list[Session] = []  # empty after a refusal, which must not log: the folder may be another run's
 
     def log_lost_output(lines: int) -> None:
         for session in begun:
@@ -79,9 +79,9 @@ def configure_and_go(
         if not is_out_of_memory(error):
             raise
         folder = Path(args.output_dir)
-        go_on = f", then go on with: {resume_command(folder)}" if checkpoints(folder) else ""
+        go_on = f", then resume with: {resume_command(folder)}" if checkpoints(folder) else ""
         raise MemoryLimitError(
-            f"out of memory outside of a forward and backward pass, where a smaller pack is no help: "
+            f"out of memory outside of a forward and backward pass, where a smaller pack does not help: "
             f"{first_line(error)}. Use --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a smaller "
             f"--text_model or --lora_r{go_on}"
         ) from error
@@ -123,7 +123,7 @@ def prepare_and_go(
 
 
 def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
-    """The dialogues to train on and those held out; prints what a user should know about them."""
+    """Read the dialogues to train on and the held-out ones, and print notes on them."""
     dialogues = read_dialogues(args.train_file, data_root=args.data_root, max_samples=args.max_samples)
     held_out = read_dialogues(args.eval_file, data_root=args.data_root) if args.eval_file else []
     say(f"{len(dialogues)} dialogues to train on, {len(held_out)} held out")
@@ -134,14 +134,14 @@ def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
     if args.distill_weight and (untaught := sum(in_words(dialogue.messages) is None for dialogue in dialogues)):
         note(
             f"--distill_weight has no effect on {untaught} of {len(dialogues)} dialogues, which have a clip "
-            "without `transcript`: they are learned from their answers alone"
+            "without `transcript`: their loss is cross-entropy alone"
         )
     return dialogues, held_out
 
 
 def go(session: Session, signals: StopSignals) -> int:
     args, state = session.args, session.state
-    with suppress(Stopped):  # `train` then ends before its first step
+    with suppress(Stopped):  # after a signal `train` ends before its first step
         try_kernels(session, signals)
     steps = step_samples(
         session.source,
@@ -153,9 +153,9 @@ def go(session: Session, signals: StopSignals) -> int:
     with closing(steps):
         code = train(session, steps, signals)
     if code:
-        saved = bool(checkpoints(session.log.folder))  # not before the first step
+        saved = bool(checkpoints(session.log.folder))  # false before the first step
         go_on = resume_command(session.log.folder) if saved else start_command(session.log.folder)
-        say(f"stopped by a signal after step {state.step}; go on with: {go_on}", to_stderr=True)
+        say(f"stopped by a signal after step {state.step}; continue with: {go_on}", to_stderr=True)
     else:
         refuse_to_have_learned_nothing(session)
         say(closing_line(session))
@@ -183,8 +183,8 @@ def announce(session: Session) -> None:
         )
     if plan.num_warmup_steps >= total:
         note(
-            f"all {total} steps are within --warmup_steps {plan.num_warmup_steps}: the learning rate is reached "
-            "in the last"
+            f"all {total} steps are within --warmup_steps {plan.num_warmup_steps}: only the last has the full "
+            "learning rate"
         )
     if plan.freeze_projector_steps >= total:
         note(
@@ -194,7 +194,7 @@ def announce(session: Session) -> None:
 
 
 def try_kernels(session: Session, signals: StopSignals) -> None:
-    """Every attention kernel that this run uses, on this device, against fp32; a wrong one is named and replaced."""
+    """Compare every attention kernel of this run with fp32, on this device; report and replace a wrong one."""
     longest = longest_row(session.args, session.executor.max_tokens_per_pack)
     for wrong in check_kernels(session.executor.model, longest, signals.poll):
         session.report(KernelReplaced(**dataclasses.asdict(wrong)))

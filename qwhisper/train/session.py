@@ -1,4 +1,4 @@
-"""What one running training holds: built from arguments, model and data, saved as a checkpoint, restored from one."""
+"""The state of one running training: built from arguments, model and data; saved to and restored from a checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ class Session:
     lines: StepLines
     hooks: Hooks
     held_out: HeldOut
-    probe: ListeningProbe | None  # None: no dialogue with audio to probe with
+    probe: ListeningProbe | None  # None: the run is too short, or has too few dialogues with audio
     base_checksums: dict[str, int]  # of the weights that must not change
 
     @property
@@ -90,11 +90,11 @@ class Session:
 
     @property
     def frozen_groups(self) -> frozenset[str]:
-        """Groups whose gradient is dropped in the step that comes next, or is being taken."""
+        """Groups whose gradient is dropped in the current or next step."""
         return frozenset({"projector"} if self.state.step < self.plan.freeze_projector_steps else ())
 
     def set_learning_rates(self) -> None:
-        """Those of the next step, after a resume or where a guard has changed its factor."""
+        """Set those of the next step, after a resume or if a guard has changed its factor."""
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * self.scheduler.lr_lambdas[0](self.state.step)
         self.scheduler.last_epoch = self.state.step
@@ -104,10 +104,10 @@ class Session:
 class StepReport:
     """What a step did.
 
-    loss: nats a supervised token. tokens, num_samples, has_audio: of the samples that it was taken on. grad_norm,
+    loss: nats a supervised token. tokens (supervised), num_samples, has_audio: of the samples kept. grad_norm,
     group_norms: before clipping. peaks: groups above their adaptive bound, with norm / average. skipped: why, or None.
-    frozen: groups whose gradient was dropped. divergence: from the teacher, nats a taught token; None without one,
-    and where samples were dropped.
+    frozen: groups whose gradient was dropped. divergence: from the teacher, nats a taught token; None without a
+    teacher or if samples were dropped.
     """
 
     loss: float
@@ -147,7 +147,7 @@ def build_session(
     state: TrainState,
     callbacks: Sequence[TrainerCallback],
 ) -> Session:
-    """A training at its first step, or at `state`'s. Lays out the held-out dialogues and quarantines bad ones."""
+    """A training at the step of `state`. Lays out the held-out dialogues and quarantines bad ones."""
     encoder = encoder_for(args, processor, model)
     usable, rejections = hold_out(held_out, encoder, args.dataloader_num_workers)
     log = RunLog(Path(args.output_dir))
@@ -211,8 +211,8 @@ def probe_of(
     held_out: Sequence[Dialogue],
     state: TrainState,
 ) -> ListeningProbe | None:
-    """The listening probe; None for a run that is too short even for one at its end, which need not decode its audio,
-    and if the processes that decode it die in a row. Without questions if the run ends before it has paid for them.
+    """The listening probe. None if the run is too short even for one at its end (its audio is then not decoded), or if
+    the processes that decode the audio keep dying. It asks no questions if the run is too short for them.
     """
     first_step = first_probe_step(
         total_steps=plan.total_steps,
@@ -224,15 +224,15 @@ def probe_of(
     if shortest > plan.total_steps:
         if held_out:
             note(
-                f"no listening probe: it takes {shortest} steps to pay for one, and this run has "
-                f"{plan.total_steps}; `qwhisper eval` tells whether it hears"
+                f"no listening probe: a run needs at least {shortest} steps for one, and this run has "
+                f"{plan.total_steps}; `qwhisper eval` shows whether it hears"
             )
         return None
     asked = held_out if asks_from <= plan.total_steps else []
     if not state.kinds and any(message.kind for dialogue in asked for message in dialogue.messages):
         note(
-            "no retention in this run: the training data names no `kind`, so what is never trained on is "
-            "unknown; give its answers a `kind`"
+            "no retention in this run: the training data names no `kind`, so the kinds that were never "
+            "trained on are unknown; give its answers a `kind`"
         )
     workers = args.dataloader_num_workers
     try:
@@ -254,7 +254,7 @@ def probe_of(
 
 
 def make_clamp(plan: Plan, model: torch.nn.Module, state: TrainState) -> ActivationClamp | None:
-    """--activation_clamp, as it stands; None for off, and for an LM whose first layer has no q_proj."""
+    """The clamp of --activation_clamp; None if it is off or the LM's first layer has no q_proj."""
     if plan.clamp_bound is None:
         return None
     found = first_q_proj(model)
@@ -266,9 +266,9 @@ def make_clamp(plan: Plan, model: torch.nn.Module, state: TrainState) -> Activat
 
 
 def save_checkpoint(session: Session) -> Path:
-    """A new checkpoint, and older ones deleted; none is deleted while the newest is not finite.
+    """Save a checkpoint and delete old ones. While the newest is not finite, none is deleted.
 
-    With the snapshots where the newest is of an earlier step, as after a signal or in a row of bad steps.
+    Snapshots are saved too if the newest is of an earlier step, as after a signal or in a row of bad steps.
     """
     model, state = session.executor.model, session.state
     state.max_tokens_per_pack = session.executor.max_tokens_per_pack
@@ -297,15 +297,15 @@ def save_checkpoint(session: Session) -> Path:
 
 
 def collect_clamped(session: Session) -> None:
-    """Takes the clamp's count over from the device; waits for it."""
+    """Add the clamp's count from the device to the state. Waits for the device."""
     if session.clamp and session.clamp.on:
         session.state.guards.clamp.clamped += sum(session.clamp.take_counts().values())
 
 
 def restore(session: Session, folder: Path) -> None:
-    """Optimizer, schedule, generators and snapshots as they were; the weights are loaded already.
+    """Load optimizer, schedule, generators and snapshots; the weights are already loaded.
 
-    Raises CheckpointError if this run can not continue with one of them.
+    Raises CheckpointError if one of them does not fit this run.
     """
     names = parameter_names(session.executor.model)
     check_resumable(folder, {names[parameter]: parameter for parameter in session.snapshots.parameters}, session.state)

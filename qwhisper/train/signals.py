@@ -1,7 +1,7 @@
-"""SIGINT, SIGTERM and SIGHUP while training: noted when they come, and asked for where nothing is half done.
+"""SIGINT, SIGTERM and SIGHUP during training: recorded when they come, and polled where the run can stop.
 
-A signal never raises by itself. Every wait asks at least once a second, an evaluation between its packs. A step that
-takes long is given up between two of its packs, so that the checkpoint comes within 30 s.
+The handler never raises. Every wait polls at least once a second, an evaluation between its packs. A long step is
+aborted between two of its packs, so that the checkpoint is saved within 30 s.
 """
 
 import signal
@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 from qwhisper.engine.executor import Executor
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_SECONDS = 10.0  # for the step that a signal comes in; the pack in hand and the save have what is left of 30
+GRACE_SECONDS = 10.0  # to finish the step; the rest of the 30 is for the current pack and the save
 T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """No Exception, as KeyboardInterrupt is none: no `except Exception` that it passes may take it for a fault."""
+    """A BaseException, like KeyboardInterrupt, so that no `except Exception` catches it as a fault."""
 
 
 class StopSignals:
-    """From `with` to its end, a signal ends the training after the step that it comes in, or before that step if packs
-    are left when the grace is over; a second one changes nothing.
+    """A context in which a signal ends the training after the current step; if packs of it are left after
+    GRACE_SECONDS, the step is aborted. A second signal changes nothing.
 
-    received: the first one's number, or None.
+    received: number of the first signal, or None.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        # nohup has SIGHUP ignored: the run is meant to outlive its terminal.
+        # Under nohup SIGHUP is ignored: the run is meant to outlive its terminal.
         heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self.receive) for number in heeded}
         return self
@@ -47,15 +47,15 @@ class StopSignals:
         self.received = self.received or number
 
     def poll(self) -> None:
-        """To be called in every wait, and between packs that may be left at once. Raises Stopped if a signal came."""
+        """Call in every wait, and between packs if the work may stop at once. Raises Stopped if a signal came."""
         if self.received is not None:
             raise Stopped
 
     def between_packs(self) -> None:
-        """To be called before each pack of a step. Raises Stopped where a signal came and the grace is over.
+        """Call before each pack of a step. Raises Stopped if a signal came and GRACE_SECONDS are over.
 
-        That begins with the last call before the signal: Python hears of one only after the call into torch that it
-        came in, and a backward pass is one call.
+        They count from the last call before the signal: Python runs the handler only after the current call into
+        torch returns, and a backward pass is one call.
         """
         now = time.monotonic()
         if self.received is None:
@@ -64,9 +64,9 @@ class StopSignals:
             raise Stopped
 
     def unless_stopped(self, executor: Executor, work: Callable[[], T]) -> T | None:
-        """What `work` returns, or None if a signal came before or meanwhile: the executor polls before each pack.
+        """Do `work` and return its result, or None if a signal came before or during it.
 
-        For what may take long, such as an evaluation, and may be left between two packs without harm.
+        The executor polls before each pack. For long work that can stop between two packs, such as an evaluation.
         """
         before_pack, executor.before_pack = executor.before_pack, self.poll
         try:

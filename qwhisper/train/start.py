@@ -1,4 +1,4 @@
-"""Where a training starts: a new run in its own folder, or a checkpoint that is resumed, with what changed since.
+"""The start of a training: a new run in its own folder, or a resumed checkpoint and what has changed since.
 
 A folder that holds another run is refused; nothing in it is overwritten.
 """
@@ -36,7 +36,7 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
     if not args.resume_from_checkpoint:
         if checkpoints(folder):
             raise UsageError(
-                f"--output_dir {folder} holds another run. To go on with it: {resume_command(folder)}. "
+                f"--output_dir {folder} holds another run. To resume it: {resume_command(folder)}. "
                 "For a new run give another folder; nothing was changed"
             )
         if holds_run(folder):
@@ -49,7 +49,7 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
         return given_checkpoint(Path(args.resume_from_checkpoint), folder)
     newest, passed_over = newest_usable(folder)
     for line in passed_over:
-        say(f"passed over a damaged checkpoint: {line}", to_stderr=True)
+        say(f"skipped a damaged checkpoint: {line}", to_stderr=True)
     if newest is None and passed_over:
         raise CheckpointError(f"{folder}: no checkpoint is whole and finite; start again in another folder")
     if newest is None:
@@ -59,7 +59,7 @@ def find_resume_point(args: TrainArguments, folder: Path) -> Path | None:
 
 
 def refuse_missing_run(args: TrainArguments) -> None:
-    """Raises UsageError for a resume in a folder that is no run's. Nothing is made there, not even the lock."""
+    """Raises UsageError for a resume in a folder that holds no run. Creates nothing there, not even the lock."""
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint == "latest" and not (holds_run(folder) or (folder / CONFIG_FILE).exists()):
         raise nothing_to_resume(folder)
@@ -70,40 +70,40 @@ def nothing_to_resume(folder: Path) -> UsageError:
     if not folder.is_dir():
         return UsageError(f"{looked}, and no such folder: give the run's folder, or --config with its {CONFIG_FILE}")
     if (folder / CONFIG_FILE).exists() and written_by_a_run(folder / CONFIG_FILE):
-        return UsageError(f"{looked}: the run ended before its first one. To start it again: {start_command(folder)}")
+        return UsageError(f"{looked}: the run ended before its first save. To start it again: {start_command(folder)}")
     return UsageError(f"{looked}: give the run's folder, or start a new run without --resume_from_checkpoint")
 
 
 def given_checkpoint(path: Path, folder: Path) -> Path:
-    """A checkpoint that was named, wherever it lies: also a copy of one of this run, or one of another run that
-    continues in a new folder.
+    """The checkpoint that --resume_from_checkpoint names. It may be a copy of one of this run, or belong to another run
+    that continues in a new folder.
     """
-    path = path.resolve()  # its name and its parent are asked for, and `.` and links have others
+    path = path.resolve()  # `.` and links have another name and parent
     if not path.is_dir() or checkpoints(path):
         raise UsageError(
-            f"--resume_from_checkpoint {path}: no checkpoint-N folder. Without a value it takes the newest of "
+            f"--resume_from_checkpoint {path}: no checkpoint-N folder. Without a value it resumes the newest of "
             f"--output_dir {folder}"
         )
     check_usable(path)
     own, saved_by = folder.resolve(), output_dir_of(path).resolve()
     if own not in (path.parent, saved_by) and holds_run(folder) and saved_by not in former_places(folder):
         raise UsageError(
-            f"--output_dir {folder} holds another run than {path}, which was saved by the one in {saved_by}: give a "
-            "new folder, or copy the checkpoint into its run's; nothing was changed"
+            f"--output_dir {folder} holds another run than {path}, which the run in {saved_by} saved: give a "
+            "new folder, or copy the checkpoint into its run's folder; nothing was changed"
         )
     return path
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has saved a checkpoint there, or there is a config.yaml that no run wrote. Neither is overwritten;
-    a run that ended before its first checkpoint may be started anew.
+    """Whether the folder has a checkpoint, or a config.yaml that no run wrote. Neither may be overwritten; a run that
+    ended before its first checkpoint may be started again.
     """
     config = folder / CONFIG_FILE
     return bool(checkpoints(folder)) or (config.exists() and not written_by_a_run(config))
 
 
 def former_places(folder: Path) -> set[Path]:
-    """Where a run that has moved to `folder` lay when it saved its checkpoints."""
+    """The earlier folders of the run in `folder`, as its checkpoints name them."""
     places = set()
     for path in checkpoints(folder):
         with suppress(CheckpointError):
@@ -112,13 +112,13 @@ def former_places(folder: Path) -> set[Path]:
 
 
 def put_later_aside(folder: Path, resumed: Path) -> None:
-    """Renames the checkpoints after the one that is resumed, and says so."""
+    """Rename the checkpoints of later steps than `resumed`, and print their new names."""
     for path in folders.put_aside_later(folder, resumed):
-        say(f"a checkpoint of a later step is put aside: {path}")
+        say(f"renamed a checkpoint of a later step: {path}")
 
 
 def state_at_start(args: TrainArguments, plan: Plan, dialogues: Sequence[Dialogue], resumed: Path | None) -> TrainState:
-    """Step 0, or where the checkpoint that is resumed stands."""
+    """The state at step 0, or that of the resumed checkpoint."""
     train_file_sha256 = disk.file_sha256(Path(args.train_file))
     state = TrainState.load(resumed) if resumed else TrainState(train_file_sha256=train_file_sha256)
     if resumed:
@@ -130,24 +130,24 @@ def state_at_start(args: TrainArguments, plan: Plan, dialogues: Sequence[Dialogu
 
 
 def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_file_sha256: str) -> None:
-    """Says what is different this time; a changed pack size wins over the one that the run had settled on."""
+    """Print what has changed since the checkpoint. A changed --max_tokens_per_pack replaces the run's current one."""
     changed = changed_arguments(args, resumed)
     if state.train_file_sha256 != train_file_sha256 or changed.keys() & DECIDE_THE_LOSS:
-        state.learning = Learning()  # losses of before can't be compared with those to come
+        state.learning = Learning()  # earlier losses can't be compared with later ones
     if "max_tokens_per_pack" in changed:
         state.max_tokens_per_pack = None
     if changed:
         changes = ", ".join(f"--{name} {now} (was {was})" for name, (was, now) in changed.items())
-        note(f"{resumed.name} goes on with {changes}")
+        note(f"{resumed.name} continues with {changes}")
     if state.train_file_sha256 != train_file_sha256:
         note(
-            f"{args.train_file} has changed since {resumed.name}: the order of samples goes on, their content "
+            f"{args.train_file} has changed since {resumed.name}: the order of samples is kept, their content "
             "may differ"
         )
 
 
 def start_command(folder: Path) -> str:
-    """For a shell, from any current folder."""
+    """The shell command that starts the run again, from any current folder."""
     return f"qwhisper train --config {shlex.quote(os.path.abspath(folder / CONFIG_FILE))}"
 
 
@@ -156,10 +156,10 @@ def resume_command(folder: Path) -> str:
 
 
 def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> None:
-    """Everything that is needed to run it again from any current folder: `qwhisper train --config` reads it.
+    """Write the config.yaml with which `qwhisper train --config` repeats the run from any current folder.
 
-    Values that the length of the run decides are left out: a longer one from the same file has its own.
-    If the disk does not take it, a resumed run keeps the file that is there.
+    Leaves out values that depend on the length of the run: a longer run from the same file computes its own. If the
+    file can't be written, a resumed run keeps the existing one. Raises DiskError if there is none.
     """
     values = absolute(dataclasses.asdict(with_values(args, defaults_from_flags(args))))
     values = {name: value for name, value in values.items() if value is not None and name != "resume_from_checkpoint"}
@@ -171,4 +171,4 @@ def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> No
             raise DiskError(
                 f"{folder / CONFIG_FILE}: can't be written ({error}): make room, or give another folder"
             ) from None
-        note(f"{folder / CONFIG_FILE} is left as it was: {error}")
+        note(f"{folder / CONFIG_FILE} can't be written and is unchanged: {error}")

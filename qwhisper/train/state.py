@@ -1,6 +1,6 @@
-"""All that a resume needs beside the weights: position, counters, optimizer, generators.
+"""The state that a resume needs besides the weights: position, counters, optimizer, random generators.
 
-JSON and safetensors; nothing is unpickled.
+Stored as JSON and safetensors; nothing is unpickled.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from qwhisper.typed_json import ADDED_LATER, from_json
 
 @dataclass
 class TrainState:
-    """Where a run stands.
+    """The position and counters of a run.
 
-    step: optimizer steps done, skipped ones included; position: of the source of dialogues, which alone looks inside.
-    evaluated: the step of the last evaluation. kinds: of question, in the data that was trained on. saved_with: SHA-256
-    of the tensor files of the same save, by name; empty in checkpoints that are older than this field.
+    step: optimizer steps done, skipped ones included. position: of the source of dialogues, in the source's own format.
+    evaluated: step of the last evaluation. kinds: kinds of question in the training data. saved_with: SHA-256 of the
+    tensor files of the same save, by name; empty in checkpoints that are older than this field.
     """
 
     step: int = 0
@@ -63,8 +63,8 @@ class TrainState:
 
     @classmethod
     def load(cls, folder: Path) -> "TrainState":
-        """Raises CheckpointError where the file is not what this version of qwhisper writes, or of another step than
-        the manifest says.
+        """Read state.json. Raises CheckpointError if this version of qwhisper does not write such a file, or if its
+        step is not the manifest's.
         """
         path = folder / STATE_FILE
         values = read_json(path)
@@ -73,7 +73,7 @@ class TrainState:
                 values["position"] = epoch_position(values.pop("epoch", None), values.pop("offset", None))
             state = from_json(cls, values)
             state._check()
-            if "told" not in values["guards"]["clamp"]:  # in older checkpoints: what was clamped is not named again
+            if "told" not in values["guards"]["clamp"]:  # in older checkpoints: don't report the count again
                 state.guards.clamp.told = state.guards.clamp.clamped
         except ValueError as error:
             raise CheckpointError(f"{path}: not as this version of qwhisper writes it ({error})") from error
@@ -105,7 +105,7 @@ class TrainState:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file's content, on the CPU. Raises CheckpointError where it is missing or anything else."""
+    """The tensors of a safetensors file, on the CPU. Raises CheckpointError if it is missing or can't be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -113,7 +113,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
-    """Each parameter's moments and step count under "name|moment"; parameters never stepped have none."""
+    """Write each parameter's moments and step count under "name|moment"; parameters never stepped have none."""
     tensors = {}
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items() if was_stepped(moments) else ():
@@ -122,12 +122,12 @@ def write_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], folder: Path) -> None:
-    """Puts saved moments back, each on its parameter's device; `check_resumable` has found that they fit."""
+    """Load saved moments, each to its parameter's device; `check_resumable` has checked that they fit."""
     by_name = {name: parameter for parameter, name in names.items()}
     for entry, value in read_tensors(folder / OPTIMIZER_FILE).items():
         name, key = entry.rsplit("|", 1)
         parameter = by_name[name]
-        # Adam's step count stays on the CPU unless the optimizer is fused, as torch itself keeps it.
+        # As in torch, Adam's step count is on the CPU unless the optimizer is fused.
         on_device = key != "step" or optimizer.defaults.get("fused")
         optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
 

@@ -34,14 +34,14 @@ from qwhisper.model.processor import encoder_of
 from qwhisper.train.resume import check_resumable, saved_parameters
 from qwhisper.train.state import TrainState
 
-LOOKED_AT = 100  # first dialogues of the training file, among which one with audio is searched
+LOOKED_AT = 100  # first dialogues of the training file, searched for one with audio
 STEP_LEARNING_RATE = 1e-3
 ANSWER_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was verified of a checkpoint.
+    """The result of a verification.
 
     files: number of files that agree with the manifest; None without a manifest. dialogue: source of the dialogue used
     for the step.
@@ -57,7 +57,7 @@ class Proof:
     answer: str
 
     def __str__(self) -> str:
-        hashes = "no manifest, so no hashes" if self.files is None else f"{self.files} files are what was written"
+        hashes = "no manifest, so no hashes" if self.files is None else f"{self.files} files agree with the manifest"
         return (
             f"{self.folder}: sound. {hashes}; {self.tensors} saved tensors finite; reloaded; answered {self.answer!r} "
             f"with finite logits; one step on {self.dialogue}: loss {self.loss:.4f}, gradients finite, "
@@ -73,9 +73,9 @@ def verify(
     audio_model: str | None = None,
     text_model: str | None = None,
 ) -> Proof:
-    """Check one checkpoint, or a run: the files of all its checkpoints, then the checkpoint that would be used.
+    """Verify a checkpoint, or a run: the files of all its checkpoints, then the checkpoint that would be used.
 
-    audio_model, text_model: present places of its bases, if they have moved. Raises CheckpointError naming what failed,
+    audio_model, text_model: present paths of its bases, if they have moved. Raises CheckpointError with what failed,
     UsageError for a folder that is neither.
     """
     given = Path(os.path.abspath(checkpoint))
@@ -146,13 +146,13 @@ def _check_saved_numbers(folder: Path) -> int:
 
 
 def _first_dialogue(folder: Path, encoder: DialogueEncoder, scratch: Path) -> tuple[Sample, Sample, str]:
-    """(training row, prompt of an answer, their source) of the run's first dialogue with audio, or of a made one."""
+    """(training row, prompt of an answer, source) of the run's first dialogue with audio, or of a synthetic one."""
     saved = run_arguments(folder)
     try:
         found = read_dialogues(saved["train_file"], data_root=saved.get("data_root"), max_samples=LOOKED_AT)
         dialogue = next(dialogue for dialogue in found if dialogue.clips)
         return _encode(dialogue, encoder)
-    except (KeyError, StopIteration, DataError):  # moved, changed or not recorded: use a made dialogue
+    except (KeyError, StopIteration, DataError):  # moved, changed or not recorded: use a synthetic dialogue
         return _encode(_made_dialogue(scratch), encoder)
 
 
@@ -173,7 +173,7 @@ def _made_dialogue(scratch: Path) -> Dialogue:
         Message("user", (AudioClip(str((scratch / "tone.wav").resolve())), "What do you hear?")),
         Message("assistant", ("A tone.",)),
     )
-    return Dialogue("made", messages, "a made dialogue (the training file is not there)")
+    return Dialogue("made", messages, "a synthetic dialogue (the training file is missing)")
 
 
 def _answer(folder: Path, model, encoder: DialogueEncoder, prompt: Sample) -> str:

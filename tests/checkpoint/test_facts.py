@@ -54,7 +54,7 @@ def test_arguments_that_every_run_has_must_be_there(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"kinds": "colour"}, "kinds"), ({"kinds": [1]}, "kinds"), ({"step": 2}, "is of step 2, its manifest")],
+    [({"kinds": "colour"}, "kinds"), ({"kinds": [1]}, "kinds"), ({"step": 2}, "is of step 2, but its manifest")],
 )
 def test_state_that_does_not_fit_is_refused(tmp_path, change, said):
     with pytest.raises(CheckpointError, match=rf"state\.json: {said}"):

@@ -46,7 +46,7 @@ def test_command_says_what_it_does_not_use_and_does_not_ask_for(finished_run, tm
     result = json.loads(output.read_text())
     answers = sum(message["role"] == "assistant" for line in lines for message in line["messages"])
     assert len(result["answers"]) == answers - 1
-    assert "Masked answers (`loss` false), which are history alone: 1." in result["notes"]
+    assert "Masked answers (`loss` false), used only as history: 1." in result["notes"]
     first = next(message for message in lines[0]["messages"] if message["role"] == "user")
     assert first == lines[0]["messages"][0] and result["answers"][0]["turn"] == 2
 

@@ -244,7 +244,7 @@ def test_what_does_not_belong_together_is_refused():
     with pytest.raises(ValueError, match="its teacher has 6 supervised tokens, not 3"):
         packed_batch([replace(last, teacher=more)], frames, audio, teach=True)
     shape = pack_shape([last], frames, teach=True)
-    with pytest.raises(ValueError, match="4 supervised positions of a teacher for 3"):
+    with pytest.raises(ValueError, match="the teacher has 4 supervised positions, the pack 3"):
         replace(shape, teacher=replace(shape.teacher, supervised=4))
 
 

@@ -185,7 +185,9 @@ def test_kinds_are_untrained_only_beside_known_trained_ones_and_that_is_said(sma
         table = markdown(result, checkpoint="c", eval_file="e")
         assert result.retention == retention
         assert ("Retention 1.00" in table) == ("never trained)" in table) == bool(known)
-        assert ("training data names no `kind`, so what was never trained on is unknown; give" in table) != bool(known)
+        assert ("training data names no `kind`, so the kinds that were never trained on are unknown;" in table) != bool(
+            known
+        )
         assert "No text shift: no dialogue of the text file can be read in words; the first: t.jsonl:1: a clip" in table
     without_kind = [dialogue for dialogue in dialogues if not dialogue.clips]
     for few, asked in ((without_kind, True), (dialogues, False)):

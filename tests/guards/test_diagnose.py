@@ -297,7 +297,7 @@ def test_a_finding_is_one_json_line_and_one_sentence(monkeypatch):
     finding = diagnose(model, batch_for(model))
     back = json.loads(json.dumps(finding.as_dict(), allow_nan=False))
     assert back["where"] == "lm_head" and back["inputs"][0]["shape"] == finding.inputs[0]["shape"]
-    assert str(finding).startswith("forward: lm_head makes values that are not finite from finite inputs (input 0 [")
+    assert str(finding).startswith("forward: lm_head has finite inputs and an output that is not finite (input 0 [")
     assert "\n" not in str(finding)
 
 

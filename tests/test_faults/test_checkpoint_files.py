@@ -387,5 +387,6 @@ def test_flags_changed_since(folder, capsys):
     assert outcome.code == UsageError.exit_code and "--lora_r is 4" in outcome.message
     assert main(resume_arguments(folder, learning_rate=5e-4, projector_learning_rate=1e-3)) == 0
     assert (
-        "checkpoint-4 goes on with --learning_rate 0.0005 (was 0.001), --max_steps 5 (was 4)" in capsys.readouterr().out
+        "checkpoint-4 continues with --learning_rate 0.0005 (was 0.001), --max_steps 5 (was 4)"
+        in capsys.readouterr().out
     )

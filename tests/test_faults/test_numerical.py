@@ -288,7 +288,7 @@ def test_a_dying_run_ends_and_keeps_its_last_sound_checkpoint(arguments, monkeyp
         **ONE_EPOCH | {"max_steps": 60, "save_steps": 1}, save_total_limit=1, max_bad_steps=2, max_rewinds=1
     )
     outcome = outcome_of(args)
-    assert outcome.code == 5 and outcome.finite and " is sound: go on from it" in outcome.message
+    assert outcome.code == 5 and outcome.finite and " is sound: resume it" in outcome.message
 
 
 @fault(

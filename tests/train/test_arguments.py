@@ -255,12 +255,12 @@ def test_sound_combinations_pass_without_a_notice(values):
         ({"use_lora": False, "lora_fp32": False}, "--lora_fp32 has no effect: there is no LoRA with --no_use_lora"),
         ({"eval_steps": 7}, "--eval_steps has no effect: there is no --eval_file"),
         ({"per_device_eval_batch_size": 2}, "--per_device_eval_batch_size has no effect: there is no --eval_file"),
-        ({"max_steps": 50, "num_train_epochs": 1}, "--num_train_epochs has no effect: --max_steps 50 decides"),
+        ({"max_steps": 50, "num_train_epochs": 1}, "--num_train_epochs has no effect: --max_steps 50 replaces it"),
         ({"early_lr_steps": 0, "early_lr_factor": 0.5}, "--early_lr_factor has no effect: --early_lr_steps is 0"),
         ({"early_lr_factor": 1.0, "early_lr_steps": 9}, "--early_lr_steps has no effect: --early_lr_factor is 1"),
         (
             {"init_from": "a", "resume_from_checkpoint": "latest"},
-            "--init_from has no effect: the checkpoint that is resumed holds these weights already",
+            "--init_from has no effect: the resumed checkpoint already holds these weights",
         ),
     ],
 )

@@ -256,7 +256,7 @@ def test_a_full_disk_refuses_a_new_run_and_leaves_a_resumed_ones_config(finished
     monkeypatch.setattr("qwhisper.disk.write_whole", lambda path, text: fail(errno.ENOSPC)())
     assert main(dataclasses.replace(finished, resume_from_checkpoint="latest", max_steps=7)) == 0
     assert (Path(finished.output_dir) / "config.yaml").read_text() == config
-    assert "is left as it was" in capsys.readouterr().out
+    assert "is unchanged" in capsys.readouterr().out
     with pytest.raises(DiskError, match="make room"):
         main(dataclasses.replace(finished, output_dir=f"{finished.output_dir}-new"))
 

@@ -49,7 +49,7 @@ def test_a_run_that_never_comes_to_its_learning_rate_says_so(arguments, capsys, 
 
 def test_a_run_that_is_too_short_for_a_probe_says_so(arguments, train_file, capsys):
     main(arguments(eval_file=str(train_file)))
-    assert "no listening probe: it takes 50 steps to pay for one, and this run has 6" in capsys.readouterr().out
+    assert "no listening probe: a run needs at least 50 steps for one, and this run has 6" in capsys.readouterr().out
 
 
 def test_a_key_that_is_not_used_is_said_before_the_run(arguments, train_file, capsys):

@@ -138,7 +138,7 @@ def test_without_its_training_file_a_made_dialogue_serves(run):
 
     rewritten(run / "checkpoint-2", change)
     proof = verify(run)
-    assert "made dialogue" in proof.dialogue
+    assert "synthetic dialogue" in proof.dialogue
     assert proof.moved > 0
 
 
