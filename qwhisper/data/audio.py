@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 
 from qwhisper.data.containers import Layout, find_layout
-from qwhisper.data.decode import Decoder, UnreadableError, ffmpeg, find_ffmpeg, sndfile
+from qwhisper.data.decode import Decoder, FfmpegDecoder, SndfileDecoder, UnreadableError, find_ffmpeg
 from qwhisper.data.files import FileBytes, opened
 from qwhisper.data.mono import Mono
 from qwhisper.errors import BadClipError
@@ -72,7 +72,7 @@ def claimed_seconds(
     try:
         with opened(source, follow_links=follow_links) as descriptor:
             for stream in find_layout(FileBytes(descriptor), end).streams:
-                with sndfile(descriptor, stream) as decoder:
+                with closing(SndfileDecoder(descriptor, stream)) as decoder:
                     seconds += (decoder.num_frames or 0) / decoder.rate
     except (BadClipError, OSError, soundfile.SoundFileError):
         return 0.0  # decoding will name the fault
@@ -179,12 +179,12 @@ def _stops_at(descriptor: int, layout: Layout) -> tuple[float, float | None]:
 
 def _sndfile_streams(descriptor: int, layout: Layout) -> Generator[_Opened]:
     for stream in layout.streams:
-        with sndfile(descriptor, stream) as decoder:
+        with closing(SndfileDecoder(descriptor, stream)) as decoder:
             yield decoder, stream.lost
 
 
 def _ffmpeg_streams(program: str, descriptor: int, name: str, layout: Layout, notes: list[str]) -> Generator[_Opened]:
-    with ffmpeg(program, descriptor, name) as decoder:
+    with closing(FfmpegDecoder(program, descriptor, name)) as decoder:
         notes[:] = [*layout.notes, *decoder.notes()]
         yield decoder, layout.streams[-1].lost
 

@@ -12,8 +12,7 @@ import selectors
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -111,15 +110,6 @@ class SndfileDecoder:
         if claim is None or is_unknown(int(claim[1])):
             return self._file.frames
         return round(self._file.frames * int(claim[1]) / max(int(claim[2]), 1))
-
-
-@contextmanager
-def sndfile(descriptor: int, stream: Stream) -> Iterator[SndfileDecoder]:
-    decoder = SndfileDecoder(descriptor, stream)
-    try:
-        yield decoder
-    finally:
-        decoder.close()
 
 
 def find_ffmpeg() -> str | None:
@@ -273,12 +263,3 @@ class FfmpegDecoder:
         return UnreadableError(
             f"{self._path}: unreadable audio (FFmpeg: {reason}); convert it to WAV or FLAC, or leave it out"
         )
-
-
-@contextmanager
-def ffmpeg(program: str, descriptor: int, path: str) -> Iterator[FfmpegDecoder]:
-    decoder = FfmpegDecoder(program, descriptor, path)
-    try:
-        yield decoder
-    finally:
-        decoder.close()

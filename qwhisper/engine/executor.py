@@ -19,7 +19,7 @@ from qwhisper.engine.forward import PackResult, by_sample, hidden_states_of, lik
 from qwhisper.engine.reference import compare_with_reference
 from qwhisper.errors import MemoryLimitError
 from qwhisper.memory import is_out_of_memory
-from qwhisper.model.attention import PACKED_ATTENTION, attention_for
+from qwhisper.model.attention import IMPLEMENTATIONS, PACKED_ATTENTION, attention_for, text_attention
 from qwhisper.model.loss import IGNORE_INDEX
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
@@ -31,11 +31,13 @@ UNPACKABLE_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
 def supports_packing(text_config) -> bool:
     """Whether the LM can keep the samples of one row apart.
 
-    Recurrent layers would leak from one sample to the next; soft-capped attention has no packed kernel.
+    Recurrent layers would leak from one sample to the next. Only our attention has a packed kernel: not the soft-capped
+    one, and none that a user has set.
     """
     layers = getattr(text_config, "layer_types", None) or []
     recurrent = any(word in layer for layer in layers for word in UNPACKABLE_LAYERS)
-    return not recurrent and attention_for(text_config) == PACKED_ATTENTION
+    ours = attention_for(text_config) == PACKED_ATTENTION and text_attention(text_config) in IMPLEMENTATIONS
+    return ours and not recurrent
 
 
 def generators_as_now(device: torch.device) -> Callable[[], None]:

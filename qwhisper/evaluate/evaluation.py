@@ -95,28 +95,26 @@ def evaluate_model(
     Raises DataError if no dialogue can be used.
     """
     started = time.perf_counter()
-    was_training = model.training
-    model.eval()
     executor = Executor(model, max_tokens_per_pack=None, pad_token_id=encoder.pad_token_id)
 
     def answer(rows: Sequence[Sample]) -> list[str]:
         return answer_prompts(model, encoder, [_prompt(row) for row in rows], max_new_tokens, batch_size)
 
-    heard = _with_true_audio(executor, encoder, dialogues, answer, measure_turns=swap)
-    usable, turns, rejected = heard.usable, heard.turns, heard.rejected
-    if not usable:
-        raise DataError(
-            f"no dialogue can be evaluated; the first: {rejected[0]['reason'] if rejected else 'there is none'}"
-        )
-    records = [_record(turn, text) for turn, text in zip(turns, heard.answers, strict=True)]
-    losses: dict[str, Any] = dict.fromkeys(("loss_unswapped", "loss_swapped", "listening_gain"))
-    if swap:
-        losses |= _with_swapped_audio(executor, encoder, heard, records, answer, seed)
-    shift, no_shift = None, None
-    if text_model:
-        _with_text_model(records, turns, text_answers(model, encoder, turns, max_new_tokens, batch_size))
-        shift, no_shift = text_shift(executor, encoder, text)
-    model.train(was_training)
+    with executor.evaluation_mode():
+        heard = _with_true_audio(executor, encoder, dialogues, answer, measure_turns=swap)
+        usable, turns, rejected = heard.usable, heard.turns, heard.rejected
+        if not usable:
+            raise DataError(
+                f"no dialogue can be evaluated; the first: {rejected[0]['reason'] if rejected else 'there is none'}"
+            )
+        records = [_record(turn, text) for turn, text in zip(turns, heard.answers, strict=True)]
+        losses: dict[str, Any] = dict.fromkeys(("loss_unswapped", "loss_swapped", "listening_gain"))
+        if swap:
+            losses |= _with_swapped_audio(executor, encoder, heard, records, answer, seed)
+        shift, no_shift = None, None
+        if text_model:
+            _with_text_model(records, turns, text_answers(model, encoder, turns, max_new_tokens, batch_size))
+            shift, no_shift = text_shift(executor, encoder, text)
     scores = _scores(records)
     return Evaluation(
         **scores,

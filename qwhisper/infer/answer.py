@@ -32,8 +32,9 @@ from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.batches import answer_batches
 from qwhisper.infer.decoding import Request
 from qwhisper.locks import hold
+from qwhisper.memory import naming_memory_limit
 from qwhisper.model.base_kinds import refuse_empty_tokenizer
-from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model, naming_memory_limit
+from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model
 from qwhisper.model.pretrained import load_tokenizer
 from qwhisper.report.events import ends_in_half_a_line, read_jsonl
 
@@ -280,7 +281,7 @@ def _held(cache: Path) -> Iterator[None]:
 
 
 def _load(path: str, options: LoadOptions) -> PreTrainedModel:
-    with naming_memory_limit(f"{path} was", "--load_in_4bit"):
+    with naming_memory_limit(f"while {path} was loaded", "--load_in_4bit"):
         return load_language_model(path, options)
 
 

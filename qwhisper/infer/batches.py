@@ -1,7 +1,7 @@
 """Answers to many prompts, a left-padded batch at a time."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.packing import pad_samples
 from qwhisper.data.rows import Sample
-from qwhisper.errors import MemoryLimitError
 from qwhisper.infer.decoding import Answer, AnswerText, Chooser, Reader, Request, never_written
-from qwhisper.memory import is_out_of_memory
+from qwhisper.memory import is_out_of_memory, naming_memory_limit
 
 
 def answer_batches(
@@ -50,18 +49,10 @@ def answer_batches(
         done += len(chosen)
 
 
-@contextmanager
-def naming_the_prompt(prompt: Sample) -> Iterator[None]:
+def naming_the_prompt(prompt: Sample) -> AbstractContextManager[None]:
     """A context in which running out of memory raises MemoryLimitError with the size of the prompt."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryLimitError(
-            f"out of memory with one prompt of {len(prompt.input_ids)} tokens: use a lower --max_new_tokens or --dtype "
-            "bf16"
-        ) from error
+    doing = f"with one prompt of {len(prompt.input_ids)} tokens"
+    return naming_memory_limit(doing, "a lower --max_new_tokens or --dtype bf16")
 
 
 def _answer_batch(model, encoder: DialogueEncoder, prompts: list[Sample], request: Request) -> list[Answer]:

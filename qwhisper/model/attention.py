@@ -72,12 +72,19 @@ def attention_for(text_config: PreTrainedConfig) -> str:
     return PACKED_ATTENTION if getattr(text_config, "attn_logit_softcapping", None) is None else "eager"
 
 
-def set_text_attention(config: PreTrainedConfig) -> None:
-    """Set ours on a language model that has none or "sdpa", which would call cuDNN; any other stays as it is."""
+def text_attention(config: PreTrainedConfig) -> str:
+    """The attention of a language model: ours if none is set, or "sdpa", which would call cuDNN; any other stays."""
     requested = config._attn_implementation
-    if requested in (None, "sdpa"):
-        ours = attention_for(config)
-        config._attn_implementation = PACKED_SDPA if requested and ours == PACKED_ATTENTION else ours
+    if requested not in (None, "sdpa"):
+        return requested
+    ours = attention_for(config)
+    return PACKED_SDPA if requested and ours == PACKED_ATTENTION else ours
+
+
+def set_text_attention(config: PreTrainedConfig) -> None:
+    """Sets `text_attention`."""
+    if (used := text_attention(config)) != config._attn_implementation:
+        config._attn_implementation = used
 
 
 def set_encoder_attention(config: PreTrainedConfig) -> None:

@@ -6,8 +6,6 @@ No fp32 copy of the language model is made, and Whisper's decoder is never loade
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from qwhisper.errors import MemoryLimitError, UsageError, first_line
-from qwhisper.memory import is_out_of_memory
+from qwhisper.errors import UsageError
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.base_kinds import refuse_other_format, refuse_other_kind
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
@@ -187,19 +184,6 @@ def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> True
         hf_logging.set_verbosity(verbosity)
     refuse_missing("--audio_model", name, info)
     return encoder.to(device).requires_grad_(False).eval()
-
-
-@contextmanager
-def naming_memory_limit(names: str, cures: str) -> Iterator[None]:
-    """Turn out of memory during loading into MemoryLimitError, with what was loaded and what may help."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryLimitError(
-            f"out of memory while {names} loaded: use {cures}, or end what else is on the card ({first_line(error)})"
-        ) from error
 
 
 def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from qwhisper.checkpoint.facts import run_arguments
 from qwhisper.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
 from qwhisper.errors import CheckpointError, UsageError, first_line
+from qwhisper.memory import naming_memory_limit
 from qwhisper.model.adapter_config import read_adapter_config
 from qwhisper.model.base_kinds import refuse_unpackable
 from qwhisper.model.bases import (
@@ -27,7 +28,6 @@ from qwhisper.model.bases import (
     fingerprint,
     load_encoder,
     load_language_model,
-    naming_memory_limit,
     refuse_missing,
     resolve_model,
 )
@@ -76,7 +76,7 @@ def load_and_join(
 ) -> Model:
     """One model from both bases, with a record of their weights and a new projector."""
     cures = "--load_in_4bit, --whisper_cpu or a smaller --text_model"
-    with naming_memory_limit(f"{audio_path} and {text_path} were", cures):
+    with naming_memory_limit(f"while {audio_path} and {text_path} were loaded", cures):
         encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
         language_model = load_language_model(text_path, options)
         refuse_unpackable(text_path, language_model)
@@ -146,7 +146,7 @@ def is_whole_folder(name: str | os.PathLike) -> bool:
 def _load_whole(cls: type[Model], name: str | os.PathLike, options: LoadOptions) -> Model:
     if options.load_in_4bit:
         raise UsageError(f"{name} holds a whole model, which is not loaded in 4 bits: leave load_in_4bit out")
-    with naming_memory_limit(f"{name} was", "--whisper_cpu"):
+    with naming_memory_limit(f"while {name} was loaded", "--whisper_cpu"):
         keywords = {"dtype": options.compute_dtype, "device_map": options.device_map or {"": options.device}}
         with reading(name, "it can't be loaded"):
             model = load_whole(cls, name, **keywords)

@@ -138,14 +138,16 @@ def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
     return processor
 
 
-def encoder_of(processor: Qwen3AudioProcessor, max_length: int | None = None) -> DialogueEncoder:
-    """The encoder whose prompts and labels are those of a processor; max_length: tokens a training row may have."""
+def encoder_of(processor: Qwen3AudioProcessor, **rows: Any) -> DialogueEncoder:
+    """The encoder whose prompts and labels are those of a processor. rows: train_on, max_length and teach of
+    `DialogueEncoder`, for rows to train on.
+    """
     return DialogueEncoder(
         processor.tokenizer,
         processor.frames,
         audio_token_id=processor.audio_token_id,
         chat_template=processor.chat_template,
-        max_length=max_length,
+        **rows,
     )
 
 

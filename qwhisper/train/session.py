@@ -24,7 +24,7 @@ from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.guards.gradients import Groups, frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
-from qwhisper.model.processor import Qwen3AudioProcessor
+from qwhisper.model.processor import Qwen3AudioProcessor, encoder_of
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.events import RunLog, readable
 from qwhisper.report.kinds import Event, WeightsNotFinite
@@ -126,11 +126,8 @@ class StepReport:
 def encoder_for(
     args: TrainArguments, processor: Qwen3AudioProcessor, model: Qwen3AudioForConditionalGeneration
 ) -> DialogueEncoder:
-    return DialogueEncoder(
-        processor.tokenizer,
-        processor.frames,
-        audio_token_id=processor.audio_token_id,
-        chat_template=processor.chat_template,
+    return encoder_of(
+        processor,
         train_on=args.train_on,
         max_length=longest_dialogue(args, model.config.get_text_config()),
         teach=args.distill_weight > 0,

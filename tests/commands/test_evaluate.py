@@ -1,13 +1,18 @@
 """`qwhisper eval`: what it reads, prints and writes."""
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
+import soundfile
 
 from qwhisper.cli import main as cli
+from qwhisper.data import clips
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.errors import DataError
-from tests.small import write_dialogues
+from qwhisper.frames import SAMPLE_RATE
+from tests.small import tone, write_dialogues
 
 
 def test_command_writes_json_and_markdown(finished_run, tmp_path, capsys):
@@ -76,3 +81,39 @@ def test_clips_of_the_text_file_may_lie_in_the_data_root_as_well(finished_run, t
     flags = ["--eval_file", str(eval_file), "--text_file", str(text_file), "--data_root", str(tmp_path)]
     assert cli(["eval", str(finished_run), *flags]) == 3
     assert [clip.transcript for clip in given["text"][0].clips] == ["low"]
+
+
+@pytest.mark.slow
+def test_each_pass_over_200_dialogues_decodes_each_of_1000_clips_once(finished_run, tmp_path, monkeypatch):
+    decoded = Counter()
+
+    def count(source, *args, **how):
+        decoded[source] += 1
+        return load_audio(source, *args, **how)
+
+    load_audio = clips.load_audio
+    monkeypatch.setattr(clips, "load_audio", count)
+    eval_file = write_five_turns(tmp_path, 200)
+    flags = ["--eval_file", str(eval_file), "--max_new_tokens", "1", "--output_json", str(tmp_path / "eval.json")]
+    for swap, times in (("--no_swap_audio", 1), ("--swap_audio", 2)):
+        decoded.clear()
+        assert cli(["eval", str(finished_run), *flags, swap]) == 0
+        assert len(decoded) == 1000 and set(decoded.values()) == {times}
+    counts = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["counts"]
+    assert (counts["dialogues"], counts["turns"], counts["swapped"], counts["not_swapped"]) == (200, 1000, 1000, 0)
+
+
+def write_five_turns(folder: Path, count: int) -> Path:
+    """Dialogues of five questions, each with a clip; every two ask the same, so that they are each other's partners."""
+    lines = []
+    for n in range(count):
+        messages = []
+        for turn in range(5):
+            clip = folder / f"{n}-{turn}.wav"
+            soundfile.write(clip, tone(200 + 5 * n + turn, 0.02), SAMPLE_RATE)
+            question = [{"type": "audio", "audio": clip.name}, {"type": "text", "text": f"{n // 2}?"}]
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": f"{n % 2}{turn}"}]
+        lines.append(json.dumps({"id": f"d{n}", "messages": messages}) + "\n")
+    path = folder / "eval.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path

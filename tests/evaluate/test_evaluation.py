@@ -234,6 +234,9 @@ def test_model_keeps_its_mode(small_model, dialogues):
     try:
         evaluate_model(model, encoder, dialogues[:1], max_new_tokens=1)
         assert model.training
+        with pytest.raises(DataError, match="no dialogue can be evaluated"):
+            evaluate_model(model, encoder, [], max_new_tokens=1)
+        assert model.training
     finally:
         model.eval()
 

@@ -1,6 +1,7 @@
 """Memory that runs out: while loading, in a pass, an evaluation, a save, with one sample alone."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.engine.executor import Executor
 from qwhisper.guards.gradient_buffers import GradientBuffers
-from qwhisper.model import bases, loading
+from qwhisper.model import loading
 from qwhisper.train import loop, session
 from qwhisper.train import run as train_run
 from qwhisper.train.session import save_checkpoint
@@ -180,7 +181,7 @@ def test_save(arguments, monkeypatch, run_out):
     "out of memory while the models are loaded",
     of="memory",
     guarantee="exit code 4; the message names both models and the flags that help",
-    without=lambda monkeypatch: monkeypatch.setattr(bases, "is_out_of_memory", lambda error: False),
+    without=lambda monkeypatch: monkeypatch.setattr(loading, "naming_memory_limit", lambda *_: nullcontext()),
 )
 @both_memories
 def test_load(arguments, monkeypatch, run_out):
