@@ -41,7 +41,7 @@ def fails_in(event: str) -> type[TrainerCallback]:
 def outcome_with_tracker(arguments, monkeypatch, event: str):
     """Of a run with a tracker that raises in `event`."""
     monkeypatch.setattr(hooks, "get_reporting_integration_callbacks", lambda names: [fails_in(event)])
-    return outcome_of(arguments(report_to=["broken"]))
+    return outcome_of(arguments(max_steps=2, report_to=["broken"]))
 
 
 def assert_named_once(said: str, event: str) -> None:
@@ -97,7 +97,7 @@ def full_disk(log: Path) -> None:
     without=errors_of_logs_are_errors_of_the_run,
 )
 def test_logs_on_a_full_disk(arguments, capsys):
-    args = arguments()
+    args = arguments(max_steps=2)
     Path(args.output_dir).mkdir()
     full_disk(Path(args.output_dir) / "metrics.jsonl")
     outcome = outcome_of(args)
@@ -128,7 +128,7 @@ def pipe_without_reader() -> int:
 def test_a_pipe_that_nobody_reads(arguments, monkeypatch, capsys):
     pipe = os.fdopen(pipe_without_reader(), "w")
     monkeypatch.setattr(sys, "stdout", pipe)
-    outcome = outcome_of(arguments())
+    outcome = outcome_of(arguments(max_steps=2))
     with contextlib.suppress(BrokenPipeError):  # without the guard, of what is left in its buffer
         pipe.close()
     assert outcome.code == 0 and outcome.finite, outcome.message
