@@ -90,7 +90,8 @@ def promises() -> str:
 def fault_tables() -> str:
     """A section for each class."""
     outcomes, rows = hf_outcomes(), faults()
-    parts = [f"{len(rows)} faults. Every test runs twice: with its guard, and without it, where it must fail."]
+    twice = "`make test-all` runs every test twice: with its guard, and without it, where it must fail."
+    parts = [f"{len(rows)} faults. {twice}"]
     if SUMMARY in outcomes:
         parts += ["", f"In a plain HF Trainer: {outcomes[SUMMARY]}."]
     for kind in CLASSES:

@@ -3,9 +3,9 @@
 streams.py starts it as a script, so it imports only the standard library. It is a process and not a thread of the run,
 so that it also receives what a library writes to the descriptor, and the last lines before a crash.
 
-    python relay.py NAME:IN:OUT …      a word on stdin, or its end, marks the end of the run; stdout: a JSON report
+    python relay.py PATIENCE NAME:IN:OUT …      a word on stdin, or its end, marks the end of the run; stdout: JSON
 
-NAME: for messages. IN, OUT: descriptors to read from and to write to.
+PATIENCE: seconds, see Outlet.finish. NAME: for messages. IN, OUT: descriptors to read from and to write to.
 """
 
 import json
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 MAX_BYTES = 2**20  # kept for a reader that has stopped; above this, the oldest lines are dropped
-PATIENCE_S = 2.0  # after the end of the run, for a reader that reads nothing
+PATIENCE_S = 2.0  # wait after the end of the run: for a reader that reads nothing, and for the last output
 
 
 def cannot_be_written(name: str, error: OSError) -> str:
@@ -73,11 +73,11 @@ class Outlet:
                 self._gap += oldest.endswith(b"\n")
             self._changed.notify_all()
 
-    def finish(self) -> bool:
-        """Wait until everything is written. Returns False if nothing was written for PATIENCE_S."""
+    def finish(self, patience_s: float) -> bool:
+        """Wait until everything is written. Returns False if nothing was written for `patience_s`."""
         with self._changed:
             while self._lines or not self._is_idle:
-                if not self._changed.wait(PATIENCE_S):  # each write notifies
+                if not self._changed.wait(patience_s):  # each write notifies
                     return False
         return True
 
@@ -126,13 +126,14 @@ def main(arguments: Sequence[str]) -> None:
         for outlet in outlets.values():
             outlet.put(message.encode() + b"\n")
 
-    for argument in arguments:
+    patience_s = float(arguments[0])
+    for argument in arguments[1:]:
         name, source, target = argument.split(":")
         outlets[int(source)] = Outlet(name, int(target), tell)
     _pass_on(outlets)
     stalled: set[Outlet] = set()
     for _ in range(2):  # an error of the second outlet may still be written to the first
-        stalled |= {outlet for outlet in outlets.values() if outlet not in stalled and not outlet.finish()}
+        stalled |= {outlet for outlet in outlets.values() if outlet not in stalled and not outlet.finish(patience_s)}
     lost = sum(outlet.lost for outlet in outlets.values())
     dead = [outlet.name for outlet in outlets.values() if outlet.is_dead]
     print(json.dumps({"lost": lost, "stalled": [outlet.name for outlet in stalled], "dead": dead}), flush=True)

@@ -136,7 +136,7 @@ def start_relay(streams: Sequence[Unfailing]) -> Relayed | None:
     arguments = [f"{name}:{pipes[name][0]}:{targets[those[0]]}" for name, those in descriptors.items()]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", relay.__file__, *arguments],
+            [sys.executable, "-I", "-S", relay.__file__, str(relay.PATIENCE_S), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             pass_fds=[int(number) for argument in arguments for number in argument.split(":")[1:]],
             start_new_session=True,  # Ctrl-C and Ctrl-Z in the terminal are meant for the run

@@ -95,7 +95,9 @@ def test_a_sound_stream_gets_what_is_printed_and_is_put_back(capsys):
 
 NEVER_WAITS = """
 import atexit, os, sys
+from qwhisper.report import relay
 from qwhisper.report.streams import unfailing_output
+relay.PATIENCE_S = {patience_s}
 atexit.register(print, "a library's last words")
 go, tell = int(sys.argv[1]), int(sys.argv[2])
 lost = []
@@ -109,13 +111,14 @@ sys.exit(7)
 class Program:
     """A Python that runs `body` where no write waits, and ends with exit code 7.
 
-    It may wait for `os.read(go, 1)` until `go()`.
+    It may wait for `os.read(go, 1)` until `go()`. patience_s: which its relay has with a reader that reads nothing.
     """
 
-    def __init__(self, body: str, *, stdout: int, stderr: int):
+    def __init__(self, body: str, *, stdout: int, stderr: int, patience_s: float = relay.PATIENCE_S):
         wait, self._go = os.pipe()
         self._told, tell = os.pipe()
-        command = [sys.executable, "-c", NEVER_WAITS.format(body=body), str(wait), str(tell)]
+        program = NEVER_WAITS.format(body=body, patience_s=patience_s)
+        command = [sys.executable, "-c", program, str(wait), str(tell)]
         self._child = subprocess.Popen(command, cwd=ROOT, pass_fds=[wait, tell], stdout=stdout, stderr=stderr)
         for descriptor in {wait, tell, stdout, stderr}:
             os.close(descriptor)
@@ -141,7 +144,7 @@ def test_no_write_waits_for_a_reader_that_has_stopped_and_the_interpreter_ends()
         os.write(1, b"by a child\\n")
         os._exit(0)
     os.wait()"""
-    assert Program(body, stdout=writing, stderr=writing).lost() == [1501]
+    assert Program(body, stdout=writing, stderr=writing, patience_s=0.1).lost() == [1501]
     assert set(read_all(reading)) == {ord(".")}
 
 
@@ -204,7 +207,7 @@ def test_a_paused_terminal_is_still_a_terminal_and_stops_nobody():
     os.read(go, 1)
     for number in range(3000):
         print(number, "." * 1000)"""
-    program = Program(body, stdout=os.dup(its_end), stderr=os.dup(its_end))
+    program = Program(body, stdout=os.dup(its_end), stderr=os.dup(its_end), patience_s=0.1)
     assert os.read(terminal, 100) == b"True 99\r\n"
     termios.tcflow(its_end, termios.TCOOFF)  # what Ctrl-S does
     program.go()
@@ -245,7 +248,7 @@ def test_a_child_that_outlives_the_run_does_not_keep_the_relay():
     if not os.fork():
         os.read(go, 1)
         os._exit(0)"""
-    program = Program(body, stdout=writing, stderr=os.open(os.devnull, os.O_WRONLY))
+    program = Program(body, stdout=writing, stderr=os.open(os.devnull, os.O_WRONLY), patience_s=0.1)
     assert program.lost() == [1]
     os.close(reading)
 

@@ -122,8 +122,24 @@ class Operations:
     def _after_foreign_write(self, path) -> None:
         """By a library that does not write in Python. Half of its file is there when it is hit."""
         if self.hits("write", path):
-            os.truncate(path, os.path.getsize(path) // 2)
+            with self._open(path, "rb") as file:
+                content = file.read()
+            os.truncate(path, len(content) // 2)
             self.act()
+            with self._open(path, "wb") as file:
+                file.write(content)
+
+
+class Copies(Operations):
+    """Copies the folder at every operation: what a kill there would leave, since all that it takes is the process's."""
+
+    def __init__(self, folder: Path, target: Path):
+        super().__init__(folder, act=lambda: shutil.copytree(folder, target / str(len(self.seen) - 1)))
+
+    def hits(self, name: str, path: object) -> bool:
+        count = len(self.seen)
+        super().hits(name, path)
+        return len(self.seen) > count
 
 
 class _Written:
@@ -180,12 +196,14 @@ def in_child(work: Callable[[], object], *, kill_after: float | None = None) -> 
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def operations_of(work: Callable[[], object], folder: Path) -> list[str]:
-    """The names of the operations that `work` does under `folder`, counted in a child."""
+def operations_of(
+    work: Callable[[], object], folder: Path, watched: Callable[[Path], Operations] = Operations
+) -> list[str]:
+    """The names of the operations that `work` does under `folder`, watched in a child."""
     reading, writing = os.pipe()
 
     def counted() -> None:
-        with Operations(folder) as operations:
+        with watched(folder) as operations:
             work()
         os.write(writing, "\n".join(operations.seen).encode())
 
@@ -196,19 +214,12 @@ def operations_of(work: Callable[[], object], folder: Path) -> list[str]:
 
 
 def killed_everywhere(work: Callable[[], object], folder: Path) -> Iterator[str]:
-    """Does `work` in a child once for each of its operations under `folder`, and kills it there. Yields its name after.
+    """Lets a child do `work`, and makes of `folder` in turn what a kill at each operation under it would have left.
 
-    Each child finds the folder as it was at first.
+    Yields the operation's name each time.
     """
-    before = folder.with_name(f"{folder.name}-before")
-    shutil.copytree(folder, before)
-    for number, name in enumerate(operations_of(work, folder)):
+    copies = folder.with_name(f"copies-of-{folder.name}")
+    for number, name in enumerate(operations_of(work, folder, lambda folder: Copies(folder, copies))):
         shutil.rmtree(folder)
-        shutil.copytree(before, folder)
-
-        def hit(number: int = number) -> None:
-            with Operations(folder, at=number):
-                work()
-
-        assert in_child(hit) == -signal.SIGKILL, name
+        (copies / str(number)).rename(folder)
         yield name

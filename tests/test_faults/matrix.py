@@ -1,7 +1,8 @@
 """How a fault test is written: once, and run twice.
 
 With the guard on, the guarantee must hold. With the guard patched out, the same test must fail on the guarantee's own
-assertion (a strict expected failure): a guarantee that holds without its guard proves nothing about it.
+assertion (a strict expected failure): a guarantee that holds without its guard proves nothing about it. `make test`
+runs it with the guard alone, `make test-all` with and without.
 docs/reliability.md is made of what is declared here.
 """
 
@@ -10,7 +11,6 @@ from collections.abc import Callable
 import pytest
 
 CLASSES = ("numerical", "data", "process", "disk", "memory", "logger")
-WHOLE_RUNS = ("numerical", "process", "disk", "memory")  # their tests train: without the guard in make test-all alone
 WithoutGuard = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -25,15 +25,12 @@ def fault(
     """Marks a test of one fault.
 
     name: the fault, as a user would say it. of: one of CLASSES. guarantee: what the user may rely on. without: patches
-    the guard out. slow: `make test-all` alone runs it. Those of WHOLE_RUNS are tried without their guard there alone.
+    the guard out. slow: only `make test-all` runs it.
     """
     assert of in CLASSES, of
 
     def decorate(test):
-        marks = [pytest.mark.xfail(strict=True, raises=AssertionError)]
-        if of in WHOLE_RUNS:
-            marks.append(pytest.mark.slow)
-        off = pytest.param("off", marks=marks)
+        off = pytest.param("off", marks=[pytest.mark.xfail(strict=True, raises=AssertionError), pytest.mark.slow])
         test = pytest.mark.parametrize("guard", ["on", off], indirect=True)(test)
         test = pytest.mark.fault(name=name, of=of, guarantee=guarantee, without=without)(test)
         return pytest.mark.slow(test) if slow else test

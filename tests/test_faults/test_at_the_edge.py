@@ -18,10 +18,8 @@ from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.held_out import hold_out
 from qwhisper.engine.executor import Executor
 from qwhisper.guards import snapshot
-from qwhisper.model.processor import Qwen3AudioProcessor
 from qwhisper.train import loop
 from qwhisper.train import recovery as rescue
-from qwhisper.train.session import encoder_for, save_checkpoint
 from tests.test_faults.inject import (
     both_memories,
     device_memory_runs_out,
@@ -35,6 +33,8 @@ from tests.train.helpers import make_run, read_lines, step
 from tests.workers import CrashingReader
 
 VALUES = {"max_steps": 4, "save_steps": 2, "freeze_projector_steps": 0, "early_lr_steps": 0}
+ONE_EPOCH = VALUES | {"max_steps": 3, "save_steps": 3}
+TWO_STEPS = VALUES | {"max_steps": 2, "save_steps": 1}
 
 
 class Moment(TrainerCallback):
@@ -84,8 +84,9 @@ def test_an_infinite_moment(arguments):
     ),
 )
 def test_saves_in_a_bad_streak(arguments, monkeypatch):
-    plant(monkeypatch, gradient_element(math.nan), calls=range(8, 10**6))
-    outcome = outcome_of(arguments(**VALUES | {"max_steps": 30, "save_steps": 1}, max_bad_steps=3, max_rewinds=1))
+    plant(monkeypatch, gradient_element(math.nan), calls=range(3, 10**6))
+    pairs = {"max_steps": 30, "save_steps": 1, "gradient_accumulation_steps": 1}
+    outcome = outcome_of(arguments(**VALUES | pairs, max_bad_steps=3, max_rewinds=1))
     rewinds = [event for event in outcome.events if event["kind"] == "rewind"]
     assert outcome.code == 5 and [event["step"] - event["to_step"] for event in rewinds] == [3]
 
@@ -124,7 +125,7 @@ def scale_stays(honest):
 def test_no_memory_for_the_diagnosis(arguments, monkeypatch, run_out):
     monkeypatch.setattr(rescue, "diagnose", run_out)
     plant(monkeypatch, loss_times(math.nan), samples={"d3"})
-    outcome = outcome_of(arguments(**VALUES))
+    outcome = outcome_of(arguments(**ONE_EPOCH))
     assert outcome.code == 0 and {name for _, name in outcome.dropped} == {"d3"}
     assert outcome.count("no_diagnosis") == outcome.count("dropped_samples") > 0
 
@@ -148,7 +149,7 @@ def test_no_memory_for_one_sample(arguments, monkeypatch, run_out):
 
     monkeypatch.setattr(Executor, "run_packs", planted)
     plant(monkeypatch, loss_times(math.nan), samples={"d3"})
-    outcome = outcome_of(arguments(**VALUES))
+    outcome = outcome_of(arguments(**ONE_EPOCH))
     assert outcome.code == 0 and {name for _, name in outcome.dropped} == {"d3"}
 
 
@@ -168,7 +169,7 @@ def test_no_memory_for_the_evaluation(arguments, monkeypatch, train_file, run_ou
         return honest(self, samples, count)
 
     monkeypatch.setattr(Executor, "run_packs", planted)
-    outcome = outcome_of(arguments(**VALUES, eval_file=str(train_file)))
+    outcome = outcome_of(arguments(**TWO_STEPS, eval_file=str(train_file)))
     assert outcome.code == 0 and outcome.count("not_evaluated") == 3 and outcome.finite  # before the first step as well
 
 
@@ -184,7 +185,7 @@ def test_no_memory_for_a_snapshot(arguments, monkeypatch, told):
         return torch.empty(1 << 60) if told == "by PyTorch" else bytearray(1 << 60)
 
     monkeypatch.setattr(snapshot, "on_host", on_host)
-    outcome = outcome_of(arguments(**VALUES))
+    outcome = outcome_of(arguments(**TWO_STEPS))
     assert outcome.code == 0 and outcome.count("no_snapshot") == 3 and outcome.finite
 
 
@@ -218,12 +219,10 @@ def test_resumed_from_an_older_one(arguments, capsys):
 def test_a_killer_among_the_held_out(arguments, monkeypatch):
     args = arguments()
     run, _ = make_run(args)
-    processor = Qwen3AudioProcessor.from_pretrained(save_checkpoint(run))
-    encoder = encoder_for(args, processor, run.executor.model)
-    dialogues = read_dialogues(args.train_file)
+    dialogues = read_dialogues(args.train_file)[2:5]
     monkeypatch.setattr(loader, "DialogueReader", partial(CrashingReader, ids=frozenset({"d3"})))
     try:
-        held_out, rejections = hold_out(dialogues, encoder, num_workers=1)
+        held_out, rejections = hold_out(dialogues, run.encoder, num_workers=1)
     except Exception:
         held_out, rejections = [], []
     assert [rejection.id for rejection in rejections] == ["d3"] and len(held_out) == len(dialogues) - 1

@@ -359,9 +359,9 @@ def processor_of_the_base(monkeypatch) -> None:
 )
 def test_tokenizer_changed_since(arguments, tmp_path):
     audio, text = write_small_bases(tmp_path / "own")
-    args = arguments(audio_model=str(audio), text_model=str(text), max_steps=2, save_steps=2)
+    args = arguments(audio_model=str(audio), text_model=str(text), max_steps=1, save_steps=1)
     assert main(args) == 0
-    further = dataclasses.replace(args, max_steps=4, resume_from_checkpoint="latest")
+    further = dataclasses.replace(args, max_steps=2, resume_from_checkpoint="latest")
     shutil.copytree(args.output_dir, tmp_path / "honest")
     assert main(dataclasses.replace(further, output_dir=str(tmp_path / "honest"))) == 0
     tokenizer = json.loads((text / "tokenizer.json").read_text())
@@ -372,7 +372,7 @@ def test_tokenizer_changed_since(arguments, tmp_path):
     }
     (text / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert main(further) == 0
-    expected, found = (checkpoint_tensors(Path(f) / "checkpoint-4") for f in (tmp_path / "honest", args.output_dir))
+    expected, found = (checkpoint_tensors(Path(f) / "checkpoint-2") for f in (tmp_path / "honest", args.output_dir))
     assert same_bits(expected, found) == []
 
 

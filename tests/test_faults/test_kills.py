@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from qwhisper import disk
@@ -21,16 +22,17 @@ from qwhisper.errors import CheckpointError
 from qwhisper.train import loop, session, start
 from qwhisper.train.run import main
 from qwhisper.train.session import save_checkpoint
-from tests.test_faults.kill_shim import in_child, kill, killed_everywhere
+from tests.test_faults.kill_shim import Operations, in_child, kill, killed_everywhere
 from tests.test_faults.lives import Lives, Qwhisper, end_state, random_kills
 from tests.test_faults.matrix import fault
 from tests.train.helpers import make_run, read_lines, same_bits, step
+from tests.trained import small_arguments
 
 pytestmark = pytest.mark.trains_in_forks
 
 SAVE = {"freeze_projector_steps": 0, "early_lr_steps": 0, "save_total_limit": 1}
 
-SHORT = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.2, "freeze_projector_steps": 0}
+SHORT = {"max_steps": 4, "save_steps": 2, "lora_dropout": 0.2, "freeze_projector_steps": 0}
 
 
 def written_in_place(monkeypatch) -> None:
@@ -72,6 +74,39 @@ def test_a_child_that_dies_with_tqdms_lock_holds_up_no_other():
     assert in_child(lambda: list(tqdm(range(2), file=io.StringIO())), kill_after=5.0) == 0
 
 
+def small_files(folder: Path) -> None:
+    for name in ("a.json", "b.json"):
+        (folder / name).write_text("{}")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_what_is_copied_at_an_operation_is_what_a_kill_there_leaves(tmp_path):
+    def fill(folder: Path) -> None:
+        small_files(folder)
+        session.save_file({"zeros": torch.zeros(9)}, folder / "zeros.safetensors")
+
+    def write() -> None:
+        folders.write_checkpoint(tmp_path / "run", 1, fill)
+
+    write()
+    before = shutil.copytree(tmp_path / "run", tmp_path / "before")
+    copies = [(name, contents(tmp_path / "run")) for name in killed_everywhere(write, tmp_path / "run")]
+    assert {name.split()[0] for name, _ in copies} >= {"open", "write", "fsync", "rename"}
+    for number, (name, copied) in enumerate(copies):
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(before, tmp_path / "run")
+
+        def killed(number: int = number) -> None:
+            with Operations(tmp_path / "run", at=number):
+                write()
+
+        assert in_child(killed) == -signal.SIGKILL
+        assert contents(tmp_path / "run") == copied, name
+
+
 def assert_only_whole_ones(folder: Path, where: str) -> None:
     broken = []
     for each in checkpoints(folder):
@@ -80,11 +115,6 @@ def assert_only_whole_ones(folder: Path, where: str) -> None:
         except CheckpointError as error:
             broken.append(str(error))
     assert not broken and newest_usable(folder)[0] is not None, f"killed at {where}: {broken or 'no checkpoint left'}"
-
-
-def small_files(folder: Path) -> None:
-    for name in ("a.json", "b.json"):
-        (folder / name).write_text("{}")
 
 
 def kill_everywhere(save, folder: Path, newest: int) -> None:
@@ -150,17 +180,24 @@ def test_config_killed_anywhere(arguments, tmp_path):
         assert (tmp_path / "run/config.yaml").read_text() in texts, where
 
 
-def run_killed_then_resumed(args, tmp_path, killing) -> None:
-    """The uninterrupted run and one in which `killing` ends the first child; both must end in the same bits."""
-    whole = dataclasses.replace(args, output_dir=str(tmp_path / "whole"))
-    assert in_child(lambda: main(whole)) == 0
+@pytest.fixture(scope="module")
+def uninterrupted(bases, train_file, tmp_path_factory):
+    """How a run of SHORT ends."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    args = small_arguments(bases, train_file=str(train_file), output_dir=str(folder), **SHORT)
+    assert in_child(lambda: main(args)) == 0
+    return end_state(folder, args.max_steps)
+
+
+def killed_then_resumed(args, killing) -> dict[str, torch.Tensor]:
+    """How a run ends in which `killing` ended the first child."""
     assert in_child(killing) == -signal.SIGKILL
     folder = Path(args.output_dir)
     reached = max(line["step"] for line in read_lines(folder / "metrics.jsonl"))
     newest, _ = newest_usable(folder)
     assert newest is not None and reached - int(newest.name.split("-")[1]) <= args.save_steps
     assert in_child(lambda: main(dataclasses.replace(args, resume_from_checkpoint="latest"))) == 0
-    assert same_bits(end_state(tmp_path / "whole", args.max_steps), end_state(folder, args.max_steps)) == []
+    return end_state(folder, args.max_steps)
 
 
 @fault(
@@ -169,8 +206,8 @@ def run_killed_then_resumed(args, tmp_path, killing) -> None:
     guarantee="at most one save interval is lost; the resumed run ends in the same bits as an uninterrupted one",
     without=without_generators,
 )
-def test_killed_in_a_step(arguments, tmp_path, monkeypatch):
-    args = arguments(**SHORT, dataloader_num_workers=2)
+def test_killed_in_a_step(arguments, uninterrupted, monkeypatch):
+    args = arguments(**SHORT, dataloader_num_workers=1)
     honest = loop.train_step
 
     def killing() -> None:
@@ -182,7 +219,7 @@ def test_killed_in_a_step(arguments, tmp_path, monkeypatch):
         monkeypatch.setattr(loop, "train_step", train_step)
         main(args)
 
-    run_killed_then_resumed(args, tmp_path, killing)
+    assert same_bits(uninterrupted, killed_then_resumed(args, killing)) == []
 
 
 @fault(
@@ -191,7 +228,7 @@ def test_killed_in_a_step(arguments, tmp_path, monkeypatch):
     guarantee="at most one save interval is lost; the resumed run ends in the same bits as an uninterrupted one",
     without=without_generators,
 )
-def test_killed_in_an_evaluation(arguments, tmp_path, train_file, monkeypatch):
+def test_killed_in_an_evaluation(arguments, uninterrupted, train_file, monkeypatch):
     args = arguments(**SHORT, eval_file=str(train_file), eval_steps=3)
 
     def killing() -> None:
@@ -199,7 +236,7 @@ def test_killed_in_an_evaluation(arguments, tmp_path, train_file, monkeypatch):
         monkeypatch.setattr(Executor, "evaluate", lambda *given: kill() if next(steps) else honest(*given))
         main(args)
 
-    run_killed_then_resumed(args, tmp_path, killing)
+    assert same_bits(uninterrupted, killed_then_resumed(args, killing)) == []
 
 
 @fault(

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from qwhisper.checkpoint.reading import newest_usable
 from qwhisper.errors import UsageError
-from qwhisper.report import events, streams
+from qwhisper.report import events, relay, streams
 from qwhisper.report.events import RunLog, read_jsonl
 from qwhisper.report.kinds import OutputLost
 from qwhisper.report.streams import Unfailing
@@ -41,7 +41,7 @@ def fails_in(event: str) -> type[TrainerCallback]:
 def outcome_with_tracker(arguments, monkeypatch, event: str):
     """Of a run with a tracker that raises in `event`."""
     monkeypatch.setattr(hooks, "get_reporting_integration_callbacks", lambda names: [fails_in(event)])
-    return outcome_of(arguments(report_to=["broken"]))
+    return outcome_of(arguments(max_steps=2, report_to=["broken"]))
 
 
 def assert_named_once(said: str, event: str) -> None:
@@ -97,7 +97,7 @@ def full_disk(log: Path) -> None:
     without=errors_of_logs_are_errors_of_the_run,
 )
 def test_logs_on_a_full_disk(arguments, capsys):
-    args = arguments()
+    args = arguments(max_steps=2)
     Path(args.output_dir).mkdir()
     full_disk(Path(args.output_dir) / "metrics.jsonl")
     outcome = outcome_of(args)
@@ -128,7 +128,7 @@ def pipe_without_reader() -> int:
 def test_a_pipe_that_nobody_reads(arguments, monkeypatch, capsys):
     pipe = os.fdopen(pipe_without_reader(), "w")
     monkeypatch.setattr(sys, "stdout", pipe)
-    outcome = outcome_of(arguments())
+    outcome = outcome_of(arguments(max_steps=2))
     with contextlib.suppress(BrokenPipeError):  # without the guard, of what is left in its buffer
         pipe.close()
     assert outcome.code == 0 and outcome.finite, outcome.message
@@ -151,6 +151,7 @@ def with_a_reader_that_has_stopped(work) -> int:
     reading, writing = full_pipe()
 
     def printing_to_the_pipe():
+        relay.PATIENCE_S = 0.1
         with os.fdopen(os.dup(writing), "w", buffering=1) as pipe, redirect_stdout(pipe), redirect_stderr(pipe):
             work()
 
@@ -172,18 +173,18 @@ def losses(args) -> list[tuple[int, float]]:
     without=output_waits_for_its_reader,
 )
 def test_a_pipe_whose_reader_has_stopped(arguments, tmp_path):
-    args = arguments()
+    args = arguments(max_steps=2)
     assert with_a_reader_that_has_stopped(lambda: main(args)) == 0
     events_of_run = read_jsonl(Path(args.output_dir) / "events.jsonl")
     (lost,) = [event["lines"] for event in events_of_run if event["kind"] == "output_lost"]
     assert lost > args.max_steps
-    other = arguments(output_dir=str(tmp_path / "heard"))
+    other = arguments(max_steps=2, output_dir=str(tmp_path / "heard"))
     assert main(other) == 0 and losses(args) == losses(other)
 
 
 @pytest.mark.trains_in_forks
 def test_lost_output_is_no_act_of_a_guard_and_is_not_written_into_the_folder_of_another_run(arguments, capsys):
-    args = arguments()
+    args = arguments(max_steps=1, save_steps=1)
     assert with_a_reader_that_has_stopped(lambda: main(args)) == 0
     before = (Path(args.output_dir) / "events.jsonl").read_bytes()
     assert b"output_lost" in before
@@ -194,7 +195,7 @@ def test_lost_output_is_no_act_of_a_guard_and_is_not_written_into_the_folder_of_
 
     assert with_a_reader_that_has_stopped(refused) == 0
     assert (Path(args.output_dir) / "events.jsonl").read_bytes() == before
-    assert main(arguments(max_steps=8, resume_from_checkpoint="latest")) == 0
+    assert main(arguments(max_steps=2, save_steps=1, resume_from_checkpoint="latest")) == 0
     assert "No guard had to act" in capsys.readouterr().out
 
 
@@ -206,7 +207,7 @@ def test_lost_output_is_no_act_of_a_guard_and_is_not_written_into_the_folder_of_
     without=output_waits_for_its_reader,
 )
 def test_a_signal_while_a_reader_has_stopped(arguments):
-    args = arguments(max_steps=9, save_steps=100)
+    args = arguments(save_steps=100)
 
     def work():
         assert main(args, [At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))]) == 128 + signal.SIGTERM

@@ -52,7 +52,7 @@ def signals_wait(monkeypatch) -> None:
     without=signals_wait,
 )
 def test_evaluation_is_left_at_a_signal(arguments, train_file, monkeypatch):
-    args = arguments(max_steps=6, save_steps=100, eval_file=str(train_file), eval_steps=2, max_tokens_per_pack="60")
+    args = arguments(max_steps=3, save_steps=100, eval_file=str(train_file), eval_steps=2, max_tokens_per_pack="60")
     honest, packs, trained = Executor.run_pack, [], []
 
     def run_pack(self, batch):
@@ -142,8 +142,8 @@ def whole_run(args, tmp_path, **values) -> dict[str, torch.Tensor]:
     without=deaths_are_let_through,
 )
 def test_a_killed_worker(arguments, tmp_path):
-    args = arguments(max_steps=9, save_steps=9, dataloader_num_workers=2)
-    outcome = outcome_of(args, [At(3, lambda: os.kill(worker_pids()[0], signal.SIGKILL))])
+    args = arguments(max_steps=7, save_steps=7, dataloader_num_workers=2)
+    outcome = outcome_of(args, [At(1, lambda: os.kill(worker_pids()[0], signal.SIGKILL))])
     assert outcome.code == 0, outcome.message
     assert [event["how"] for event in outcome.events] == ["signal 9"]
     assert same_bits(whole_run(args, tmp_path), outcome.tensors) == []
@@ -166,13 +166,13 @@ def killers_are_not_looked_for(monkeypatch) -> None:
     without=killers_are_not_looked_for,
 )
 def test_a_sample_that_kills_its_reader(arguments, monkeypatch):
-    crash_on(monkeypatch, {"d5", "d6"}, die)
-    args = arguments(max_steps=6, save_steps=6, dataloader_num_workers=2, max_bad_fraction=0.5)
+    crash_on(monkeypatch, {"d5"}, die)
+    args = arguments(max_steps=6, save_steps=6, dataloader_num_workers=1, max_bad_fraction=0.5)
     outcome = outcome_of(args)
     assert outcome.code == 0, outcome.message
-    assert outcome.ids("worker_died") == {"d5", "d6"}
+    assert outcome.ids("worker_died") == {"d5"} and outcome.count("worker_died") == 1
     bad = read_lines(Path(args.output_dir) / "quarantine.jsonl")
-    assert {line["id"] for line in bad} == {"d5", "d6"} and "signal 9" in bad[0]["reason"]
+    assert {line["id"] for line in bad} == {"d5"} and "signal 9" in bad[0]["reason"]
     state = json.loads((Path(args.output_dir) / "checkpoint-6/state.json").read_text())
     assert state["skipped_steps"] == 0 and state["bad_samples"] == len(bad)
 
@@ -193,7 +193,8 @@ def test_a_sample_that_hangs_its_reader(arguments, tmp_path, monkeypatch):
         return time.monotonic() + sum(jumps)
 
     monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=monotonic))
-    args = arguments(max_steps=6, save_steps=6, dataloader_num_workers=1, max_bad_fraction=0.5)
+    in_pairs = {"max_steps": 6, "save_steps": 6, "gradient_accumulation_steps": 1}
+    args = arguments(**in_pairs, dataloader_num_workers=1, max_bad_fraction=0.5)
     outcome = outcome_of(args)
     assert outcome.code == 0, outcome.message
     assert outcome.ids("worker_died") == {"d5"}
@@ -217,7 +218,7 @@ def test_workers_that_keep_dying(arguments, monkeypatch):
 
     monkeypatch.setattr(loader.DialogueReader, "reject_killers", none_is_at_fault)
     monkeypatch.setattr(loader, "DialogueReader", ExitingReader)
-    outcome = outcome_of(arguments(dataloader_num_workers=2))
+    outcome = outcome_of(arguments(dataloader_num_workers=1))
     assert outcome.code == 3 and "lower --dataloader_num_workers" in outcome.message
 
 
@@ -234,8 +235,8 @@ def signals_are_taken(monkeypatch) -> None:
     without=signals_are_taken,
 )
 def test_workers_leave_a_signal_to_the_trainer(arguments):
-    args = arguments(max_steps=9, save_steps=9, dataloader_num_workers=2)
-    outcome = outcome_of(args, [At(3, lambda: [os.kill(pid, signal.SIGINT) for pid in worker_pids()])])
+    args = arguments(max_steps=5, save_steps=5, dataloader_num_workers=1)
+    outcome = outcome_of(args, [At(1, lambda: [os.kill(pid, signal.SIGINT) for pid in worker_pids()])])
     assert outcome.code == 0 and outcome.count("worker_died") == 0
 
 
@@ -267,7 +268,7 @@ def test_no_process_stays_behind(arguments, tmp_path):
         told.write_text(" ".join(map(str, worker_pids())))
         kill()
 
-    args = arguments(dataloader_num_workers=3)
+    args = arguments(dataloader_num_workers=2)
     assert in_child(lambda: main(args, [At(2, tell_and_die)])) == -signal.SIGKILL
     pids = [int(pid) for pid in told.read_text().split()]
     pidfds = [os.pidfd_open(pid) for pid in pids if Path(f"/proc/{pid}").exists()]
@@ -320,7 +321,7 @@ def by_time(monkeypatch) -> None:
     without=by_time,
 )
 def test_clock_jumps(arguments, tmp_path, monkeypatch):
-    args = arguments(max_steps=6, save_steps=1, save_total_limit=2)
+    args = arguments(max_steps=3, save_steps=1, save_total_limit=2)
     folder, year, honest = Path(args.output_dir), 365 * 86_400, time.time
     now = {"jump": 0}
 
@@ -336,7 +337,7 @@ def test_clock_jumps(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: honest() + now["jump"])
     assert main(args, [Jumps()]) == 0
     jump()
-    assert newest_usable(folder)[0].name == "checkpoint-6"
+    assert newest_usable(folder)[0].name == "checkpoint-3"
     assert all(line["seconds"] >= 0 for line in read_lines(folder / "metrics.jsonl"))
     monkeypatch.undo()
-    assert same_bits(end_state(folder, 6), whole_run(args, tmp_path)) == []
+    assert same_bits(end_state(folder, 3), whole_run(args, tmp_path)) == []
