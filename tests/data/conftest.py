@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from qwhisper.data.dialogue import Dialogue, Message
 from qwhisper.frames import FrameArithmetic
@@ -98,11 +98,6 @@ def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=chat_template,
     )
-
-
-@pytest.fixture(scope="session")
-def qwen3_tokenizer(shared):
-    return AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
 
 
 @pytest.fixture(scope="session")

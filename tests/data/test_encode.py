@@ -19,7 +19,7 @@ from qwhisper.data.text_tokens import encode_text
 from qwhisper.errors import BadClipError, DataError, UsageError
 from tests.data.conftest import CHATML, OPEN_THINK, TEMPLATES, byte_tokenizer, dialogue_of, reply, user
 
-PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = st.sampled_from(["Seven.", "<|im_end|>", "a<think>b</think>", "Which?", "ü 确定\n\n7 ", "<tool_call>{}", "  x"])
 
 
@@ -175,7 +175,7 @@ def laying_out(frames, qwen3_tokenizer):
     }
 
 
-@settings(PROPERTY, max_examples=60)
+@settings(PROPERTY, max_examples=30)
 @given(data=st.data())
 def test_layout_without_any_decode_is_that_of_the_sample(laying_out, recordings, frames, data):
     encoder = laying_out[data.draw(st.sampled_from(sorted(laying_out, key=str)))]
@@ -377,7 +377,7 @@ def test_messages_after_the_last_answer_are_left_out(make):
     )
 
 
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=60)
 @given(data=st.data(), max_length=st.integers(2, 200), train_on=st.sampled_from(["assistant", "last", "all"]))
 def test_any_length_keeps_whole_turns_whole_clips_and_a_reply(make, frames, recordings, data, max_length, train_on):
     dialogue = data.draw(any_dialogue(recordings))

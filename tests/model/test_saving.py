@@ -101,7 +101,7 @@ def test_lora_that_is_merged_in_some_layers_only_is_refused(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "with_lora"),
-    [("layers.1.mlp", False), ("", False), ("embed_tokens", True)],
+    [("layers.1.mlp", False), pytest.param("", False, marks=pytest.mark.slow), ("embed_tokens", True)],
 )
 def test_a_language_model_that_was_trained_is_saved_whole_without_its_base(joined, bases, tmp_path, part, with_lora):
     shutil.copytree(bases[1], tmp_path / "text")
@@ -206,11 +206,8 @@ PATTERN = r".*layers\.0\.self_attn\.q_proj"
 @pytest.mark.parametrize(
     "values",
     [
-        {},
-        {"use_dora": True},
-        {"lora_bias": True, "use_rslora": True},
-        {"layers_to_transform": [1]},
-        {"exclude_modules": r".*language_model.layers\.0.*"},
+        {"use_dora": True, "exclude_modules": r".*language_model.layers\.0.*"},
+        {"lora_bias": True, "use_rslora": True, "layers_to_transform": [1]},
         {"rank_pattern": {PATTERN: 2}, "alpha_pattern": {PATTERN: 3}},
     ],
 )
