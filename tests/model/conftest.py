@@ -27,3 +27,14 @@ def joined_once(bases):
 def joined(joined_once):
     """(model, processor) from the small bases: a copy for every test, which takes a tenth of the time of another."""
     return copy.deepcopy(joined_once)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """What is loaded again is compared to the bit, so all of it is computed there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def model(on_the_cpu, joined):
+    return joined[0]

@@ -19,33 +19,13 @@ from transformers import (
 )
 
 from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
-from qwhisper.data.packing import pack_samples
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.bases import LoadOptions, fingerprint
 from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora, lora_parameters
 from qwhisper.model.qwen3_audio import build_from_bases, load_trained
-from tests.model.parts import make_sample
+from tests.model.parts import logits, trained
 from tests.small import SHAPE, small_model, whisper_config
-
-
-def trained(model):
-    """LoRA on the model and every trainable weight away from its start."""
-    add_lora(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def logits(model) -> torch.Tensor:
-    row = pack_samples([make_sample(model, [5, 4], [3000])])
-    del row["labels"]
-    device = model.get_input_embeddings().weight.device
-    row = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
-    with torch.no_grad():
-        return model.eval()(**row).logits
 
 
 @pytest.fixture(scope="module")
