@@ -14,7 +14,15 @@ from hypothesis import settings
 
 from qwhisper.engine import preflight
 from tests.declared import faults_in_runs
-from tests.trained import arguments, bases, finished_run, run_training, small_model, train_file  # noqa: F401
+from tests.trained import (  # noqa: F401
+    arguments,
+    bases,
+    finished_run,
+    qwen3_tokenizer,
+    run_training,
+    small_model,
+    train_file,
+)
 
 # On some CPUs bitsandbytes tells, as it is imported, of a faster kernel that could be installed. A test process lets go
 # of it at its end only, after the summary that continuous integration looks for in the last line.

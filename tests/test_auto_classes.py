@@ -25,8 +25,7 @@ def run(code: str, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_bare_import_is_enough_for_auto_classes_and_pipelines(finished_run):
-    code = """
+USE = """
 import sys, qwhisper
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, pipeline
 for auto in (AutoConfig, AutoTokenizer, AutoProcessor, AutoModel, AutoModelForMultimodalLM):
@@ -36,15 +35,27 @@ print(type(answer.model).__name__, type(answer.processor).__name__)
 question = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
 print(answer(text=question, max_new_tokens=2)[0]["generated_text"][-1]["role"])
 """
-    assert run(code, str(finished_run / "checkpoint-2")) == [
-        "Qwen3AudioConfig",
-        "TokenizersBackend",
-        "Qwen3AudioProcessor",
-        "Qwen3AudioModel",
-        "Qwen3AudioForConditionalGeneration",
-        "Qwen3AudioForConditionalGeneration Qwen3AudioProcessor",
-        "assistant",
-    ]
+USED = [
+    "Qwen3AudioConfig",
+    "TokenizersBackend",
+    "Qwen3AudioProcessor",
+    "Qwen3AudioModel",
+    "Qwen3AudioForConditionalGeneration",
+    "Qwen3AudioForConditionalGeneration Qwen3AudioProcessor",
+    "assistant",
+]
+
+
+def test_auto_classes_and_pipelines_take_our_model(finished_run, monkeypatch, capsys):
+    """In this process, where tests/fixtures.py imported qwhisper before transformers, as a user may."""
+    monkeypatch.setattr(sys, "argv", ["-c", str(finished_run / "checkpoint-2")])
+    exec(USE, {})
+    assert capsys.readouterr().out.splitlines() == USED
+
+
+@pytest.mark.slow
+def test_a_bare_import_is_enough_for_auto_classes_and_pipelines(finished_run):
+    assert run(USE, str(finished_run / "checkpoint-2")) == USED
 
 
 @pytest.mark.slow

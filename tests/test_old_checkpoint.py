@@ -35,11 +35,15 @@ def metrics(run: Path, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in read_lines(run / "metrics.jsonl") if name in line}
 
 
+def slow(value: str):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def text_base(checkpoint: Path) -> str:
     return json.loads((checkpoint / "config.json").read_text())["text_base"]["name"]
 
 
-@pytest.mark.parametrize("place", ["run", "run/checkpoint-60", "stopped", "stopped/checkpoint-30"])
+@pytest.mark.parametrize("place", ["run", *map(slow, ("run/checkpoint-60", "stopped")), "stopped/checkpoint-30"])
 def test_it_is_verified(moved, place, capsys):
     assert cli(["verify", str(moved / place), *FP32_ON_CPU]) == 0
     assert "sound" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.processor import encoder_of
@@ -17,6 +18,12 @@ LAYER_STD, EMBEDDING_STD = 0.4, 0.3
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
     return write_small_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer(shared):
+    """The real one, which takes most of a second to load: no test may change it."""
+    return AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
 
 
 @pytest.fixture(scope="session")

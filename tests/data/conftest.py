@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import soundfile
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from qwhisper.data.dialogue import Dialogue, Message
+from qwhisper.data.encode import DialogueEncoder
 from qwhisper.frames import FrameArithmetic
 from tests.dialogue_files import write  # noqa: F401
 
@@ -101,11 +102,6 @@ def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def qwen3_tokenizer(shared):
-    return AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
-
-
-@pytest.fixture(scope="session")
 def chatml_tokenizer():
     return byte_tokenizer(CHATML)
 
@@ -125,3 +121,13 @@ def recordings(tmp_path_factory) -> list[Path]:
         paths.append(folder / f"{seconds}.wav")
         soundfile.write(paths[-1], noise.uniform(-0.5, 0.5, round(16_000 * seconds)), 16_000)
     return paths
+
+
+@pytest.fixture(scope="session")
+def encoders(frames, qwen3_tokenizer):
+    """By the kind of template: Qwen3's, one without think, one made from a table, and the plain one."""
+    tokenizers = {
+        "qwen3": qwen3_tokenizer,
+        **{name: byte_tokenizer(TEMPLATES[name]) for name in ("qwen2.5", "gemma", "moving system", "none")},
+    }
+    return {name: DialogueEncoder(t, frames, audio_token_id=len(t)) for name, t in tokenizers.items()}

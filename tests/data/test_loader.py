@@ -45,14 +45,14 @@ from qwhisper.data.source import ShuffledDialogues
 
 dialogues, encoder = pickle.load(open("encoder.pickle", "rb"))
 source = ShuffledDialogues(dialogues=dialogues, samples_per_step=2, seed=0)
-steps = step_samples(source, encoder, num_workers=2)
+steps = step_samples(source, encoder, num_workers=1)
 print([sample.id for _ in range(3) for sample in next(steps).samples], qwhisper.__file__)
 """
 EXEC = "import sys; exec(sys.stdin.read(), {'__name__': '__main__'})"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("how", ["script", "stdin", "exec", "zip"])
+@pytest.mark.parametrize("how", ["script", "stdin", pytest.param("exec", marks=pytest.mark.slow), "zip"])
 def test_a_script_without_a_main_guard_and_a_notebook_read_with_workers(tmp_path, encoder, how):
     dialogues = [replace(dialogue_of(user("Pitch?"), reply("low")), id=str(n)) for n in range(6)]
     (tmp_path / "encoder.pickle").write_bytes(dumps((dialogues, encoder)))
@@ -92,7 +92,7 @@ def test_training_from_a_script_without_a_main_guard_and_from_a_notebook(argumen
 
 
 def test_a_run_that_can_start_no_process_again_ends_with_advice_and_quarantines_nothing(arguments, monkeypatch):
-    args = arguments(dataloader_num_workers=2, max_steps=9)
+    args = arguments(dataloader_num_workers=1, max_steps=9)
 
     def killed_by_the_system():
         monkeypatch.setattr(processes, "_start", lambda descriptor: fail(errno.EAGAIN)())
@@ -101,11 +101,11 @@ def test_a_run_that_can_start_no_process_again_ends_with_advice_and_quarantines_
 
     outcome = outcome_of(args, [At(3, killed_by_the_system)])
     assert outcome.code == 3, outcome.message
-    assert "no process could be started" in outcome.message and "--dataloader_num_workers 2" in outcome.message
+    assert "no process could be started" in outcome.message and "--dataloader_num_workers 1" in outcome.message
     assert not (Path(args.output_dir) / "quarantine.jsonl").exists()
 
 
-@pytest.mark.parametrize("position", [None, epoch_position(0, 4), epoch_position(1, 8)])
+@pytest.mark.parametrize("position", [None, epoch_position(1, 8)])
 def test_same_samples_from_any_position_with_any_number_of_workers(encoder, position):
     dialogues = [replace(dialogue_of(user("Pitch?"), reply(str(n))), id=str(n)) for n in range(12)]
     source = ShuffledDialogues(dialogues=dialogues, samples_per_step=4, seed=1)
@@ -117,8 +117,8 @@ def test_same_samples_from_any_position_with_any_number_of_workers(encoder, posi
             for step in itertools.islice(steps, 7)
         ]
 
-    assert taken(0) == taken(2)
-    assert len(taken(0)[0][0]) == 4
+    expected = taken(0)
+    assert taken(2) == expected and len(expected[0][0]) == 4
 
 
 def test_what_kills_its_reader_is_named_and_the_rest_is_read(encoder, monkeypatch):
@@ -158,16 +158,16 @@ def test_the_search_for_what_kills_a_reader_is_left_at_a_signal(encoder, monkeyp
 # An added token after white space, typed ones, accents, an answer with reasoning, one with calls.
 
 
-def test_resume_is_bit_exact_with_four_workers_and_keeps_the_pack_size(arguments, tmp_path):
-    values = {"lora_dropout": 0.2, "max_steps": 6, "save_steps": 100, "max_tokens_per_pack": "70"}
+def test_resume_is_bit_exact_with_two_workers_and_keeps_the_pack_size(arguments, tmp_path):
+    values = {"lora_dropout": 0.2, "max_steps": 4, "save_steps": 100, "max_tokens_per_pack": "70"}
     whole = arguments(output_dir=str(tmp_path / "whole"), **values)
     assert main(whole) == 0
-    parts = arguments(output_dir=str(tmp_path / "parts"), dataloader_num_workers=4, **values)
+    parts = arguments(output_dir=str(tmp_path / "parts"), dataloader_num_workers=2, **values)
     assert main(parts, [StopAfter(2)]) == 0
     assert main(dataclasses.replace(parts, resume_from_checkpoint="latest")) == 0
-    ends = [checkpoint_tensors(tmp_path / name / "checkpoint-6") for name in ("whole", "parts")]
+    ends = [checkpoint_tensors(tmp_path / name / "checkpoint-4") for name in ("whole", "parts")]
     assert same_bits(*ends) == []
-    states = [json.loads((tmp_path / name / "checkpoint-6/state.json").read_text()) for name in ("whole", "parts")]
+    states = [json.loads((tmp_path / name / "checkpoint-4/state.json").read_text()) for name in ("whole", "parts")]
     for state in states:
         del state["probe"]  # seconds
     assert states[0] == states[1] and states[0]["max_tokens_per_pack"] == 70

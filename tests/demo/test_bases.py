@@ -48,8 +48,8 @@ def made(tmp_path_factory) -> Made:
     return Made(folder / "whisper", folder / "qwen3")
 
 
-def test_the_chat_template_renders_as_qwen3s_own(shared):
-    real = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
+def test_the_chat_template_renders_as_qwen3s_own(qwen3_tokenizer):
+    real = qwen3_tokenizer
     ours = bases.CHAT_TEMPLATE.read_text(encoding="utf-8")
     comment, rest = ours.split("\n", 1)
 
@@ -62,8 +62,8 @@ def test_the_chat_template_renders_as_qwen3s_own(shared):
             )
 
 
-def test_the_tokenizer_is_of_qwen3s_kind(made, shared):
-    ours, real = (AutoTokenizer.from_pretrained(p) for p in (made.text_model, shared / "models" / "qwen3-tokenizer"))
+def test_the_tokenizer_is_of_qwen3s_kind(made, qwen3_tokenizer):
+    ours, real = AutoTokenizer.from_pretrained(made.text_model), qwen3_tokenizer
 
     assert isinstance(ours, Qwen2Tokenizer)
     assert (ours.eos_token, ours.pad_token, ours.bos_token) == (real.eos_token, real.pad_token, real.bos_token)
@@ -104,11 +104,11 @@ def test_the_two_bases_join_to_one_model_that_hears_and_speaks(made):
     assert out.shape[1] > batch["input_ids"].shape[1]
 
 
-def test_the_same_seed_makes_the_same_language_model(tmp_path):
-    texts = text_dialogues(64, 0)
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        bases.make_qwen3_base(tmp_path / name, texts, seed, num_steps=3)
-    first, again, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+def test_the_same_seed_makes_the_same_language_model(made, tmp_path):
+    for name, seed in (("again", 0), ("other", 1)):
+        bases.make_qwen3_base(tmp_path / name, text_dialogues(16, 0), seed, num_steps=3)
+    folders = (made.text_model, tmp_path / "again", tmp_path / "other")
+    first, again, other = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert first == again != other
 
 

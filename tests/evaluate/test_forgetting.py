@@ -11,7 +11,6 @@ from qwhisper.evaluate import forgetting as module
 from qwhisper.evaluate.forgetting import (
     MIN_ANSWERS,
     NO_KIND,
-    OWN_TOKENS,
     own_answers,
     retention,
     text_answers,
@@ -20,6 +19,8 @@ from qwhisper.evaluate.forgetting import (
 from qwhisper.evaluate.turns import turns_of
 from qwhisper.infer.assistant import answer_prompts
 from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
+
+FEW_TOKENS = 6  # of an answer
 
 
 @pytest.fixture
@@ -64,7 +65,8 @@ def test_the_text_model_reads_what_was_said_without_the_adapter(adapted, monkeyp
     assert off == {True} and len(prompts) == 1 and "one two Which?" in prompts[0]
 
 
-def test_own_answers_are_what_the_base_says_to_the_shipped_instructions(adapted):
+def test_own_answers_are_what_the_base_says_to_the_shipped_instructions(adapted, monkeypatch):
+    monkeypatch.setattr(module, "OWN_TOKENS", FEW_TOKENS)
     model, encoder = adapted
     base_rows = own_answers(model.eval(), encoder, 40, seed=3)
     with torch.no_grad():
@@ -78,7 +80,7 @@ def test_own_answers_are_what_the_base_says_to_the_shipped_instructions(adapted)
         first = int((row.labels != -100).argmax())
         prompt = replace(row, input_ids=row.input_ids[:first], labels=row.labels[:first])
         with adapter_off(model):
-            said = answer_prompts(model, encoder, [prompt], OWN_TOKENS)
+            said = answer_prompts(model, encoder, [prompt], FEW_TOKENS)
         assert [encoder.tokenizer.decode(row.input_ids[first:])] == said
         assert (row.labels[first:] == row.input_ids[first:]).all() and row.num_supervised == len(row.labels) - first
 
@@ -95,7 +97,8 @@ def test_a_base_that_answers_everything_alike_has_no_text_to_be_moved_from(adapt
         assert (shift is None) == (different < MIN_ANSWERS) == ("different answers" in (why_not or ""))
 
 
-def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted):
+def test_text_shift_is_zero_for_a_fresh_adapter_and_grows_with_it(adapted, monkeypatch):
+    monkeypatch.setattr(module, "OWN_TOKENS", FEW_TOKENS)
     model, encoder = adapted
     executor = Executor(model, max_tokens_per_pack=64, pad_token_id=encoder.pad_token_id)
     shifts = []

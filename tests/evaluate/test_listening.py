@@ -68,7 +68,7 @@ def test_masked_answers_and_calls_are_history_and_not_asked_for():
     assert turn.index == 5 and turn.history == (user, wrong, user, call, tool)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(files())
 def test_partner_keeps_the_rules_and_is_found_where_there_is_one(dialogues):
     turns = turns_of(dialogues)
@@ -83,7 +83,7 @@ def test_partner_keeps_the_rules_and_is_found_where_there_is_one(dialogues):
         assert not same or swapped.partner in same
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(files())
 def test_clips_alone_are_exchanged(dialogues):
     turns = turns_of(dialogues)
@@ -102,7 +102,7 @@ def test_clips_alone_are_exchanged(dialogues):
             assert after.text == before.text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(files(), st.integers(0, 3))
 def test_same_seed_same_clips(dialogues, seed):
     turns = turns_of(dialogues)

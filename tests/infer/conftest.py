@@ -75,3 +75,7 @@ def write_out(small_model, monkeypatch) -> Callable[[str], None]:
         monkeypatch.setattr(Chooser, "choose", choose)
 
     return write_out
+
+
+def say(text: str, *clips, role: str = "user") -> dict:
+    return {"role": role, "content": [*({"type": "audio", "audio": clip} for clip in clips), text]}

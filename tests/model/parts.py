@@ -1,12 +1,21 @@
-"""Samples for small joined models, and reading back their gradients."""
+"""Samples for small joined models, reading back their gradients and logits, and saving and loading them."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from qwhisper import Qwen3AudioForConditionalGeneration
+from qwhisper.data.packing import pack_samples
 from qwhisper.data.rows import Sample
 from qwhisper.data.windows import clip_windows
+from qwhisper.model.lora import add_lora
 from tests.small import VOCABULARY
+
+CLIPS = [800, 7_000, 16_001]
+TRAINED, WHOLE = "projector.safetensors", "model.safetensors"
 
 
 def noise(num_samples: int, seed: int = 0) -> np.ndarray:
@@ -31,3 +40,56 @@ def make_sample(model, text_lengths: list[int], clip_samples: list[int] = (), *,
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def audio_batch(model, clip_samples=CLIPS) -> dict:
+    return pack_samples([make_sample(model, [3] * len(clip_samples) + [4], clip_samples)])
+
+
+def trained(model):
+    """LoRA on the model and every trainable weight away from its start."""
+    add_lora(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    row = pack_samples([make_sample(model, [5, 4], [3000])])
+    del row["labels"]
+    device = model.get_input_embeddings().weight.device
+    row = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+    with torch.no_grad():
+        return model.eval()(**row).logits
+
+
+def kind(folder: Path) -> str:
+    """The one of both files that is there."""
+    (found,) = [name for name in (TRAINED, WHOLE) if (folder / name).exists()]
+    return found
+
+
+def reloaded(model, folder: Path, expected: str):
+    """The model after saving and loading; its folder must be of the expected kind, its answers the same to the bit."""
+    model.save_pretrained(folder)
+    assert kind(folder) == expected
+    again = Qwen3AudioForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(logits(again), logits(model))
+    return again
+
+
+def step(model) -> None:
+    """One optimizer step on all that requires gradients, with a gradient for each of it."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.train()(**audio_batch(model)).loss.backward()
+    assert trainable.keys() == gradients(model).keys()
+    torch.optim.SGD(trainable.values(), lr=1.0).step()
+    model.zero_grad()
+
+
+def lora(model, **values):
+    """PEFT's own way to LoRA, as a user takes it; its B is not zero."""
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **values})
+    return get_peft_model(model, config)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import os
@@ -18,42 +19,28 @@ from transformers import (
 )
 
 from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioProcessor
-from qwhisper.data.packing import pack_samples
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.bases import LoadOptions, fingerprint
 from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora, lora_parameters
 from qwhisper.model.qwen3_audio import build_from_bases, load_trained
-from tests.model.parts import make_sample
+from tests.model.parts import logits, trained
 from tests.small import SHAPE, small_model, whisper_config
 
 
-def trained(model):
-    """LoRA on the model and every trainable weight away from its start."""
-    add_lora(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def logits(model) -> torch.Tensor:
-    row = pack_samples([make_sample(model, [5, 4], [3000])])
-    del row["labels"]
-    device = model.get_input_embeddings().weight.device
-    row = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
-    with torch.no_grad():
-        return model.eval()(**row).logits
+@pytest.fixture(scope="module")
+def saved_once(joined_once, tmp_path_factory):
+    torch.manual_seed(0)
+    folder, (model, processor) = tmp_path_factory.mktemp("saved"), copy.deepcopy(joined_once)
+    trained(model).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, folder
 
 
 @pytest.fixture
-def saved(joined, tmp_path):
-    """(trained model, the folder it was saved to with its processor)"""
-    model, processor = joined
-    trained(model).save_pretrained(tmp_path / "trained")
-    processor.save_pretrained(tmp_path / "trained")
-    return model, tmp_path / "trained"
+def saved(saved_once, tmp_path):
+    """(trained model, the folder it was saved to with its processor): copies for every test"""
+    return copy.deepcopy(saved_once[0]), shutil.copytree(saved_once[1], tmp_path / "trained")
 
 
 def test_trained_weights_alone_restore_the_whole_bit_for_bit(saved):
@@ -111,13 +98,18 @@ def test_what_is_not_honoured_is_refused_by_name(saved, auto):
         auto.from_pretrained(folder, adapter_kwargs={"cache_dir": "cache"})
 
 
-@pytest.mark.parametrize("auto", [Qwen3AudioForConditionalGeneration, AutoModelForMultimodalLM])
+OURS, AUTO, SLOW = Qwen3AudioForConditionalGeneration, AutoModelForMultimodalLM, pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("name", "encoder", "text"),
+    ("auto", "name", "encoder", "text"),
     [
-        ("sdpa", "qwhisper_packed_sdpa", "qwhisper_packed_sdpa"),
-        ("eager", "qwhisper_packed_math", "eager"),
-        ({"text_config": "eager"}, "qwhisper_packed", "eager"),
+        (OURS, "sdpa", "qwhisper_packed_sdpa", "qwhisper_packed_sdpa"),
+        (AUTO, "sdpa", "qwhisper_packed_sdpa", "qwhisper_packed_sdpa"),
+        pytest.param(OURS, "eager", "qwhisper_packed_math", "eager", marks=SLOW),
+        (AUTO, "eager", "qwhisper_packed_math", "eager"),
+        (OURS, {"text_config": "eager"}, "qwhisper_packed", "eager"),
+        pytest.param(AUTO, {"text_config": "eager"}, "qwhisper_packed", "eager", marks=SLOW),
     ],
 )
 def test_an_attention_that_is_asked_for_is_set_so_that_windows_stay_apart(saved, tmp_path, auto, name, encoder, text):

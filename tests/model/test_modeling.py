@@ -7,22 +7,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from qwhisper.data.packing import pack_samples, pad_samples
+from qwhisper.data.packing import pad_samples
 from qwhisper.data.windows import clip_windows
 from qwhisper.model import attention
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.audio_layout import encoder_layout
 from qwhisper.model.lora import add_lora
 from qwhisper.model.mel import packed_log_mel
-from tests.model.parts import gradients, make_sample, noise
+from tests.model.parts import CLIPS, audio_batch, gradients, make_sample, noise
 from tests.sdpa_switches import switches_of_calls
 from tests.small import VOCABULARY, large_weights, small_model, text_config, whisper_config
-
-CLIPS = [800, 7_000, 16_001]
-
-
-def audio_batch(model, clip_samples=CLIPS) -> dict:
-    return pack_samples([make_sample(model, [3] * len(clip_samples) + [4], clip_samples)])
 
 
 def prompt(model, text_lengths, clip_samples=(), seed=0) -> dict:

@@ -24,6 +24,13 @@ def processor(joined):
     return joined[1]
 
 
+@pytest.fixture(scope="module")
+def real_tokenizer(shared):
+    """(Qwen3's own tokenizer with the placeholder, the id that it got when it was added)"""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
+    return tokenizer, add_audio_token(tokenizer)
+
+
 @pytest.fixture
 def clip_file(tmp_path):
     """0.4 s at 8 kHz: what is read is resampled."""
@@ -119,8 +126,8 @@ def test_a_chat_prompt_equals_the_prompt_that_was_trained_on(joined, clip_file):
     torch.testing.assert_close(model(**inputs.to(model.device)).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_tools_in_a_chat_prompt_are_those_that_were_trained_on(shared, clip_file):
-    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
+def test_tools_in_a_chat_prompt_are_those_that_were_trained_on(real_tokenizer, clip_file):
+    tokenizer, _ = real_tokenizer
     lengths = {"projector_stack": 4, "max_encoder_frames": 1500, "audio_lead_silence": 0.0, "audio_tail_silence": 0.5}
     processor = Qwen3AudioProcessor(WhisperFeatureExtractor(), tokenizer, **lengths)
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
@@ -164,10 +171,9 @@ def test_saved_and_loaded_it_keeps_template_lengths_and_placeholder(processor, t
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_the_placeholder_takes_qwen3s_first_spare_row(shared):
-    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
-    assert add_audio_token(tokenizer) == 151_669
-    assert add_audio_token(tokenizer) == 151_669
+def test_the_placeholder_takes_qwen3s_first_spare_row(real_tokenizer):
+    tokenizer, added = real_tokenizer
+    assert added == add_audio_token(tokenizer) == 151_669
     assert tokenizer("<|audio_pad|>x")["input_ids"][0] == 151_669
 
 
@@ -329,8 +335,8 @@ def test_keys_of_a_message_are_read_as_in_a_file_of_dialogues(processor, message
                 read()
 
 
-def test_a_prompt_of_the_real_tokenizer_is_the_one_of_training(shared, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "qwen3-tokenizer")
+def test_a_prompt_of_the_real_tokenizer_is_the_one_of_training(real_tokenizer, tmp_path):
+    tokenizer, _ = real_tokenizer
     processor = Qwen3AudioProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer, 4, 1500, 0.25, 1.0)
     audio = {"type": "audio", "audio": str(write_chirp(tmp_path / "a.wav")), "end": 0.5}
     messages = dialogue("  First:\n", audio, "\n\nthen", audio, {"type": "text", "text": "which was 1. last?  "})

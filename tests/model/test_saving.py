@@ -1,13 +1,10 @@
 """No weight is lost on saving: what differs from its base is written with the whole model, or refused by name."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import HfApi
-from peft import IA3Config, LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForMultimodalLM, GenerationConfig
@@ -20,56 +17,10 @@ from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora
 from qwhisper.model.qwen3_audio import build_from_bases, load_trained
 from qwhisper.model.weights import differing, plain_weights
-from tests.model.parts import gradients
-from tests.model.test_loading import logits, trained
-from tests.model.test_modeling import audio_batch
+from tests.model.parts import TRAINED, WHOLE, kind, logits, reloaded, step, trained
 from tests.small import small_model, write_small_bases
 
-TRAINED, WHOLE = "projector.safetensors", "model.safetensors"
-
-
-def kind(folder: Path) -> str:
-    """The one of both files that is there."""
-    (found,) = [name for name in (TRAINED, WHOLE) if (folder / name).exists()]
-    return found
-
-
-def reloaded(model, folder: Path, expected: str):
-    """The model after saving and loading; its folder must be of the expected kind, its answers the same to the bit."""
-    model.save_pretrained(folder)
-    assert kind(folder) == expected
-    again = Qwen3AudioForConditionalGeneration.from_pretrained(folder)
-    assert torch.equal(logits(again), logits(model))
-    return again
-
-
-def step(model) -> None:
-    """One optimizer step on all that requires gradients, with a gradient for each of it."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    model.train()(**audio_batch(model)).loss.backward()
-    assert trainable.keys() == gradients(model).keys()
-    torch.optim.SGD(trainable.values(), lr=1.0).step()
-    model.zero_grad()
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """What is loaded again is compared to the bit, so all of it is computed there."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture
-def model(on_the_cpu, joined):
-    return joined[0]
-
-
-def lora(model, **values):
-    """PEFT's own way to LoRA, as a user takes it; its B is not zero."""
-    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **values})
-    return get_peft_model(model, config)
-
-
-LM_ONLY = r"model\.language_model\..*\.(q_proj|v_proj)"
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def test_a_frozen_base_is_not_written(model, tmp_path):
@@ -77,31 +28,9 @@ def test_a_frozen_base_is_not_written(model, tmp_path):
     reloaded(model, tmp_path, TRAINED)
 
 
-@pytest.mark.parametrize("way", ["unload", "attached"])
-@pytest.mark.filterwarnings("ignore:the adapter is merged")
-def test_merged_lora_is_saved_with_the_weights_that_it_was_merged_into(model, tmp_path, way):
-    plain = logits(model)
-    peft = lora(model, target_modules=LM_ONLY)
-    model.save_pretrained(tmp_path)  # its adapter must not be loaded on top of the merged weights below
-    if way == "unload":
-        model = peft.merge_and_unload()
-    else:
-        peft.merge_adapter()
-    again = reloaded(model, tmp_path, WHOLE)
-    assert not torch.allclose(logits(again), plain)
-    assert not (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "adapter_config.json").exists()
-
-
-def test_lora_that_is_merged_in_some_layers_only_is_refused(model, tmp_path):
-    add_lora(model)
-    next(module for module in model.modules() if isinstance(module, LoraLayer)).merge()
-    with pytest.raises(UsageError, match="merged in some layers only"):
-        model.save_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("part", "with_lora"),
-    [("layers.1.mlp", False), ("", False), ("embed_tokens", True)],
+    [("layers.1.mlp", False), pytest.param("", False, marks=pytest.mark.slow), ("embed_tokens", True)],
 )
 def test_a_language_model_that_was_trained_is_saved_whole_without_its_base(joined, bases, tmp_path, part, with_lora):
     shutil.copytree(bases[1], tmp_path / "text")
@@ -198,77 +127,6 @@ def test_an_encoder_that_was_written_to_while_frozen_is_saved(model, tmp_path):
     model.model.audio_tower.layers[0].fc1.weight.data += 0.1
     reloaded(model, tmp_path, TRAINED)
     assert (tmp_path / "encoder.safetensors").exists()
-
-
-PATTERN = r".*layers\.0\.self_attn\.q_proj"
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"use_dora": True},
-        {"lora_bias": True, "use_rslora": True},
-        {"layers_to_transform": [1]},
-        {"exclude_modules": r".*language_model.layers\.0.*"},
-        {"rank_pattern": {PATTERN: 2}, "alpha_pattern": {PATTERN: 3}},
-    ],
-)
-def test_a_users_lora_learns_and_is_saved_wherever_it_is(model, tmp_path, values):
-    """In the encoder, the projector and the language model."""
-    lora(model, target_modules=["q_proj", "v_proj", "linear_1"], **values)
-    model.model.multi_modal_projector.requires_grad_(True)
-    assert any("audio_tower" in name for name, p in model.named_parameters() if p.requires_grad)
-    step(model)
-    model.eval()
-    model.save_pretrained(tmp_path)
-    again = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(again), logits(model))
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in tensors.items())
-    step(again)  # what was loaded can be trained further
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"modules_to_save": ["lm_head"]}, WHOLE),
-        ({"modules_to_save": ["multi_modal_projector"]}, TRAINED),
-        ({"modules_to_save": ["layer_norm"]}, TRAINED),  # the encoder's
-        ({"bias": "all"}, TRAINED),  # only the encoder has any
-    ],
-)
-def test_what_peft_trains_beside_lora_is_saved_too(model, tmp_path, values, expected):
-    lora(model, **values)
-    before = logits(model)
-    step(model)
-    model.eval()
-    model.save_pretrained(tmp_path)
-    assert kind(tmp_path) == expected
-    again = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path)
-    torch.testing.assert_close(logits(again), logits(model))
-    assert not torch.allclose(logits(again), before)
-
-
-def test_an_adapter_of_another_name_is_saved_and_two_are_refused(model, tmp_path):
-    peft = get_peft_model(model, LoraConfig(r=2, target_modules=LM_ONLY, init_lora_weights=False), adapter_name="mine")
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path)), logits(model))
-    peft.add_adapter("other", LoraConfig(r=2, target_modules=LM_ONLY, init_lora_weights=False))
-    with pytest.raises(UsageError, match=r"one adapter, and this model has mine, other: delete_adapter"):
-        model.save_pretrained(tmp_path)
-
-
-def test_an_adapter_that_could_not_be_loaded_again_is_refused(model, tmp_path):
-    lora(model, target_modules=[], target_parameters=["q_proj.weight"])
-    with pytest.raises(UsageError, match=r"target_parameters .* merge it into the model first"):
-        model.save_pretrained(tmp_path)
-
-
-def test_an_adapter_of_another_kind_is_refused_by_its_weights(model, tmp_path):
-    get_peft_model(model, IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
-    with pytest.raises(UsageError, match=r"no place .*ia3_l"):
-        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -1,11 +1,9 @@
-"""A model's folder is data: no code in it runs, nobody is asked, and nothing in it can hold a command up."""
+"""A model's folder is data: no code in it runs and nobody is asked."""
 
 import ast
 import io
 import json
-import os
 import pickle
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,46 +12,20 @@ import pytest
 import torch
 
 import qwhisper
-from qwhisper import files as untrusted
-from qwhisper.checkpoint.manifest import check_manifest, write_manifest
-from qwhisper.checkpoint.names import MANIFEST
-from qwhisper.checkpoint.reading import choose_checkpoint
 from qwhisper.cli import main as cli
-from qwhisper.data import try_template
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.adapter_config import read_adapter_config
 from qwhisper.model.bases import fingerprint, resolve_model
 from qwhisper.model.lora import target_regex
-from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
+from qwhisper.model.pretrained import load_config
 from qwhisper.model.processor import load_processor
 from qwhisper.model.qwen3_audio import build_from_bases, load_trained
-from qwhisper.model.trained_folder import read_config
-from tests.data.test_try_template import ENDLESS
+from tests.data.test_try_template import LONG
 from tests.small import write_small_bases
+from tests.trust.conftest import edit, sign
 
 SECONDS = 60  # no attack may take longer, on a busy machine; most take none
 PACKAGE = Path(qwhisper.__file__).parent
-
-
-@pytest.fixture
-def checkpoint(finished_run, tmp_path) -> Path:
-    """A checkpoint of the test's own, whose bases lie in a folder of their own beside it."""
-    shutil.copytree(finished_run.parent / "bases", tmp_path / "bases")
-    run = shutil.copytree(finished_run, tmp_path / "run")
-    for folder in run.glob("checkpoint-*"):
-        edit(folder / "config.json", lambda config: [
-            config[f"{role}_base"].update(name=str(tmp_path / "bases" / name))
-            for role, name in (("audio", "whisper"), ("text", "qwen3"))
-        ])  # fmt: skip
-        sign(folder)
-    return run / "checkpoint-2"
-
-
-@pytest.fixture
-def canary(tmp_path, monkeypatch) -> Path:
-    """A file that is there once any code of `plant_code` has run. Whoever asks on stdin is answered with yes."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 50))
-    return tmp_path / "ran"
 
 
 def plant_code(folder: Path, canary: Path) -> None:
@@ -70,18 +42,6 @@ def generate(model, *args, **kwargs): pass
     (folder / "custom_generate").mkdir()
     for file in ("evil.py", "custom_generate/generate.py"):
         (folder / file).write_text(code)
-
-
-def edit(file: Path, change) -> None:
-    values = json.loads(file.read_text()) if file.exists() else {}
-    change(values)
-    file.write_text(json.dumps(values))
-
-
-def sign(folder: Path) -> None:
-    """A manifest that fits what is there now, as an attacker writes it."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    write_manifest(folder, int(folder.name.split("-")[1]), True)
 
 
 MAPS = {
@@ -229,8 +189,11 @@ def test_all_loaders_of_transformers_are_called_in_one_place():
         "model/processor.py": {"super.from_pretrained", "Qwen3AudioProcessor.from_pretrained"},
     }  # fmt: skip
     for file in sorted(PACKAGE.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        if "from_pretrained" not in text and "from_config" not in text:
+            continue
         known = allowed.get(file.relative_to(PACKAGE).as_posix(), set())
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(text)):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             if node.func.attr not in ("from_pretrained", "from_config"):
@@ -262,7 +225,6 @@ def test_all_loaders_of_transformers_are_called_in_one_place():
         ("megatron_core", "evil"),
         ("init_lora_weights", "pissa"),
         ("r", 16.5),
-        ("r", 60_000),
         ("r", True),
         ("lora_alpha", float("nan")),
         ("peft_type", "IA3"),
@@ -273,8 +235,15 @@ def test_adapter_that_qwhisper_does_not_write_is_refused(checkpoint, field, valu
     edit(checkpoint / "adapter_config.json", lambda v: v.update({field: value}))
     started = time.perf_counter()
     with pytest.raises(CheckpointError):
-        load_trained(checkpoint)
+        read_adapter_config(checkpoint)
     assert time.perf_counter() - started < SECONDS
+
+
+@pytest.mark.parametrize(("field", "value"), [("megatron_core", "evil"), ("r", 60_000)])
+def test_model_with_such_an_adapter_or_one_of_another_size_is_not_loaded(checkpoint, field, value):
+    edit(checkpoint / "adapter_config.json", lambda v: v.update({field: value}))
+    with pytest.raises(CheckpointError):
+        load_trained(checkpoint)
 
 
 @pytest.mark.parametrize("value", [["q_proj", "v_proj"], target_regex(["q_proj", "down_proj"])])
@@ -287,15 +256,14 @@ def test_adapter_with_plain_targets_is_read(checkpoint, value):
 # Chat templates
 
 
-def test_costly_template_of_a_checkpoint_or_base_is_refused(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(try_template, "CPU_SECONDS", 1)
-    (checkpoint / "chat_template.jinja").write_text(ENDLESS)
+def test_costly_template_of_a_checkpoint_or_base_is_refused(checkpoint, capsys):
+    (checkpoint / "chat_template.jinja").write_text(LONG)
     sign(checkpoint)
     assert cli(["verify", str(checkpoint)]) == CheckpointError.exit_code
-    assert "chat template" in capsys.readouterr().err
+    assert "chat template can't be used: it makes 5000000" in capsys.readouterr().err
     bases = checkpoint.parents[1] / "bases"
-    (bases / "qwen3/chat_template.jinja").write_text(ENDLESS)
-    with pytest.raises(UsageError, match="chat template"):
+    (bases / "qwen3/chat_template.jinja").write_text(LONG)
+    with pytest.raises(UsageError, match="chat template can't be used: it makes 5000000"):
         build_from_bases(str(bases / "whisper"), str(bases / "qwen3"))
 
 
@@ -304,144 +272,3 @@ def test_template_that_fails_is_refused(checkpoint, template):
     (checkpoint / "chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointError, match="template"):
         load_processor(checkpoint)
-
-
-# Files
-
-
-def pipe(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-def endless(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.symlink_to("/dev/zero")
-
-
-FILES = (
-    MANIFEST, "state.json", "arguments.json", "config.json", "projector.safetensors", "optimizer.safetensors",
-    "tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "encoder.safetensors",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("change", [pipe, endless])
-def test_pipe_or_device_in_a_checkpoint_is_refused_at_once(checkpoint, name, change):
-    change(checkpoint / name)
-    with pytest.raises(CheckpointError, match=f"{checkpoint.name}.*(no regular file|{MANIFEST})"):
-        choose_checkpoint(checkpoint)
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
-@pytest.mark.parametrize("change", [pipe, endless])
-def test_pipe_or_device_in_a_base_is_refused_at_once(tmp_path, name, change):
-    _, text = write_small_bases(tmp_path)
-    change(text / name)
-    with pytest.raises(UsageError, match="no regular file"):
-        load_config(text)
-
-
-def test_sparse_file_is_not_hashed(checkpoint):
-    with (checkpoint / "more.safetensors").open("wb") as file:
-        file.truncate(1 << 40)
-    entry = {"sha256": "0" * 64, "bytes": 1 << 40}
-    edit(checkpoint / MANIFEST, lambda v: v["files"].update({"more.safetensors": entry}))
-    with pytest.raises(CheckpointError, match="it is sparse"):
-        check_manifest(checkpoint)
-
-
-def test_file_of_another_size_is_not_hashed(checkpoint, monkeypatch):
-    monkeypatch.setattr("qwhisper.checkpoint.manifest.file_sha256", lambda path: pytest.fail(f"{path} was read"))
-    edit(checkpoint / MANIFEST, lambda v: [entry.update(bytes=entry["bytes"] + 1) for entry in v["files"].values()])
-    with pytest.raises(CheckpointError, match="is not what was written"):
-        check_manifest(checkpoint)
-
-
-@pytest.mark.parametrize("name", ["../../bases/qwen3/config.json", "/etc/passwd", "a/../config.json", ""])
-def test_manifest_names_no_file_outside_its_folder(checkpoint, name):
-    edit(checkpoint / MANIFEST, lambda v: v["files"].update({name: {"sha256": "0" * 64, "bytes": 1}}))
-    with pytest.raises(CheckpointError, match="is missing"):
-        check_manifest(checkpoint)
-
-
-@pytest.mark.parametrize("best", ["../x", "checkpoint-1/../../x", "/tmp", "checkpoint-1\n", 1, ["checkpoint-1"]])
-def test_best_checkpoint_lies_in_the_run(checkpoint, best):
-    edit(checkpoint / "state.json", lambda v: v.update(best_checkpoint=best))
-    sign(checkpoint)
-    with pytest.raises(CheckpointError, match=r"best.checkpoint is"):
-        choose_checkpoint(checkpoint.parent)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "state.json", "config.json"])
-def test_file_that_is_too_large_for_its_kind_is_refused_unread(checkpoint, name):
-    with (checkpoint / name).open("ab") as file:
-        file.truncate(300 << 20)
-    sign_as = {"sha256": "0" * 64, "bytes": 300 << 20}
-    edit(checkpoint / MANIFEST, lambda v: v["files"].update({name: sign_as}))
-    with pytest.raises(CheckpointError, match="more than the"):
-        check_manifest(checkpoint)
-
-
-def test_folder_of_countless_files_is_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(untrusted, "MAX_FILES", 20)
-    for number in range(20):
-        (checkpoint / f"{number}.txt").touch()
-    with pytest.raises(CheckpointError, match="more than 20 files"):
-        check_manifest(checkpoint)
-
-
-def test_deep_json_is_refused(checkpoint):
-    for name in (MANIFEST, "state.json", "config.json"):
-        (checkpoint / name).write_text("[" * 500_000)
-        with pytest.raises(CheckpointError):
-            untrusted.read_json(checkpoint / name)
-
-
-def test_numbers_that_fill_the_memory_are_refused(checkpoint, tmp_path):
-    edit(checkpoint / "config.json", lambda v: v["text_config"].update(num_hidden_layers=10**9, layer_types=None))
-    with pytest.raises(CheckpointError, match="num_hidden_layers"):
-        read_config(checkpoint)
-    _, text = write_small_bases(tmp_path / "own")
-    edit(text / "config.json", lambda v: v.update(num_labels=10**9))
-    with pytest.raises(UsageError, match="num_labels"):
-        load_tokenizer(text)
-
-
-@pytest.mark.parametrize("name", ["n_fft", "feature_size", "sampling_rate"])
-def test_feature_extractor_that_fills_the_memory_is_refused(checkpoint, name):
-    edit(checkpoint / "processor_config.json", lambda v: v["feature_extractor"].update({name: 10**10}))
-    with pytest.raises(CheckpointError, match=name):
-        load_processor(checkpoint)
-
-
-def test_audio_tokenizer_is_never_fetched(checkpoint):
-    named = {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": "evil/model"}
-    edit(checkpoint / "processor_config.json", lambda v: v.update(audio_tokenizer=named))
-    with pytest.raises(CheckpointError, match="audio tokenizer"):
-        load_processor(checkpoint)
-
-
-def test_processor_with_other_lengths_than_its_model_is_refused(checkpoint):
-    edit(checkpoint / "processor_config.json", lambda v: v.update(projector_stack=2))
-    with pytest.raises(CheckpointError, match="its processor counts"):
-        load_processor(checkpoint)
-
-
-def test_feature_extractor_of_a_sound_base_is_read(tmp_path):
-    audio, _ = write_small_bases(tmp_path)
-    assert load_feature_extractor(audio).feature_size == 80
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "events.bin"])
-def test_what_a_trainer_left_beside_a_base_does_no_harm(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(untrusted, "MAX_FILES", 20)
-    _, text = write_small_bases(tmp_path)
-    for number in range(30):
-        (text / f"rng_state_{number}.pth").touch()
-    with (text / name).open("wb") as file:
-        file.truncate(2 << 30)
-    (text / "log.pt").unlink(missing_ok=True)
-    os.mkfifo(text / "log.pt")
-    assert load_config(text).model_type == "qwen3"
-    assert load_tokenizer(text)("a").input_ids
