@@ -135,8 +135,13 @@ def alone(data):
     return {entry: run(model, encoder, dialogues, together=False) for entry, run in ENTRIES.items()}
 
 
-@pytest.mark.parametrize("name", SET)
-@pytest.mark.parametrize("when", ["before loading", "after loading"])
+CASES = [(when, name) for when in ("before loading", "after loading") for name in SET]
+SLOW = [("before loading", name) for name in SET if name not in ("sdpa", "eager")]
+
+
+@pytest.mark.parametrize(
+    ("when", "name"), [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else []) for case in CASES]
+)
 def test_samples_together_give_what_each_gives_alone(data, alone, when, name):
     encoder, folder, dialogues = data
     if when == "before loading":
