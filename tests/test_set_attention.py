@@ -4,6 +4,7 @@ Of the encoder alone, of the ways to set an attention and of each kernel see mod
 model/test_attention.py.
 """
 
+import tempfile
 from functools import partial
 
 import pytest
@@ -41,7 +42,7 @@ def registered():
 
 @pytest.fixture(scope="module")
 def data(small_model, tmp_path_factory):
-    """(encoder, folder of a model with LoRA, dialogues)."""
+    """(encoder, folder of a whole model, dialogues)"""
     model, encoder = small_model
     folder = tmp_path_factory.mktemp("attention")
     model.save_pretrained(folder / "whole")
@@ -49,7 +50,7 @@ def data(small_model, tmp_path_factory):
 
 
 def load(folder, **keywords):
-    """All of it can be trained, the encoder included."""
+    """With LoRA away from zero. All of it is trained, the encoder included."""
     model = Qwen3AudioForConditionalGeneration.from_pretrained(folder, **keywords)
     torch.manual_seed(0)
     large_weights(model.model.audio_tower)
@@ -61,7 +62,7 @@ def load(folder, **keywords):
 
 
 def asked(dialogues):
-    """Conversations up to their last answer, of one clip, and of two where two are put one after the other."""
+    """Conversations up to their last answer; the last one continues the first, and has two clips."""
     found = [dialogue.messages[:-1] for dialogue in dialogues]
     return [*found, (*dialogues[0].messages, *found[1])]
 
@@ -102,14 +103,15 @@ def trained(model, encoder, dialogues, *, together, packed=False):
     samples = [row for dialogue in dialogues for row in encoder.encode_rows(dialogue)]
     size = len(samples) if together else 1
     collator = pack_samples if packed else partial(pad_samples, pad_token_id=0)
-    settings = TrainingArguments(
-        "unused", max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=len(samples) // size,
-        max_grad_norm=0.0, report_to="none", remove_unused_columns=False, save_strategy="no", use_cpu=True,
-        disable_tqdm=True, learning_rate=0.0,
-    )  # fmt: skip
     seen = Gradients()
-    trainer = Trainer(model, settings, train_dataset=samples, data_collator=collator, callbacks=[seen])
-    loss = trainer.train().training_loss
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=len(samples) // size,
+            max_grad_norm=0.0, report_to="none", remove_unused_columns=False, save_strategy="no", use_cpu=True,
+            disable_tqdm=True, learning_rate=0.0,
+        )  # fmt: skip
+        trainer = Trainer(model, settings, train_dataset=samples, data_collator=collator, callbacks=[seen])
+        loss = trainer.train().training_loss
     model.eval()
     return None, seen.found | {"loss": torch.tensor(loss)}
 
@@ -133,13 +135,13 @@ def alone(data):
     return {entry: run(model, encoder, dialogues, together=False) for entry, run in ENTRIES.items()}
 
 
-@pytest.fixture(autouse=True)
-def trainers_write_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+CASES = [(when, name) for when in ("before loading", "after loading") for name in SET]
+SLOW = [("before loading", name) for name in SET if name not in ("sdpa", "eager")]
 
 
-@pytest.mark.parametrize("name", SET)
-@pytest.mark.parametrize("when", ["before loading", "after loading"])
+@pytest.mark.parametrize(
+    ("when", "name"), [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else []) for case in CASES]
+)
 def test_samples_together_give_what_each_gives_alone(data, alone, when, name):
     encoder, folder, dialogues = data
     if when == "before loading":
@@ -153,6 +155,8 @@ def test_samples_together_give_what_each_gives_alone(data, alone, when, name):
             found = run(model, encoder, dialogues, together=True)
         compare(entry, found, alone[entry])
         assert seen and not any(one["cudnn"] for one in seen), entry
+    later_turns = assistant(model, encoder, dialogues, together=False)  # read on from what the earlier ones have left
+    compare("assistant, one by one", later_turns, alone["assistant"])
     assert model.model.audio_tower.config._attn_implementation in IMPLEMENTATIONS
     if language_model._attn_implementation in IMPLEMENTATIONS:
         packed = trained(model, encoder, dialogues, together=True, packed=True)
