@@ -1,5 +1,6 @@
 """What tests of every package may ask for, and what holds for each of them."""
 
+import copy
 import gc
 import logging
 import os
@@ -13,6 +14,8 @@ import torch
 from hypothesis import settings
 
 from qwhisper.engine import preflight
+from qwhisper.model import loading
+from qwhisper.train import models
 from tests.declared import faults_in_runs
 from tests.trained import (  # noqa: F401
     arguments,
@@ -31,6 +34,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+SMALL_BYTES = 10_000_000  # of bases that tests write themselves
 
 # cuDNN's fp32 convolutions keep 10 bits of the mantissa on a GPU unless told otherwise (matrix products keep all 23);
 # our tolerances are those of fp32.
@@ -74,6 +79,33 @@ def references_of_the_preflight_are_computed_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preflight, "reference", reference)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_run_begins_with_a_copy_of_what_another_built_of_the_same_bases() -> Iterator[None]:
+    """Of the same small bases, options and random numbers, every run of a test builds the same model and processor.
+
+    Loading is tested with `build_from_bases` itself, and by each first run.
+    """
+    honest, built = models.build_from_bases, {}
+
+    def build_from_bases(audio_model, text_model, options, **values):  # type: ignore[no-untyped-def]
+        files = [file for folder in (audio_model, text_model) for file in sorted(Path(folder).glob("*"))]
+        versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        if torch.accelerator.is_available() or not 0 < sum(size for _, size, _ in versions) < SMALL_BYTES:
+            return honest(audio_model, text_model, options, **values)
+        generator = torch.get_rng_state().numpy().tobytes()
+        loaders = loading.load_encoder, loading.load_language_model  # which a test may have patched
+        key = (*loaders, audio_model, text_model, repr(options), repr(values), repr(versions), generator)
+        if key not in built:
+            built[key] = honest(audio_model, text_model, options, **values), torch.get_rng_state()
+        made, state = built[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(made)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "build_from_bases", build_from_bases)
         yield
 
 

@@ -1,11 +1,16 @@
 import pytest
+import torch
 
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import encode_all
+from qwhisper.model import qwen3_audio
+from qwhisper.model.bases import LoadOptions
+from qwhisper.train import models
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
 from qwhisper.train.run import main
 from qwhisper.train.session import encoder_for
+from tests.train.helpers import same_bits
 
 
 def test_a_second_stage_has_the_silence_that_it_is_given_or_else_the_first_ones(arguments, tmp_path):
@@ -34,3 +39,17 @@ def test_without_a_max_length_a_dialogue_is_as_long_as_the_language_model_was_ma
     assert len(samples) + len(rejections) == len(whole)
     assert len(cut) == len(rejections) + sum(bool(sample.events) for sample in samples)
     assert bool(cut) == (longest < 10_000)
+
+
+def test_the_copy_that_a_run_of_a_test_begins_with_is_what_the_run_would_build(bases):
+    built = []
+    for build in (qwen3_audio.build_from_bases, models.build_from_bases, models.build_from_bases):
+        torch.manual_seed(3)
+        model, _ = build(*map(str, bases), LoadOptions(), audio_lead_silence=0.0)
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        built.append(weights | {"drawn next": torch.rand(3)})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert same_bits(built[0], built[1]) == same_bits(built[0], built[2]) == []
