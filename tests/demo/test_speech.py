@@ -77,7 +77,7 @@ def test_every_word_and_variant_is_drawn_equally_often_and_every_voice_exists(he
 
 
 def test_the_same_utterances_give_the_same_bytes_in_fresh_processes(tmp_path):
-    utterances = draw_utterances(["three", "eight"], 2 * 42, held_out=False, seed=0)
+    utterances = draw_utterances(["three", "eight"], 2 * 42, held_out=False, seed=0)[:24]
     first, again = ([tmp_path / f"{run}{n}.wav" for n in range(len(utterances))] for run in "ab")
     write_clips(utterances, first)
     write_clips(utterances, again)

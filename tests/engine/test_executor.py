@@ -108,8 +108,17 @@ def a_shifted_position(text, tokens):
     return dataclasses.replace(text, positions=text.positions - 1), tokens
 
 
-@pytest.mark.parametrize("fault", [a_wrong_loss, a_lost_label, a_shifted_position])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("fault", "packing"),
+    [
+        (a_wrong_loss, True),
+        (a_lost_label, False),
+        (a_shifted_position, True),
+        pytest.param(a_wrong_loss, False, marks=pytest.mark.slow),
+        pytest.param(a_lost_label, True, marks=pytest.mark.slow),
+        pytest.param(a_shifted_position, False, marks=pytest.mark.slow),
+    ],
+)
 def test_manual_loss_stops_loudly_where_the_two_part(run, monkeypatch, fault, packing):
     run, samples = run
     batch_of, run_pack = run.executor.batch, run.executor.run_pack

@@ -105,8 +105,18 @@ def test_the_cases_have_the_lengths_that_kernels_are_known_to_fail_at_and_the_ru
     assert {attention.window for attention, _ in trials(wide, LONGEST, packed=True)} == {100, 10_000}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("qwen3", torch.float32),
+        ("qwen3", torch.bfloat16),
+        pytest.param("qwen3", torch.float16, marks=pytest.mark.slow),
+        ("windowed", torch.float16),
+        pytest.param("windowed", torch.float32, marks=pytest.mark.slow),
+        pytest.param("windowed", torch.bfloat16, marks=pytest.mark.slow),
+        *(("encoder", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    ],
+)
 def test_right_kernels_pass(name, dtype):
     attention = replace(ATTENTIONS[name], dtype=dtype)
     with sdpa_kernel(SDPBackend.MATH):

@@ -44,7 +44,7 @@ def loss_and_gradients(model, batch: dict):
 def test_packed_row_equals_padded_batch_in_loss_and_gradients(family):
     model = trainable_model(family)
 
-    @settings(deadline=None, max_examples=10)
+    @settings(deadline=None, max_examples=6)
     @given(st.lists(st.lists(st.integers(2, 2 * SLIDING_WINDOW), min_size=1, max_size=3), min_size=1, max_size=4))
     def check(text_lengths):
         samples = [
