@@ -14,11 +14,11 @@ from tests.train.helpers import read_lines
 
 def test_the_loss_falls_at_the_stable_recipes_rate(run_training):
     args = run_training(
-        max_steps=60,
-        save_steps=60,
+        max_steps=36,
+        save_steps=36,
         learning_rate=3e-5,
         projector_learning_rate=None,
-        freeze_projector_steps=20,
+        freeze_projector_steps=12,
         early_lr_steps=0,
         lr_scheduler_type="constant",
     )
@@ -53,29 +53,16 @@ def test_swapped_audio_ends_up_costing_more_than_the_true_audio(arguments, tmp_p
 
 def test_a_base_in_4_bits_trains_evaluates_and_resumes(arguments):
     pytest.importorskip("bitsandbytes")
-    args = arguments(load_in_4bit=True, max_steps=2, save_steps=1)
+    args = arguments(load_in_4bit=True, max_steps=1, save_steps=1)
     assert main(args) == 0
-    more = arguments(load_in_4bit=True, max_steps=4, save_steps=1, resume_from_checkpoint="latest")
+    more = arguments(load_in_4bit=True, max_steps=2, save_steps=1, resume_from_checkpoint="latest")
     assert main(more) == 0
     losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "loss" in line]
-    assert len(losses) == 4
+    assert len(losses) == 2
     assert all(0 < loss < 20 for loss in losses)
     assistant = Assistant.from_pretrained(args.output_dir, "cpu")
     assert assistant.model.is_loaded_in_4bit
     result = evaluate_model(
-        assistant.model, assistant.encoder, read_dialogues(args.train_file)[:3], swap=False, max_new_tokens=2
+        assistant.model, assistant.encoder, read_dialogues(args.train_file)[:1], swap=False, max_new_tokens=2
     )
     assert 0 < result.loss < 20
-
-
-def test_trackers_are_fed_through_transformers_own_callbacks(arguments):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    args = arguments(report_to=["tensorboard"], max_steps=3)
-    assert main(args) == 0
-    folder = next(path for path in Path(args.output_dir).rglob("*tfevents*")).parent
-    events = EventAccumulator(str(folder)).Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
-    logged = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl")]
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)

@@ -71,16 +71,16 @@ def test_a_resumed_run_has_the_careful_steps_that_it_began_with(arguments, saved
 
 
 def test_a_run_of_more_epochs_resumed_keeps_its_schedule_and_a_new_one_from_its_config_has_its_own(arguments, capsys):
-    args = arguments(early_lr_steps=None, freeze_projector_steps=None, max_steps=20, save_steps=20)
+    args = arguments(early_lr_steps=None, freeze_projector_steps=None, max_steps=10, save_steps=100)
     assert main(args) == 0
-    assert "note: --early_lr_steps is 2:" in capsys.readouterr().out
-    assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=30)) == 0
+    assert "note: --early_lr_steps is 1:" in capsys.readouterr().out
+    assert main(dataclasses.replace(args, resume_from_checkpoint="latest", max_steps=12)) == 0
     said = capsys.readouterr().out
-    assert "--max_steps 30 (was 20)" in said and "early_lr_steps" not in said.split("done:")[0]
+    assert "--max_steps 12 (was 10)" in said and "early_lr_steps" not in said.split("done:")[0]
     config = yaml.safe_load((Path(args.output_dir) / "config.yaml").read_text())
     assert plan_of(TrainArguments(**config | {"output_dir": "another"}), 5000).early_lr_steps == 100
-    saved = saved_arguments(Path(args.output_dir) / "checkpoint-30")
-    assert (saved["early_lr_steps"], saved["freeze_projector_steps"]) == (2, 0)
+    saved = saved_arguments(Path(args.output_dir) / "checkpoint-12")
+    assert (saved["early_lr_steps"], saved["freeze_projector_steps"]) == (1, 0)
 
 
 @pytest.mark.parametrize(("warmup", "refused"), [(1e9, True), (901, True), (900, False), (0.5, False)])

@@ -82,6 +82,7 @@ def test_gain_weighs_by_tokens_and_noise_is_the_standard_error_of_repeated_draws
 
 def test_samples_losses_are_those_of_evaluation_one_by_one_in_any_pack(arguments):
     run, samples = make_run(arguments(dtype="fp32"))
+    samples = samples[:6]
     alone = [run.executor.evaluate([sample]) * sample.num_supervised for sample in samples]
     assert run.executor.sample_losses([]) == []
     for limit, packing in ((4096, True), (100, True), (1, True), (100, False)):
@@ -104,7 +105,7 @@ def steps(args, *, probed: bool):
 
 
 def test_training_with_the_probe_is_bit_identical_to_training_without(arguments, tmp_path):
-    dropout = {"lora_dropout": 0.1, "projector_dropout": 0.2, "freeze_projector_steps": 1}
+    dropout = {"lora_dropout": 0.1, "projector_dropout": 0.2, "freeze_projector_steps": 1, "max_steps": 3}
     run, losses = steps(arguments(output_dir=str(tmp_path / "without"), **dropout), probed=False)
     expected, generator = trainable(run), torch.get_rng_state()
     probed, probed_losses = steps(arguments(output_dir=str(tmp_path / "with"), **dropout), probed=True)
@@ -142,20 +143,14 @@ def test_pairs_are_at_most_so_many_and_the_same_for_the_same_seed(arguments, tmp
     assert len(first) == MAX_PAIRS == len(set(ids[0])) and ids[0] == ids[1] != ids[2]
 
 
-def test_a_worker_reads_the_same_pairs_and_a_dialogue_that_kills_it_is_in_none(arguments, tmp_path, monkeypatch):
-    values = {"train_file": str(write_dialogues(tmp_path / "many", 30)), "max_steps": 10_000}
+def test_a_dialogue_that_kills_the_worker_is_in_no_pair(arguments, tmp_path, monkeypatch):
+    values = {"train_file": str(write_dialogues(tmp_path / "many", 24)), "max_steps": 10_000}
 
     def pairs(num_workers: int, name: str) -> list[Pair]:
         args = arguments(dataloader_num_workers=num_workers, output_dir=str(tmp_path / name), **values)
         return make_run(args)[0].probe.pairs
 
-    def as_seen(pair: Pair) -> list:
-        rows = (pair.true, pair.swapped)
-        return [(row.input_ids.tolist(), row.labels.tolist(), [w.tobytes() for w in row.windows]) for row in rows]
-
-    here, apart = pairs(0, "here"), pairs(1, "apart")
-    assert list(map(as_seen, here)) == list(map(as_seen, apart)) and len(here) == MAX_PAIRS
-    killer = here[0].true.id
+    killer = pairs(0, "here")[0].true.id
     monkeypatch.setattr(loader, "DialogueReader", partial(CrashingReader, ids=frozenset({killer}), trainer=os.getpid()))
     ids = [pair.true.id for pair in pairs(1, "killed")]
     assert killer not in ids and len(ids) == MAX_PAIRS

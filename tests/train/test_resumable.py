@@ -278,10 +278,10 @@ def test_state_that_is_missing_is_refused(folder, capsys):
     ("file", "change"),
     [
         (OPTIMIZER_FILE, OPTIMIZERS["empty"]),
-        (OPTIMIZER_FILE, OPTIMIZERS["another dtype"]),
+        pytest.param(OPTIMIZER_FILE, OPTIMIZERS["another dtype"], marks=pytest.mark.slow),
         (GENERATOR_FILE, GENERATORS["zeros"]),
         (STATE_FILE, STATES["half a step"]),
-        (STATE_FILE, STATES["another step than the manifest's"]),
+        pytest.param(STATE_FILE, STATES["another step than the manifest's"], marks=pytest.mark.slow),
         ("arguments.json", ARGUMENTS["another rank"]),
     ],
 )
