@@ -60,8 +60,8 @@ def test_a_run_that_is_too_short_for_a_probe_says_so(arguments, train_file, caps
 
 
 def test_a_key_that_is_not_used_is_said_before_the_run(arguments, train_file, capsys):
-    data = Path(train_file)
-    data.write_text(data.read_text().replace('{"id"', '{"speaker": "a", "id"'))
+    data = train_file.with_name("with_speakers.jsonl")  # beside its clips
+    data.write_text(train_file.read_text().replace('{"id"', '{"speaker": "a", "id"'))
     main(arguments(train_file=str(data), max_steps=1), [StopsAtOnce()])
     said = capsys.readouterr().out
     assert f"note: dialogues with the key `speaker`, which is not used: 12; first at {data}:1\n" in said
