@@ -109,6 +109,14 @@ def a_run_begins_with_a_copy_of_what_another_built_of_the_same_bases() -> Iterat
         yield
 
 
+@pytest.fixture(scope="module")
+def on_the_cpu() -> Iterator[None]:
+    """No test of the module sees a GPU: bits are compared, processes forked, or outcomes known on a CPU alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def events_and_metrics_are_declared(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every run below a test's folder wrote only what qwhisper/report/kinds.py declares."""

@@ -70,7 +70,7 @@ def write_out(small_model, monkeypatch) -> Callable[[str], None]:
 
         def choose(chooser, logits):
             places[chooser] = places.get(chooser, -1) + 1
-            return torch.full(logits.shape[:1], script[places[chooser]])
+            return torch.full(logits.shape[:1], script[places[chooser]], device=logits.device)
 
         monkeypatch.setattr(Chooser, "choose", choose)
 

@@ -104,7 +104,7 @@ def test_a_batch_is_computed_until_its_last_answer_ends(small_model, prompts, mo
     end = end_of_turn_ids(tokenizer, encoder.chat_template)[0]
     one, seven = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "seven"))
     steps = iter(torch.tensor([[*one, end, *seven][:6], [*seven, end]]).T)
-    monkeypatch.setattr(Chooser, "choose", lambda self, logits: next(steps))
+    monkeypatch.setattr(Chooser, "choose", lambda self, logits: next(steps).to(logits.device))
     (batch,) = answer_batches(model, encoder, prompts[2:4], Request(max_new_tokens=9), 2)
     found = [(batch[n].text, batch[n].finish_reason, batch[n].completion_tokens) for n in (1, 0)]
     assert found == [("one", "stop", 4), ("seven", "stop", 6)]

@@ -1,4 +1,6 @@
 import copy
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -18,21 +20,21 @@ def bases(bases) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
-def joined_once(bases):
-    torch.manual_seed(0)
-    return build_from_bases(*bases, audio_lead_silence=0.05, audio_tail_silence=0.1)
+def joined_once(bases) -> Callable:
+    """Returns (model, processor) from the small bases, built once for each device."""
+
+    @cache
+    def build(on_a_gpu: bool):
+        torch.manual_seed(0)
+        return build_from_bases(*bases, audio_lead_silence=0.05, audio_tail_silence=0.1)
+
+    return lambda: build(torch.cuda.is_available())
 
 
 @pytest.fixture
 def joined(joined_once):
     """(model, processor) from the small bases: a copy for every test, which takes a tenth of the time of another."""
-    return copy.deepcopy(joined_once)
-
-
-@pytest.fixture
-def on_the_cpu(monkeypatch):
-    """What is loaded again is compared to the bit, so all of it is computed there."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return copy.deepcopy(joined_once())
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tests.small import SHAPE, small_model, whisper_config
 @pytest.fixture(scope="module")
 def saved_once(joined_once, tmp_path_factory):
     torch.manual_seed(0)
-    folder, (model, processor) = tmp_path_factory.mktemp("saved"), copy.deepcopy(joined_once)
+    folder, (model, processor) = tmp_path_factory.mktemp("saved"), copy.deepcopy(joined_once())
     trained(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, folder

@@ -181,7 +181,7 @@ def test_config_killed_anywhere(arguments, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(bases, train_file, tmp_path_factory):
+def uninterrupted(on_the_cpu, bases, train_file, tmp_path_factory):
     """How a run of SHORT ends."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     args = small_arguments(bases, train_file=str(train_file), output_dir=str(folder), **SHORT)

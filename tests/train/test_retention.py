@@ -51,7 +51,7 @@ def bases_that_know_more(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def forgetful(bases, tmp_path_factory):
+def forgetful(on_the_cpu, bases, tmp_path_factory):
     """(run, probe) of a LoRA trained on one kind alone, at a rate that rewrites the small model."""
     folder = tmp_path_factory.mktemp("forgetful")
     return train_and_ask(thinking_arguments(bases, folder, learning_rate=1e-2))
