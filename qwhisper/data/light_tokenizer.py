@@ -102,8 +102,10 @@ def lightened(tokenizer) -> LightTokenizer | None:
         split_special_tokens=tokenizer.split_special_tokens,
         reasoning_has_two_names=tokenizer.apply_chat_template([message], chat_template=asked, tokenize=False) == "True",
     )
-    settings: list[dict[str, bool]] = [{}, {"split_special_tokens": True}]
+    settings: list[dict[str, bool]] = [{"split_special_tokens": True}, {}]
+    vars(light)["_tokenizer"] = backend  # building another of `definition` takes half a second; each call sets both up
     ids = [[each(TRIAL, add_special_tokens=False, **s)["input_ids"] for s in settings] for each in (tokenizer, light)]
+    del vars(light)["_tokenizer"]
     return light if ids[0] == ids[1] else None
 
 
