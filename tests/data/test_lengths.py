@@ -117,6 +117,7 @@ def test_a_length_is_kept_until_the_file_changes(tmp_path, monkeypatch):
     os.utime(path, ns=(changed, changed))
     assert index([clip]) == before[:1] and decoded == [clip, part, clip]
     path.write_bytes(encoded(NOISE[:32_000], "MP3"))
+    os.utime(path, ns=(changed, changed))  # another size alone
     assert index([clip])[0] > before[0] and len(decoded) == 4
 
 
