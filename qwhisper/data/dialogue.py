@@ -257,6 +257,8 @@ def _parse(
         faults.append("the whole dialogue is not to be learned; leave it out, or mark single answers")
     tools = parse_tools(record.get("tools"), faults)
     messages = parse_messages(raw, roots, faults, unused)
+    if not faults and not answered and all(message.role == "system" for message in messages):
+        faults.append("no user message: there is nothing to answer")
     if not faults and (answered or messages[-1].role not in ("user", "tool")):
         _check_answers(messages, faults)
     messages = place_audios(messages, record.get("audios"), roots, faults, unused)

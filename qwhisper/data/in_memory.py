@@ -31,11 +31,13 @@ SUFFIXES = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b".snd": ".au"}
 class DialoguesInMemory:
     """Dialogues that were checked, and the file that `write` makes of them.
 
-    path: of the file. folders: of audio files, which stay where they are. notes: what a user should know.
+    path: of the file. folders: of audio files, which stay where they are. sounds: names of the files of sound in
+    memory. notes: what a user should know.
     """
 
     path: Path
     folders: frozenset[str]
+    sounds: frozenset[str]
     notes: list[str]
     text: str
     records: Iterable[Mapping]
@@ -55,8 +57,10 @@ class DialoguesInMemory:
         stored: list[Dialogue] = []
         lines: list[str] = []
         folders: set[str] = set()
+        sounds: set[str] = set()
         for dialogue in _read(given, name, data_root, faults):
             folders |= {os.path.dirname(clip.path) for clip in dialogue.clips if clip.sound is None}
+            sounds |= {_sound_file(clip.sound, folder).name for clip in dialogue.clips if clip.sound is not None}
             stored.append(_with_files(dialogue, folder))
             record = to_record(stored[-1], folder)
             if isinstance(fault := parse_line(json.dumps(record).encode(), "utf-8"), str):
@@ -68,18 +72,26 @@ class DialoguesInMemory:
             raise DataError(f"{name}: no dialogue in it")
         text = "".join(lines)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return cls(folder / f"{name}-{digest}.jsonl", frozenset(folders), unused_notes(stored), text, given)
+        path, notes = folder / f"{name}-{digest}.jsonl", unused_notes(stored)
+        return cls(path, frozenset(folders), frozenset(sounds), notes, text, given)
 
     def write(self) -> None:
-        """Make the file and those of its audio. Raises DiskError."""
+        """Make the file and those of its audio. Raises DiskError, and DataError if `records` no longer holds them."""
         folder = self.path.parent
         name = self.path.name.rpartition("-")[0]
         try:
             (folder / AUDIO_FOLDER).mkdir(parents=True, exist_ok=True)
+            found: set[str] = set()
             for dialogue in _read(self.records, name, os.sep, []):  # where files may lie was checked
                 for clip in dialogue.clips:
-                    if clip.sound is not None:
+                    if clip.sound is not None and (file := _sound_file(clip.sound, folder)).name in self.sounds:
+                        found.add(file.name)
                         _write_sound(clip.sound, folder)
+            if missing := self.sounds - found:
+                raise DataError(
+                    f"{name}: {len(missing)} of {len(self.sounds)} sounds were not there when the dialogues were read "
+                    "a second time: an iterator with a length, or audio drawn anew each time; give a list"
+                )
             disk.write_whole(self.path, self.text)
         except OSError as error:
             raise DiskError(f"{folder}: can't be written ({error}): make room, or give another folder") from error

@@ -36,7 +36,7 @@ Poll = Callable[[], None]  # called at least once a second in every wait; what i
 class WorkerDied(Exception):
     """A worker ended before it answered, hangs, or could not be started.
 
-    how: "signal 9", "exit code 1", "no answer in 900 s" or "no process could be started (…)".
+    how: "signal 9", "exit code 1", "no answer in 900 s", "no process could be started (…)" or the same of a thread.
     """
 
     def __init__(self, how: str):
@@ -91,7 +91,7 @@ def work_in_thread(work: Callable[[Task], Result], task: Task, poll: Poll) -> Re
         except BaseException as error:
             done.put((None, error))
 
-    threading.Thread(target=run, daemon=True).start()
+    _start_thread(run)
     while True:
         poll()
         with suppress(queue.Empty):
@@ -136,7 +136,12 @@ class Worker:
                 failed.pop_all()
         except OSError as error:  # no memory, or a limit of processes or open files
             raise WorkerDied(f"no process could be started ({error.strerror})") from None
-        threading.Thread(target=self._send_all, daemon=True).start()
+        try:
+            _start_thread(self._send_all)
+        except WorkerDied:
+            self.kill()
+            self.wait()
+            raise
 
     def give(self, task: Any) -> None:
         """Queue a task; never blocks."""
@@ -194,6 +199,13 @@ def stop(workers: Sequence[Worker]) -> None:
         each.kill()
     for each in workers:
         each.wait()
+
+
+def _start_thread(target: Callable[[], None]) -> None:
+    try:
+        threading.Thread(target=target, daemon=True).start()
+    except RuntimeError as error:  # a limit of processes, which counts threads
+        raise WorkerDied(f"no thread could be started ({error})") from None
 
 
 def _start(descriptor: int) -> subprocess.Popen:

@@ -45,7 +45,7 @@ class Assistant:
     Methods that answer take the fields of `Request` as keywords (max_new_tokens, temperature, top_p, stop, seed), and
     messages in the canonical form or in transformers': text, and audio as paths, bytes, base64 or arrays. They raise
     DataError for messages that can't be read, BadClipError for a clip that can't be used, UsageError for an invalid
-    request, MemoryLimitError if one prompt does not fit into memory.
+    request, MemoryLimitError if one prompt does not fit into memory, NumericalError for logits that are no numbers.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class AnswerStream(Iterator[str]):
     """The text of one answer in pieces; joined, they are `answer.text`.
 
     answer: None until the iteration has ended. Close a stream that is not read to its end, by `close` or with `with`;
-    its answer then has the text that was read.
+    its answer then has the text that was read, as after an error or Ctrl-C, which end it too.
     """
 
     def __init__(self, tokens: Generator[int, None, None], written: AnswerText):
@@ -209,7 +209,12 @@ class AnswerStream(Iterator[str]):
         if self._cancelled.is_set():
             self.close()
             return ""
-        self._written.add(next(self._tokens))
+        try:
+            token = next(self._tokens)
+        except BaseException:  # Ctrl-C too: no more tokens come, and the next read must not look like a whole answer
+            self.close()
+            raise
+        self._written.add(token)
         certain = self._written.certain
         piece, self._read = certain[len(self._read) :], certain
         if self._written.finish_reason is not None:

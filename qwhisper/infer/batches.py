@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.packing import pad_samples
 from qwhisper.data.rows import Sample
+from qwhisper.errors import UsageError
 from qwhisper.infer.decoding import Answer, AnswerText, Chooser, Reader, Request, never_written
 from qwhisper.memory import is_out_of_memory, naming_memory_limit
 
@@ -26,8 +27,10 @@ def answer_batches(
 
     model: ours, or any causal LM if no prompt has audio. prompts: see `DialogueEncoder.encode_prompt`. The batches
     change the result only by rounding. Long prompts go first, and the batch is halved if memory runs out. Raises
-    MemoryLimitError if one prompt alone does not fit.
+    MemoryLimitError if one prompt alone does not fit, UsageError for a batch_size below 1.
     """
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; a batch needs at least 1 prompt")
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
     done = 0
     while done < len(prompts):

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.rows import Sample
 from qwhisper.data.template import end_of_turn_ids
-from qwhisper.errors import UsageError
+from qwhisper.errors import NumericalError, UsageError
 
 MOST_UNSETTLED = 64  # tokens decoded again with each new one; more only if they can't be split
 
@@ -34,18 +35,26 @@ class Request:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; an answer needs at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature is {self.temperature}; give 0 (the most probable answer) or more")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; give a share of the probability, above 0 and at most 1")
+        if not _is(Integral, self.max_new_tokens) or self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens!r}; an answer needs a whole number, at least 1")
+        if not _is(Real, self.temperature) or not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature is {self.temperature!r}; give 0 (the most probable answer) or more")
+        if not _is(Real, self.top_p) or not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p!r}; give a share of the probability, above 0 and at most 1")
+        if self.seed is not None and (not _is(Integral, self.seed) or not -(2**63) <= int(self.seed) < 2**64):
+            raise UsageError(f"seed is {self.seed!r}; give a whole number of 64 bits, or None")
+        if not isinstance(self.stop, Sequence) or not all(isinstance(text, str) for text in self.stop):
+            raise UsageError(f"stop is {self.stop!r}; give a text or a list of texts")
         if "" in self.stop_texts:
             raise UsageError("stop holds an empty text, which would end every answer at once; leave it out")
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def _is(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -131,17 +140,28 @@ class Chooser:
             if request.seed is None:
                 generator.seed()
             else:
-                generator.manual_seed(request.seed)
+                generator.manual_seed(int(request.seed))
 
     def choose(self, logits: Tensor) -> Tensor:
-        """logits: float32 [rows, vocabulary], changed in place. Returns int64 [rows]."""
+        """logits: float32 [rows, vocabulary], changed in place. Returns int64 [rows].
+
+        Raises NumericalError if the logits of a row are not numbers: any token would be taken for the model's answer.
+        """
         logits[:, self._forbidden] = -math.inf
+        largest = logits.amax(dim=-1, keepdim=True)  # NaN if one of them is
+        if not largest.isfinite().all():
+            raise NumericalError(
+                f"the model's logits hold {largest[~largest.isfinite()][0].item()}, so it has no answer; load it with "
+                "dtype fp32 or bf16, and check the checkpoint with `qwhisper verify`"
+            )
         if not self._generators:
             return logits.argmax(dim=-1)
-        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / self._request.temperature
+        float32 = torch.finfo(torch.float32)  # outside its range the division would give NaN
+        temperature = min(max(float(self._request.temperature), float32.tiny), float32.max)
+        scaled = (logits - largest) / temperature
         probabilities, tokens = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
         mass = probabilities.cumsum(dim=-1)
-        last = ((mass - probabilities) < self._request.top_p).sum(dim=-1, keepdim=True) - 1
+        last = ((mass - probabilities) < self._request.top_p).sum(dim=-1, keepdim=True).clamp(min=1) - 1
         drawn = torch.stack([torch.rand(1, generator=generator) for generator in self._generators])
         place = torch.searchsorted(mass, drawn.to(mass) * mass.gather(-1, last), right=True)
         return tokens.gather(-1, place.minimum(last))[:, 0]

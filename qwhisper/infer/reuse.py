@@ -74,6 +74,8 @@ class ReadingCache:
             return Reading(best.tokens[:shared], past, heard)
 
     def keep(self, reading: Reading) -> None:
+        if reading.num_bytes > self._limit_bytes:
+            return
         with self._lock:
             self._kept.append(reading)
             while self._kept and sum(kept.num_bytes for kept in self._kept) > self._limit_bytes:

@@ -9,6 +9,7 @@ import soundfile
 from qwhisper.data.clips import load_clip
 from qwhisper.data.dialogue import parse_own, read_dialogues
 from qwhisper.data.in_memory import DialoguesInMemory
+from qwhisper.errors import DataError
 from tests.small import tone
 
 RATE = 22_050
@@ -116,3 +117,24 @@ def test_everything_else_of_a_dialogue_is_kept_in_readable_text(tmp_path):
 def test_keys_that_are_not_used_are_named(tmp_path):
     stored = DialoguesInMemory.check([record(array(WAVE), speaker="ann")], tmp_path, "train")
     assert stored.notes == ["dialogues with the key `speaker`, which is not used: 1; first at train:1"]
+
+
+class Once(list):
+    """Has a length and can be read once, as tqdm around a generator."""
+
+    def __iter__(self):
+        while self:
+            yield self.pop(0)
+
+
+class DrawnAnew(list):
+    def __iter__(self):
+        return (record(array(WAVE * np.random.uniform(0.5, 1))) for _ in range(len(self)))
+
+
+@pytest.mark.parametrize("kind", [Once, DrawnAnew])
+def test_sound_that_is_gone_at_the_second_reading_is_named(tmp_path, kind):
+    stored = DialoguesInMemory.check(kind([record(array(WAVE)), record(array(WAVE / 2))]), tmp_path, "train")
+    with pytest.raises(DataError, match=r"train: 2 of 2 sounds were not there .* give a list"):
+        stored.write()
+    assert not stored.path.exists() and list((tmp_path / "audio").iterdir()) == []

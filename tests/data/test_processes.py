@@ -141,3 +141,14 @@ def test_a_process_that_cannot_be_started_is_a_death_and_no_fault_of_the_task(mo
     with pytest.raises(WorkerDied, match=f"no process could be started .{os.strerror(number)}."):
         next(work_ahead(square, iter([0]), 2))
     assert how_it_dies(square, 0) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_thread_that_cannot_be_started_is_a_death_and_leaves_no_process(monkeypatch, num_workers):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(WorkerDied, match="no thread could be started"):
+        next(work_ahead(square, iter([0]), num_workers, lambda: None))
+    assert how_it_dies(square, 0) is None and worker_pids() == []

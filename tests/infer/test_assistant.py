@@ -126,6 +126,7 @@ def test_audio_comes_in_every_form(assistant, conversations, tones):
         ([say("Pitch?", "gone.wav")], DataError, "gone.wav' does not exist"),
         ([say("Pitch?", np.full(800, np.nan))], BadClipError, "message 1, part 1, `audio`: .*NaN or Inf"),
         ([say("Hello", role="usr")], DataError, "unknown role 'usr'"),
+        ([say("Be brief.", role="system")], DataError, "no user message: there is nothing to answer"),
     ],
 )
 def test_messages_that_cannot_be_asked_are_refused_before_anything_is_computed(assistant, messages, error, reason):
@@ -143,6 +144,9 @@ def test_an_unknown_or_senseless_request_is_refused(assistant, method):
         getattr(assistant, method)([say("Hello")], max_tokens=3)
     with pytest.raises(UsageError, match="top_p is 2"):
         getattr(assistant, method)([say("Hello")], top_p=2)
+    for batch_size in (0, -1):
+        with pytest.raises(UsageError, match=f"batch_size is {batch_size}"):
+            assistant.answer_all([[say("Hello")]], batch_size=batch_size)
 
 
 def test_the_same_seed_gives_the_same_answer_alone_and_in_a_batch(assistant, conversations):
@@ -207,6 +211,20 @@ def test_what_was_read_of_a_closed_stream_is_its_answer(assistant, conversations
     with assistant.stream(conversations[0]) as stream:
         list(stream)
     assert stream.answer.finish_reason == "stop"
+
+
+@pytest.mark.usefixtures("letters")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_stream_that_an_error_ends_has_the_text_that_was_read_and_does_not_look_whole(
+    assistant, conversations, monkeypatch, error
+):
+    stream = assistant.stream(conversations[1], max_new_tokens=9)
+    said = next(stream) + next(stream)
+    monkeypatch.setattr(Reader, "read", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(error):
+        next(stream)
+    assert list(stream) == [] and len(said) == 2
+    assert (stream.answer.text, stream.answer.finish_reason) == (said, "cancelled")
 
 
 @pytest.mark.usefixtures("letters")

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from qwhisper.data.template import end_of_turn_ids
-from qwhisper.errors import UsageError
+from qwhisper.errors import NumericalError, UsageError
 from qwhisper.infer.decoding import MOST_UNSETTLED, AnswerText, Chooser, Reader, Request, never_written
 from tests.small import tone
 
@@ -39,6 +39,27 @@ def test_tokens_are_drawn_from_the_most_probable_that_hold_top_p(temperature, to
 @pytest.mark.parametrize("request_", [Request(), Request(temperature=1.0, top_p=1e-9), Request(temperature=1e-30)])
 def test_the_most_probable_token_is_taken_where_nothing_else_is_left(request_):
     assert drawn(request_, 50)[0] == 1.0
+
+
+@pytest.mark.parametrize("top_p", [1.0, 1e-50])
+@pytest.mark.parametrize("temperature", [1e-50, 1e300])
+def test_values_that_float32_does_not_hold_are_taken_at_its_edge(temperature, top_p):
+    found = drawn(Request(temperature=temperature, top_p=top_p), 600)
+    assert found[0] == 1.0 if min(temperature, top_p) < 1 else (found > 0.05).all()
+
+
+def test_numbers_of_numpy_are_numbers():
+    request = Request(max_new_tokens=np.int64(3), temperature=np.float32(1), seed=np.int64(5))
+    assert Chooser(request, 1).choose(LOGITS.clone()) == Chooser(Request(temperature=1.0, seed=5), 1).choose(LOGITS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_logits_that_are_no_numbers_are_no_answer(temperature, value, shown):
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 4] = value
+    with pytest.raises(NumericalError, match=f"logits hold {shown}, "):
+        Chooser(Request(temperature=temperature), 3).choose(logits)
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
@@ -97,6 +118,14 @@ def test_the_same_seed_draws_the_same_in_every_row_and_leaves_the_global_generat
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"stop": ["a", ""]}, "stop holds an empty text"),
         ({"stop": ""}, "stop holds an empty text"),
+        ({"max_new_tokens": 8.5}, "max_new_tokens is 8.5"),  # a count of tokens never equals it
+        ({"max_new_tokens": "8"}, "max_new_tokens is '8'"),
+        ({"temperature": "0.5"}, "temperature is '0.5'"),
+        ({"top_p": None}, "top_p is None"),
+        ({"stop": None}, "stop is None"),
+        ({"stop": ["a", 3]}, "stop is .'a', 3."),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
     ],
 )
 def test_a_request_that_means_nothing_is_refused(values, reason):

@@ -131,6 +131,8 @@ def test_the_least_recently_used_is_dropped_first(prompt):
     counted = Counted("qwen3", limit_bytes=2 * size)
     assert [counted.read(prompt)[1] for prompt in (one, two, one, three)] == [20, 20, 1, 20]
     assert [counted.read(prompt)[1] for prompt in (one, two)] == [1, 20]
+    counted.read(make_sample(any_model(), [41], seed=3))  # too large to be kept, and no reason to drop another
+    assert counted.read(two)[1] == 1
     nothing = Counted("qwen3", limit_bytes=0)
     assert [nothing.read(one)[1] for _ in range(2)] == [20, 20]
 
