@@ -1,6 +1,5 @@
 """What tests of every package may ask for, and what holds for each of them."""
 
-import copy
 import gc
 import logging
 import os
@@ -17,6 +16,7 @@ from qwhisper.engine import preflight
 from qwhisper.model import loading
 from qwhisper.train import models
 from tests.declared import faults_in_runs
+from tests.small import made_once
 from tests.trained import (  # noqa: F401
     arguments,
     bases,
@@ -88,21 +88,16 @@ def a_run_begins_with_a_copy_of_what_another_built_of_the_same_bases() -> Iterat
 
     Loading is tested with `build_from_bases` itself, and by each first run.
     """
-    honest, built = models.build_from_bases, {}
+    honest = models.build_from_bases
 
     def build_from_bases(audio_model, text_model, options, **values):  # type: ignore[no-untyped-def]
         files = [file for folder in (audio_model, text_model) for file in sorted(Path(folder).glob("*"))]
         versions = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
         if torch.accelerator.is_available() or not 0 < sum(size for _, size, _ in versions) < SMALL_BYTES:
             return honest(audio_model, text_model, options, **values)
-        generator = torch.get_rng_state().numpy().tobytes()
         loaders = loading.load_encoder, loading.load_language_model  # which a test may have patched
-        key = (*loaders, audio_model, text_model, repr(options), repr(values), repr(versions), generator)
-        if key not in built:
-            built[key] = honest(audio_model, text_model, options, **values), torch.get_rng_state()
-        made, state = built[key]
-        torch.set_rng_state(state)
-        return copy.deepcopy(made)
+        key = (*loaders, audio_model, text_model, repr(options), repr(values), repr(versions))
+        return made_once(key, lambda: honest(audio_model, text_model, options, **values))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build_from_bases", build_from_bases)

@@ -6,7 +6,7 @@ kind.
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +122,20 @@ def small_model(family: str = "qwen3", **values: Any) -> Qwen3AudioForConditiona
     Its weights are those of torch's seed. One that was made before from the same seed is copied: a tenth of the time.
     A model of bases on disk is `build_from_bases(*write_small_bases(folder))`.
     """
-    key = (family, repr(sorted(values.items())), torch.get_rng_state().numpy().tobytes())
+    return made_once((family, repr(sorted(values.items()))), lambda: make_small_model(family, **values))
+
+
+MADE: dict[tuple[Hashable, ...], tuple[Any, torch.Tensor]] = {}
+
+
+def made_once(key: tuple[Hashable, ...], make: Callable[[], Any]) -> Any:
+    """A copy of what `make` gave for the same key and the same random numbers; these go on as after `make`."""
+    key = (*key, torch.get_rng_state().numpy().tobytes())
     if key not in MADE:
-        MADE[key] = make_small_model(family, **values), torch.get_rng_state()
-    model, rng_state = MADE[key]
+        MADE[key] = make(), torch.get_rng_state()
+    made, rng_state = MADE[key]
     torch.set_rng_state(rng_state)
-    return copy.deepcopy(model)
-
-
-MADE: dict[tuple[str, str, bytes], tuple[Qwen3AudioForConditionalGeneration, torch.Tensor]] = {}
+    return copy.deepcopy(made)
 
 
 def make_small_model(
