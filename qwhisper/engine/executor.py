@@ -16,6 +16,7 @@ from qwhisper.data.packing import plan_packs
 from qwhisper.data.rows import Sample
 from qwhisper.engine.batch import Batch, packed_batch, padded_batch
 from qwhisper.engine.forward import PackResult, by_sample, hidden_states_of, likeliest_tokens, run_pack
+from qwhisper.engine.plain import why_plain
 from qwhisper.engine.reference import compare_with_reference
 from qwhisper.errors import MemoryLimitError
 from qwhisper.memory import is_out_of_memory
@@ -112,6 +113,10 @@ class Executor:
         else:
             batch = padded_batch(samples, frames, audio, self.pad_token_id, teach=teach)
         return batch.to(self.device, self.model.model.audio_tower.conv1.weight.device)
+
+    def why_plain(self) -> str | None:
+        """Why a pack has to run plain, see `engine.plain`; None: a CUDA graph would compute the same."""
+        return why_plain(self.model, manual_loss=self.manual_loss, packing=self.packing)
 
     def run_pack(self, batch: Batch) -> PackResult:
         """Forward pass of one pack."""

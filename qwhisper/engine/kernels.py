@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from qwhisper.engine.preflight import Attention, Fault, Kernel, Layout, first_fault, trials
 from qwhisper.errors import NumericalError
@@ -56,7 +56,7 @@ def _first_wrong(
     for attention in attentions(model):
         in_encoder = attention.owner == "encoder"
         tokens = model.config.audio_config.max_source_positions if in_encoder else longest
-        for name, kernel, packed in kernels_in_use(attention, _config_of(attention, model)._attn_implementation):
+        for name, kernel, packed in kernels_in_use(attention, part_of(attention, model).config._attn_implementation):
             for case in trials(attention, tokens, packed=packed):
                 before_trial()
                 if (fault := first_fault(kernel, [case])) is not None:
@@ -67,14 +67,14 @@ def _first_wrong(
 def _replace(model: Qwen3AudioForConditionalGeneration, wrong: str, right: str) -> None:
     """Replace the kernel in encoder and language model, if they use it."""
     for attention in attentions(model):
-        config = _config_of(attention, model)
+        config = part_of(attention, model).config
         if any(name == wrong for name, _, _ in kernels_in_use(attention, config._attn_implementation)):
             config._attn_implementation = kernels.with_kernel(config._attn_implementation, right)
 
 
-def _config_of(attention: Attention, model: Qwen3AudioForConditionalGeneration) -> PreTrainedConfig:
-    part = model.model.audio_tower if attention.owner == "encoder" else model.model.language_model
-    return part.config
+def part_of(attention: Attention, model: Qwen3AudioForConditionalGeneration) -> PreTrainedModel:
+    """The encoder or the language model, whose configuration names the kernels."""
+    return model.model.audio_tower if attention.owner == "encoder" else model.model.language_model
 
 
 def kernels_in_use(attention: Attention, implementation: str) -> Iterator[tuple[str, Kernel, bool]]:

@@ -49,7 +49,7 @@ class ActivationClamp:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._in_force = torch.zeros((), device=device)
         self.on = on
-        self._handle = module.register_forward_pre_hook(self._before)
+        self._handle = module.register_forward_pre_hook(self.clamp_input)
 
     @property
     def on(self) -> bool:
@@ -78,7 +78,7 @@ class ActivationClamp:
 
         return put_back
 
-    def _before(self, module: nn.Module, args: tuple) -> tuple | None:
+    def clamp_input(self, module: nn.Module, args: tuple) -> tuple | None:
         if not module.training:
             return None
         x = args[0]

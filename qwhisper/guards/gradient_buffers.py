@@ -35,7 +35,7 @@ class GradientBuffers:
             for kind in dict.fromkeys((p.dtype, p.device) for p in parameters):
                 self._allocate([p for p in parameters if (p.dtype, p.device) == kind])
         for parameter in self._views:
-            parameter.register_hook(partial(_attach, weakref.ref(self), parameter))
+            parameter.register_hook(partial(attach_view, weakref.ref(self), parameter))
 
     def _allocate(self, parameters: list[nn.Parameter]) -> None:
         """Make one flat tensor with a view for each parameter, laid out as autograd lays out its gradient."""
@@ -63,7 +63,7 @@ class GradientBuffers:
             parameter.grad = self._zero.pop(parameter, None)
 
 
-def _attach(buffers: "weakref.ref[GradientBuffers]", parameter: nn.Parameter, gradient: Tensor) -> None:
+def attach_view(buffers: "weakref.ref[GradientBuffers]", parameter: nn.Parameter, gradient: Tensor) -> None:
     """Hook that runs before autograd adds a gradient to `.grad`."""
     if (alive := buffers()) is not None:
         alive.attach(parameter)

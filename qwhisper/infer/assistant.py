@@ -22,7 +22,7 @@ from qwhisper.data.messages import Message
 from qwhisper.data.rows import Sample
 from qwhisper.errors import DataError
 from qwhisper.infer.batches import answer_batches, naming_the_prompt
-from qwhisper.infer.decoding import Answer, AnswerText, Chooser, Reader, Request, never_written
+from qwhisper.infer.decoding import Answer, AnswerText, Chooser, Reader, Request, fetch_tokens, never_written
 from qwhisper.infer.reuse import PromptTokens, Reading, ReadingCache
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.loading import options_as_trained
@@ -141,10 +141,11 @@ class Assistant:
             reading, reader, logits = self._begin(PromptTokens(self.model, prompt))
             try:
                 while True:
-                    token = chooser.choose(logits)
-                    yield int(token)
-                    logits = reader.read_tokens(token)
-                    reading.tokens.append(int(token))
+                    chosen = chooser.choose(logits)
+                    (token,) = fetch_tokens(chosen, logits)
+                    yield token
+                    logits = reader.read_tokens(chosen)
+                    reading.tokens.append(token)
             except GeneratorExit:  # between two tokens: all layers have read the same
                 reading.past = reader.past
                 self._cache.keep(reading)

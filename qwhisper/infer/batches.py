@@ -12,7 +12,7 @@ from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.packing import pad_samples
 from qwhisper.data.rows import Sample
 from qwhisper.errors import UsageError
-from qwhisper.infer.decoding import Answer, AnswerText, Chooser, Reader, Request, never_written
+from qwhisper.infer.decoding import Answer, AnswerText, Chooser, Reader, Request, fetch_tokens, never_written
 from qwhisper.memory import is_out_of_memory, naming_memory_limit
 
 
@@ -67,7 +67,7 @@ def _answer_batch(model, encoder: DialogueEncoder, prompts: list[Sample], reques
     logits = reader.read(embeddings)
     while True:
         tokens = chooser.choose(logits)
-        for text, token in zip(written, tokens.tolist(), strict=True):
+        for text, token in zip(written, fetch_tokens(tokens, logits), strict=True):
             if text.finish_reason is None:
                 text.add(token)
         if all(text.finish_reason for text in written):

@@ -17,6 +17,7 @@ from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import NumericalError, UsageError
 
 MOST_UNSETTLED = 64  # tokens decoded again with each new one; more only if they can't be split
+NO_TOKEN = -1  # chosen for a row whose logits are not numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,19 +144,19 @@ class Chooser:
                 generator.manual_seed(int(request.seed))
 
     def choose(self, logits: Tensor) -> Tensor:
-        """logits: float32 [rows, vocabulary], changed in place. Returns int64 [rows].
+        """logits: float32 [rows, vocabulary], changed in place. Waits for no device.
 
-        Raises NumericalError if the logits of a row are not numbers: any token would be taken for the model's answer.
+        Returns int64 [rows], NO_TOKEN for a row whose logits are not numbers. Pass them through `fetch_tokens`, which
+        raises for such a row, before the model reads them.
         """
-        logits[:, self._forbidden] = -math.inf
+        for token in self._forbidden:
+            logits[:, token].fill_(-math.inf)  # `logits[:, tokens]` would upload the list and wait
         largest = logits.amax(dim=-1, keepdim=True)  # NaN if one of them is
-        if not largest.isfinite().all():
-            raise NumericalError(
-                f"the model's logits hold {largest[~largest.isfinite()][0].item()}, so it has no answer; load it with "
-                "dtype fp32 or bf16, and check the checkpoint with `qwhisper verify`"
-            )
-        if not self._generators:
-            return logits.argmax(dim=-1)
+        chosen = self._draw(logits, largest) if self._generators else logits.argmax(dim=-1)
+        return chosen.masked_fill(~largest[:, 0].isfinite(), NO_TOKEN)
+
+    def _draw(self, logits: Tensor, largest: Tensor) -> Tensor:
+        """largest: float32 [rows, 1], of the logits. Returns int64 [rows]."""
         float32 = torch.finfo(torch.float32)  # outside its range the division would give NaN
         temperature = min(max(float(self._request.temperature), float32.tiny), float32.max)
         scaled = (logits - largest) / temperature
@@ -163,8 +164,23 @@ class Chooser:
         mass = probabilities.cumsum(dim=-1)
         last = ((mass - probabilities) < self._request.top_p).sum(dim=-1, keepdim=True).clamp(min=1) - 1
         drawn = torch.stack([torch.rand(1, generator=generator) for generator in self._generators])
-        place = torch.searchsorted(mass, drawn.to(mass) * mass.gather(-1, last), right=True)
+        drawn = drawn.to(mass, non_blocking=True)
+        place = torch.searchsorted(mass, drawn * mass.gather(-1, last), right=True)
         return tokens.gather(-1, place.minimum(last))[:, 0]
+
+
+def fetch_tokens(tokens: Tensor, logits: Tensor) -> list[int]:
+    """The tokens that `Chooser.choose` chose by these logits, on the host: the one wait for the device a token.
+
+    Raises NumericalError if the logits of a row are not numbers: any token would be taken for the model's answer.
+    """
+    fetched: list[int] = tokens.tolist()
+    if NO_TOKEN in fetched:
+        raise NumericalError(
+            f"the model's logits hold {logits[fetched.index(NO_TOKEN)].amax().item()}, so it has no answer; load it "
+            "with dtype fp32 or bf16, and check the checkpoint with `qwhisper verify`"
+        )
+    return fetched
 
 
 class AnswerText:

@@ -59,6 +59,7 @@ class Begin(Event):
     held_out_samples: Annotated[int, "samples of `--eval_file`"]
     audio_model: Annotated[str | None, "`--audio_model`; null: as in `--init_from`"]
     text_model: Annotated[str | None, "`--text_model`; null: as in `--init_from`"]
+    why_plain: Annotated[str | None, "why a CUDA graph can't repeat a pack, before callbacks begin; null: it can"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -
         held_out_samples=session.held_out.num_rows,
         audio_model=session.plan.audio_model,
         text_model=session.plan.text_model,
+        why_plain=session.executor.why_plain(),
     )
     session.report(Resumed(checkpoint=str(resumed), **begin.written()) if resumed else begin)
 

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,7 @@ from qwhisper.frames import HOP_LENGTH
 from qwhisper.model import loss as losses
 from qwhisper.model.audio_layout import MARGIN_HOPS
 from qwhisper.model.lora import add_lora
-from tests.model.parts import gradients, make_sample
+from tests.model.parts import gradients, make_sample, with_teacher
 from tests.small import VOCABULARY, large_weights, small_model
 
 WEIGHT = 0.6
@@ -39,20 +38,11 @@ def trained_model():
     return model.train()
 
 
-def with_teacher(model, sample: Sample, seed: int) -> Sample:
-    """One that reads six words in place of the clips."""
-    supervised = sample.labels != -100
-    words = np.random.default_rng(seed).integers(3, VOCABULARY - 2, size=6)
-    ids = np.concatenate([words, sample.input_ids[supervised]])
-    labels = np.concatenate([np.full(6, -100), sample.labels[supervised]])
-    return replace(sample, teacher=Sample(sample.id, "test", ids, labels))
-
-
 def samples_of(model, kind: str) -> list[Sample]:
     clips = [] if kind == "text" else [[800, 5000], [7000], []]
     samples = [make_sample(model, [4] * (1 + len(c)) + [3], c, seed=i) for i, c in enumerate(clips or [[], []])]
     if kind == "teacher":
-        samples = [with_teacher(model, samples[0], 5), samples[1], with_teacher(model, samples[2], 6)]
+        samples = [with_teacher(samples[0], 5), samples[1], with_teacher(samples[2], 6)]
     return samples
 
 

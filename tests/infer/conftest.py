@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import soundfile
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwhisper.data.dialogue import AudioClip, Message
 from qwhisper.data.rows import Sample
-from qwhisper.infer.decoding import Chooser
+from qwhisper.infer.decoding import Chooser, Reader
 from tests.small import tone
 
 
@@ -75,6 +76,38 @@ def write_out(small_model, monkeypatch) -> Callable[[str], None]:
         monkeypatch.setattr(Chooser, "choose", choose)
 
     return write_out
+
+
+class Waits(TorchDispatchMode):
+    """While it is entered, `count` grows with every value that the host takes from a tensor, outside of the model."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, self.reading = 0, False
+        tolist, read = torch.Tensor.tolist, Reader.read
+
+        def counted(tensor):
+            self.count += 1
+            return tolist(tensor)
+
+        def uncounted(reader, embeddings):
+            self.reading = True
+            logits = read(reader, embeddings)
+            self.reading = False
+            return logits
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+        monkeypatch.setattr(Reader, "read", uncounted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and not self.reading:  # item, int, float, bool
+            self.count += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def waits(monkeypatch) -> Waits:
+    return Waits(monkeypatch)
 
 
 def say(text: str, *clips, role: str = "user") -> dict:

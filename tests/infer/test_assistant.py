@@ -1,5 +1,6 @@
 """Assistant: what it answers, whole, in pieces and many at once, and what a later turn costs."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -94,6 +95,15 @@ def test_each_token_is_a_piece_as_it_comes(assistant, conversations):
         for n, piece in enumerate(stream, 1):
             assert (len(piece), len(computed.passes)) == (1, n)
     assert n == 5 and stream.answer.text.isalpha()
+
+
+@pytest.mark.usefixtures("letters")
+def test_a_token_of_a_stream_costs_one_wait(assistant, conversations, waits):
+    stream, counts = assistant.stream(conversations[1], max_new_tokens=6), []
+    with waits:
+        for _ in stream:
+            counts.append(waits.count)
+    assert len(counts) == 6 and {after - before for before, after in itertools.pairwise(counts)} == {1}
 
 
 def test_pieces_hold_whole_characters_and_nothing_of_a_stop_text(assistant, conversations, write_out):

@@ -111,5 +111,18 @@ def test_a_batch_is_computed_until_its_last_answer_ends(small_model, prompts, mo
     assert next(steps, None) is None
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.usefixtures("letters")
+def test_a_token_of_all_rows_costs_one_wait(small_model, prompts, waits, temperature):
+    found = []
+    for new_tokens in (3, 8):
+        request, before = Request(max_new_tokens=new_tokens, temperature=temperature), waits.count
+        with waits:
+            (answers,) = answer_batches(*small_model, prompts, request)
+        assert [answer.completion_tokens for answer in answers.values()] == [new_tokens] * len(prompts)
+        found.append(waits.count - before)
+    assert found[1] - found[0] == 5
+
+
 def test_no_prompts_give_no_answers(small_model):
     assert answer_prompts(*small_model, [], NEW_TOKENS) == []

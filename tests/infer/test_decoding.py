@@ -11,7 +11,16 @@ from transformers import DynamicCache
 
 from qwhisper.data.template import end_of_turn_ids
 from qwhisper.errors import NumericalError, UsageError
-from qwhisper.infer.decoding import MOST_UNSETTLED, AnswerText, Chooser, Reader, Request, never_written
+from qwhisper.infer.decoding import (
+    MOST_UNSETTLED,
+    NO_TOKEN,
+    AnswerText,
+    Chooser,
+    Reader,
+    Request,
+    fetch_tokens,
+    never_written,
+)
 from tests.small import tone
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, 1.5, -3.0]])
@@ -56,10 +65,31 @@ def test_numbers_of_numpy_are_numbers():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
 def test_logits_that_are_no_numbers_are_no_answer(temperature, value, shown):
-    logits = LOGITS.repeat(3, 1)
+    """The row is marked without a wait, and the fetch of the tokens raises."""
+    request, logits = Request(temperature=temperature, seed=5), LOGITS.repeat(3, 1)
+    expected = Chooser(request, 3).choose(logits.clone()).tolist()
+    assert fetch_tokens(torch.tensor(expected), logits) == expected
     logits[1, 4] = value
+    tokens = Chooser(request, 3).choose(logits)
+    assert tokens.tolist() == [expected[0], NO_TOKEN, expected[2]]
     with pytest.raises(NumericalError, match=f"logits hold {shown}, "):
-        Chooser(Request(temperature=temperature), 3).choose(logits)
+        fetch_tokens(tokens, logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_choosing_waits_for_no_gpu(temperature):
+    request, logits = Request(temperature=temperature, top_p=0.9, seed=5), LOGITS.repeat(3, 1)
+    expected = Chooser(request, 3, [0]).choose(logits.clone()).tolist()
+    logits = logits.cuda()
+    Chooser(request, 3, [0]).choose(logits.clone())  # the first call loads the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens = Chooser(request, 3, [0]).choose(logits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert fetch_tokens(tokens, logits) == expected
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])

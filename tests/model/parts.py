@@ -1,5 +1,6 @@
 """Samples for small joined models, reading back their gradients and logits, and saving and loading them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,15 @@ def make_sample(model, text_lengths: list[int], clip_samples: list[int] = (), *,
     labels[-text_lengths[-1] :] = ids[-text_lengths[-1] :]
     labels[0] = -100
     return Sample(f"s{seed}", "test", ids, labels, [window for clip in clips for window in clip])
+
+
+def with_teacher(sample: Sample, seed: int) -> Sample:
+    """One that reads six words in place of the clips."""
+    supervised = sample.labels != -100
+    words = np.random.default_rng(seed).integers(3, VOCABULARY - 2, size=6)
+    ids = np.concatenate([words, sample.input_ids[supervised]])
+    labels = np.concatenate([np.full(6, -100), sample.labels[supervised]])
+    return replace(sample, teacher=Sample(sample.id, "test", ids, labels))
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -40,6 +40,7 @@ def test_a_run_without_an_act_of_a_guard_has_its_begin_its_resumes_and_its_ends(
         device_name(LoadOptions().device),
     )
     assert begin["torch"] and begin["transformers"] and begin["qwhisper"] and begin["text_model"] == args.text_model
+    assert begin["device"] != "cpu" or begin["why_plain"].startswith("the model is on cpu")
     assert (stopped["kind"], stopped["step"], stopped["exit_code"]) == ("end", 2, 143)
     assert (resumed["kind"], resumed["step"], resumed["run_id"]) == ("resumed", 2, begin["run_id"])
     assert resumed["checkpoint"].endswith("checkpoint-2")
