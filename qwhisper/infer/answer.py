@@ -30,12 +30,13 @@ from qwhisper.disk import write_whole
 from qwhisper.errors import DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 from qwhisper.infer.batches import answer_batches
+from qwhisper.infer.context import context_length, within_context
 from qwhisper.infer.decoding import Request
 from qwhisper.locks import hold
 from qwhisper.memory import naming_memory_limit
 from qwhisper.model.base_kinds import refuse_empty_tokenizer
 from qwhisper.model.bases import LoadOptions, fingerprint, load_language_model
-from qwhisper.model.pretrained import load_tokenizer
+from qwhisper.model.pretrained import load_config, load_tokenizer
 from qwhisper.report.events import ends_in_half_a_line, read_jsonl
 
 # Prompts in memory together, the longest first. Windows are cut from all questions, including those answered before a
@@ -101,7 +102,8 @@ def answer_dialogues(
     """
     encoder = encoder_for_text(text_model)
     settings = [fingerprint(text_model), str(options.compute_dtype), options.load_in_4bit, max_new_tokens]
-    questions, unread = find_questions(dialogues, encoder, settings)
+    context = context_length(load_config(text_model))
+    questions, unread = find_questions(dialogues, encoder, settings, context)
     cache = _cache_beside(out_file)
     with _held(cache):
         answers, asked = answer_all(
@@ -126,11 +128,11 @@ def encoder_for_text(path: str) -> DialogueEncoder:
 
 
 def find_questions(
-    dialogues: Sequence[Dialogue], encoder: DialogueEncoder, settings: Sequence
+    dialogues: Sequence[Dialogue], encoder: DialogueEncoder, settings: Sequence, context: int | None
 ) -> tuple[dict[int, Question], list[str]]:
     """The questions of dialogues that need an answer, by position, and the reasons why others can't be asked.
 
-    settings: everything except the prompt that an answer depends on.
+    settings: everything except the prompt that an answer depends on. context: the model's, see `context_length`.
     """
     questions, faults = {}, []
     for position, dialogue in enumerate(dialogues):
@@ -142,7 +144,8 @@ def find_questions(
             continue
         try:
             prompt = encoder.encode_prompt(messages, tools=dialogue.tools)
-        except DataError as error:  # the chat template refuses these roles
+            within_context(prompt, Request(), context)
+        except DataError as error:  # the chat template refuses these roles, or the dialogue is too long
             faults.append(f"{dialogue.source}: {error}")
             continue
         key = hashlib.sha256(json.dumps(settings).encode() + prompt.input_ids.tobytes()).hexdigest()

@@ -6,8 +6,9 @@ print(assistant.answer(messages).text)
 """
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,8 +21,9 @@ from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.messages import Message
 from qwhisper.data.rows import Sample
-from qwhisper.errors import DataError
+from qwhisper.errors import DataError, UsageError
 from qwhisper.infer.batches import answer_batches, naming_the_prompt
+from qwhisper.infer.context import context_length, within_context
 from qwhisper.infer.decoding import Answer, AnswerText, Chooser, Reader, Request, fetch_tokens, never_written
 from qwhisper.infer.reuse import PromptTokens, Reading, ReadingCache
 from qwhisper.memory import is_out_of_memory
@@ -55,6 +57,7 @@ class Assistant:
         self.model = model
         self.encoder = encoder
         self._cache = ReadingCache(cache_bytes)
+        self._context = context_length(model.config)
 
     @classmethod
     def from_pretrained(
@@ -95,20 +98,19 @@ class Assistant:
         """
         wanted = Request(**request)
         prompt = self.encoder.encode_prompt(messages)
+        wanted = within_context(prompt, wanted, self._context)
         return AnswerStream(self._tokens(prompt, wanted), AnswerText(self.encoder, prompt, wanted))
 
-    def answer_all(self, conversations: Sequence[Messages], *, batch_size: int = 8, **request: Any) -> list[Answer]:
+    def answer_all(self, conversations: Iterable[Messages], *, batch_size: int = 8, **request: Any) -> list[Answer]:
         """Answers in the order of the conversations, in batches of similar length; see `answer_batches`.
 
-        Keeps nothing for later turns. The answers differ from those of `answer` only by rounding.
+        conversations: a list, or a generator, of which 256 are read at a time. Keeps nothing for later turns. The
+        answers differ from those of `answer` only by rounding. Errors name the conversation by its number, from 1.
         """
-        Request(**request)
+        wanted, numbered = Request(**request), enumerate(_conversations(conversations), 1)
         answers: list[Answer] = []
-        for first in range(0, len(conversations), AT_ONCE):
-            prompts = [
-                self._encode_one_of_many(messages, number)
-                for number, messages in enumerate(conversations[first : first + AT_ONCE], first + 1)
-            ]
+        while some := list(islice(numbered, AT_ONCE)):
+            prompts = [self._encode_one_of_many(messages, number, wanted) for number, messages in some]
             answers += self.answer_prompts(prompts, batch_size=batch_size, **request)
         return answers
 
@@ -128,9 +130,11 @@ class Assistant:
             torch.cuda.empty_cache()
         return found
 
-    def _encode_one_of_many(self, messages: Messages, number: int) -> Sample:
+    def _encode_one_of_many(self, messages: Messages, number: int, request: Request) -> Sample:
         try:
-            return self.encoder.encode_prompt(messages)
+            prompt = self.encoder.encode_prompt(messages)
+            within_context(prompt, request, self._context)
+            return prompt
         except DataError as error:
             raise type(error)(f"conversation {number}: {error}") from error
 
@@ -225,6 +229,16 @@ class AnswerStream(Iterator[str]):
     def _end(self, answer: Answer) -> None:
         self.answer = answer
         self._tokens.close()
+
+
+def _conversations(given: Any) -> Iterator[Messages]:
+    """Raises UsageError for what holds no conversations: one conversation, a path, nothing."""
+    if isinstance(given, str | bytes | Mapping | Message) or not isinstance(given, Iterable):
+        raise UsageError(
+            f"answer_all takes a list of conversations, each a list of messages, not {type(given).__name__}; for one "
+            "conversation use `answer`"
+        )
+    return iter(given)
 
 
 def answer_prompts(

@@ -12,6 +12,7 @@ from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.packing import pad_samples
 from qwhisper.data.rows import Sample
 from qwhisper.errors import UsageError
+from qwhisper.infer.context import context_length, within_context
 from qwhisper.infer.decoding import Answer, AnswerText, Chooser, Reader, Request, fetch_tokens, never_written
 from qwhisper.memory import is_out_of_memory, naming_memory_limit
 
@@ -27,16 +28,19 @@ def answer_batches(
 
     model: ours, or any causal LM if no prompt has audio. prompts: see `DialogueEncoder.encode_prompt`. The batches
     change the result only by rounding. Long prompts go first, and the batch is halved if memory runs out. Raises
-    MemoryLimitError if one prompt alone does not fit, UsageError for a batch_size below 1.
+    MemoryLimitError if one prompt alone does not fit, UsageError for a batch_size below 1, TooLongPromptError, before
+    the first answer, if a prompt fills the model's context.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; a batch needs at least 1 prompt")
+    context = context_length(model.config)
+    requests = [within_context(prompt, request, context) for prompt in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].input_ids))
     done = 0
     while done < len(prompts):
         chosen = longest_first[done : done + batch_size]
         try:
-            answers = _answer_batch(model, encoder, [prompts[i] for i in chosen], request)
+            answers = _answer_batch(model, encoder, [prompts[i] for i in chosen], [requests[i] for i in chosen])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -58,12 +62,13 @@ def naming_the_prompt(prompt: Sample) -> AbstractContextManager[None]:
     return naming_memory_limit(doing, "a lower --max_new_tokens or --dtype bf16")
 
 
-def _answer_batch(model, encoder: DialogueEncoder, prompts: list[Sample], request: Request) -> list[Answer]:
+def _answer_batch(model, encoder: DialogueEncoder, prompts: list[Sample], requests: list[Request]) -> list[Answer]:
+    """requests: they differ in max_new_tokens alone."""
     batch: dict[str, Any] = dict(pad_samples(prompts, encoder.pad_token_id, padding_side="left"))
     embeddings, attention_mask = _embed(model, batch)
     reader = Reader(model, attention_mask)
-    chooser = Chooser(request, len(prompts), never_written(model))
-    written = [AnswerText(encoder, prompt, request) for prompt in prompts]
+    chooser = Chooser(requests[0], len(prompts), never_written(model))
+    written = [AnswerText(encoder, prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
     logits = reader.read(embeddings)
     while True:
         tokens = chooser.choose(logits)

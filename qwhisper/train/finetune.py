@@ -68,6 +68,12 @@ def finetune(
     in_memory: list[DialoguesInMemory] = []
     files: dict[str, Any] = {}
     for name, source in given.items():
+        is_left_out = source is None and name == "eval"
+        if isinstance(source, Mapping) or not (is_left_out or isinstance(source, str | os.PathLike | Iterable)):
+            raise UsageError(
+                f"the {name} dialogues are {source if source is None else type(source).__name__}; give the path of a "
+                "JSONL file, or a list of dicts with `messages`"
+            )
         if isinstance(source, str | os.PathLike):
             files[f"{name}_file"] = os.fspath(source)
         elif source is not None:

@@ -133,6 +133,22 @@ def test_faulty_dialogues_are_refused_before_anything_is_made(tmp_path, records,
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dialogues": None}, "the train dialogues are None; give the path of a JSONL file"),
+        ({"dialogues": 3}, "the train dialogues are int; give"),
+        ({"dialogues": question(audio="a.wav")}, "the train dialogues are dict; give"),
+        ({"dialogues": [question(array=[0.1])], "eval_dialogues": 0}, "the eval dialogues are int; give"),
+    ],
+)
+def test_what_holds_no_dialogues_is_refused(tmp_path, given, message):
+    with pytest.raises(UsageError) as refused:
+        qwhisper.finetune(output_dir=tmp_path / "run", **given)
+    assert message in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"learning_rat": 1}, "unknown flag --learning_rat; did you mean --learning_rate?"),
