@@ -5,7 +5,7 @@ python finetune_audio.py --train_file data.jsonl --output_dir run
 
 import sys
 
-from qwhisper.cli import main
+from qwhisper.cli import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    entry_point(["train", *sys.argv[1:]])

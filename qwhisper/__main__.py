@@ -1,8 +1,6 @@
 """`python -m qwhisper` is `qwhisper`."""
 
-import sys
-
-from qwhisper.cli import main
+from qwhisper.cli import entry_point
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point()

@@ -9,13 +9,18 @@ import importlib
 import io
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from qwhisper import __version__
 from qwhisper.commands import VERBS, Verb
-from qwhisper.commands.exit_code import exit_code_of
+from qwhisper.commands.exit_code import end_process, exit_code_of
 from qwhisper.errors import UsageError
 from qwhisper.parsing import parse
+
+
+def entry_point(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command line as a process, which ends with its exit code."""
+    end_process(lambda: main(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -108,6 +108,19 @@ def die() -> None:
 
 
 @dataclass
+class SignalsAndHangs:
+    """Called, it sends a signal to the trainer and waits so many seconds."""
+
+    trainer: int
+    number: int
+    seconds: float = 60.0
+
+    def __call__(self) -> None:
+        os.kill(self.trainer, self.number)
+        threading.Event().wait(self.seconds)
+
+
+@dataclass
 class Hangs:
     """Called, it waits so many seconds; `now` says whether a process is waiting."""
 

@@ -61,10 +61,12 @@ class HeldOut:
 
 
 def hold_out(
-    dialogues: Sequence[Dialogue], encoder: DialogueEncoder, num_workers: int = 0
+    dialogues: Sequence[Dialogue], encoder: DialogueEncoder, num_workers: int = 0, poll: Poll = nothing
 ) -> tuple[HeldOut, list[Rejection]]:
-    """Decode every dialogue once; return the layouts of the usable ones, and the rejections of the rest."""
-    items = chain.from_iterable(read_in_order(dialogues, encoder, num_workers, rows=_laid_out))
+    """Decode every dialogue once; return the layouts of the usable ones, and the rejections of the rest. poll: as in
+    `read_in_order`.
+    """
+    items = chain.from_iterable(read_in_order(dialogues, encoder, num_workers, rows=_laid_out, poll=poll))
     usable, rejections = sort_items(items)
     return HeldOut(usable, encoder), rejections
 

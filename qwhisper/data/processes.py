@@ -70,6 +70,7 @@ def work_ahead(
             given.append((task, each))
         while given:
             task, each = given.popleft()
+            poll()  # also if every answer is there before it is waited for
             result = each.answer(poll)
             for following in islice(tasks, 1):
                 each.give(following)

@@ -18,6 +18,7 @@ import numpy as np
 from qwhisper.data.dialogue import Dialogue, Message, in_words
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.instructions import instruction_pool
+from qwhisper.data.processes import Poll, nothing
 from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
@@ -176,9 +177,10 @@ def choose_questions(
     *,
     seed: int,
     num_workers: int = 0,
+    poll: Poll = nothing,
 ) -> Questions:
     """At most MAX_QUESTIONS in each group, evenly over its kinds; decodes their audio, in `num_workers` processes
-    if there are any.
+    if there are any. poll: as in `answer_rows`.
 
     `dialogues` must be held out. Empty if fewer than MIN_QUESTIONS are of kinds never trained on, or if no trained kind
     is known, because then any may have been trained on.
@@ -192,10 +194,10 @@ def choose_questions(
             groups[turn.answer.kind in trained_kinds][turn.answer.kind].append(turn)
     if sum(map(len, groups[False].values())) < MIN_QUESTIONS:
         return Questions()
-    untrained = _questions(encoder, groups[False], num_workers)
+    untrained = _questions(encoder, groups[False], num_workers, poll)
     if len(untrained) < MIN_QUESTIONS:
         return Questions()
-    return Questions(untrained, _questions(encoder, groups[True], num_workers))
+    return Questions(untrained, _questions(encoder, groups[True], num_workers, poll))
 
 
 def answered_by_text_model(executor: Executor, questions: Questions) -> Questions:
@@ -218,7 +220,9 @@ def scores_by_ear(executor: Executor, questions: Questions) -> tuple[Score | Non
     return retention, hearing
 
 
-def _questions(encoder: DialogueEncoder, by_kind: Mapping[str, Sequence[Turn]], num_workers: int) -> list[Question]:
+def _questions(
+    encoder: DialogueEncoder, by_kind: Mapping[str, Sequence[Turn]], num_workers: int, poll: Poll
+) -> list[Question]:
     """One question of every kind, then a second one of each, and so on.
 
     Leaves out questions with a clip that is bad or has no transcript, and those that `encoder` would cut.
@@ -227,7 +231,7 @@ def _questions(encoder: DialogueEncoder, by_kind: Mapping[str, Sequence[Turn]], 
     for turn in (turn for rank in zip_longest(*by_kind.values()) for turn in rank if turn is not None):
         if (typed := in_words(turn.history)) is not None:
             groups.append((turn, Turn(replace(turn.dialogue, messages=(*typed, turn.answer)), turn.index)))
-    read = answer_rows(groups, encoder, num_workers)
+    read = answer_rows(groups, encoder, num_workers, poll)
     whole = (Question(*rows) for rows in read if rows is not None and not any(row.events for row in rows))
     with closing(read):
         return list(islice(whole, MAX_QUESTIONS))

@@ -9,6 +9,7 @@ from qwhisper.data.dialogue import AudioClip, Dialogue, Message
 from qwhisper.data.dialogue_audio import DialogueAudio
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.loader import Rejection, read_in_order
+from qwhisper.data.processes import Poll, nothing
 from qwhisper.data.rows import IGNORE, Sample
 
 
@@ -76,13 +77,14 @@ class _Group:
 
 
 def answer_rows(
-    groups: Sequence[Sequence[Turn]], encoder: DialogueEncoder, num_workers: int = 0
+    groups: Sequence[Sequence[Turn]], encoder: DialogueEncoder, num_workers: int = 0, poll: Poll = nothing
 ) -> Generator[list[Sample] | None]:
     """The rows of each group of turns, in their order; None for a group with a turn that can't be used.
 
-    Reads groups as they are consumed, with workers a few ahead. Raises DataError as `read_in_order` does.
+    Reads groups as they are consumed, with workers a few ahead. poll, and DataError: as in `read_in_order`.
     """
-    for (item,) in read_in_order([_Group(turns) for turns in groups], encoder, num_workers, rows=_rows, chunk=1):
+    grouped = [_Group(turns) for turns in groups]
+    for (item,) in read_in_order(grouped, encoder, num_workers, rows=_rows, chunk=1, poll=poll):
         yield None if isinstance(item, Rejection) else item
 
 

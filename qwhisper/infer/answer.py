@@ -268,6 +268,7 @@ def _held(cache: Path) -> Iterator[None]:
         hold(
             file.fileno(),
             fcntl.flock,
+            cache,
             name=str(cache),
             place=str(cache),
             writer="`data answer`",

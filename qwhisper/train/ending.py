@@ -26,7 +26,7 @@ from qwhisper.train.hf import tracked_as
 from qwhisper.train.session import Session
 
 RUN_ID_LENGTH = 21  # the only length that SwanLab accepts
-INTERRUPTED = 130  # by a second Ctrl-C, which no handler catches
+INTERRUPTED = 130  # by a KeyboardInterrupt that a callback raises: during a run Ctrl-C raises none
 
 
 def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -> int:

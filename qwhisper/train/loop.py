@@ -116,7 +116,7 @@ def train(session: Session, steps: Iterator[StepSamples], signals: StopSignals) 
             f"the disk or repair it, then {'resume' if newest else 'start again'}"
         )
     finished = session.state.step >= session.total_steps and not evaluation_is_due(session)
-    return 128 + signals.received if signals.received and not finished else 0
+    return 0 if finished else signals.exit_code
 
 
 def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSignals) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.processes import Poll, nothing
 from qwhisper.data.rows import Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import MemoryLimitError
@@ -178,13 +179,15 @@ def make_probe(
     questions: Questions | None = None,
     asks_from: int = 0,
     num_workers: int = 0,
+    poll: Poll = nothing,
 ) -> ListeningProbe | None:
-    """A probe on `dialogues`, whose audio it decodes, in `num_workers` processes if there are any.
+    """A probe on `dialogues`, whose audio it decodes, in `num_workers` processes if there are any. poll: as in
+    `answer_rows`.
 
     questions: asked in probes from step `asks_from` on. Returns None if the dialogues give fewer than MIN_PAIRS pairs,
     as text-only ones do.
     """
-    pairs = choose_pairs(dialogues, encoder, seed=seed, trained_kinds=trained_kinds, num_workers=num_workers)
+    pairs = choose_pairs(dialogues, encoder, seed=seed, trained_kinds=trained_kinds, num_workers=num_workers, poll=poll)
     if len(pairs) < MIN_PAIRS:
         return None
     return ListeningProbe(
@@ -243,6 +246,7 @@ def choose_pairs(
     seed: int,
     trained_kinds: Collection[str] = (),
     num_workers: int = 0,
+    poll: Poll = nothing,
 ) -> list[Pair]:
     """At most MAX_PAIRS pairs, from as many dialogues as possible: two answers of one dialogue are not independent.
 
@@ -253,15 +257,15 @@ def choose_pairs(
     chosen = np.random.default_rng(seed).permutation(len(dialogues))[:MAX_DIALOGUES]
     turns = turns_of([dialogues[index] for index in chosen])
     of_trained_kinds = [turn for turn in turns if turn.answer.kind is None or turn.answer.kind in trained_kinds]
-    pairs = _pairs(of_trained_kinds, encoder, seed, num_workers)
+    pairs = _pairs(of_trained_kinds, encoder, seed, num_workers, poll)
     if len(pairs) >= MIN_PAIRS or len(of_trained_kinds) == len(turns):
         return pairs
-    return _pairs(turns, encoder, seed, num_workers)
+    return _pairs(turns, encoder, seed, num_workers, poll)
 
 
-def _pairs(turns: Sequence[Turn], encoder: DialogueEncoder, seed: int, num_workers: int) -> list[Pair]:
+def _pairs(turns: Sequence[Turn], encoder: DialogueEncoder, seed: int, num_workers: int, poll: Poll) -> list[Pair]:
     groups = [(turn, swapped.turn) for turn, swapped in _by_preference(turns, swap_audio(turns, seed=seed))]
-    read = answer_rows(groups, encoder, num_workers)
+    read = answer_rows(groups, encoder, num_workers, poll)
     whole = (Pair(*rows) for rows in read if rows is not None and not any(row.events for row in rows))
     with closing(read):
         return list(islice(whole, MAX_PAIRS))

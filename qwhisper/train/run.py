@@ -6,6 +6,7 @@ All checks that need no model run before one is loaded.
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,14 +30,14 @@ from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import longest_row, resolve
 from qwhisper.train.resume import refuse_missing_data, saved_arguments
-from qwhisper.train.session import Session, build_session, restore
+from qwhisper.train.session import Session, build_session
 from qwhisper.train.signals import Stopped, StopSignals
 from qwhisper.train.start import (
+    continue_command,
     find_resume_point,
     put_later_aside,
     refuse_missing_run,
     resume_command,
-    start_command,
     state_at_start,
     write_config,
 )
@@ -107,19 +108,23 @@ def prepare_and_go(
     state = state_at_start(args, plan, dialogues, resumed)
     torch.manual_seed(args.seed)
     model, processor = build_model(args, plan, resumed)
-    session = build_session(args, plan, model, processor, dialogues, held_out, state, [*callbacks, *trackers])
-    announce(session)
-    if resumed:
-        restore(session, resumed)
-        put_later_aside(folder, resumed)
-    write_config(args, folder, resumed)
-    on_begin(session)
-
-    def work() -> int:
-        with StopSignals() as signals:
-            return go(session, signals)
-
-    return in_events(session, resumed, work)
+    all_callbacks = [*callbacks, *trackers]
+    with StopSignals() as signals:
+        session: Session | None = None
+        with suppress(Stopped):
+            session = build_session(
+                args, plan, model, processor, dialogues, held_out, state, all_callbacks,
+                resumed=resumed, poll=signals.poll,
+            )  # fmt: skip
+        if resumed:
+            put_later_aside(folder, resumed)
+        write_config(args, folder, resumed)
+        if session is None:
+            say_stopped(folder, resumed, state.step)
+            return signals.exit_code
+        announce(session)
+        on_begin(session)
+        return in_events(session, resumed, partial(go, session, resumed, signals))
 
 
 def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
@@ -139,7 +144,12 @@ def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
     return dialogues, held_out
 
 
-def go(session: Session, signals: StopSignals) -> int:
+def say_stopped(folder: Path, resumed: Path | None, step: int) -> None:
+    go_on = continue_command(folder, resumed)
+    say(f"stopped by a signal after step {step}; continue with: {go_on}", to_stderr=True)
+
+
+def go(session: Session, resumed: Path | None, signals: StopSignals) -> int:
     args, state = session.args, session.state
     with suppress(Stopped):  # after a signal `train` ends before its first step
         try_kernels(session, signals)
@@ -153,9 +163,7 @@ def go(session: Session, signals: StopSignals) -> int:
     with closing(steps):
         code = train(session, steps, signals)
     if code:
-        saved = bool(checkpoints(session.log.folder))  # false before the first step
-        go_on = resume_command(session.log.folder) if saved else start_command(session.log.folder)
-        say(f"stopped by a signal after step {state.step}; continue with: {go_on}", to_stderr=True)
+        say_stopped(session.log.folder, resumed, state.step)
     else:
         refuse_to_have_learned_nothing(session)
         say(closing_line(session))

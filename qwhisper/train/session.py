@@ -15,6 +15,7 @@ from qwhisper.checksums import checksums
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.held_out import HeldOut, hold_out
+from qwhisper.data.processes import Poll, nothing
 from qwhisper.data.source import ShuffledDialogues, Source
 from qwhisper.disk import file_sha256
 from qwhisper.engine.executor import Executor
@@ -143,15 +144,16 @@ def build_session(
     held_out: Sequence[Dialogue],
     state: TrainState,
     callbacks: Sequence[TrainerCallback],
+    *,
+    resumed: Path | None = None,
+    poll: Poll = nothing,
 ) -> Session:
-    """A training at the step of `state`. Lays out the held-out dialogues and quarantines bad ones."""
+    """A training at the step of `state`, which is that of the checkpoint `resumed`, if there is one: it is restored.
+
+    Then lays out the held-out dialogues, quarantines bad ones, and reads the probe. poll: called in these waits; what
+    it raises ends them. Raises CheckpointError as `restore` does, and DataError if no held-out dialogue can be used.
+    """
     encoder = encoder_for(args, processor, model)
-    usable, rejections = hold_out(held_out, encoder, args.dataloader_num_workers)
-    log = RunLog(Path(args.output_dir))
-    for rejection in rejections:
-        log.quarantine(**dataclasses.asdict(rejection), step=state.step)
-    if held_out and not usable:
-        raise DataError(f"--eval_file {args.eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
     groups = parameter_groups(model)
     gradient_buffers = GradientBuffers(groups)
     optimizer = make_optimizer(groups, args, plan)
@@ -175,7 +177,7 @@ def build_session(
         optimizer=optimizer,
         lr_scheduler=scheduler,
     )
-    return Session(
+    session = Session(
         args=args,
         plan=plan,
         source=ShuffledDialogues(dialogues=dialogues, samples_per_step=args.samples_per_step, seed=args.seed),
@@ -190,13 +192,29 @@ def build_session(
         snapshots=Snapshots(groups, optimizer),
         clamp=make_clamp(plan, model, state),
         state=state,
-        log=log,
+        log=RunLog(Path(args.output_dir)),
         lines=StepLines(plan.total_steps, state.step),
         hooks=hooks,
-        held_out=usable,
-        probe=probe_of(args, plan, executor, encoder, dialogues, held_out, state),
+        held_out=HeldOut([], encoder),
+        probe=None,
         base_checksums=checksums(frozen_parameters(model)),
     )
+    if resumed:
+        restore(session, resumed)
+    session.held_out = held_out_of(session, held_out, poll)
+    session.probe = probe_of(args, plan, executor, encoder, dialogues, held_out, state, poll)
+    return session
+
+
+def held_out_of(session: Session, dialogues: Sequence[Dialogue], poll: Poll) -> HeldOut:
+    """The held-out dialogues that can be used; quarantines the others. Raises DataError if all are bad."""
+    usable, rejections = hold_out(dialogues, session.encoder, session.args.dataloader_num_workers, poll)
+    for rejection in rejections:
+        session.log.quarantine(**dataclasses.asdict(rejection), step=session.state.step)
+    if dialogues and not usable:
+        eval_file = session.args.eval_file
+        raise DataError(f"--eval_file {eval_file}: no dialogue can be used; the first: {rejections[0].reason}")
+    return usable
 
 
 def probe_of(
@@ -207,6 +225,7 @@ def probe_of(
     dialogues: Sequence[Dialogue],
     held_out: Sequence[Dialogue],
     state: TrainState,
+    poll: Poll,
 ) -> ListeningProbe | None:
     """The listening probe. None if the run is too short even for one at its end (its audio is then not decoded), or if
     the processes that decode the audio keep dying. It asks no questions if the run is too short for them.
@@ -241,9 +260,10 @@ def probe_of(
             first_step=first_step,
             seed=args.seed,
             trained_kinds=state.kinds,
-            questions=choose_questions(asked, encoder, state.kinds, seed=args.seed, num_workers=workers),
+            questions=choose_questions(asked, encoder, state.kinds, seed=args.seed, num_workers=workers, poll=poll),
             asks_from=asks_from,
             num_workers=workers,
+            poll=poll,
         )
     except DataError as error:
         note(f"no listening probe: {error}")

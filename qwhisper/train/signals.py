@@ -43,6 +43,11 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def exit_code(self) -> int:
+        """The shell's 128 + the number of the signal; 0 if none came."""
+        return 128 + self.received if self.received else 0
+
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
 

@@ -155,6 +155,16 @@ def resume_command(folder: Path) -> str:
     return f"{start_command(folder)} --resume_from_checkpoint"
 
 
+def continue_command(folder: Path, resumed: Path | None) -> str:
+    """The command that continues a run after a signal. resumed: the checkpoint with which it began, if there was one.
+
+    Before its first save, a run that resumed another folder's checkpoint has none in its own.
+    """
+    if checkpoints(folder):
+        return resume_command(folder)
+    return f"{resume_command(folder)} {shlex.quote(os.path.abspath(resumed))}" if resumed else start_command(folder)
+
+
 def write_config(args: TrainArguments, folder: Path, resumed: Path | None) -> None:
     """Write the config.yaml with which `qwhisper train --config` repeats the run from any current folder.
 

@@ -120,6 +120,12 @@ class Ended(BaseException):
     pass
 
 
+def test_what_is_read_without_a_wait_is_polled_too():
+    polls = []
+    assert list(work_ahead(square, iter(range(20)), 1, lambda: polls.append(1))) == [(n, n * n) for n in range(20)]
+    assert len(polls) >= 20
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_wait_is_polled_and_ends_with_what_the_poll_raises(monkeypatch, num_workers):
     monkeypatch.setattr(worker, "POLL_SECONDS", 0.01)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from qwhisper.errors import DataError, NumericalError
+from qwhisper.errors import DataError, NumericalError, QwhisperError
 from qwhisper.train.run import main
 from tests.small import write_dialogues
 from tests.test_faults.inject import loss_times, plant
@@ -65,6 +65,14 @@ def test_a_key_that_is_not_used_is_said_before_the_run(arguments, train_file, ca
     main(arguments(train_file=str(data), max_steps=1), [StopsAtOnce()])
     said = capsys.readouterr().out
     assert f"note: dialogues with the key `speaker`, which is not used: 12; first at {data}:1\n" in said
+
+
+@pytest.mark.parametrize("values", [{"text_model": "./gone"}, {"train_file": "gone.jsonl"}])
+def test_a_start_that_fails_leaves_no_folder(arguments, values):
+    args = arguments(**values)
+    with pytest.raises(QwhisperError, match="gone"):
+        main(args)
+    assert not Path(args.output_dir).exists()
 
 
 def test_a_run_in_which_no_sample_could_be_used_is_one_of_bad_data(arguments, tmp_path):

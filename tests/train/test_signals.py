@@ -7,7 +7,9 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,19 +22,21 @@ from transformers import TrainerCallback
 
 from qwhisper.checkpoint.names import SNAPSHOT_FILE
 from qwhisper.checkpoint.reading import newest_usable
+from qwhisper.cli import main as cli
+from qwhisper.data import loader
 from qwhisper.data.source import ShuffledDialogues
 from qwhisper.engine import kernels
 from qwhisper.engine.executor import Executor
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.report.events import acts, read_jsonl
-from qwhisper.train import probe, signals
+from qwhisper.train import probe, session, signals
 from qwhisper.train.run import main
 from qwhisper.train.signals import GRACE_SECONDS, Stopped, StopSignals
 from tests.small import write_dialogues
 from tests.test_faults.inject import plant
 from tests.test_faults.lives import At
 from tests.train.helpers import checkpoint_tensors, make_run, same_bits
-from tests.workers import worker_pids
+from tests.workers import CrashingReader, SignalsAndHangs, worker_pids
 
 NUM_DIALOGUES, SAMPLES, SEED = 12, 6, 7
 STEP = 2  # counted from 0: the first of the second epoch
@@ -226,6 +230,93 @@ def test_the_check_of_kernels_is_left_at_a_signal(arguments, monkeypatch):
     args = arguments(max_steps=2)
     assert main(args) == 128 + signal.SIGTERM
     assert len(trials) == 1 and newest_usable(Path(args.output_dir))[0] is None
+
+
+@pytest.fixture
+def read_interrupted(monkeypatch):
+    """A function: from now on what reads a dialogue, in this process or in a worker, sends a signal and hangs.
+
+    reader: what is read then, "held-out data" or "the probe". Returns a function that lets all reading go on.
+    """
+    ids, honest = frozenset(f"d{number}" for number in range(24)), session.hold_out
+
+    def interrupt(number, reader):
+        how = SignalsAndHangs(os.getpid(), number)
+        crashing = partial(CrashingReader, ids=ids, how=how)
+        patch = pytest.MonkeyPatch()
+
+        def hold_out(*arguments):
+            found = honest(*arguments)
+            patch.setattr(loader, "DialogueReader", crashing)
+            return found
+
+        if reader == "held-out data":
+            patch.setattr(loader, "DialogueReader", crashing)
+        else:
+            patch.setattr(session, "hold_out", hold_out)
+        undone.append(patch.undo)
+        return patch.undo
+
+    undone: list = []
+    monkeypatch.setattr(session, "shortest_probed", lambda **_: 1)
+    yield interrupt
+    for undo in undone:
+        undo()
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def continued(said: str) -> int:
+    """The exit code of the command that a stopped run has named."""
+    (line,) = said.splitlines()
+    return cli(shlex.split(line.rpartition("continue with: ")[2])[1:])
+
+
+@pytest.mark.parametrize(
+    ("reader", "number", "num_workers"),
+    [
+        ("held-out data", signal.SIGINT, 0),
+        ("held-out data", signal.SIGTERM, 1),
+        ("the probe", signal.SIGINT, 1),
+        ("the probe", signal.SIGTERM, 0),
+    ],
+)
+def test_reading_before_the_first_step_is_left_at_a_signal(
+    arguments, tmp_path, capsys, read_interrupted, reader, number, num_workers
+):
+    data = write_dialogues(tmp_path / "held", 24, name="eval.jsonl")
+    args = arguments(eval_file=str(data), max_steps=1, dataloader_num_workers=num_workers)
+    folder = Path(args.output_dir)
+    read_interrupted(number, reader)
+    assert main(args) == 128 + number
+    said = capsys.readouterr().err
+    assert said == f"stopped by a signal after step 0; continue with: qwhisper train --config {folder}/config.yaml\n"
+    assert worker_pids() == [] and files_in(folder) == {"config.yaml", ".lock"}
+
+
+def test_a_resume_that_a_signal_ends_before_its_first_step_can_be_continued(
+    arguments, tmp_path, capsys, read_interrupted
+):
+    args = arguments(max_steps=2, save_steps=1)
+    assert main(args) == 0
+    data = write_dialogues(tmp_path / "held", 24, name="eval.jsonl")
+    earlier = str(Path(args.output_dir) / "checkpoint-1")
+    changed = dataclasses.replace(args, eval_file=str(data), learning_rate=3e-3, resume_from_checkpoint=earlier)
+    moved = dataclasses.replace(changed, output_dir=str(tmp_path / "new"))
+    for resumed in (moved, changed):
+        let_go = read_interrupted(signal.SIGTERM, "held-out data")
+        capsys.readouterr()
+        assert main(resumed) == 128 + signal.SIGTERM
+        let_go()
+        said = capsys.readouterr().err
+        assert said.startswith("stopped by a signal after step 1; continue with: qwhisper train --config ")
+        assert continued(said) == 0
+        folder = Path(resumed.output_dir)
+        assert [event["kind"] for event in read_jsonl(folder / "events.jsonl")][-2:] == ["resumed", "end"]
+        assert "learning_rate: 0.003\n" in (folder / "config.yaml").read_text()
+        assert newest_usable(folder)[0].name == "checkpoint-2"
 
 
 def test_generation_in_a_probe_is_left_at_a_signal(arguments, monkeypatch):
