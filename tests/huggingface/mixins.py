@@ -20,12 +20,13 @@ PACKAGE = "transformers_tests"
 # What the mixins import of modules that the sdist lacks, and what stands in for it.
 MISSING = {
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
-    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
-    "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
+    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n\n\nclass ExportGenerateTesterMixin:\n    pass\n",
 }
-HUB = """def url_to_local_path(url, *args, **kwargs):
-    return url
-"""
+# Replaced in any case: the first needs httpx, the second the Hub. The mixins put `utils` onto `sys.path`.
+REPLACED = {
+    "transformers_tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
+    "utils/fetch_hub_objects_for_ci.py": "def url_to_local_path(url, *args, **kwargs):\n    return url\n",
+}
 
 
 def folder() -> Path:
@@ -43,16 +44,20 @@ def fetch(clone: Path | None = None) -> Path:
             place = package / file.relative_to(source / "tests")
             if place.parent == package or str(place.relative_to(package)) in MISSING:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+                text = file.read_text(encoding="utf-8").replace("from tests.", f"from {PACKAGE}.")  # `tests` is ours
+                place.write_text(text, encoding="utf-8")
     for name, replacement in MISSING.items():
         file = package / name
         file.parent.mkdir(parents=True, exist_ok=True)
         (file.parent / "__init__.py").touch()
         if not file.exists():
             file.write_text(replacement, encoding="utf-8")
+    for name, replacement in REPLACED.items():
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(replacement, encoding="utf-8")
+    (package / "utils" / "__init__.py").touch()
     (package / "__init__.py").touch()
-    (target / "utils").mkdir(exist_ok=True)  # the mixins put it onto `sys.path`
-    (target / "utils" / "fetch_hub_objects_for_ci.py").write_text(HUB, encoding="utf-8")
     return target
 
 
