@@ -20,7 +20,7 @@ PACKAGE = "transformers_tests"
 # What the mixins import of modules that the sdist lacks, and what stands in for it.
 MISSING = {
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
-    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
+    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n\n\nclass ExportGenerateTesterMixin:\n    pass\n",
     "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
 }
 HUB = """def url_to_local_path(url, *args, **kwargs):
@@ -43,7 +43,8 @@ def fetch(clone: Path | None = None) -> Path:
             place = package / file.relative_to(source / "tests")
             if place.parent == package or str(place.relative_to(package)) in MISSING:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+                text = file.read_text(encoding="utf-8").replace("from tests.", f"from {PACKAGE}.")  # `tests` is ours
+                place.write_text(text, encoding="utf-8")
     for name, replacement in MISSING.items():
         file = package / name
         file.parent.mkdir(parents=True, exist_ok=True)
