@@ -1,6 +1,6 @@
-"""The tests of transformers' mixins that our classes do not run, with a reason each: at most eight in all.
+"""The tests of transformers' mixins that our classes don't run, with a reason each: at most eight of all mixins.
 
-None is about attention equivalence, padding, generation, saving or loading. Tests that a mixin itself skips don't
+None is about attention equivalence, padding, generation, saving or loading. A test that a mixin itself skips does not
 count.
 """
 

@@ -12,7 +12,7 @@ def mixin(module: str, name: str) -> type:
     """A class of a module of transformers' tests; skips the module that asks if they have not been fetched."""
     if not (folder() / PACKAGE).exists():
         pytest.skip(
-            "the mixins of the installed transformers are missing; fetch them: python -m tests.huggingface.mixins",
+            "the mixins of the installed transformers are missing: run `python -m tests.huggingface.mixins`",
             allow_module_level=True,
         )
     if str(folder()) not in sys.path:
