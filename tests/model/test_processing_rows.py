@@ -145,3 +145,28 @@ def test_types_of_tokens_tell_audio_from_text(processor):
     inputs = processor(text=f"a{PLACEHOLDER}", audio=[tone(300, 0.2)], return_mm_token_type_ids=True)
     assert torch.equal(inputs["mm_token_type_ids"] == 3, inputs["input_ids"] == processor.audio_token_id)
     assert set(inputs["mm_token_type_ids"].unique().tolist()) == {0, 3}
+
+
+def test_the_model_gives_each_placeholder_one_feature_whatever_stands_beside_a_clip(joined, clips):
+    model, processor = joined
+    model.float()
+
+    def features(row_features, row_mask) -> torch.Tensor:
+        given = {"input_features": row_features.to(model.device), "input_features_mask": row_mask.to(model.device)}
+        with torch.no_grad():
+            return model.get_audio_features(**given, return_dict=True).pooler_output.flatten(0, -2)
+
+    alone = [processor(text=PLACEHOLDER, audio=[clip]) for clip in clips]
+    expected = [features(inputs["input_features"], inputs["input_features_mask"]) for inputs in alone]
+    assert [len(found) for found in expected] == [inputs["input_ids"].shape[1] for inputs in alone]
+    mixed = processor(text=[PLACEHOLDER] * len(clips), audio=clips)
+    together = features(mixed["input_features"], mixed["input_features_mask"])
+    torch.testing.assert_close(together, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    waveforms = [torch.from_numpy(window) for clip in clips for window in clip_windows(clip, processor.frames)]
+    with torch.no_grad():
+        batch = mixed.to(model.device)
+        text = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        lengths = torch.tensor([len(window) for window in waveforms])
+        as_trained = model(**text, audio_waveforms=torch.cat(waveforms).to(model.device), audio_lengths=lengths)
+        as_served = model(**batch)
+    torch.testing.assert_close(as_served.logits, as_trained.logits, atol=1e-4, rtol=1e-4)
