@@ -34,6 +34,7 @@ test: install
 	$(PYTEST) -m "not slow"
 
 test-all: install
+	-$(BIN)/python -m tests.huggingface.mixins
 	$(PYTEST)
 
 lint: install

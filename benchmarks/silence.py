@@ -19,6 +19,7 @@ from common import append_result, recordings
 from qwhisper.data.audio import load_audio
 from qwhisper.data.windows import clip_windows
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic, encoder_frames
+from qwhisper.model.audio_layout import encoder_layout
 from qwhisper.model.loading import load_encoder
 from qwhisper.model.mel import packed_log_mel
 
@@ -34,7 +35,7 @@ def encode(encoder, clips: list, lead: float, tail: float) -> list[torch.Tensor]
         windows = [clip_windows(clip, frames)[0] for clip in clips[start : start + 25]]
         waveforms = torch.cat([torch.from_numpy(window) for window in windows])
         mel, lengths = packed_log_mel(waveforms, [len(w) for w in windows], encoder.num_mel_bins)
-        hidden = encoder(mel, lengths).split([encoder_frames(n) for n in lengths])
+        hidden = encoder(mel, encoder_layout(lengths)).last_hidden_state.split([encoder_frames(n) for n in lengths])
         spoken += [h[frames.kept_frames(len(h))] for h in hidden]
     return spoken
 

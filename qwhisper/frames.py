@@ -108,10 +108,14 @@ class FrameArithmetic:
             )
         return slice(self.lead_frames, end)
 
+    def mel_tokens(self, num_mel_frames: int) -> int:
+        """Placeholder tokens of one window of `num_mel_frames` mel frames, those of its silence included."""
+        kept = self.kept_frames(encoder_frames(num_mel_frames))
+        return -(-(kept.stop - kept.start) // self.stack)
+
     def window_tokens(self, window_samples: int) -> int:
         """Placeholder tokens of one window, its silence included in `window_samples`."""
-        kept = self.kept_frames(encoder_frames(mel_frames(window_samples)))
-        return -(-(kept.stop - kept.start) // self.stack)
+        return self.mel_tokens(mel_frames(window_samples))
 
     def num_tokens(self, num_samples: int) -> int:
         """Placeholder tokens of a clip of `num_samples` samples, before silence is added."""

@@ -33,8 +33,6 @@ def check_kernels(
     before_trial: may raise to end the check. Changes neither weights nor random generators. Raises NumericalError if no
     kernel is right.
     """
-    kernels.set_encoder_attention(model.model.audio_tower.config)
-    kernels.set_text_attention(model.model.language_model.config)
     findings: list[WrongKernel] = []
     while (wrong := _first_wrong(model, longest, before_trial)) is not None:
         name, fault = wrong
@@ -56,7 +54,7 @@ def _first_wrong(
     for attention in attentions(model):
         in_encoder = attention.owner == "encoder"
         tokens = model.config.audio_config.max_source_positions if in_encoder else longest
-        for name, kernel, packed in kernels_in_use(attention, part_of(attention, model).config._attn_implementation):
+        for name, kernel, packed in kernels_in_use(attention, implementation_of(attention, model)):
             for case in trials(attention, tokens, packed=packed):
                 before_trial()
                 if (fault := first_fault(kernel, [case])) is not None:
@@ -67,14 +65,20 @@ def _first_wrong(
 def _replace(model: Qwen3AudioForConditionalGeneration, wrong: str, right: str) -> None:
     """Replace the kernel in encoder and language model, if they use it."""
     for attention in attentions(model):
-        config = part_of(attention, model).config
-        if any(name == wrong for name, _, _ in kernels_in_use(attention, config._attn_implementation)):
-            config._attn_implementation = kernels.with_kernel(config._attn_implementation, right)
+        implementation = implementation_of(attention, model)
+        if any(name == wrong for name, _, _ in kernels_in_use(attention, implementation)):
+            part_of(attention, model).config._attn_implementation = kernels.with_kernel(implementation, right)
 
 
 def part_of(attention: Attention, model: Qwen3AudioForConditionalGeneration) -> PreTrainedModel:
     """The encoder or the language model, whose configuration names the kernels."""
     return model.model.audio_tower if attention.owner == "encoder" else model.model.language_model
+
+
+def implementation_of(attention: Attention, model: Qwen3AudioForConditionalGeneration) -> str:
+    """Which of our implementations the layers use."""
+    choose = kernels.encoder_attention if attention.owner == "encoder" else kernels.text_attention
+    return choose(part_of(attention, model).config)
 
 
 def kernels_in_use(attention: Attention, implementation: str) -> Iterator[tuple[str, Kernel, bool]]:
@@ -120,11 +124,13 @@ def attentions(model: Qwen3AudioForConditionalGeneration) -> list[Attention]:
     head_dim = config.d_model // config.encoder_attention_heads
     weight = encoder.conv1.weight
     # Whisper scales its queries before it calls the kernel.
-    found = [
-        Attention(owner="encoder", groups=1, head_dim=head_dim, scale=1.0, causal=False, window=None,
-                  dtype=weight.dtype, device=weight.device, trained=body.encoder_is_trained)
-    ]  # fmt: skip
-    if body.language_model.config._attn_implementation in kernels.IMPLEMENTATIONS:
+    found = []
+    if kernels.encoder_attention(config) in kernels.IMPLEMENTATIONS:
+        found += [
+            Attention(owner="encoder", groups=1, head_dim=head_dim, scale=1.0, causal=False, window=None,
+                      dtype=weight.dtype, device=weight.device, trained=body.encoder_is_trained)
+        ]  # fmt: skip
+    if kernels.text_attention(body.language_model.config) in kernels.IMPLEMENTATIONS:
         found += _language_model_attentions(body.language_model)
     return found
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
 
-from qwhisper.engine.kernels import attentions, part_of
+from qwhisper.engine.kernels import attentions, implementation_of, part_of
 from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.gradient_buffers import attach_view
 from qwhisper.model.attention import packed_kernel
@@ -66,7 +66,7 @@ def _kernel_reason(model: Qwen3AudioForConditionalGeneration) -> str | None:
         config = part_of(attention, model).config
         query = torch.empty(0, attention.head_dim, dtype=attention.dtype, device=attention.device)
         dropout = getattr(config, "attention_dropout", 0.0) if attention.trained else 0.0
-        kernel = packed_kernel(config._attn_implementation, query, dropout)
+        kernel = packed_kernel(implementation_of(attention, model), query, dropout)
         if kernel != "varlen":  # only this one reads the borders of the samples on the device
             return f"the {attention.owner}'s attention kernel, {kernel}, needs the lengths of the samples on the host"
     return None

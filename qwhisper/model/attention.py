@@ -17,11 +17,12 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -73,25 +74,45 @@ def attention_for(text_config: PreTrainedConfig) -> str:
 
 
 def text_attention(config: PreTrainedConfig) -> str:
-    """The attention of a language model: ours if none is set, or "sdpa", which would call cuDNN; any other stays."""
+    """The attention that a language model's layers use: ours if none is set, or "sdpa", which would call cuDNN."""
     requested = config._attn_implementation
-    if requested not in (None, "sdpa"):
-        return requested
-    ours = attention_for(config)
-    return PACKED_SDPA if requested and ours == PACKED_ATTENTION else ours
+    return attention_for(config) if requested in (None, "sdpa") else requested
 
 
-def set_text_attention(config: PreTrainedConfig) -> None:
-    """Sets `text_attention`."""
-    if (used := text_attention(config)) != config._attn_implementation:
-        config._attn_implementation = used
+def encoder_attention(config: PreTrainedConfig) -> str:
+    """The attention that an encoder's layers use: eager, or ours: with another, windows in a row would see each other.
 
-
-def set_encoder_attention(config: PreTrainedConfig) -> None:
-    """Set ours on an encoder, whatever it has: with any other its packed windows would attend to each other."""
+    With eager the encoder lays its windows into a padded batch.
+    """
     requested = config._attn_implementation
-    if requested not in IMPLEMENTATIONS:
-        config._attn_implementation = {"sdpa": PACKED_SDPA, "eager": PACKED_MATH}.get(requested, PACKED_ATTENTION)
+    return requested if requested in IMPLEMENTATIONS or requested == "eager" else PACKED_ATTENTION
+
+
+class LayerConfig:
+    """A configuration as its attention layers see it: `choose(configuration)` is their attention implementation.
+
+    So the configuration itself keeps the name that a user has set, and no setting reaches another kernel. All other
+    attributes are the configuration's.
+    """
+
+    def __init__(self, config: PreTrainedConfig, choose: Callable[[PreTrainedConfig], str]):
+        self._config, self._choose = config, choose
+
+    @property
+    def _attn_implementation(self) -> str:
+        return self._choose(self._config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_config", "_choose"):  # while it is copied it has neither
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def choose_attention(part: PreTrainedModel, choose: Callable[[PreTrainedConfig], str]) -> None:
+    """Let `choose` name the attention of the layers of a language model or encoder, whatever its configuration says."""
+    for module in part.modules():
+        if not isinstance(module, PreTrainedModel) and getattr(module, "config", None) is part.config:
+            module.config = LayerConfig(part.config, choose)
 
 
 def packed_row_mask(hidden_states: Tensor) -> Tensor:

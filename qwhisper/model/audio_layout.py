@@ -192,6 +192,15 @@ def stack_groups(spans: Sequence[tuple[int, int]], stack: int, *, nothing: int, 
     return torch.from_numpy(groups)
 
 
+def window_lengths(mask: Tensor) -> list[int]:
+    """Mel frames of each window of clips, one clip a row: the runs of ones of a mask [clips, mel frames], in order.
+
+    The mask lies on the host.
+    """
+    edges = torch.nn.functional.pad(mask.bool().to(torch.int8), (1, 1)).diff().flatten()
+    return ((edges == -1).nonzero() - (edges == 1).nonzero()).flatten().tolist()
+
+
 def padding_segments(lengths: Sequence[int], total: int, segments: int, longest: int) -> list[int]:
     """Lengths of the segments, at most `longest` each, that fill segments of `lengths` up to `total`.
 

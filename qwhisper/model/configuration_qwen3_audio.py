@@ -1,12 +1,13 @@
 """Configuration of the joined model: the two bases' own configurations and what the projector between them needs."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import AutoConfig, PreTrainedConfig, configuration_utils
 
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
+
+DEFAULT_KINDS = {"audio_config": "whisper", "text_config": "qwen3"}  # of values without `model_type`
 
 
 @strict
@@ -28,10 +29,13 @@ class Qwen3AudioConfig(PreTrainedConfig):
     """
 
     model_type = "qwen3_audio"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
-    }
+    if hasattr(configuration_utils, "SubConfigSpec"):  # from transformers 5.18 on; then defaults are not saved
+        sub_configs_defaults: ClassVar[dict[str, Any]] = {
+            name: configuration_utils.SubConfigSpec(config_class=AutoConfig, model_type=kind)
+            for name, kind in DEFAULT_KINDS.items()
+        }
+    else:
+        sub_configs: ClassVar[dict[str, Any]] = dict.fromkeys(DEFAULT_KINDS, AutoConfig)
 
     audio_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -49,6 +53,8 @@ class Qwen3AudioConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        for name, kind in DEFAULT_KINDS.items():
+            setattr(self, name, _configuration(getattr(self, name), kind))
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
@@ -61,3 +67,10 @@ class Qwen3AudioConfig(PreTrainedConfig):
             lead_silence_s=self.audio_lead_silence,
             tail_silence_s=self.audio_tail_silence,
         )
+
+
+def _configuration(given: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+    """A base's configuration. given: it, or its values; `default` is the model type of values without one."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    return AutoConfig.for_model(**{"model_type": default, **(given or {})})

@@ -7,10 +7,13 @@ CPU.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence, unpad_sequence
 from transformers import WhisperConfig
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils.output_capturing import capture_outputs
 
-from qwhisper.model.attention import set_encoder_attention
+from qwhisper.model.attention import choose_attention, encoder_attention
 from qwhisper.model.audio_layout import EncoderLayout, with_zero_row
 from qwhisper.model.half_precision import OverflowClamp
 
@@ -18,40 +21,61 @@ from qwhisper.model.half_precision import OverflowClamp
 class TrueLengthWhisperEncoder(WhisperEncoder):
     """Whisper's encoder over packed windows. Frozen by default in training: the caller wraps it in `no_grad` then.
 
-    Whichever attention is set, a forward pass uses one of ours (`set_encoder_attention`), so that windows stay apart.
+    Whichever attention is set, windows stay apart: layers use one of ours (`encoder_attention`), or eager attention
+    over a padded batch.
     overflow: bounds and counts what would leave fp16's range.
     """
 
     def __init__(self, config: WhisperConfig):
         super().__init__(config)
         self.overflow = OverflowClamp(self)
+        choose_attention(self, encoder_attention)
 
-    def forward(self, mel: Tensor, layout: EncoderLayout, **kwargs) -> Tensor:
+    @capture_outputs
+    def forward(self, mel: Tensor, layout: EncoderLayout, **kwargs) -> BaseModelOutput:
         """mel: [mel frames, num_mel_bins] of all windows, at most 2 * max_source_positions each.
 
-        Returns [encoder frames, d_model] in the encoder's dtype, ceil(mel frames / 2) for each window.
+        Returns last_hidden_state [encoder frames, d_model] in the encoder's dtype, ceil(mel frames / 2) for each
+        window; with output_hidden_states and output_attentions also what each layer computes: [1, frames, d_model], or
+        with eager attention [windows, longest, d_model] and [windows, heads, longest, longest].
         """
-        set_encoder_attention(self.config)
         if layout.max_length > self.max_source_positions:
             raise ValueError(
                 f"a window of {layout.max_length} encoder frames is longer than the encoder's "
                 f"{self.max_source_positions}: cut it first"
             )
         hidden_states = self._convolve(mel.to(self.conv1.weight.dtype), layout)
-        hidden_states = (hidden_states + self.embed_positions(layout.positions))[None]
+        hidden_states = hidden_states + self.embed_positions(layout.positions)
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
-        packed = {
-            "cu_seq_lens_q": layout.cu_seq_lens,
-            "cu_seq_lens_k": layout.cu_seq_lens,
-            "max_length_q": layout.max_length,
-            "max_length_k": layout.max_length,
-            "cu_seq_lens_host": layout.cu_seq_lens_host,
-        }
+        if encoder_attention(self.config) == "eager":
+            hidden_states = self._padded_layers(hidden_states, layout)
+        else:
+            packed = {
+                "cu_seq_lens_q": layout.cu_seq_lens,
+                "cu_seq_lens_k": layout.cu_seq_lens,
+                "max_length_q": layout.max_length,
+                "max_length_k": layout.max_length,
+                "cu_seq_lens_host": layout.cu_seq_lens_host,
+            }
+            hidden_states = self._layers(hidden_states[None], None, **packed)[0]
+        return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+
+    def _layers(self, hidden_states: Tensor, attention_mask: Tensor | None, **packed) -> Tensor:
         for layer in self.layers:
             if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
                 continue
-            hidden_states = layer(hidden_states, None, **packed)
-        return self.layer_norm(hidden_states)[0]
+            hidden_states = layer(hidden_states, attention_mask, **packed)
+        return hidden_states
+
+    def _padded_layers(self, hidden_states: Tensor, layout: EncoderLayout) -> Tensor:
+        """hidden_states: [encoder frames, d_model]. Returns the same of the last layer."""
+        lengths = torch.tensor(layout.cu_seq_lens_host).diff()
+        lengths = lengths[lengths > 0]  # without unused borders
+        padded = pad_sequence(hidden_states.split(lengths.tolist()), batch_first=True)
+        is_padding = torch.arange(padded.shape[1]) >= lengths[:, None]
+        bias = torch.zeros(is_padding.shape).masked_fill(is_padding, torch.finfo(padded.dtype).min)
+        mask = bias[:, None, None, :].to(padded.device, padded.dtype)
+        return torch.cat(unpad_sequence(self._layers(padded, mask), lengths, batch_first=True))
 
     def _convolve(self, mel: Tensor, layout: EncoderLayout) -> Tensor:
         """Both convolutions over all windows in one row. Returns [encoder frames, d_model]."""

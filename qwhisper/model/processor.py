@@ -3,16 +3,29 @@
 The whole package, and transformers' Auto classes, use this class.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import BatchFeature
+from transformers.audio_utils import AudioInput
+from transformers.processing_utils import AudioKwargs, TextKwargs
+from transformers.tokenization_utils_base import TextInput
 
 from qwhisper.checkpoint.names import MODEL_CONFIG, PROCESSOR_CONFIG
 from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
-from qwhisper.data.clips import AudioClip, load_clip, own_roots, parse_content, quoted, raise_or_warn, read_own_audio
+from qwhisper.data.clips import (
+    AudioClip,
+    is_list,
+    load_clip,
+    own_roots,
+    parse_content,
+    quoted,
+    raise_or_warn,
+    read_own_audio,
+)
 from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.keys import unknown_keys
 from qwhisper.data.messages import KNOWN as MESSAGE_KEYS
@@ -22,15 +35,22 @@ from qwhisper.data.tools import parse_tool_calls
 from qwhisper.data.waveform import is_one_clip, whole_rate
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.files import files_of, read_json_object
-from qwhisper.frames import SAMPLE_RATE
+from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, SAMPLE_RATE
 from qwhisper.model import processing_qwen3_audio
+from qwhisper.model.assistant_mask import add_assistant_masks, assistant_spans
 from qwhisper.model.trained_folder import check_processor, frames_of, reading
 
-# Arguments of a call, which transformers takes among those of the chat template as well.
-CALL_KEYWORDS = (
-    "sampling_rate", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of",
-    "return_attention_mask", "text_kwargs", "audio_kwargs", "common_kwargs",
-)  # fmt: skip
+# Arguments of a call, which `apply_chat_template` takes among those of the chat template as well.
+CALL_KEYWORDS = {*TextKwargs.__annotations__, *AudioKwargs.__annotations__} | {
+    "text_kwargs", "audio_kwargs", "common_kwargs", "return_mm_token_type_ids", "return_text_replacement_offsets",
+}  # fmt: skip
+# Other arguments of transformers' processors, and what to do instead.
+REFUSED_OPTIONS = {
+    "load_audio_from_video": "this model reads text and audio; take the sound out of a video first",
+    "sanitize_control_tokens": "`DialogueEncoder.encode_prompt` makes no control token of a text; use it instead",
+}
+# Fields by which the tokens of answers are found, and the argument that asks for each.
+OFFSETS = {"offset_mapping": "return_offsets_mapping", "text_replacement_offsets": "return_text_replacement_offsets"}
 
 
 class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
@@ -38,8 +58,9 @@ class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
 
     `processor(text=..., audio=...)` takes texts with one `<|audio_pad|>` a clip and as many clips of any length: files,
     data URLs, bytes, arrays (at 16 kHz, or at `sampling_rate`, or as a pair with their rate) or any other form that
-    `qwhisper.data.clips` reads. It returns input_ids, attention_mask (left-padded), input_features [windows, mel bins,
-    frames] and input_features_mask [windows, frames]. `apply_chat_template` takes messages whose parts are read, and
+    `qwhisper.data.clips` reads. It returns input_ids, attention_mask (left-padded), input_features [clips, mel bins,
+    frames] and input_features_mask [clips, frames]; a row holds the windows of its clip, see
+    `processing_qwen3_audio`. `apply_chat_template` takes messages whose parts are read, and
     refused, as those of a file of dialogues are, except that paths start in the current folder and lead anywhere. It
     trusts its texts, as transformers does: a `<|im_end|>` in them becomes that token (`DialogueEncoder` makes none).
 
@@ -50,18 +71,19 @@ class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
         self,
         feature_extractor,
         tokenizer,
-        projector_stack: int,
-        max_encoder_frames: int,
-        audio_lead_silence: float,
-        audio_tail_silence: float,
-        chat_template: str | None = None,
+        projector_stack: int = 4,
+        max_encoder_frames: int = 1500,
+        audio_lead_silence: float = DEFAULT_LEAD_SILENCE_S,
+        audio_tail_silence: float = DEFAULT_TAIL_SILENCE_S,
+        chat_template: str | dict[str, str] | None = None,
     ):
         lengths = (projector_stack, max_encoder_frames, audio_lead_silence, audio_tail_silence)
         super().__init__(feature_extractor, tokenizer, *lengths, chat_template)
         if chat_template is None:
             self.chat_template, _ = listening_template(tokenizer)
-        else:
-            refuse_costly(chat_template)
+        for template in chat_template.values() if isinstance(chat_template, dict) else [chat_template]:
+            if template is not None:
+                refuse_costly(template)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -80,38 +102,70 @@ class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
             return read_checkpoint(pretrained_model_name_or_path, lambda folder: load(folder, *args, **kwargs))
         return load(pretrained_model_name_or_path, *args, **kwargs)
 
-    def __call__(self, text=None, audio=None, **kwargs) -> BatchFeature:
-        kwargs.setdefault("padding", True)
-        kwargs.setdefault("padding_side", "left")
-        kwargs.setdefault("return_tensors", "pt")
-        rate = _taken_rate(kwargs)
+    def __call__(
+        self,
+        text: TextInput | list[TextInput] | None = None,
+        audio: AudioInput | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        keywords = dict(kwargs)
+        rate = _taken_rate(keywords)
         clips = [read_own_audio(clip, f"audio {n}", rate) for n, clip in enumerate(_each_clip(audio), 1)]
-        return super().__call__(text=text, audio=[load_clip(clip) for clip in clips] or None, **kwargs)
+        return super().__call__(text=text, audio=[load_clip(clip) for clip in clips] or None, **keywords)
 
     def apply_chat_template(
         self,
         conversation,
+        chat_template: str | None = None,
         *,
         tokenize: bool = False,
         return_dict: bool = False,
+        return_tensors: str | None = "auto",
+        return_assistant_tokens_mask: bool = False,
         processor_kwargs: dict | None = None,
         **kwargs,
     ):
-        """Return text; with `tokenize` input_ids; with `return_dict` as well all inputs of the model.
+        """Return text; with `tokenize` input_ids, as lists; with `return_dict` as well all inputs of the model, as
+        PyTorch tensors. return_tensors: another form of these.
 
-        Arguments as in transformers, whose own reader of audio parts supports no stretches and no silence. A prompt
-        has the empty think block that precedes every answer in training.
+        return_assistant_tokens_mask: add `assistant_masks`, 1 for the tokens that the template marks with
+        `{% generation %}`; of a template without such marks for those that training supervises: each answer, with the
+        token that ends it. Raises ValueError if they can't be found.
+
+        Other arguments as in transformers, whose own reader of audio parts supports no stretches and no silence. A
+        prompt has the empty think block that precedes every answer in training.
         """
-        return_tensors = kwargs.pop("return_tensors", "pt")
-        kwargs.setdefault("enable_thinking", False)
-        call = {name: kwargs.pop(name) for name in CALL_KEYWORDS if name in kwargs} | (processor_kwargs or {})
-        is_batch = isinstance(conversation[0], list | tuple)
-        dialogues, clips = _read_dialogues(conversation if is_batch else [conversation], is_batch, _taken_rate(call))
-        text = super().apply_chat_template(dialogues if is_batch else dialogues[0], tokenize=False, **kwargs)
+        for name in REFUSED_OPTIONS:
+            if kwargs.pop(name, None):
+                raise UsageError(f"`{name}` can't be used: {REFUSED_OPTIONS[name]}")
+        template = self.named_template(chat_template)
+        call = {name: kwargs.pop(name) for name in CALL_KEYWORDS & kwargs.keys()} | (processor_kwargs or {})
+        is_batch = bool(len(conversation)) and is_list(conversation[0])
+        rate = _taken_rate(call)
+        dialogues, clips = _read_dialogues(conversation if is_batch else [conversation], is_batch, rate)
+        inherited = super().apply_chat_template
+
+        def render(dialogue: list[dict], **changed: Any) -> str:
+            return inherited(dialogue, template, tokenize=False, **{**kwargs, **changed})
+
+        texts = [render(dialogue) for dialogue in dialogues]
         if not tokenize:
-            return text
-        defaults = {"return_tensors": return_tensors, "add_special_tokens": False}
-        inputs = self(text=text, audio=clips, **(defaults | call))
+            return texts if is_batch else texts[0]
+        wanted = {**(call.get("common_kwargs") or {}), **(call.get("text_kwargs") or {}), **call}
+        if "return_tensors" not in wanted and (return_tensors != "auto" or not return_dict):
+            call["return_tensors"] = None if return_tensors == "auto" else return_tensors
+        if return_assistant_tokens_mask:
+            call |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+        inputs = self(text=texts, audio=clips, sampling_rate=rate, **{"add_special_tokens": False, **call})
+        if return_assistant_tokens_mask:
+            spans = [
+                assistant_spans(self.tokenizer, template, dialogue, text, render, kwargs)
+                for dialogue, text in zip(dialogues, texts, strict=True)
+            ]
+            add_assistant_masks(inputs, spans)
+            for name, asked in OFFSETS.items():
+                if not wanted.get(asked):
+                    del inputs[name]
         return inputs if return_dict else inputs["input_ids"]
 
 
@@ -130,7 +184,7 @@ def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
         processor = Qwen3AudioProcessor.from_pretrained(folder)
         lengths = (processor.frames, processor.audio_token_id)
         expected = (frames_of(config), config["audio_token_id"])
-        fault = template_fault(processor.tokenizer, processor.chat_template)
+        fault = template_fault(processor.tokenizer, processor.named_template())
     if lengths != expected:
         raise CheckpointError(f"{folder}: its processor counts {lengths}, its model {expected}")
     if fault is not None:
@@ -146,7 +200,7 @@ def encoder_of(processor: Qwen3AudioProcessor, **rows: Any) -> DialogueEncoder:
         processor.tokenizer,
         processor.frames,
         audio_token_id=processor.audio_token_id,
-        chat_template=processor.chat_template,
+        chat_template=processor.named_template(),
         **rows,
     )
 
@@ -158,6 +212,7 @@ def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[lis
     clips: list[AudioClip] = []
 
     def read(message: Any, where: str) -> dict:
+        message = _as_mapping(message)
         if not isinstance(message, Mapping):
             faults.append(f"{where} is not an object with `role` and `content`")
             return {}
@@ -172,6 +227,8 @@ def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[lis
         if reasoning := parse_reasoning(message, where, faults):
             known["reasoning_content"] = reasoning
         content = message.get("content")
+        if isinstance(content, list | tuple):
+            content = [_as_mapping(part) for part in content]
         if content is None:
             if not (wrong_keys or calls or known["role"] == "tool"):
                 faults.append(f"{where} has no `content`")
@@ -191,16 +248,29 @@ def _read_dialogues(dialogues: Sequence, is_batch: bool, rate: int) -> tuple[lis
     return read_dialogues, clips
 
 
+def _as_mapping(value: Any) -> Any:
+    """A message or part that is an object of Pydantic or a dataclass as a dict; anything else as it is."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(exclude_none=True)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | AudioClip):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
+
+
 def _taken_rate(keywords: dict) -> int:
-    """Takes the sampling rate of bare arrays out of keywords, which may be transformers' nested ones."""
-    nested = dict(keywords.get("audio_kwargs") or {})
-    rates = [rate for rate in (nested.pop("sampling_rate", None), keywords.pop("sampling_rate", None)) if rate]
-    if "audio_kwargs" in keywords:
-        keywords["audio_kwargs"] = nested
+    """Take the sampling rate of bare arrays out of keywords, which may be transformers' nested ones."""
+    rates = [keywords.pop("sampling_rate", None)]
+    for group in ("audio_kwargs", "common_kwargs"):
+        if keywords.get(group):
+            keywords[group] = dict(keywords[group])
+            rates.append(keywords[group].pop("sampling_rate", None))
     try:
-        return whole_rate(rates[-1]) if rates else SAMPLE_RATE
+        stated = {whole_rate(rate) for rate in rates if rate is not None}
     except ValueError as error:
         raise UsageError(f"the audio {error}") from error
+    if len(stated) > 1:
+        raise UsageError(f"the audio has two sampling rates, {' and '.join(map(str, sorted(stated)))}; give one")
+    return next(iter(stated), SAMPLE_RATE)
 
 
 def _each_clip(audio: Any) -> Iterator:

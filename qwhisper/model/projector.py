@@ -31,16 +31,28 @@ class AudioProjection(nn.Module):
     from recognising a word by the few encoder dimensions in which a few recorded voices agree.
     """
 
+    is_cast_with_model = False  # while a cast of the whole model runs
+
     def __init__(self, config: Qwen3AudioConfig):
         super().__init__()
         self.scale = config.projector_scale
         stacked_size = config.audio_config.d_model * config.projector_stack
         hidden_size = config.get_text_config().hidden_size
-        self.norm = nn.LayerNorm(stacked_size)
+        # fp32 also where a model is made in another dtype, as `from_config(dtype=...)` does
+        self.norm = nn.LayerNorm(stacked_size, dtype=torch.float32)
         self.dropout = nn.Dropout(config.projector_dropout)
-        self.linear_1 = ProjectorLinear(stacked_size, hidden_size)
+        self.linear_1 = ProjectorLinear(stacked_size, hidden_size, dtype=torch.float32)
         self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = ProjectorLinear(hidden_size, hidden_size)
+        self.linear_2 = ProjectorLinear(hidden_size, hidden_size, dtype=torch.float32)
+
+    def _apply(self, fn, recurse=True):
+        """A cast of the whole model to a narrower dtype moves the projector and leaves it its own."""
+
+        def move(tensor: Tensor) -> Tensor:
+            cast = fn(tensor[:0])
+            return tensor.to(cast.device) if cast.dtype.itemsize < tensor.dtype.itemsize else fn(tensor)
+
+        return super()._apply(move if self.is_cast_with_model else fn, recurse)
 
     def forward(self, hidden_states: Tensor, groups: Tensor) -> Tensor:
         """hidden_states: [frames, d_model] of the encoder; groups: int64 [tokens, stack], the frames of each token; an

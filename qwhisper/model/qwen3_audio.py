@@ -5,11 +5,13 @@ The whole package, and transformers' Auto classes, use this class and the functi
 
 import os
 
+from transformers import GenerationMixin
+
 from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
 from qwhisper.data.template import listening_template
 from qwhisper.model import loading, modeling_qwen3_audio, saving
 from qwhisper.model.base_kinds import refuse_empty_tokenizer
-from qwhisper.model.bases import DEFAULT_OPTIONS, LoadOptions, fingerprint, resolve_model
+from qwhisper.model.bases import DEFAULT_OPTIONS, LoadOptions, fingerprint, refuse_missing, resolve_model
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.processing_qwen3_audio import add_audio_token
@@ -17,7 +19,10 @@ from qwhisper.model.processor import Qwen3AudioProcessor
 from qwhisper.model.weights import BaseRecord, following_casts
 
 
-class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForConditionalGeneration):
+class Qwen3AudioForConditionalGeneration(
+    modeling_qwen3_audio.Qwen3AudioForConditionalGeneration,
+    GenerationMixin,  # transformers looks for it among the direct bases
+):
     """The model that is trained and that answers.
 
     base_record: of the weights that came from the bases, see `weights`.
@@ -36,6 +41,8 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
         its run unless they are given. Weights that are missing are an error, not a warning.
         """
         name = pretrained_model_name_or_path
+        if name is None:  # a model of given weights, as in transformers
+            return super().from_pretrained(name, *args, **kwargs)
         if is_run_folder(name) or (os.path.isdir(name) and loading.is_trained_folder(name)):
             return read_checkpoint(name, lambda folder: loading.load_for_user(cls, folder, **kwargs))
         if loading.is_trained_folder(name):  # on the hub
@@ -62,7 +69,16 @@ class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads what `Qwen3AudioForConditionalGeneration.from_pretrained` does, with the same keywords."""
+        """Loads what `Qwen3AudioForConditionalGeneration.from_pretrained` does, with the same keywords, and what this
+        class has saved.
+        """
+        name = pretrained_model_name_or_path
+        if name is None or (os.path.isdir(name) and loading.is_without_head(name)):
+            wants_info = kwargs.pop("output_loading_info", False)
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            if not wants_info:
+                refuse_missing("the model", str(name), info)
+            return (model, info) if wants_info else model
         loaded = Qwen3AudioForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return (loaded[0].model, loaded[1]) if isinstance(loaded, tuple) else loaded.model
 

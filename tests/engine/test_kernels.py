@@ -27,8 +27,9 @@ QWEN3 = Attention(
 
 
 def implementations(model) -> tuple[str, str]:
-    """Of the encoder and of the language model."""
-    return model.model.audio_tower.config._attn_implementation, model.model.language_model.config._attn_implementation
+    """That the layers of the encoder and of the language model use."""
+    body = model.model
+    return ladders.encoder_attention(body.audio_tower.config), ladders.text_attention(body.language_model.config)
 
 
 def plant(monkeypatch, name: str, wrong) -> list:
@@ -165,12 +166,13 @@ def test_a_kernel_is_replaced_in_the_parts_that_use_it_alone(monkeypatch):
 
 
 def test_kernels_are_tried_as_the_forward_pass_will_use_them():
-    """An implementation that was set past the model's own method is replaced by ours before kernels are tried."""
+    """Also where an implementation was set past the model's own method."""
     model = small_model()
     model.model.language_model.set_attn_implementation("sdpa")
     model.config.audio_config._attn_implementation = "eager"
     assert check_kernels(model, LONGEST) == []
-    assert implementations(model) == ("qwhisper_packed_math", "qwhisper_packed_sdpa")
+    assert implementations(model) == ("eager", "qwhisper_packed")
+    assert {attention.owner for attention in attentions(model)} == {"language model"}
 
 
 def test_what_is_tried_are_the_models_own_attentions():

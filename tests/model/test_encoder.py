@@ -36,7 +36,7 @@ def whisper_layers(encoder: TrueLengthWhisperEncoder, mel: torch.Tensor) -> torc
 def test_packed_windows_equal_each_window_alone(lengths):
     encoder = small_encoder()
     mel = torch.randn(sum(lengths), 80)
-    packed = encoder(mel, encoder_layout(lengths)).split([encoder_frames(n) for n in lengths])
+    packed = encoder(mel, encoder_layout(lengths)).last_hidden_state.split([encoder_frames(n) for n in lengths])
     for piece, window in zip(packed, mel.split(lengths), strict=True):
         torch.testing.assert_close(piece, whisper_layers(encoder, window), atol=1e-5, rtol=1e-5)
 
@@ -45,9 +45,9 @@ def test_packed_windows_equal_each_window_alone(lengths):
 def test_one_nan_window_leaves_its_neighbours_finite():
     encoder, lengths = small_encoder(), [11, 8, 13]
     mel = torch.randn(sum(lengths), 80)
-    healthy = encoder(mel, encoder_layout(lengths))
+    healthy = encoder(mel, encoder_layout(lengths)).last_hidden_state
     mel[11:19] = float("nan")
-    before, bad, after = encoder(mel, encoder_layout(lengths)).split([6, 4, 7])
+    before, bad, after = encoder(mel, encoder_layout(lengths)).last_hidden_state.split([6, 4, 7])
     assert bad.isnan().all()
     torch.testing.assert_close(before, healthy[:6])
     torch.testing.assert_close(after, healthy[10:])
@@ -60,7 +60,7 @@ def test_a_window_longer_than_the_encoder_is_refused():
 
 def test_it_is_differentiable_when_it_is_trained():
     encoder = small_encoder()
-    encoder(torch.randn(30, 80), encoder_layout([11, 19])).square().sum().backward()
+    encoder(torch.randn(30, 80), encoder_layout([11, 19])).last_hidden_state.square().sum().backward()
     for name, parameter in encoder.named_parameters():
         if parameter.dim() > 1 and name != "embed_positions.weight":
             assert parameter.grad.abs().sum() > 0, name
@@ -77,7 +77,7 @@ def test_3000_frames_of_real_whisper_equal_transformers_bit_for_bit(shared):
         assert torch.equal(encoder.get_parameter(name), parameter), name
     mel = torch.randn(3000, 80)
     expected = whole.model.encoder(mel.T[None]).last_hidden_state[0]
-    assert torch.equal(encoder(mel, encoder_layout([3000])), expected)
+    assert torch.equal(encoder(mel, encoder_layout([3000])).last_hidden_state, expected)
 
 
 def test_an_encoder_saved_alone_loads_in_the_dtype_asked_for(shared):

@@ -145,7 +145,7 @@ def test_the_gradients_of_a_full_window_are_those_of_transformers_own_encoder():
     for encoder in (model.model.audio_tower, plain):
         encoder.requires_grad_(False)
         encoder.layers[-1].requires_grad_(True)
-    model.train().model.audio_tower(mel, encoder_layout([3000])).square().sum().backward()
+    model.train().model.audio_tower(mel, encoder_layout([3000])).last_hidden_state.square().sum().backward()
     plain.train()(mel.T[None]).last_hidden_state.square().sum().backward()
     wanted = dict(plain.layers[-1].named_parameters())
     for name, parameter in model.model.audio_tower.layers[-1].named_parameters():
@@ -324,9 +324,9 @@ def test_a_placeholder_outside_the_vocabulary_works_in_training_and_generation()
 
 
 def test_attention_of_both_parts_is_the_packed_one_by_default():
-    model = small_model()
-    assert model.config.text_config._attn_implementation == PACKED_ATTENTION
-    assert model.model.audio_tower.config._attn_implementation == PACKED_ATTENTION
+    model = small_model().model
+    for part in (model.language_model, model.audio_tower):
+        assert part.layers[0].self_attn.config._attn_implementation == PACKED_ATTENTION
 
 
 WAYS = {
@@ -362,11 +362,13 @@ def test_windows_stay_apart_and_cudnn_out_whichever_attention_is_set(way, name):
     with switches_of_calls() as seen:
         found = results()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert seen and not any(one["cudnn"] for one in seen)
-    encoder, text = model.model.audio_tower.config, model.model.language_model.config
-    ours = {"sdpa": "qwhisper_packed_sdpa", "eager": "qwhisper_packed_math"}
-    assert encoder._attn_implementation == ours.get(name, name)
-    assert text._attn_implementation == (name if name != "sdpa" else ours[name])
+    assert bool(seen) == (name != "eager") and not any(one["cudnn"] for one in seen)
+    for part, layer in (
+        (model.model.audio_tower, model.model.audio_tower.layers[0]),
+        (model.model.language_model, model.model.language_model.layers[0]),
+    ):
+        assert part.config._attn_implementation == name
+        assert layer.self_attn.config._attn_implementation == (PACKED_ATTENTION if name == "sdpa" else name)
 
 
 def test_two_models_of_a_process_use_different_kernels(monkeypatch):
