@@ -14,7 +14,7 @@ from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.processing_qwen3_audio import add_audio_token
 from qwhisper.model.processor import Qwen3AudioProcessor
-from qwhisper.model.weights import BaseRecord, following_casts
+from qwhisper.model.weights import BaseRecord, following_casts, placed, plain_name
 
 
 class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForConditionalGeneration):
@@ -24,6 +24,8 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
     """
 
     base_record: BaseRecord | None = None
+    # Trainer's checkpoint of a whole model has the adapter in it, from which Trainer resumes; it is loaded from beside.
+    _keys_to_ignore_on_load_unexpected = (r"\.lora_",)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -45,12 +47,22 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
             return read_checkpoint(name, lambda folder: loading.load_whole(cls, folder, *args, **kwargs))
         return loading.load_whole(cls, name, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=None, state_dict=None, push_to_hub=False, **kwargs):
         """Save the trained weights alone if all others still equal their bases', the whole model otherwise; see
         `saving.save_pretrained`.
         """
         keywords = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         saving.save_pretrained(self, self.base_record, save_directory, **keywords)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As in torch; a weight's plain name also finds it in a layer that has an adapter.
+
+        If not `strict`, weights that came from the bases are not reported as missing: trained weights go on top of them.
+        """
+        found = super().load_state_dict(placed(self, state_dict), strict=strict, assign=assign)
+        if self.base_record is not None:
+            found.missing_keys[:] = [key for key in found.missing_keys if plain_name(key) not in self.base_record]
+        return found
 
     def _apply(self, fn, recurse=True):
         with following_casts(self):
