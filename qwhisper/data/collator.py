@@ -45,8 +45,8 @@ class ConversationCollator:
         """
         if any(isinstance(feature, dict) and not feature for feature in features):
             raise UsageError(
-                "the dialogues have no fields left: Trainer removes those that are no arguments of the model's forward, "
-                "unless you set TrainingArguments(remove_unused_columns=False)"
+                "the dialogues have no fields left: Trainer removes those that are no arguments of the model's "
+                "forward, unless you set TrainingArguments(remove_unused_columns=False)"
             )
         samples: list[Sample] = []
         rejected: list[tuple[str, str]] = []

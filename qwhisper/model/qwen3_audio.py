@@ -33,17 +33,22 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
         then these weights.
 
         For a run's folder, load its best checkpoint by evaluation, else the newest. A checkpoint's files must match its
-        manifest. For a folder of trained weights the keywords are the fields of `bases.LoadOptions` (dtype, device_map,
-        load_in_4bit …), and audio_model, text_model if a base has moved; load_in_4bit and projector_fp32 are those of
-        its run unless they are given. Weights that are missing are an error, not a warning.
+        manifest. For a folder of trained weights the keywords are transformers', see `load_keywords`, the fields of
+        `bases.LoadOptions` (load_in_4bit, whisper_cpu …), and audio_model, text_model if a base has moved; load_in_4bit
+        and projector_fp32 are those of its run unless they are given. Weights that are missing are an error, not a
+        warning.
         """
         name = pretrained_model_name_or_path
-        if is_run_folder(name) or (os.path.isdir(name) and loading.is_trained_folder(name)):
+        if name is None:  # a model of given weights, as in transformers
+            return super().from_pretrained(name, *args, **kwargs)
+        if os.path.isdir(name):
+            name = os.path.join(name, kwargs.pop("subfolder", None) or "")
+        if is_run_folder(name) or loading.is_trained_folder(name):
             return read_checkpoint(name, lambda folder: loading.load_for_user(cls, folder, **kwargs))
-        if loading.is_trained_folder(name):  # on the hub
-            return loading.load_for_user(cls, name, **kwargs)
+        if not os.path.isdir(name) and (folder := loading.downloaded(name, kwargs)):
+            return loading.load_for_user(cls, folder, **kwargs)
         loading.refuse_for_whole(name, kwargs)
-        if os.path.isdir(name) and not kwargs.get("subfolder"):
+        if os.path.isdir(name):
             return read_checkpoint(name, lambda folder: loading.load_whole(cls, folder, *args, **kwargs))
         return loading.load_whole(cls, name, *args, **kwargs)
 
@@ -57,7 +62,7 @@ class Qwen3AudioForConditionalGeneration(modeling_qwen3_audio.Qwen3AudioForCondi
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As in torch; a weight's plain name also finds it in a layer that has an adapter.
 
-        If not `strict`, weights that came from the bases are not reported as missing: trained weights go on top of them.
+        If not `strict`, weights that came from the bases are not reported as missing: trained ones go on top of them.
         """
         found = super().load_state_dict(placed(self, state_dict), strict=strict, assign=assign)
         if self.base_record is not None:
