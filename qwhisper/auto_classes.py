@@ -2,8 +2,8 @@
 
 So `import qwhisper` is enough for `AutoModelForMultimodalLM.from_pretrained(checkpoint)`, and imports no transformers.
 An Auto class keeps registered classes in the dict `_extra_content` of its mapping; here a dict that also has our entry
-replaces it. If transformers has no such mapping, nothing changes. For a run's folder AutoConfig and AutoTokenizer read the
-files of its best checkpoint, as our classes do.
+replaces it. If transformers has no such mapping, nothing changes. For a run's folder AutoConfig and AutoTokenizer read
+the files of its best checkpoint, as our classes do.
 """
 
 import os

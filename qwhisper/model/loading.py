@@ -216,6 +216,7 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model 
     with_info = kwargs.pop("output_loading_info", False)
     options = trained_options(name, kwargs, _as_trained(name), read_config(name).text_config)
     model = load_trained(cls, name, options, **moved)
+    model.name_or_path = model.config.name_or_path = os.fspath(name)  # where trainers look for the processor
     if attention:
         model.set_attn_implementation(attention)
     report: dict[str, set] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
