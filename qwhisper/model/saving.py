@@ -34,6 +34,7 @@ from qwhisper.checkpoint.names import (
 )
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.adapter_config import is_target, read_adapter_config
+from qwhisper.model.card import Origin, write_card
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.projector import AudioProjection
@@ -50,6 +51,7 @@ from qwhisper.model.weights import (
 
 WHOLE_FILES = (WHOLE_WEIGHTS, f"{WHOLE_WEIGHTS}.index.json")
 
+NO_RUN = Origin()
 RESUME_FILE = "model.safetensors"  # the name is Trainer's
 
 PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
@@ -71,6 +73,7 @@ def save_pretrained(
     base_record: BaseRecord | None,
     save_directory: str | os.PathLike,
     *,
+    origin: Origin = NO_RUN,
     is_main_process: bool | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     push_to_hub: bool = False,
@@ -82,7 +85,7 @@ def save_pretrained(
 ) -> None:
     """Write everything needed to load the model again; raise UsageError if a weight would be lost.
 
-    base_record: of the weights that came from the model's bases; None if unknown.
+    base_record: of the weights that came from the model's bases; None if unknown. origin: the run, for the model card.
     state_dict: weights to save instead of the model's, as Trainer and Accelerate gather them; missing ones are taken
     from the model. is_main_process: nothing is written if False. Trainer and loops with Accelerate give it; only then
     `model.safetensors` holds all that is trained by the names of the state dict, from which these resume.
@@ -119,6 +122,7 @@ def save_pretrained(
         if is_main_process is not None:
             parts = (PROJECTOR, ENCODER) if (folder / ENCODER_FILE).exists() else (PROJECTOR,)
             _write({k: v for k, v in state.items() if _is_of(k, parts)}, folder / RESUME_FILE)
+    write_card(model.config, origin, folder)
     if push_to_hub:  # last, so that the weights are on the disk even without a network
         _upload(model, folder, before, token, kwargs)
 
