@@ -8,7 +8,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qwhisper.auto_classes import register_when_loaded
+from qwhisper.auto_classes import READ_RUN, register_when_loaded
 
 if TYPE_CHECKING:
     from qwhisper.data.collator import ConversationCollator
@@ -53,7 +53,9 @@ _MODULES = {
 
 
 def _load(name: str) -> Any:
-    """The object that a name of `__all__` stands for."""
+    """The object that a name of `__all__` stands for, or the function that reads a run's folder."""
+    if name == READ_RUN:
+        return import_module(f"{__name__}.checkpoint.reading").read_run
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 

@@ -2,12 +2,15 @@
 
 So `import qwhisper` is enough for `AutoModelForMultimodalLM.from_pretrained(checkpoint)`, and imports no transformers.
 An Auto class keeps registered classes in the dict `_extra_content` of its mapping; here a dict that also has our entry
-replaces it. If transformers has no such mapping, nothing changes.
+replaces it. If transformers has no such mapping, nothing changes. For a run's folder AutoConfig and AutoTokenizer read
+the files of its best checkpoint, as our classes do.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import wraps
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -21,11 +24,18 @@ ENTRIES = {
     f"{AUTO}.configuration_auto": {"CONFIG_MAPPING": CONFIG},
     f"{AUTO}.modeling_auto": {
         "MODEL_MAPPING": "Qwen3AudioModel",
+        # As the library's own audio LMs do.
         "MODEL_FOR_MULTIMODAL_LM_MAPPING": "Qwen3AudioForConditionalGeneration",
+        "MODEL_FOR_PRETRAINING_MAPPING": "Qwen3AudioForConditionalGeneration",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING": "Qwen3AudioForConditionalGeneration",
     },
     f"{AUTO}.processing_auto": {"PROCESSOR_MAPPING": "Qwen3AudioProcessor"},
+    f"{AUTO}.tokenization_auto": {},
 }
-Load = Callable[[str], Any]  # gives the class of a name
+# Auto classes that look for files before they know our class: a run's folder has none of its own.
+READERS = {f"{AUTO}.configuration_auto": "AutoConfig", f"{AUTO}.tokenization_auto": "AutoTokenizer"}
+READ_RUN = "read_run"  # name of the function that reads a run's folder, for `Load`
+Load = Callable[[str], Any]  # gives the class or function of a name
 
 
 class Registered(dict):
@@ -123,6 +133,25 @@ def _register(module: ModuleType, load: Load) -> None:
         if type(known) is dict:  # neither another form of transformers, nor done already
             by_type = mapping_name == "CONFIG_MAPPING"
             mapping._extra_content = Registered(known, load, class_name, by_type)
+    reader = getattr(module, READERS.get(module.__name__, ""), None)
+    if reader is not None and not hasattr(reader.from_pretrained, "_of_qwhisper"):
+        reader.from_pretrained = _reading_runs(reader.from_pretrained, load)
+
+
+def _reading_runs(inherited: Any, load: Load) -> Any:
+    """A `from_pretrained` that does with a run's folder what `inherited`, a class method, does with its checkpoint."""
+
+    @wraps(inherited.__func__)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        def read(name: Any) -> Any:
+            return inherited.__func__(cls, name, *args, **kwargs)
+
+        name = pretrained_model_name_or_path
+        may_be_run = isinstance(name, str | os.PathLike) and os.path.isdir(name)
+        return load(READ_RUN)(name, read) if may_be_run else read(name)
+
+    from_pretrained._of_qwhisper = True  # type: ignore[attr-defined]
+    return classmethod(from_pretrained)
 
 
 def register_when_loaded(load: Load) -> None:

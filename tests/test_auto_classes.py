@@ -3,6 +3,7 @@
 import builtins
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,12 +12,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from transformers import AudioFlamingo3Config, AutoConfig, Qwen2AudioConfig, pipeline
+from transformers.models.auto import modeling_auto
 
 from qwhisper import auto_classes
 from qwhisper.auto_classes import ENTRIES, Finder, Registered
 
 ROOT = Path(__file__).parents[1]
-CONFIG_AUTO, MODEL_AUTO, PROCESSOR_AUTO = ENTRIES
+CONFIG_AUTO = next(iter(ENTRIES))
 
 
 def run(code: str, *arguments: str) -> list[str]:
@@ -46,16 +49,52 @@ USED = [
 ]
 
 
-def test_auto_classes_and_pipelines_take_our_model(finished_run, monkeypatch, capsys):
+@pytest.mark.parametrize("part", ["checkpoint-2", ""])
+def test_auto_classes_and_pipelines_take_a_checkpoint_and_a_run(finished_run, monkeypatch, capsys, part):
     """In this process, where tests/fixtures.py imported qwhisper before transformers, as a user may."""
-    monkeypatch.setattr(sys, "argv", ["-c", str(finished_run / "checkpoint-2")])
+    monkeypatch.setattr(sys, "argv", ["-c", str(finished_run / part)])
     exec(USE, {})
     assert capsys.readouterr().out.splitlines() == USED
 
 
 @pytest.mark.slow
-def test_a_bare_import_is_enough_for_auto_classes_and_pipelines(finished_run):
-    assert run(USE, str(finished_run / "checkpoint-2")) == USED
+@pytest.mark.parametrize("part", ["checkpoint-2", ""])
+def test_a_bare_import_is_enough_for_auto_classes_and_pipelines(finished_run, part):
+    assert run(USE, str(finished_run / part)) == USED
+
+
+def test_a_pipeline_answers_audio_and_text_of_a_run_as_its_model_does(finished_run):
+    clip = str(finished_run.parent / "data" / "clip0.wav")
+    parts = [{"type": "audio", "audio": clip}, {"type": "text", "text": "Pitch?"}]
+    chat = [{"role": "user", "content": parts}]
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    for placed in ({}, {"device_map": "auto"}, {"device": "cpu", "dtype": "float32"}):
+        answer = pipeline("any-to-any", model=str(finished_run), **placed)
+        said = answer(text=chat, generate_kwargs=settings, return_full_text=False)[0]["generated_text"]
+        inputs = answer.processor.apply_chat_template(
+            chat, tokenize=True, return_dict=True, add_generation_prompt=True
+        ).to(answer.model.device)
+        tokens = answer.model.generate(**inputs, **settings)
+        expected = answer.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        assert len(expected) > 0 and expected.endswith(said) and said
+
+
+def test_our_model_is_registered_as_the_librarys_audio_models_are(finished_run):
+    config = AutoConfig.from_pretrained(finished_run)
+    mappings = {name: mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING")}
+    theirs = [{name for name, m in mappings.items() if c in m} for c in (AudioFlamingo3Config, Qwen2AudioConfig)]
+    ours = {name for name, mapping in mappings.items() if type(config) in mapping}
+    assert ours == theirs[0] | theirs[1]
+
+
+def test_auto_classes_read_other_folders_as_before(finished_run, tmp_path):
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        AutoConfig.from_pretrained(tmp_path)
+    shutil.copytree(finished_run / "checkpoint-2", tmp_path / "checkpoint-2")
+    assert type(AutoConfig.from_pretrained(tmp_path)).__name__ == "Qwen3AudioConfig"
+    (tmp_path / "checkpoint-2" / "manifest.json").unlink()  # as another library's run
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.slow

@@ -153,6 +153,12 @@ def read_checkpoint(path: str | os.PathLike, read: Callable[[Path], Read]) -> Re
     )
 
 
+def read_run(path: str | os.PathLike, read: Callable[[str | os.PathLike], Read]) -> Read:
+    """`read(folder)` for the checkpoint of one of our runs, see `read_checkpoint`; for anything else `read(path)`."""
+    ours = is_run_folder(path) and any((folder / MANIFEST).is_file() for folder in checkpoints(Path(path)))
+    return read_checkpoint(path, read) if ours else read(path)
+
+
 def _identity(folder: Path) -> tuple[int, int] | None:
     """Device and inode: they change if the checkpoint was deleted, or replaced by one of the same step."""
     try:

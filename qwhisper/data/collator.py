@@ -6,7 +6,7 @@ from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.encode import DialogueEncoder, NoLabelsError, require_labels
 from qwhisper.data.packing import Batch, pack_samples, pad_samples
 from qwhisper.data.rows import Sample
-from qwhisper.errors import BadClipError, DataError
+from qwhisper.errors import BadClipError, DataError, UsageError
 from qwhisper.frames import FrameArithmetic
 
 
@@ -40,7 +40,14 @@ class ConversationCollator:
         self.rejected: list[tuple[str, str]] = []
 
     def __call__(self, features: Sequence[Sample | Dialogue | dict]) -> Batch:
-        """A batch of all that can be encoded; the rest goes to `rejected`. Raises DataError if nothing is left."""
+        """A batch of all that can be encoded; the rest goes to `rejected`. Raises DataError if nothing is left,
+        UsageError for dialogues without fields.
+        """
+        if any(isinstance(feature, dict) and not feature for feature in features):
+            raise UsageError(
+                "the dialogues have no fields left: Trainer removes those that are no arguments of the model's "
+                "forward, unless you set TrainingArguments(remove_unused_columns=False)"
+            )
         samples: list[Sample] = []
         rejected: list[tuple[str, str]] = []
         for feature in features:

@@ -6,8 +6,11 @@ No fp32 copy of the language model is made, and Whisper's decoder is never loade
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +33,8 @@ WEIGHT_FILES = (
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+AUDIO_TOWER = "model.audio_tower"  # the encoder in a device map by our names
+NO_ACCESS: Mapping[str, Any] = MappingProxyType({})
 SPREADING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names: over all available devices
 
 
@@ -70,9 +75,19 @@ class LoadOptions:
         return torch.device(self._whole)
 
     @property
+    def access(self) -> Mapping[str, Any]:
+        """Keywords for downloads of the bases."""
+        return NO_ACCESS
+
+    @property
     def encoder_device(self) -> torch.device:
-        """The CPU with `whisper_cpu`, else `device`."""
-        return torch.device("cpu") if self.whisper_cpu else self.device
+        """The CPU with `whisper_cpu`, else the one that a map by our names gives it, else `device`."""
+        if self.whisper_cpu:
+            return torch.device("cpu")
+        place = self.device_map.get(AUDIO_TOWER) if isinstance(self.device_map, dict) else None
+        if place == "disk":
+            raise UsageError(f"device_map: {AUDIO_TOWER} can't stay on the disk; it is small: give it a device")
+        return self.device if place is None else torch.device(place)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -85,6 +100,14 @@ class LoadOptions:
         if not isinstance(dtype, torch.dtype):
             raise UsageError(f"dtype {self.dtype!r} is none of auto, {', '.join(DTYPES)}")
         return dtype
+
+    def language_model_keywords(self) -> dict[str, Any]:
+        """The keywords of transformers' `from_pretrained` that place and quantise the language model."""
+        device_map = self.device_map or {"": self.device}
+        if isinstance(device_map, dict):
+            device_map = {key: place for key, place in device_map.items() if key != AUDIO_TOWER}
+        quantization = four_bit_config(self.compute_dtype) if self.load_in_4bit else None
+        return {"device_map": device_map, "quantization_config": quantization}
 
 
 DEFAULT_OPTIONS = LoadOptions()
@@ -101,7 +124,7 @@ def _refuse_missing_device(name: str | int | torch.device) -> None:
         raise UsageError(f"there is no device {str(name)!r} for PyTorch here: give one of {', '.join(['cpu', *there])}")
 
 
-def resolve_model(name: str, hub: str, flag: str) -> str:
+def resolve_model(name: str, hub: str, flag: str, access: Mapping[str, Any] = NO_ACCESS) -> str:
     """A folder's absolute path or a hub id that transformers can load; with `hub` "modelscope" the folder it was
     downloaded to.
     """
@@ -113,7 +136,7 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
             raise UsageError("--hub modelscope needs its package: pip install modelscope") from None
         name = snapshot_download(name)
     try:
-        config = load_config(name)
+        config = load_config(name, **access)
     except UntrustedCodeError:
         raise
     except UsageError as error:
@@ -128,27 +151,32 @@ def resolve_model(name: str, hub: str, flag: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def find_file(name: str | os.PathLike, file: str) -> Path | None:
-    """A file of a folder or a hub repository, downloaded if need be; None if it has no such file."""
-    found = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+def find_file(name: str | os.PathLike, file: str, **access: Any) -> Path | None:
+    """A file of a folder or a hub repository, downloaded if need be; None if it has no such file.
+
+    access: keywords of `cached_file`, such as token.
+    """
+    found = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False, **access)
     return None if found is None else Path(found)
 
 
-def _weight_files(name: str) -> list[Path]:
+def _weight_files(name: str, access: Mapping[str, Any]) -> list[Path]:
     """The weight files that transformers would load from this folder, shards sorted by name."""
-    found = next((path for path in (find_file(name, file) for file in WEIGHT_FILES) if path is not None), None)
+    found = next(
+        (path for path in (find_file(name, file, **access) for file in WEIGHT_FILES) if path is not None), None
+    )
     if found is None:
         raise UsageError(f"{name} has no weights: none of {', '.join(WEIGHT_FILES)} is there")
     if found.suffix != ".json":
         return [found]
     shards = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [Path(cached_file(name, shard)) for shard in shards]
+    return [Path(cached_file(name, shard, **access)) for shard in shards]
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(name: str, access: Mapping[str, Any] = NO_ACCESS) -> str:
     """SHA-256 over a base's configuration and the beginning, end and size of each of its weight files: quick."""
-    digest = hashlib.sha256(Path(cached_file(name, "config.json")).read_bytes())
-    for file in _weight_files(name):
+    digest = hashlib.sha256(Path(cached_file(name, "config.json", **access)).read_bytes())
+    for file in _weight_files(name, access):
         if not file.is_file():  # reading a device may never end
             raise UsageError(f"{file} is no regular file")
         size = file.stat().st_size
@@ -169,7 +197,9 @@ def refuse_missing(what: str, name: str, info: dict) -> None:
         )
 
 
-def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> TrueLengthWhisperEncoder:
+def load_encoder(
+    name: str, *, dtype: torch.dtype, device: torch.device, access: Mapping[str, Any] = NO_ACCESS
+) -> TrueLengthWhisperEncoder:
     """The encoder alone, frozen and in evaluation mode, from a whole Whisper checkpoint or from one of the encoder."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # transformers would list the decoder's unused weights one by one
@@ -179,6 +209,7 @@ def load_encoder(name: str, *, dtype: torch.dtype, device: torch.device) -> True
             key_mapping=ENCODER_KEYS,
             dtype=dtype,
             attn_implementation=PACKED_ATTENTION,
+            **access,
         )
     finally:
         hf_logging.set_verbosity(verbosity)
@@ -191,9 +222,9 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
     language_model, info = load_causal_lm(
         name,
         dtype=options.compute_dtype,
-        device_map=options.device_map or {"": options.device},
-        quantization_config=four_bit_config(options.compute_dtype) if options.load_in_4bit else None,
-        attn_implementation=attention_for(load_config(name)),
+        attn_implementation=attention_for(load_config(name, **options.access)),
+        **options.language_model_keywords(),
+        **options.access,
     )
     refuse_missing("--text_model", name, info)
     for module in language_model.modules():

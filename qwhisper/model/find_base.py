@@ -2,10 +2,12 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qwhisper.errors import CheckpointError, UsageError
-from qwhisper.model.bases import fingerprint, resolve_model
+from qwhisper.model.bases import NO_ACCESS, fingerprint, resolve_model
 
 # The checkpoint's folder, the run's folder, and the two above.
 FOLDERS_ABOVE = 3
@@ -14,11 +16,14 @@ LONGEST_NAME = 3
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def find_base(trained: str | os.PathLike, role: str, base: dict[str, str]) -> str:
+def find_base(
+    trained: str | os.PathLike, role: str, base: dict[str, str], access: Mapping[str, Any] = NO_ACCESS
+) -> str:
     """An absolute path or hub id of a base with the fingerprint that it had in training.
 
     trained: folder (or hub id) of trained weights; role: "audio" or "text"; base: {"name", "fingerprint"} of its
-    configuration. Raises UsageError if no such base is found, CheckpointError if another model is at its path.
+    configuration; access: keywords for downloads. Raises UsageError if no such base is found, CheckpointError if
+    another model is at its path.
     """
     stored, wanted = str(base["name"]), base["fingerprint"]
     for place in (stored, *beside(trained, stored)):
@@ -31,7 +36,7 @@ def find_base(trained: str | os.PathLike, role: str, base: dict[str, str]) -> st
     looked = f"{stored} (no such folder)"
     if HUB_ID.fullmatch(stored):
         try:
-            if fingerprint(resolve_model(stored, "huggingface", flag)) == wanted:
+            if fingerprint(resolve_model(stored, "huggingface", flag, access), access) == wanted:
                 return stored
             looked = f"{stored} (another model)"
         except (UsageError, OSError) as error:

@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +14,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from qwhisper.checkpoint.facts import run_arguments
-from qwhisper.checkpoint.names import ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, ENCODER_FILE, PROJECTOR_FILE
+from qwhisper.checkpoint.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    ARGUMENTS_FILE,
+    ENCODER_FILE,
+    MODEL_CONFIG,
+    PROJECTOR_FILE,
+)
 from qwhisper.errors import CheckpointError, UsageError, first_line
 from qwhisper.memory import naming_memory_limit
 from qwhisper.model.adapter_config import read_adapter_config
@@ -34,6 +41,7 @@ from qwhisper.model.bases import (
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
+from qwhisper.model.load_keywords import current_names, hub_keywords, quantised_text_alone, trained_options
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading
@@ -59,7 +67,8 @@ def join(
     model.model.language_model = body
     model.lm_head = head
     projector = model.model.multi_modal_projector
-    projector.to_empty(device=body.get_input_embeddings().weight.device)
+    place = body.get_input_embeddings().weight.device
+    projector.to_empty(device=encoder.device if place.type == "meta" else place)  # meta: the embeddings are offloaded
     projector.to(torch.float32 if projector_fp32 else language_model.dtype)
     for module in projector.modules():
         if module is not projector:
@@ -77,7 +86,9 @@ def load_and_join(
     """One model from both bases, with a record of their weights and a new projector."""
     cures = "--load_in_4bit, --whisper_cpu or a smaller --text_model"
     with naming_memory_limit(f"while {audio_path} and {text_path} were loaded", cures):
-        encoder = load_encoder(audio_path, dtype=options.compute_dtype, device=options.encoder_device)
+        encoder = load_encoder(
+            audio_path, dtype=options.compute_dtype, device=options.encoder_device, access=options.access
+        )
         language_model = load_language_model(text_path, options)
         refuse_unpackable(text_path, language_model)
     config.audio_config, config.text_config = encoder.config, language_model.config
@@ -87,11 +98,24 @@ def load_and_join(
 
 
 def is_trained_folder(name: str | os.PathLike) -> bool:
-    """Whether a folder or hub repository holds trained weights whose bases live elsewhere."""
+    """Whether a folder holds trained weights whose bases live elsewhere."""
+    return os.path.isdir(name) and find_file(name, PROJECTOR_FILE) is not None
+
+
+def downloaded(name: str | os.PathLike, keywords: Mapping[str, Any]) -> Path | None:
+    """The local copy of a hub repository of trained weights; None if the repository holds none.
+
+    keywords: those of `from_pretrained`; its revision, token and the like hold here.
+    """
+    access = hub_keywords(keywords)
     try:
-        return find_file(name, PROJECTOR_FILE) is not None
+        found = find_file(name, PROJECTOR_FILE, **access)
     except OSError:  # no such repository, or no network: the loader's message is clearer
-        return False
+        return None
+    if found is not None:
+        for file in (MODEL_CONFIG, GENERATION_CONFIG_NAME, ARGUMENTS_FILE, ADAPTER_CONFIG, ADAPTER_FILE, ENCODER_FILE):
+            find_file(name, file, **access)
+    return None if found is None else found.parent
 
 
 def load_trained(
@@ -113,8 +137,8 @@ def load_trained(
             warnings.warn(f"{name} holds a whole model: no other bases are loaded into it", stacklevel=2)
         return _load_whole(cls, name, options)
     config = read_config(name)
-    audio_path = same_base(name, "audio", config, audio_model)
-    text_path = same_base(name, "text", config, text_model)
+    audio_path = same_base(name, "audio", config, audio_model, options.access)
+    text_path = same_base(name, "text", config, text_model, options.access)
     assert config.audio_base is not None and config.text_base is not None
     config.audio_base["name"], config.text_base["name"] = audio_path, text_path  # the next save names these
     model = load_and_join(cls, config, audio_path, text_path, options)
@@ -131,9 +155,12 @@ def options_as_trained(name: str | os.PathLike, given: Mapping[str, Any]) -> Loa
     """Load options. given: fields of LoadOptions; those that are None or missing are taken from the run that trained
     the folder: a base that was trained on in 4 bits is loaded in 4 bits.
     """
+    return LoadOptions(**_as_trained(name) | {key: value for key, value in given.items() if value is not None})
+
+
+def _as_trained(name: str | os.PathLike) -> dict[str, bool]:
     run = run_arguments(Path(name)) if os.path.isdir(name) else {}
-    as_trained = {key: run[key] for key in ("load_in_4bit", "projector_fp32") if key in run}
-    return LoadOptions(**as_trained | {key: value for key, value in given.items() if value is not None})
+    return {key: run[key] for key in ("load_in_4bit", "projector_fp32") if key in run}
 
 
 def is_whole_folder(name: str | os.PathLike) -> bool:
@@ -166,42 +193,40 @@ def _load_whole(cls: type[Model], name: str | os.PathLike, options: LoadOptions)
 def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwargs):
     """transformers' `from_pretrained` for a whole model, and the adapter beside it. Hashes are not checked."""
     check_files(name)
+    if "quantization_config" in kwargs:
+        kwargs["quantization_config"] = quantised_text_alone(kwargs["quantization_config"])
     model, info = super(Qwen3AudioForConditionalGeneration, cls).from_pretrained(  # type: ignore[misc]
         name, *args, output_loading_info=True, **kwargs
     )
+    # With ignore_mismatched_sizes a user has asked for random weights in the place of those of another shape.
+    accepted = {"mismatched_keys": ()} if kwargs.get("ignore_mismatched_sizes") else {}
     if not output_loading_info:  # who asks for it reads there what is missing
-        refuse_missing("the model", str(name), info)
+        refuse_missing("the model", str(name), info | accepted)
     load_adapter_of_whole(model, name)
     return (model, info) if output_loading_info else model
 
 
-def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model:
-    """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on; see `options_as_trained`.
+def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model | tuple[Model, dict]:
+    """`load_trained` with the keywords that `from_pretrained` and the Auto classes pass on; see `load_keywords`.
 
     config: only the folder's own config, as the Auto classes pass it. attn_implementation: as in transformers; the Auto
-    classes pass it within the config. Any other keyword is refused, not ignored.
+    classes pass it within the config. output_loading_info: also returns transformers' report, which is empty, as a
+    weight that is missing, left over or of another shape is an error. Any keyword without effect is refused.
     """
-    # The Auto classes add keywords such as _from_auto, and adapter_kwargs with the user's keywords.
-    kwargs |= kwargs.pop("adapter_kwargs", None) or {}
-    kwargs = {key: value for key, value in kwargs.items() if value is not None and not key.startswith("_")}
-    if kwargs.get("local_files_only") is False:  # what a pipeline passes, and the default
-        del kwargs["local_files_only"]
+    kwargs = current_names(kwargs)
     config = kwargs.pop("config", None)
     _refuse_other_config(name, config)
     attention = kwargs.pop("attn_implementation", None) or _attention_in(config)
     _refuse_code(name, kwargs.pop("trust_remote_code", False))
     moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}
-    unknown = kwargs.keys() - {field.name for field in fields(LoadOptions)}
-    if unknown:
-        own = ["attn_implementation", "audio_model", "text_model"]
-        known = ", ".join([field.name for field in fields(LoadOptions)] + own)
-        raise UsageError(
-            f"{name} holds trained weights alone; loading it takes {known}, not {', '.join(sorted(unknown))}"
-        )
-    model = load_trained(cls, name, options_as_trained(name, kwargs), **moved)
+    with_info = kwargs.pop("output_loading_info", False)
+    options = trained_options(name, kwargs, _as_trained(name), read_config(name).text_config)
+    model = load_trained(cls, name, options, **moved)
+    model.name_or_path = model.config.name_or_path = os.fspath(name)  # where trainers look for the processor
     if attention:
         model.set_attn_implementation(attention)
-    return model
+    report: dict[str, set] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    return (model, report | {"error_msgs": set()}) if with_info else model
 
 
 def _attention_in(config: Qwen3AudioConfig | str | os.PathLike | None) -> dict[str, str]:
@@ -241,13 +266,15 @@ def _refuse_other_config(name: str | os.PathLike, given: Qwen3AudioConfig | str 
         )
 
 
-def same_base(name: str | os.PathLike, role: str, config: Qwen3AudioConfig, moved_to: str | None) -> str:
+def same_base(
+    name: str | os.PathLike, role: str, config: Qwen3AudioConfig, moved_to: str | None, access: Mapping[str, Any]
+) -> str:
     """Path of the audio or text base of a folder of trained weights; it must be the one used in training."""
     base = getattr(config, f"{role}_base")
     if not moved_to:
-        return find_base(name, role, base)
-    path = resolve_model(moved_to, "huggingface", f"--{role}_model")
-    if fingerprint(path) != base["fingerprint"]:
+        return find_base(name, role, base, access)
+    path = resolve_model(moved_to, "huggingface", f"--{role}_model", access)
+    if fingerprint(path, access) != base["fingerprint"]:
         raise UsageError(
             f"--{role}_model {path}: {name} was trained on {base['name']}, which is another model; "
             "leave the flag out, or start a new run"

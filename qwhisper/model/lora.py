@@ -115,6 +115,7 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> None:
     config._register_custom_module(_layer_types(model))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     inject_adapter_in_model(config, model, ADAPTER)
+    _place_beside_offloaded(model)
     model.peft_config = {ADAPTER: config}
     model._hf_peft_config_loaded = (
         True  # transformers' mark of an adapter: a plain Trainer trains no 4-bit model without it
@@ -122,6 +123,19 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> None:
     for name, parameter in model.named_parameters():
         # PEFT freezes all that is not its own; the projector and an unfrozen encoder stay as they were.
         parameter.requires_grad_("lora_" in name or name in trainable)
+
+
+def _place_beside_offloaded(model: PreTrainedModel) -> None:
+    """Put A and B of a layer whose weight is offloaded on the device that computes; PEFT made them without values."""
+    for name, module in model.named_modules():
+        hook = getattr(getattr(module, "base_layer", None), "_hf_hook", None)
+        if not isinstance(module, LoraLayer) or hook is None or not module.base_layer.weight.is_meta:
+            continue
+        for matrices in (module.lora_A, module.lora_B):
+            matrices.to_empty(device=hook.execution_device)
+        module.reset_lora_parameters(ADAPTER, True)
+        if empty := [key for key, parameter in module.named_parameters() if "lora_" in key and parameter.is_meta]:
+            raise UsageError(f"{name} is offloaded, and its {empty[0]} can't be: load the model without offloading")
 
 
 @contextmanager

@@ -190,16 +190,16 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, AudioGenerat
         audio_features: Tensor | None = None,
         audio_lengths: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        valid_label_count: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """input_ids: [batch, tokens] int64; audio: see `Qwen3AudioModel.get_audio_features`.
 
-        labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is the loss alone
-        (sum over supervised tokens / num_items_in_batch, or their mean), and no full logits exist; without, logits
-        [batch, tokens or logits_to_keep, vocabulary]. valid_label_count is in our batches for code that reports it, and
-        is not used here.
+        labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is a loss (sum over
+        supervised tokens / num_items_in_batch, or their mean). It has no logits in training mode or where gradients are
+        recorded, so that no full logits exist; otherwise, and without labels, logits [batch, tokens or logits_to_keep,
+        vocabulary]. valid_label_count, which our batches have, is not used.
         """
+        kwargs.pop("valid_label_count", None)  # no parameter: Trainer takes each with "label" in its name for labels
         outputs = self.model(
             input_ids=input_ids,
             input_features=input_features,
@@ -225,7 +225,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, AudioGenerat
             )
             if self.keep_last_logits:
                 self.last_logits = last_logits
-        else:
+        if labels is None or not (self.training or torch.is_grad_enabled()):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head_logits(hidden_states[:, kept], self.lm_head, self.softcap)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}

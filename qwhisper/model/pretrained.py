@@ -34,13 +34,13 @@ class UntrustedCodeError(UsageError):
     """A base model needs Python code from its own folder, which is never run."""
 
 
-def load_config(name: str | os.PathLike, flag: str = "") -> PreTrainedConfig:
+def load_config(name: str | os.PathLike, flag: str = "", **access: Any) -> PreTrainedConfig:
     """A base's configuration. Like all functions here, raises UsageError if the base can't be loaded.
 
-    flag: the flag that named the base, for the message.
+    flag: the flag that named the base, for the message. access: keywords for downloads, such as token.
     """
     with _loading(name, "model", flag):
-        return AutoConfig.from_pretrained(name, **NO_CODE)
+        return AutoConfig.from_pretrained(name, **access, **NO_CODE)
 
 
 def load_tokenizer(name: str | os.PathLike, flag: str = "") -> PreTrainedTokenizerBase:

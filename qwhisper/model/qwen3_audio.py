@@ -4,19 +4,22 @@ The whole package, and transformers' Auto classes, use this class and the functi
 """
 
 import os
+from tempfile import TemporaryDirectory
 
+from huggingface_hub import HfApi
 from transformers import GenerationMixin
 
 from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
 from qwhisper.data.template import listening_template
-from qwhisper.model import loading, modeling_qwen3_audio, saving
+from qwhisper.errors import UsageError
+from qwhisper.model import card, loading, modeling_qwen3_audio, saving
 from qwhisper.model.base_kinds import refuse_empty_tokenizer
 from qwhisper.model.bases import DEFAULT_OPTIONS, LoadOptions, fingerprint, refuse_missing, resolve_model
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.processing_qwen3_audio import add_audio_token
 from qwhisper.model.processor import Qwen3AudioProcessor
-from qwhisper.model.weights import BaseRecord, following_casts
+from qwhisper.model.weights import BaseRecord, following_casts, placed, plain_name
 
 
 class Qwen3AudioForConditionalGeneration(
@@ -25,10 +28,13 @@ class Qwen3AudioForConditionalGeneration(
 ):
     """The model that is trained and that answers.
 
-    base_record: of the weights that came from the bases, see `weights`.
+    base_record: of the weights that came from the bases, see `weights`. origin: the run that it was loaded from.
     """
 
     base_record: BaseRecord | None = None
+    origin: card.Origin = card.Origin()
+    # Trainer's checkpoint of a whole model has the adapter in it, from which Trainer resumes; it is loaded from beside.
+    _keys_to_ignore_on_load_unexpected = (r"\.lora_",)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -36,28 +42,56 @@ class Qwen3AudioForConditionalGeneration(
         then these weights.
 
         For a run's folder, load its best checkpoint by evaluation, else the newest. A checkpoint's files must match its
-        manifest. For a folder of trained weights the keywords are the fields of `bases.LoadOptions` (dtype, device_map,
-        load_in_4bit …), and audio_model, text_model if a base has moved; load_in_4bit and projector_fp32 are those of
-        its run unless they are given. Weights that are missing are an error, not a warning.
+        manifest. For a folder of trained weights the keywords are transformers', see `load_keywords`, the fields of
+        `bases.LoadOptions` (load_in_4bit, whisper_cpu …), and audio_model, text_model if a base has moved; load_in_4bit
+        and projector_fp32 are those of its run unless they are given. Weights that are missing are an error, not a
+        warning.
         """
         name = pretrained_model_name_or_path
         if name is None:  # a model of given weights, as in transformers
             return super().from_pretrained(name, *args, **kwargs)
-        if is_run_folder(name) or (os.path.isdir(name) and loading.is_trained_folder(name)):
-            return read_checkpoint(name, lambda folder: loading.load_for_user(cls, folder, **kwargs))
-        if loading.is_trained_folder(name):  # on the hub
-            return loading.load_for_user(cls, name, **kwargs)
+        if os.path.isdir(name):
+            name = os.path.join(name, kwargs.pop("subfolder", None) or "")
+        if is_run_folder(name) or loading.is_trained_folder(name):
+            return read_checkpoint(
+                name, lambda folder: _with_origin(loading.load_for_user(cls, folder, **kwargs), folder)
+            )
+        if not os.path.isdir(name) and (folder := loading.downloaded(name, kwargs)):
+            return loading.load_for_user(cls, folder, **kwargs)
         loading.refuse_for_whole(name, kwargs)
-        if os.path.isdir(name) and not kwargs.get("subfolder"):
-            return read_checkpoint(name, lambda folder: loading.load_whole(cls, folder, *args, **kwargs))
+        if os.path.isdir(name):
+            return read_checkpoint(
+                name, lambda folder: _with_origin(loading.load_whole(cls, folder, *args, **kwargs), folder)
+            )
         return loading.load_whole(cls, name, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=None, state_dict=None, push_to_hub=False, **kwargs):
         """Save the trained weights alone if all others still equal their bases', the whole model otherwise; see
         `saving.save_pretrained`.
         """
         keywords = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
-        saving.save_pretrained(self, self.base_record, save_directory, **keywords)
+        saving.save_pretrained(self, self.base_record, save_directory, origin=self.origin, **keywords)
+
+    def push_to_hub(self, repo_id, *, token=None, tags=None, **kwargs):
+        """As in transformers, with our model card, unless the repository has one. `tags` are the card's: edit them
+        there.
+        """
+        if tags:
+            raise UsageError("tags stand in the model card: save_pretrained, edit README.md, then upload the folder")
+        with TemporaryDirectory() as folder:
+            if HfApi().file_exists(repo_id, card.CARD, revision=kwargs.get("revision"), token=token):
+                HfApi().hf_hub_download(repo_id, card.CARD, local_dir=folder, token=token)
+            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, token=token, **kwargs)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As in torch; a weight's plain name also finds it in a layer that has an adapter.
+
+        If not `strict`, weights that came from the bases are not reported as missing: trained ones go on top of them.
+        """
+        found = super().load_state_dict(placed(self, state_dict), strict=strict, assign=assign)
+        if self.base_record is not None:
+            found.missing_keys[:] = [key for key in found.missing_keys if plain_name(key) not in self.base_record]
+        return found
 
     def _apply(self, fn, recurse=True):
         with following_casts(self):
@@ -81,6 +115,13 @@ class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
             return (model, info) if wants_info else model
         loaded = Qwen3AudioForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return (loaded[0].model, loaded[1]) if isinstance(loaded, tuple) else loaded.model
+
+
+def _with_origin(loaded, folder):
+    """A loaded model, or (model, report), that knows its run."""
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.origin = card.origin_of(folder)
+    return loaded
 
 
 def build_from_bases(

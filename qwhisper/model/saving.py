@@ -34,12 +34,25 @@ from qwhisper.checkpoint.names import (
 )
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.adapter_config import is_target, read_adapter_config
+from qwhisper.model.card import Origin, write_card
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.projector import AudioProjection
-from qwhisper.model.weights import ENCODER, PROJECTOR, BaseRecord, differing, is_adapters, part, plain_weights
+from qwhisper.model.weights import (
+    ENCODER,
+    PROJECTOR,
+    BaseRecord,
+    differing,
+    is_adapters,
+    part,
+    plain_name,
+    plain_weights,
+)
 
 WHOLE_FILES = (WHOLE_WEIGHTS, f"{WHOLE_WEIGHTS}.index.json")
+
+NO_RUN = Origin()
+RESUME_FILE = "model.safetensors"  # the name is Trainer's
 
 PUSH_KEYWORDS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 SAVE_KEYWORDS = (
@@ -60,7 +73,8 @@ def save_pretrained(
     base_record: BaseRecord | None,
     save_directory: str | os.PathLike,
     *,
-    is_main_process: bool = True,
+    origin: Origin = NO_RUN,
+    is_main_process: bool | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     push_to_hub: bool = False,
     max_shard_size: int | str = "50GB",
@@ -71,10 +85,12 @@ def save_pretrained(
 ) -> None:
     """Write everything needed to load the model again; raise UsageError if a weight would be lost.
 
-    base_record: of the weights that came from the model's bases; None if unknown.
+    base_record: of the weights that came from the model's bases; None if unknown. origin: the run, for the model card.
     state_dict: weights to save instead of the model's, as Trainer and Accelerate gather them; missing ones are taken
-    from the model. Nothing is written unless `is_main_process`. max_shard_size, variant,
-    save_original_format: as in transformers, for a whole model; trained weights have one file each.
+    from the model. is_main_process: nothing is written if False. Trainer and loops with Accelerate give it; only then
+    `model.safetensors` holds all that is trained by the names of the state dict, from which these resume.
+    max_shard_size, variant, save_original_format: as in transformers, for a whole model; trained weights have one file
+    each.
     push_to_hub: also uploads what was written to `repo_id` (default: the folder's name), with the keywords of
     transformers' `push_to_hub`.
     """
@@ -85,7 +101,7 @@ def save_pretrained(
             f"save_pretrained does not take {', '.join(unknown)} here: it takes {', '.join(SAVE_KEYWORDS)}, and with "
             f"push_to_hub=True {', '.join(PUSH_KEYWORDS)}"
         )
-    if not is_main_process:
+    if is_main_process is False:
         return
     folder = Path(save_directory)
     _refuse_folder(model.config, folder)
@@ -97,13 +113,23 @@ def save_pretrained(
     changed = differing(record, weights) if record is not None else []
     if record is None or any(not name.startswith(ENCODER) or name not in record for name in changed):
         options = {"variant": variant, "save_original_format": save_original_format}
-        _save_whole(model, folder, weights, adapter, changed, max_shard_size=max_shard_size, **options)
+        kept = weights if is_main_process is None else weights | {k: v for k, v in state.items() if is_adapters(k)}
+        _save_whole(model, folder, kept, adapter, changed, max_shard_size=max_shard_size, **options)
     else:
         if variant is not None:
             raise UsageError(f"variant={variant!r}: trained weights are saved under fixed names; leave it out")
         _save_trained(model, folder, weights, adapter, bool(changed), max_shard_size)
+        if is_main_process is not None:
+            parts = (PROJECTOR, ENCODER) if (folder / ENCODER_FILE).exists() else (PROJECTOR,)
+            _write({k: v for k, v in state.items() if _is_of(k, parts)}, folder / RESUME_FILE)
+    write_card(model.config, origin, folder)
     if push_to_hub:  # last, so that the weights are on the disk even without a network
         _upload(model, folder, before, token, kwargs)
+
+
+def _is_of(key: str, parts: tuple[str, ...]) -> bool:
+    """Whether a key of a state dict is an adapter's, or a weight below one of `parts`."""
+    return is_adapters(key) or (plain_name(key) or "").startswith(parts)
 
 
 def _has_default(name: str, value: Any) -> bool:
@@ -216,7 +242,8 @@ def _save_whole(
         # Only one of the two was trained, replaced or resized: tying them on loading would lose it.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):
-        _refuse_unloadable(weights, type(model)(copy.deepcopy(config)).state_dict())
+        plain = {name: tensor for name, tensor in weights.items() if not is_adapters(name)}
+        _refuse_unloadable(plain, type(model)(copy.deepcopy(config)).state_dict())
     with _as_whole(model, config):
         PreTrainedModel.save_pretrained(model, folder, state_dict=dict(weights), **options)
     if adapter is not None:

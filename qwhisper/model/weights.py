@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwhisper.checksums import changed, checksums
@@ -41,6 +41,13 @@ def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{plain name: tensor} of a state dict, without LoRA's tensors."""
     named = ((plain_name(key), tensor) for key, tensor in state.items() if not is_adapters(key))
     return {name: tensor for name, tensor in named if name is not None}
+
+
+def placed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the keys that its weights have in `model`, where an adapter may have been put around them."""
+    own = list(model.state_dict())
+    places = {name: key for name, key in ((plain_name(key), key) for key in own) if name is not None and name != key}
+    return {places.get(key, key): tensor for key, tensor in state.items()}
 
 
 def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.guards.gradients import Groups, frozen_parameters
 from qwhisper.guards.snapshot import Snapshots
+from qwhisper.model.card import Origin
 from qwhisper.model.processor import Qwen3AudioProcessor, encoder_of
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.events import RunLog, readable
@@ -293,11 +294,13 @@ def save_checkpoint(session: Session) -> Path:
     finite = session.snapshots.sound()
 
     def fill(folder: Path) -> None:
+        arguments = with_values(session.args, vars(session.plan))
+        model.origin = Origin(vars(arguments), state.step)
         model.save_pretrained(folder)
         session.processor.save_pretrained(folder)
         write_optimizer(session.optimizer, parameter_names(model), folder)
         write_generators(folder)
-        write_arguments(with_values(session.args, vars(session.plan)), folder)
+        write_arguments(arguments, folder)
         if session.snapshots.kept and session.snapshots.kept[-1].step != state.step:
             save_file(session.snapshots.as_tensors(), folder / SNAPSHOT_FILE)
         tensor_files = sorted(folder.rglob("*.safetensors"))

@@ -53,7 +53,7 @@ def test_the_stored_place_comes_first_then_the_nearest_with_the_right_fingerprin
 def test_a_hub_id_is_asked_for_on_the_hub_if_no_copy_is_near_and_stays_an_id(bases, tmp_path, monkeypatch):
     asked = []
 
-    def on_the_hub(name, hub, flag):
+    def on_the_hub(name, hub, flag, access):
         asked.append((name, hub, flag))
         return bases[1]
 

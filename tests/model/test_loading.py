@@ -80,8 +80,10 @@ def test_a_loaded_model_can_be_saved_and_loaded_again(saved, tmp_path):
 
 
 def test_an_unknown_keyword_is_refused_with_those_that_are_known(saved):
-    with pytest.raises(UsageError, match=r"loading it takes dtype, device_map, .*text_model, not quantization_config"):
-        Qwen3AudioForConditionalGeneration.from_pretrained(saved[1], quantization_config={"load_in_4bit": True})
+    with pytest.raises(
+        UsageError, match=r"loading it does not take whatever. It takes dtype, device_map, .*text_model"
+    ):
+        Qwen3AudioForConditionalGeneration.from_pretrained(saved[1], whatever=1)
 
 
 @pytest.mark.parametrize("auto", [Qwen3AudioForConditionalGeneration, AutoModelForMultimodalLM])
@@ -94,8 +96,6 @@ def test_what_is_not_honoured_is_refused_by_name(saved, auto):
         auto.from_pretrained(folder, config=own)
     with pytest.raises(UsageError, match=r"trust_remote_code=True has no effect: no code of a checkpoint"):
         auto.from_pretrained(folder, trust_remote_code=True)
-    with pytest.raises(UsageError, match=r"not cache_dir"):
-        auto.from_pretrained(folder, adapter_kwargs={"cache_dir": "cache"})
 
 
 OURS, AUTO, SLOW = Qwen3AudioForConditionalGeneration, AutoModelForMultimodalLM, pytest.mark.slow

@@ -247,14 +247,14 @@ def test_push_to_hub_uploads_what_was_written(model, tmp_path, monkeypatch, chan
     tmp_path.joinpath("old.txt").write_text("not part of it")
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="heard", token="t", private=True, commit_message="Hello")
     expected = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} - {"old.txt"}
-    assert set(hub.files) == expected and len(expected) == 5
+    assert set(hub.files) == expected and len(expected) == 6
     (create, commit) = hub.calls
     assert create == ("create_repo", "heard", {"private": True, "token": "t", "exist_ok": True})
     assert commit[1] == "me/heard"
     assert (commit[2]["token"], commit[2]["commit_message"]) == ("t", "Hello")
     hub.files.clear()
     model.save_pretrained(tmp_path / "mine", push_to_hub=True)
-    assert hub.calls[-2][1] == "mine" and len(hub.files) == 5
+    assert hub.calls[-2][1] == "mine" and len(hub.files) == 6
 
 
 def test_without_a_network_the_weights_are_at_least_in_the_folder(model, tmp_path, monkeypatch):

@@ -1,0 +1,175 @@
+"""Keywords of transformers' `from_pretrained` act on trained weights and on whole models, or are refused and why."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig
+
+from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioModel
+from qwhisper.errors import UsageError
+from tests.model.parts import logits, trained
+from tests.small import small_model
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+load = Qwen3AudioForConditionalGeneration.from_pretrained
+
+
+@pytest.fixture(scope="module")
+def folders(joined_once, tmp_path_factory):
+    """{"trained", "whole"}: a folder of trained weights over bases, and one of a whole model."""
+    folder = tmp_path_factory.mktemp("folders")
+    torch.manual_seed(0)
+    trained(copy.deepcopy(joined_once()[0])).save_pretrained(folder / "trained")
+    small_model().save_pretrained(folder / "whole")
+    return {name: folder / name for name in ("trained", "whole")}
+
+
+BOTH = pytest.mark.parametrize("kind", ["trained", "whole"])
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"revision": "main", "token": "hf_x", "force_download": True, "proxies": {}},
+        {"cache_dir": "cache", "local_files_only": True},
+        {"low_cpu_mem_usage": True, "use_safetensors": True, "weights_only": True, "ignore_mismatched_sizes": False},
+        {"device_map": "auto", "max_memory": {"cpu": "1GB"}, "offload_folder": "off", "offload_buffers": True},
+    ],
+)
+def test_what_does_not_change_a_local_model_is_taken(folders, kind, keywords, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(load(folders[kind], **keywords)), logits(load(folders[kind])))
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
+def test_dtype_also_by_its_deprecated_name(folders, kind):
+    for keywords in ({"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}):
+        model = load(folders[kind], **keywords)
+        assert model.model.language_model.dtype == model.model.audio_tower.dtype == torch.bfloat16
+        assert model.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
+
+
+@BOTH
+def test_a_report_of_loading_names_nothing_that_is_missing(folders, kind):
+    for cls in (Qwen3AudioForConditionalGeneration, Qwen3AudioModel, AutoModelForMultimodalLM):
+        model, info = cls.from_pretrained(folders[kind], output_loading_info=True)
+        assert type(model).__name__ == (cls if cls is Qwen3AudioModel else Qwen3AudioForConditionalGeneration).__name__
+        assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@BOTH
+def test_a_subfolder_of_a_local_folder(folders, kind):
+    assert torch.equal(logits(load(folders[kind].parent, subfolder=kind)), logits(load(folders[kind])))
+
+
+LAYERS = "model.language_model"
+SPLIT = {
+    "model.audio_tower": "cpu", "model.multi_modal_projector": "cpu", f"{LAYERS}.embed_tokens": "cpu", "lm_head": "cpu",
+    f"{LAYERS}.norm": "cpu", f"{LAYERS}.rotary_emb": "cpu", f"{LAYERS}.layers.0": "cpu", f"{LAYERS}.layers.1": "disk",
+}  # fmt: skip
+OF_LANGUAGE_MODEL = {key.replace(LAYERS, "model"): place for key, place in SPLIT.items() if key[:8] != "model.mu"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "device_map"), [("trained", SPLIT), ("trained", OF_LANGUAGE_MODEL), ("whole", SPLIT)], ids=str
+)
+def test_a_layer_that_stays_on_the_disk_computes_the_same(folders, kind, device_map, tmp_path):
+    """LoRA's matrices beside it hold the trained values, not what memory held before."""
+    model = load(folders[kind], device_map=device_map, offload_folder=tmp_path / "off")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert not any(p.is_meta for name, p in model.named_parameters() if "lora_" in name)
+    assert torch.equal(logits(model), logits(load(folders[kind])))
+    if kind == "trained":
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+def test_the_encoder_of_trained_weights_does_not_stay_on_the_disk(folders, tmp_path):
+    with pytest.raises(UsageError, match=r"model.audio_tower can't stay on the disk"):
+        load(folders["trained"], device_map=SPLIT | {"model.audio_tower": "disk"}, offload_folder=tmp_path)
+
+
+def four_bit(model) -> set[str]:
+    return {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+
+
+@BOTH
+def test_a_quantisation_is_of_the_language_models_layers_alone(folders, kind):
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["audio_tower"])
+    for given in (config, {"load_in_4bit": True, "quant_method": "bitsandbytes"}):
+        model = load(folders[kind], quantization_config=given)
+        assert four_bit(model) and all(name.startswith(LAYERS) for name in four_bit(model))
+        found, full = logits(model), logits(load(folders[kind]))
+        assert not torch.equal(found, full) and (found - full).norm() < full.norm()
+    assert config.llm_int8_skip_modules == ["audio_tower"]
+
+
+def test_trained_weights_are_loaded_in_4_bits_or_in_full(folders):
+    with pytest.raises(UsageError, match=r"in 4 bits or in full. Give quantization_config=BitsAndBytesConfig\(load_in"):
+        load(folders["trained"], quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reason"),
+    [
+        ({"ignore_mismatched_sizes": True}, r"ignore_mismatched_sizes \(a trained weight of another shape is an error"),
+        ({"variant": "fp16"}, r"variant \(its files have fixed names"),
+        ({"state_dict": {}}, r"state_dict \(load the model, then call"),
+        ({"max_new_tokens": 5}, r"max_new_tokens \(give it to generate"),
+        ({"temperature": 0.5}, r"temperature \(give it to generate"),
+        ({"projector_scale": 2.0}, r"projector_scale \(trained weights have their own config"),
+        ({"use_safetensors": False}, r"use_safetensors \(its weights are safetensors"),
+        ({"load_in_8bit": True}, r"load_in_8bit \(give load_in_4bit=True"),
+        ({"tp_plan": "auto", "key_mapping": {}}, r"key_mapping \(.*\), tp_plan \(the model is loaded by one process"),
+    ],
+)
+def test_what_trained_weights_do_not_take_is_refused_with_the_reason(folders, keywords, reason):
+    with pytest.raises(UsageError, match=reason):
+        load(folders["trained"], **keywords)
+
+
+def test_weights_of_another_shape_are_drawn_anew_only_if_that_is_asked_for(folders):
+    config = Qwen3AudioConfig.from_pretrained(folders["whole"])
+    config.projector_stack = 2
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(folders["whole"], config=config)
+    model, info = load(folders["whole"], config=config, ignore_mismatched_sizes=True, output_loading_info=True)
+    names = {str(key[0]) for key in info["mismatched_keys"]}
+    assert "model.multi_modal_projector.linear_1.weight" in names and not any(LAYERS in name for name in names)
+    assert torch.isfinite(logits(model)).all()
+
+
+def in_cache(cache: Path, repository: str, folder: Path, revision: str) -> None:
+    """Put a folder where the hub's client puts a download."""
+    place = cache / f"models--{repository.replace('/', '--')}"
+    commit = f"{len(revision):040x}"
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / revision).write_text(commit)
+
+
+def test_trained_weights_on_the_hub_and_their_bases_come_from_where_the_keywords_say(
+    folders, bases, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # transformers asks for an adapter's file in any case
+    ears, cache = tmp_path / "ears", tmp_path / "cache"
+    shutil.copytree(folders["trained"], ears)
+    config = Qwen3AudioConfig.from_pretrained(ears)
+    config.audio_base["name"], config.text_base["name"] = "somebody/whisper", "somebody/qwen3"
+    config.save_pretrained(ears)
+    in_cache(cache, "me/ears", ears, "v2")
+    in_cache(cache, "somebody/whisper", Path(bases[0]), "main")
+    in_cache(cache, "somebody/qwen3", Path(bases[1]), "main")
+    there = {"cache_dir": str(cache), "local_files_only": True, "token": False}
+    model = load("me/ears", revision="v2", **there)
+    assert torch.equal(logits(model), logits(load(folders["trained"])))
+    assert model.config.text_base["name"] == "somebody/qwen3"
+    with pytest.raises(OSError, match="find them in the cached files"):
+        load("me/ears", **there)  # its main revision is not in the cache
