@@ -16,6 +16,7 @@ from qwhisper.errors import UsageError
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.lora import add_lora
 from qwhisper.model.qwen3_audio import build_from_bases
+from tests.small import write_small_bases
 from tests.train.helpers import read_lines, same_bits
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -191,3 +192,25 @@ def test_other_arguments_of_trainer_change_no_loss_beyond_rounding(trainer_of, v
     evaluated = [trainer.evaluate()["eval_loss"] for trainer in (plain, other)]
     assert math.isfinite(losses[0]) and losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_language_model_in_4_bits_is_trained_and_resumed(trainer_of, collator, train_file, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    audio, text = write_small_bases(tmp_path / "wide", hidden_size=64)
+    options = LoadOptions(load_in_4bit=True, dtype="fp32", device_map="cpu")
+
+    def trainer(**values) -> Trainer:
+        torch.manual_seed(0)
+        model, _ = build_from_bases(str(audio), str(text), options)
+        add_lora(model, r=4, alpha=8)
+        plain = trainer_of(save_strategy="steps", save_steps=2, **values)
+        dialogues = plain.train_dataset
+        return Trainer(model=model, args=plain.args, train_dataset=dialogues, data_collator=collator)
+
+    whole = trainer()
+    whole.train()
+    shutil.rmtree(tmp_path / "hf" / "checkpoint-4")
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    assert same_bits(trained(whole.model), trained(again.model)) == []
