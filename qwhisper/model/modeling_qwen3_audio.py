@@ -31,6 +31,7 @@ class Qwen3AudioPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _no_split_modules = ("WhisperEncoderLayer",)
     _keep_in_fp32_modules_strict = ("multi_modal_projector",)
 
@@ -145,6 +146,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, AudioGenerat
         self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._can_compile_fullgraph = self.model.language_model._can_compile_fullgraph
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
         if plan := (language_model._tp_plan or {}).get("lm_head"):

@@ -1,4 +1,4 @@
-"""Features of clips, one clip a row: each clip alone and among others, as a backend that batches by clip asks for them."""
+"""Features of clips, one clip a row: alone, among others, and as a backend that batches by clip asks for them."""
 
 from collections.abc import Sequence
 
@@ -71,8 +71,8 @@ def backend(model, rows: list[tuple[Tensor, Tensor]], counts: list[int]) -> list
     """
     features, masks = [f for f, _ in rows], [m for _, m in rows]
     if len({f.shape for f in features}) == 1:
-        found = model.get_audio_features(torch.stack(features), input_features_mask=torch.stack(masks), return_dict=True)
-        embeddings = found.pooler_output
+        mask = torch.stack(masks)
+        embeddings = model.get_audio_features(torch.stack(features), return_dict=True, input_features_mask=mask)[1]
         assert embeddings.ndim == 2 and len(embeddings) == sum(counts)
         return list(embeddings.split(counts))
     items = []
@@ -102,7 +102,7 @@ def test_a_backend_that_batches_by_clip_gets_the_embeddings_of_each_clip(seconds
 def test_a_window_that_the_encoder_cannot_take_is_named():
     model = make_model(75)
     features = torch.zeros(1, 80, 151)
-    with pytest.raises(ValueError, match=r"151 mel frames is longer than the 150 .*mask is missing, so each row is one"):
+    with pytest.raises(ValueError, match=r"151 mel frames is longer than the 150 .*each row is one window"):
         model.get_audio_features(features)
     with pytest.raises(ValueError, match=r"151 mel frames is longer than the 150 .*has no 0 where one window"):
         model.get_audio_features(features, torch.ones(1, 151))

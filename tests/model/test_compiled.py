@@ -63,9 +63,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
         plain.set_attn_implementation(implementation)
         checkpointed = copy.deepcopy(plain)
         checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        calls = []
+        calls: list[int] = []
+
+        def count(*_, calls=calls) -> None:
+            calls.append(1)
+
         for found in (plain, checkpointed):
-            found.model.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+            found.model.language_model.layers[0].input_layernorm.register_forward_hook(count)
             found(**batch, labels=batch["input_ids"]).loss.backward()
         assert len(calls) == 3
         expected = gradients(plain)

@@ -77,7 +77,7 @@ def test_the_answer_depends_on_the_audio(model):
 def test_each_row_gets_its_own_answer(model, settings):
     batch = rows(model)
     found = model.generate(**batch, **GREEDY, **settings)
-    assert torch.equal(found[:, : -NEW], batch["input_ids"])
+    assert torch.equal(found[:, :-NEW], batch["input_ids"])
     assert torch.equal(found[:, -NEW:], answers(model, batch))
 
 
