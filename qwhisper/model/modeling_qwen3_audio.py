@@ -5,7 +5,7 @@ Architecture only: nothing here knows of files, dialogues or training. `qwen3_au
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -127,7 +127,11 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
         )
 
 
-class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, AudioGeneration):
+class Qwen3AudioForConditionalGeneration(
+    Qwen3AudioPreTrainedModel,
+    AudioGeneration,
+    GenerationMixin,  # transformers looks for it among the direct bases
+):
     """`Qwen3AudioModel` with the language model's head: computes a loss from labels, and answers.
 
     last_logits: while `keep_last_logits`, the detached logits [positions, vocabulary] of the last supervised positions,
