@@ -17,6 +17,7 @@ from qwhisper.frames import CONV_STRIDE, HOP_LENGTH, N_FFT, FrameArithmetic, enc
 
 MARGIN_HOPS = 2  # of a window in the row, beyond one hop a frame: its last frame reaches 240 samples further
 Layout = TypeVar("Layout")
+on_the_host = torch.compiler.disable  # NumPy, which torch.compile would trace and get wrong
 END_HOPS = 3  # zeros at the row's end, which padding frames point at
 
 
@@ -112,6 +113,7 @@ def audio_layout(lengths: Sequence[int], arithmetic: FrameArithmetic, sizes: Aud
     )
 
 
+@on_the_host
 def waveform_row(windows: Iterable[np.ndarray], sizes: AudioSizes) -> Tensor:
     """[samples of the row] float32, of windows float32 [samples] each, on the host; zeros between them.
 
@@ -134,6 +136,7 @@ def waveform_row(windows: Iterable[np.ndarray], sizes: AudioSizes) -> Tensor:
     return torch.from_numpy(row)
 
 
+@on_the_host
 def mel_layout(lengths: Sequence[int], sizes: AudioSizes) -> MelLayout:
     """lengths: samples of each window."""
     mel = [mel_frames(n) for n in lengths]
@@ -148,6 +151,7 @@ def mel_layout(lengths: Sequence[int], sizes: AudioSizes) -> MelLayout:
     return MelLayout(torch.from_numpy(frames), torch.from_numpy(windows), sizes.windows)
 
 
+@on_the_host
 def encoder_layout(mel_lengths: Sequence[int], sizes: AudioSizes | None = None) -> EncoderLayout:
     """mel_lengths: mel frames of each window. sizes: see `audio_layout`.
 
@@ -179,6 +183,7 @@ def encoder_layout(mel_lengths: Sequence[int], sizes: AudioSizes | None = None) 
     )
 
 
+@on_the_host
 def stack_groups(spans: Sequence[tuple[int, int]], stack: int, *, nothing: int, tokens: int | None = None) -> Tensor:
     """[tokens, stack] of spans (start, end) of encoder frames, one a window, whose last group is filled up with
     `nothing`. tokens: as many as there are groups, or more.
@@ -192,6 +197,7 @@ def stack_groups(spans: Sequence[tuple[int, int]], stack: int, *, nothing: int, 
     return torch.from_numpy(groups)
 
 
+@on_the_host
 def window_lengths(mask: Tensor) -> list[int]:
     """Mel frames of each window of clips, one clip a row: the runs of ones of a mask [clips, mel frames], in order.
 

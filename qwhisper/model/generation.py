@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationMixin, SuppressTokensLogitsProcessor
 
 from qwhisper.model.audio_embedding import AUDIO_INPUTS
 
@@ -50,10 +50,6 @@ class AudioGeneration(GenerationMixin):
         audio = {name: kwargs.pop(name) for name in AUDIO_KEYWORDS if name in kwargs}
         if any(name in audio for name in AUDIO_INPUTS):
             kwargs |= self._prompt(kwargs.get("input_ids", inputs), audio, kwargs)
-        if self.config.audio_token_id < self.config.get_text_config().vocab_size:
-            given = generation_config or self.generation_config
-            suppressed = kwargs.pop("suppress_tokens", None) or given.suppress_tokens or []
-            kwargs["suppress_tokens"] = [*suppressed, self.config.audio_token_id]
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
     def _prompt(self, input_ids: Tensor | None, audio: dict[str, Tensor], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +96,14 @@ class AudioGeneration(GenerationMixin):
     prepare_inputs_for_generation.__signature__ = with_prompt_embeds(  # type: ignore[attr-defined]
         inspect.signature(GenerationMixin.prepare_inputs_for_generation)
     )
+
+    def _get_logits_processor(self, *args, device=None, **kwargs):
+        """The placeholder is suppressed before anything else, whatever is suppressed besides."""
+        processors = super()._get_logits_processor(*args, device=device, **kwargs)
+        if self.config.audio_token_id < self.config.get_text_config().vocab_size:
+            device = device or self.model.text_device
+            processors.insert(0, SuppressTokensLogitsProcessor([self.config.audio_token_id], device=device))
+        return processors
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
         """Drafts come from an assistant, for which this model's embeddings mean nothing."""

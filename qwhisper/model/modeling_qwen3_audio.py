@@ -5,7 +5,7 @@ Architecture only: nothing here knows of files, dialogues or training. `qwen3_au
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -31,6 +31,7 @@ class Qwen3AudioPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _no_split_modules = ("WhisperEncoderLayer",)
     _keep_in_fp32_modules_strict = ("multi_modal_projector",)
 
@@ -126,7 +127,11 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
         )
 
 
-class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, AudioGeneration):
+class Qwen3AudioForConditionalGeneration(
+    Qwen3AudioPreTrainedModel,
+    AudioGeneration,
+    GenerationMixin,  # transformers looks for it among the direct bases
+):
     """`Qwen3AudioModel` with the language model's head: computes a loss from labels, and answers.
 
     last_logits: while `keep_last_logits`, the detached logits [positions, vocabulary] of the last supervised positions,
@@ -145,6 +150,7 @@ class Qwen3AudioForConditionalGeneration(Qwen3AudioPreTrainedModel, AudioGenerat
         self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._can_compile_fullgraph = self.model.language_model._can_compile_fullgraph
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
         if plan := (language_model._tp_plan or {}).get("lm_head"):
