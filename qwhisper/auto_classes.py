@@ -2,8 +2,9 @@
 
 So `import qwhisper` is enough for `AutoModelForMultimodalLM.from_pretrained(checkpoint)`, and imports no transformers.
 An Auto class keeps registered classes in the dict `_extra_content` of its mapping; here a dict that also has our entry
-replaces it. If transformers has no such mapping, nothing changes. For a run's folder AutoConfig and AutoTokenizer read
-the files of its best checkpoint, as our classes do.
+replaces it. The module `transformers` has our classes as attributes in the same way. If transformers has no such
+mapping, nothing changes. For a run's folder AutoConfig, AutoTokenizer and AutoFeatureExtractor read the files of its
+best checkpoint, as our classes do.
 """
 
 import os
@@ -31,9 +32,15 @@ ENTRIES = {
     },
     f"{AUTO}.processing_auto": {"PROCESSOR_MAPPING": "Qwen3AudioProcessor"},
     f"{AUTO}.tokenization_auto": {},
+    f"{AUTO}.feature_extraction_auto": {},
 }
 # Auto classes that look for files before they know our class: a run's folder has none of its own.
-READERS = {f"{AUTO}.configuration_auto": "AutoConfig", f"{AUTO}.tokenization_auto": "AutoTokenizer"}
+READERS = {
+    f"{AUTO}.configuration_auto": "AutoConfig",
+    f"{AUTO}.tokenization_auto": "AutoTokenizer",
+    f"{AUTO}.feature_extraction_auto": "AutoFeatureExtractor",
+}
+CLASSES = {CONFIG, *(name for entries in ENTRIES.values() for name in entries.values())}
 READ_RUN = "read_run"  # name of the function that reads a run's folder, for `Load`
 Load = Callable[[str], Any]  # gives the class or function of a name
 
@@ -93,6 +100,26 @@ class Registered(dict):
         return dict(super().items())
 
 
+class Names(dict):
+    """The objects of the module `transformers` that it doesn't import by itself, and our classes.
+
+    Libraries look the class of a configuration's `architectures` up there, as TRL does for the path of a model.
+    """
+
+    def __init__(self, objects: dict, load: Load):
+        super().__init__(objects)
+        self._load = load
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in CLASSES
+
+    def __missing__(self, name: str) -> Any:
+        if name not in CLASSES:
+            raise KeyError(name)
+        self[name] = found = self._load(name)
+        return found
+
+
 class Finder:
     """A module finder that registers our entries in each module of ENTRIES right after its import."""
 
@@ -133,6 +160,9 @@ def _register(module: ModuleType, load: Load) -> None:
         if type(known) is dict:  # neither another form of transformers, nor done already
             by_type = mapping_name == "CONFIG_MAPPING"
             mapping._extra_content = Registered(known, load, class_name, by_type)
+    library: Any = sys.modules["transformers"]
+    if type(getattr(library, "_objects", None)) is dict:
+        library._objects = Names(library._objects, load)
     reader = getattr(module, READERS.get(module.__name__, ""), None)
     if reader is not None and not hasattr(reader.from_pretrained, "_of_qwhisper"):
         reader.from_pretrained = _reading_runs(reader.from_pretrained, load)

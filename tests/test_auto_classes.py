@@ -30,10 +30,13 @@ def run(code: str, *arguments: str) -> list[str]:
 
 USE = """
 import sys, qwhisper
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, pipeline
-for auto in (AutoConfig, AutoTokenizer, AutoProcessor, AutoModel, AutoModelForMultimodalLM):
+import transformers
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoTokenizer, pipeline
+for auto in (AutoConfig, AutoTokenizer, AutoFeatureExtractor, AutoProcessor, AutoModel, AutoModelForMultimodalLM):
     print(type(auto.from_pretrained(sys.argv[1])).__name__)
 answer = pipeline("any-to-any", model=sys.argv[1])
+assert type(answer.model) is getattr(transformers, answer.model.config.architectures[0])
 print(type(answer.model).__name__, type(answer.processor).__name__)
 question = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
 print(answer(text=question, max_new_tokens=2)[0]["generated_text"][-1]["role"])
@@ -41,6 +44,7 @@ print(answer(text=question, max_new_tokens=2)[0]["generated_text"][-1]["role"])
 USED = [
     "Qwen3AudioConfig",
     "TokenizersBackend",
+    "WhisperFeatureExtractor",
     "Qwen3AudioProcessor",
     "Qwen3AudioModel",
     "Qwen3AudioForConditionalGeneration",

@@ -25,12 +25,15 @@ def losses(trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def test_texts_need_no_more_than_the_model(finished_run, settings, tmp_path):
-    model = Qwen3AudioForConditionalGeneration.from_pretrained(finished_run)
+@pytest.mark.parametrize("load", [Qwen3AudioForConditionalGeneration.from_pretrained, str])
+def test_texts_need_no_more_than_the_model_or_its_path(finished_run, settings, tmp_path, load):
+    model = load(finished_run)
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]
     texts = datasets.Dataset.from_list([{"messages": turns}] * 6)
-    found = losses(trl.SFTTrainer(model=model, train_dataset=texts, args=trl.SFTConfig(**settings)))
+    trainer = trl.SFTTrainer(model=model, train_dataset=texts, args=trl.SFTConfig(**settings))
+    found = losses(trainer)
     assert len(found) == 2 and all(map(math.isfinite, found)) and found[1] < found[0]
+    assert type(trainer.model) is Qwen3AudioForConditionalGeneration
     Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path / "sft" / "checkpoint-2")
 
 
