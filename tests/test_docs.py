@@ -41,6 +41,7 @@ PAGES = (
     *LEARNING,
     "docs/audio.md",
     "docs/events.md",
+    "docs/huggingface.md",
     "docs/reliability.md",
     "docs/silence.md",
     "docs/performance.md",

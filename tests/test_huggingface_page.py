@@ -1,0 +1,58 @@
+"""docs/huggingface.md: every example runs, one after another, on a small trained run."""
+
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+from transformers import TrainingArguments
+
+from qwhisper.infer.assistant import Assistant
+from qwhisper.model.qwen3_audio import build_from_bases
+
+PAGE = Path(__file__).parents[1] / "docs" / "huggingface.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture
+def beside_a_run(finished_run, bases, tmp_path, monkeypatch):
+    """A working folder with the names of the page: the run, a whole model, dialogues and a question."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    shutil.copytree(finished_run.parent / "data", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train.jsonl").rename(tmp_path / "data.jsonl")
+    shutil.copy(tmp_path / "clip0.wav", tmp_path / "question.wav")
+    model, _ = build_from_bases(*map(str, bases))
+    model.get_input_embeddings().weight.data.add_(1e-3)  # no longer its base's: saved whole
+    model.save_pretrained(tmp_path / "whole")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> list[str]:
+    """The repositories that are uploaded to, which the tests can't reach."""
+    found: list[str] = []
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **given: type("Repository", (), {"repo_id": repo_id})
+    )
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, *given, **named: False)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *given, **named: ModelCard("Ours."))
+    for name in ("upload_folder", "create_commit"):
+        monkeypatch.setattr(HfApi, name, lambda self, *given, **named: found.append(named["repo_id"]))
+    return found
+
+
+@pytest.mark.usefixtures("beside_a_run", "on_the_cpu")
+def test_every_example_runs(uploads, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.TrainingArguments", lambda *a, **given: TrainingArguments(*a, **given, use_cpu=True)
+    )
+    names: dict = {}
+    without = [example for example in EXAMPLES if "from trl" not in example or find_spec("trl")]
+    for example in without:
+        exec(example, names)
+    assert names["trainer"].state.global_step == 2 and "eval_loss" in names["trainer"].state.log_history[-1]
+    assert Assistant.from_pretrained("hf-run/final").answer(names["messages"], max_new_tokens=2).completion_tokens > 0
+    assert (Path("merged") / "README.md").is_file()
+    assert set(uploads) == {"you/my-listener"}
