@@ -14,7 +14,7 @@ REQUIRED = (
         "transformers calls its unwrap_model with keep_torch_compile, which it does not know "
         "(TypeError: unwrap_model() got an unexpected keyword argument 'keep_torch_compile')",
     ),
-    ("transformers", "5.23", "its model classes differ from those that qwhisper uses"),
+    ("transformers", "5.16.1", "its model classes differ from those that qwhisper uses"),
     ("torch", "2.11", "packed training needs torch.nn.attention.varlen of that version"),
     ("peft", "0.21", "older versions are not tested with transformers 5"),
 )

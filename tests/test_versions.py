@@ -35,7 +35,7 @@ def installed(monkeypatch):
 @pytest.mark.parametrize("torch", ["2.11.0", "2.13.0+cu130", "2.14.0a0", "3.0"])
 def test_supported_versions_pass(installed, torch):
     installed["torch"] = torch
-    installed["transformers"] = "5.23.0"
+    installed["transformers"] = "5.16.1"
     check_versions(quantized=True)
 
 
@@ -47,7 +47,7 @@ def test_this_installation_passes():
     ("package", "found", "fix"),
     [
         ("accelerate", "1.2.1", "pip install -U 'accelerate>=1.3'"),
-        ("transformers", "4.57.3", "pip install -U 'transformers>=5.23'"),
+        ("transformers", "4.57.3", "pip install -U 'transformers>=5.16.1'"),
         ("torch", "2.9.1+cu128", "pip install -U 'torch>=2.11'"),
         ("peft", "0.20.0", "pip install -U 'peft>=0.21'"),
     ],

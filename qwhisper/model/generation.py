@@ -9,7 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationMixin, SuppressTokensLogitsProcessor
+from transformers import (
+    Cache,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationMixin,
+    LogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 from qwhisper.model.audio_embedding import AUDIO_INPUTS
 
@@ -20,6 +29,13 @@ NOT_WITH_AUDIO = {
     "prefill_chunk_size": "leave it out: the prompt is read at once",
     "token_healing": "leave it out, or end the prompt before the part of a word",
 }
+# They take the prompt's ids as columns of the scores.
+OF_THE_PROMPT = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 ASSISTED = ("prompt_lookup_num_tokens", "use_mtp")
 
 
@@ -27,6 +43,19 @@ def with_prompt_embeds(signature: inspect.Signature) -> inspect.Signature:
     *named, others = signature.parameters.values()
     own = inspect.Parameter("prompt_embeds", inspect.Parameter.KEYWORD_ONLY, default=None)
     return signature.replace(parameters=[*named, own, others])
+
+
+class WithColumns(LogitsProcessor):
+    """A processor that sees scores of `width` columns: the vocabulary's and those of an id outside it, never chosen."""
+
+    def __init__(self, processor: LogitsProcessor, width: int):
+        self.processor = processor
+        self.width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        width = scores.shape[-1]
+        wide = torch.nn.functional.pad(scores, (0, self.width - width), value=-torch.inf)
+        return self.processor(input_ids, wide)[..., :width]
 
 
 class AudioGeneration(GenerationMixin):
@@ -98,12 +127,17 @@ class AudioGeneration(GenerationMixin):
     )
 
     def _get_logits_processor(self, *args, device=None, **kwargs):
-        """The placeholder is suppressed before anything else, whatever is suppressed besides."""
+        """The placeholder is suppressed before anything else, or gets a column if it lies outside the vocabulary."""
         processors = super()._get_logits_processor(*args, device=device, **kwargs)
-        if self.config.audio_token_id < self.config.get_text_config().vocab_size:
+        placeholder = self.config.audio_token_id
+        if placeholder < self.config.get_text_config().vocab_size:
             device = device or self.model.text_device
-            processors.insert(0, SuppressTokensLogitsProcessor([self.config.audio_token_id], device=device))
-        return processors
+            processors.insert(0, SuppressTokensLogitsProcessor([placeholder], device=device))
+            return processors
+        return type(processors)(
+            WithColumns(processor, placeholder + 1) if isinstance(processor, OF_THE_PROMPT) else processor
+            for processor in processors
+        )
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
         """Drafts come from an assistant, for which this model's embeddings mean nothing."""

@@ -4,6 +4,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from qwhisper.checkpoint.names import ARGUMENTS_FILE
 from qwhisper.checkpoint.places import BASES, absolute
 from qwhisper.checkpoint.reading import read_checkpoint
@@ -94,9 +96,20 @@ def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArgu
         model.model.audio_tower.requires_grad_(True).float()
         model.model.audio_tower.embed_positions.requires_grad_(False)
     if args.gradient_checkpointing:
-        model.model.language_model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": args.lora_dropout > 0 or has_dropout(model)}
+        checkpoint_activations(
+            model.model.language_model,
+            use_reentrant=False,
+            preserve_rng_state=args.lora_dropout > 0 or has_dropout(model),
         )
+
+
+def checkpoint_activations(model: PreTrainedModel, **kwargs: bool) -> None:
+    """Compute layers again in the backward pass, under the name of the installed transformers (5.24 changed it).
+
+    kwargs: for `torch.utils.checkpoint.checkpoint`.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs)
 
 
 def has_dropout(model: Qwen3AudioForConditionalGeneration) -> bool:

@@ -13,6 +13,7 @@ from qwhisper.engine.executor import Executor
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
 from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.model.lora import add_lora
+from qwhisper.train.models import checkpoint_activations
 from qwhisper.train.optimizer import parameter_groups
 from qwhisper.train.recovery import diagnose_pack
 from tests.small import small_model
@@ -96,7 +97,7 @@ def layers_skipped(executor):
 
 
 def recomputed_with_dropout(executor):
-    executor.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(executor.model.model.language_model, use_reentrant=False)
 
 
 def a_parameters_hook(executor):
@@ -133,7 +134,7 @@ def test_each_reason_is_named(executor, change, reason):
 def test_a_frozen_encoder_and_a_run_without_dropout_draw_nothing(executor):
     body = executor.model.model
     body.audio_tower.layerdrop = body.audio_tower.config.attention_dropout = 0.1
-    body.language_model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    checkpoint_activations(body.language_model, use_reentrant=False, preserve_rng_state=False)
     assert executor.why_plain() is None
 
 

@@ -16,6 +16,7 @@ from qwhisper.guards.state import CLAMP_SPIKES as SPIKES
 from qwhisper.guards.state import CLAMP_WINDOW as WINDOW
 from qwhisper.guards.state import ClampSwitch
 from qwhisper.model.lora import add_lora, lora_parameters
+from qwhisper.train.models import checkpoint_activations
 from tests.model.parts import make_sample
 from tests.small import small_model, text_config
 
@@ -189,7 +190,7 @@ def test_gradient_checkpointing_counts_each_value_once_and_clamps_both_times(ree
     for checkpointed in (False, True):
         model = spiking_model(1e4)
         if checkpointed:
-            model.model.language_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model.model.language_model, use_reentrant=reentrant)
         clamp, seen = clamp_on(model), seen_by_q(model)
         norm = gradient_norm(model, batch_for(model))
         results.append((norm, clamp.take_counts()))

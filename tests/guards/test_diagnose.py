@@ -13,6 +13,7 @@ from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.guards.diagnose import describe, diagnose
 from qwhisper.model.attention import PACKED_ATTENTION, packed_attention_forward
 from qwhisper.model.lora import add_lora
+from qwhisper.train.models import checkpoint_activations
 from tests.model.parts import make_sample
 from tests.small import small_model
 
@@ -26,7 +27,7 @@ def tuned(family="qwen3", *, lora=True, reentrant=None, dropout=0.0):
     if lora:
         add_lora(model, dropout=dropout)
     if reentrant is not None:
-        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model.model.language_model, use_reentrant=reentrant)
     return model.train()
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from qwhisper.train.models import checkpoint_activations
 from tests.model.parts import gradients
 from tests.model.test_generation import rows
 from tests.small import small_model
@@ -62,7 +63,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
         plain = copy.deepcopy(model).requires_grad_(True).train()
         plain.set_attn_implementation(implementation)
         checkpointed = copy.deepcopy(plain)
-        checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        checkpoint_activations(checkpointed, use_reentrant=use_reentrant)
         calls: list[int] = []
 
         def count(*_, calls=calls) -> None:

@@ -173,6 +173,28 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.5},
+        {"encoder_repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 1},
+    ],
+    ids=str,
+)
+def test_a_placeholder_outside_the_vocabulary_counts_as_one_inside_that_is_never_chosen(settings):
+    torch.manual_seed(0)
+    model = small_model(audio_token_id=VOCABULARY + 3).eval()
+    inside = copy.deepcopy(model)
+    inside.resize_token_embeddings(VOCABULARY + 4)
+    spare = [VOCABULARY + 1, VOCABULARY, VOCABULARY + 2]
+    batch = rows(model)
+    expected = inside.generate(**batch, **GREEDY, **settings, suppress_tokens=spare)
+    assert torch.equal(model.generate(**batch, **GREEDY, **settings), expected)
+    assert not torch.equal(expected, model.generate(**batch, **GREEDY))
+
+
 @pytest.mark.parametrize(("settings", "error", "words"), REFUSED, ids=lambda value: str(value))
 def test_what_would_lose_the_audio_is_refused(model, settings, error, words):
     with pytest.raises(error, match=words):

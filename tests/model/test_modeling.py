@@ -14,6 +14,7 @@ from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.audio_layout import encoder_layout
 from qwhisper.model.lora import add_lora
 from qwhisper.model.mel import packed_log_mel
+from qwhisper.train.models import checkpoint_activations
 from tests.model.parts import CLIPS, audio_batch, gradients, make_sample, noise
 from tests.sdpa_switches import switches_of_calls
 from tests.small import VOCABULARY, large_weights, small_model, text_config, whisper_config
@@ -128,7 +129,7 @@ def test_a_part_of_the_encoder_gets_the_gradients_that_it_has_in_the_whole(part,
     assert model.model.encoder_is_trained
     assert model.train().model.audio_tower.training
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model, use_reentrant=False)
     model(**batch).loss.backward()
     found = {n: p.grad for n, p in encoder.get_submodule(part).named_parameters()}
     for name, gradient in wanted.items():
@@ -190,7 +191,7 @@ def test_checkpointing_gives_the_same_gradients_and_leaves_the_frozen_encoder_al
     model(**batch).loss.backward()
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model, use_reentrant=False)
     model.enable_input_require_grads()
     checkpointed = []
     for name, module in model.named_modules():
