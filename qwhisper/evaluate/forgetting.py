@@ -24,6 +24,7 @@ from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate.turns import Turn, answer_rows, turns_of
 from qwhisper.infer.assistant import answer_prompts
+from qwhisper.infer.context import context_length
 from qwhisper.model.lora import adapter_off
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
@@ -42,12 +43,14 @@ def text_answers(
     batch_size: int,
 ) -> list[str | None]:
     """Answers of the language model without its adapter, which reads the transcripts. None for a turn without a clip
-    before it, or with a clip that has no transcript.
+    before it, with a clip that has no transcript, or whose prompt in words fills the model's context.
     """
-    prompts = {}
+    prompts, context = {}, context_length(model.config)
     for position, turn in enumerate(turns):
         if turn.clips and (typed := in_words(turn.history)) is not None:
-            prompts[position] = encoder.encode_prompt(typed, tools=turn.dialogue.tools)
+            prompt = encoder.encode_prompt(typed, tools=turn.dialogue.tools)
+            if context is None or len(prompt.input_ids) < context:
+                prompts[position] = prompt
     with adapter_off(model):
         answers = answer_prompts(model, encoder, list(prompts.values()), max_new_tokens, batch_size)
     found = dict(zip(prompts, answers, strict=True))
