@@ -5,7 +5,7 @@ short line of JSON can hold eight references to a clip of four hours.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,13 +50,16 @@ def check_dialogue_seconds(seconds: Sequence[float]) -> None:
 class DialogueAudio:
     """Decodes the clips of a dialogue, once each, for all rows that are made from it.
 
-    max_length: tokens of a row; a clip that is longer by itself is not decoded.
+    max_length: tokens of a row; a clip that is longer by itself is not decoded. heard: clips that were decoded before,
+    with the same frames and max_length; not changed.
     """
 
-    def __init__(self, frames: FrameArithmetic, max_length: int | None = None):
+    def __init__(
+        self, frames: FrameArithmetic, max_length: int | None = None, heard: Mapping[AudioClip, Heard] | None = None
+    ):
         self._frames = frames
         self._max_length = max_length
-        self._heard: dict[AudioClip, Heard] = {}
+        self._heard = dict(heard or {})
 
     def lengths(self, clips: Sequence[AudioClip]) -> list[int]:
         """Samples at 16 kHz of each clip of a row, in their order; decodes clips that were not decoded before.

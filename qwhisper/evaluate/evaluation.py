@@ -27,6 +27,7 @@ from qwhisper.evaluate.metrics import (
 )
 from qwhisper.evaluate.turns import Turn, answer_row, turns_of
 from qwhisper.infer.assistant import answer_prompts
+from qwhisper.infer.context import TooLongPromptError, context_length
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 DIALOGUES_AT_ONCE = 256  # their audio is in memory together
@@ -44,8 +45,8 @@ class Evaluation:
     loss: nats a supervised token, as in training; loss_swapped, loss_unswapped: the same for the reference answers of
     swapped turns, with swapped and with true audio; listening_gain: their difference.
     retention: on kinds that are not in `trained_kinds`; text_shift: nats a token, on text alone; see forgetting.py.
-    notes: sentences, such as why retention or text shift is missing. rejected: dialogues with a bad clip (id, reason).
-    answers: one record for each turn.
+    notes: sentences, such as why retention or text shift is missing. rejected: dialogues with a bad clip, or longer
+    than the model's context (id, reason). answers: one record for each turn.
     """
 
     turns: float | None
@@ -172,27 +173,39 @@ def _with_true_audio(
     measure_turns: bool,
 ) -> _Heard:
     """Loss and answers; decodes each dialogue's clips once. answer: gives the model's answers to rows of turns."""
-    heard = _Heard()
+    heard, context = _Heard(), context_length(executor.model.config)
     for first in range(0, len(dialogues), DIALOGUES_AT_ONCE):
         samples: list[Sample] = []
         rows: list[Sample] = []
         for dialogue in dialogues[first : first + DIALOGUES_AT_ONCE]:
             audio = encoder.dialogue_audio()
+            turns = turns_of([dialogue])
             try:
-                samples += encoder.encode_rows(dialogue, audio)
-            except (BadClipError, NoLabelsError) as error:
+                whole = encoder.encode_rows(dialogue, audio)
+                asked = [answer_row(encoder, turn, audio) for turn in turns]
+                _refuse_beyond(context, dialogue, [*whole, *asked])
+            except (BadClipError, NoLabelsError, TooLongPromptError) as error:
                 heard.rejected.append({"id": dialogue.id, "reason": str(error)})
                 continue
+            samples += whole
+            rows += asked
             heard.usable.append(dialogue)
-            turns = turns_of([dialogue])
             heard.turns += turns
-            rows += [answer_row(encoder, turn, audio) for turn in turns]
         heard.loss.add(executor, samples)
         if measure_turns:
             after_clips = {len(heard.answers) + n: row for n, row in enumerate(rows) if row.windows}
             heard.turn_losses |= zip(after_clips, _row_losses(executor, list(after_clips.values())), strict=True)
         heard.answers += answer(rows)
     return heard
+
+
+def _refuse_beyond(context: int | None, dialogue: Dialogue, rows: Sequence[Sample]) -> None:
+    longest = max(len(row.input_ids) for row in rows)
+    if context is not None and longest > context:
+        raise TooLongPromptError(
+            f"{dialogue.source}: the dialogue takes {longest} tokens and the model's context has {context}: divide it, "
+            "or use shorter clips"
+        )
 
 
 def _row_losses(executor: Executor, rows: Sequence[Sample]) -> list[tuple[float, int]]:
@@ -242,28 +255,31 @@ def _with_swapped_audio(
 ) -> dict[str, float]:
     """Add swapped_answer, swapped_same and swapped_same_question to the records of turns that have a partner.
 
-    Returns the losses. Decodes the clips of a partner's dialogue once, for all turns that hear them.
+    Returns the losses. Leaves out a swap that is longer than the model's context. Decodes the clips of a partner's
+    dialogue once, for all turns that hear them.
     """
     swaps = {position: swapped for position, swapped in enumerate(swap_audio(heard.turns, seed=seed)) if swapped}
-    if not swaps:
-        return {}
     by_dialogue: dict[int, list[int]] = {}
     for position, swapped in swaps.items():
         by_dialogue.setdefault(id(swapped.partner.dialogue), []).append(position)
     swapped_losses: dict[int, tuple[float, int]] = {}
+    context = context_length(executor.model.config)
     groups = list(by_dialogue.values())
     for first in range(0, len(groups), DIALOGUES_AT_ONCE):
         rows: dict[int, Sample] = {}
         for positions in groups[first : first + DIALOGUES_AT_ONCE]:
             audio = encoder.dialogue_audio()
             rows |= {position: answer_row(encoder, swaps[position].turn, audio) for position in positions}
-        rows = dict(sorted(rows.items()))
+        rows = {n: row for n, row in sorted(rows.items()) if context is None or len(row.input_ids) <= context}
         swapped_losses |= zip(rows, _row_losses(executor, list(rows.values())), strict=True)
         for position, text in zip(rows, answer(list(rows.values())), strict=True):
             records[position]["swapped_answer"] = text
             records[position]["swapped_same"] = same(records[position]["reference"], text)
             records[position]["swapped_same_question"] = swaps[position].same_question
-    unswapped, with_swapped = _mean(heard.turn_losses[position] for position in swaps), _mean(swapped_losses.values())
+    if not swapped_losses:
+        return {}
+    unswapped = _mean(heard.turn_losses[position] for position in swapped_losses)
+    with_swapped = _mean(swapped_losses.values())
     return {
         "loss_unswapped": unswapped,
         "loss_swapped": with_swapped,

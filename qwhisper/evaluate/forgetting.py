@@ -8,7 +8,6 @@ language model without its adapter answers it correctly from the words.
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from typing import Any
@@ -22,8 +21,9 @@ from qwhisper.data.processes import Poll, nothing
 from qwhisper.data.rows import IGNORE, Sample
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
-from qwhisper.evaluate.turns import Turn, answer_rows, turns_of
+from qwhisper.evaluate.turns import Decoded, Turn, first_whole, turns_of
 from qwhisper.infer.assistant import answer_prompts
+from qwhisper.infer.context import context_length
 from qwhisper.model.lora import adapter_off
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
@@ -42,12 +42,14 @@ def text_answers(
     batch_size: int,
 ) -> list[str | None]:
     """Answers of the language model without its adapter, which reads the transcripts. None for a turn without a clip
-    before it, or with a clip that has no transcript.
+    before it, with a clip that has no transcript, or whose prompt in words fills the model's context.
     """
-    prompts = {}
+    prompts, context = {}, context_length(model.config)
     for position, turn in enumerate(turns):
         if turn.clips and (typed := in_words(turn.history)) is not None:
-            prompts[position] = encoder.encode_prompt(typed, tools=turn.dialogue.tools)
+            prompt = encoder.encode_prompt(typed, tools=turn.dialogue.tools)
+            if context is None or len(prompt.input_ids) < context:
+                prompts[position] = prompt
     with adapter_off(model):
         answers = answer_prompts(model, encoder, list(prompts.values()), max_new_tokens, batch_size)
     found = dict(zip(prompts, answers, strict=True))
@@ -180,7 +182,7 @@ def choose_questions(
     poll: Poll = nothing,
 ) -> Questions:
     """At most MAX_QUESTIONS in each group, evenly over its kinds; decodes their audio, in `num_workers` processes
-    if there are any. poll: as in `answer_rows`.
+    if there are any. poll: as in `first_whole`.
 
     `dialogues` must be held out. Empty if fewer than MIN_QUESTIONS are of kinds never trained on, or if no trained kind
     is known, because then any may have been trained on.
@@ -194,10 +196,11 @@ def choose_questions(
             groups[turn.answer.kind in trained_kinds][turn.answer.kind].append(turn)
     if sum(map(len, groups[False].values())) < MIN_QUESTIONS:
         return Questions()
-    untrained = _questions(encoder, groups[False], num_workers, poll)
+    heard: Decoded = {}
+    untrained = _questions(encoder, groups[False], heard, num_workers, poll)
     if len(untrained) < MIN_QUESTIONS:
         return Questions()
-    return Questions(untrained, _questions(encoder, groups[True], num_workers, poll))
+    return Questions(untrained, _questions(encoder, groups[True], heard, num_workers, poll))
 
 
 def answered_by_text_model(executor: Executor, questions: Questions) -> Questions:
@@ -221,7 +224,11 @@ def scores_by_ear(executor: Executor, questions: Questions) -> tuple[Score | Non
 
 
 def _questions(
-    encoder: DialogueEncoder, by_kind: Mapping[str, Sequence[Turn]], num_workers: int, poll: Poll
+    encoder: DialogueEncoder,
+    by_kind: Mapping[str, Sequence[Turn]],
+    heard: Decoded,
+    num_workers: int,
+    poll: Poll,
 ) -> list[Question]:
     """One question of every kind, then a second one of each, and so on.
 
@@ -231,7 +238,4 @@ def _questions(
     for turn in (turn for rank in zip_longest(*by_kind.values()) for turn in rank if turn is not None):
         if (typed := in_words(turn.history)) is not None:
             groups.append((turn, Turn(replace(turn.dialogue, messages=(*typed, turn.answer)), turn.index)))
-    read = answer_rows(groups, encoder, num_workers, poll)
-    whole = (Question(*rows) for rows in read if rows is not None and not any(row.events for row in rows))
-    with closing(read):
-        return list(islice(whole, MAX_QUESTIONS))
+    return [Question(*rows) for rows in first_whole(groups, MAX_QUESTIONS, encoder, heard, num_workers, poll)]

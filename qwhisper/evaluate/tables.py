@@ -51,7 +51,7 @@ def _swap_note(counts: dict[str, int]) -> str:
     if counts["without_audio"]:
         note += f"; {counts['without_audio']} follow no audio"
     if counts["not_swapped"]:
-        note += f"; for {counts['not_swapped']} no clips were found that change the answer"
+        note += f"; for {counts['not_swapped']} no clips were found that change the answer and fit into the context"
     return note + "."
 
 

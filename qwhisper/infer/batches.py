@@ -66,7 +66,7 @@ def _answer_batch(model, encoder: DialogueEncoder, prompts: list[Sample], reques
     """requests: they differ in max_new_tokens alone."""
     batch: dict[str, Any] = dict(pad_samples(prompts, encoder.pad_token_id, padding_side="left"))
     embeddings, attention_mask = _embed(model, batch)
-    reader = Reader(model, attention_mask)
+    reader = Reader(model, attention_mask, context=context_length(model.config))
     chooser = Chooser(requests[0], len(prompts), never_written(model))
     written = [AnswerText(encoder, prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
     logits = reader.read(embeddings)

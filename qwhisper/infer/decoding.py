@@ -62,9 +62,9 @@ def _is(kind: type, value: object) -> bool:
 class Answer:
     """text: without special tokens and surrounding white space.
 
-    finish_reason: "stop" (the model ended its turn, or wrote a stop text), "length" (it wrote max_new_tokens) or
-    "cancelled". prompt_tokens: tokens of the prompt, of which audio_tokens are audio. completion_tokens: tokens of the
-    answer, including the one that ends the turn.
+    finish_reason: "stop" (the model ended its turn, or wrote a stop text), "length" (it wrote max_new_tokens, or up to
+    the end of its context) or "cancelled". prompt_tokens: tokens of the prompt, of which audio_tokens are audio.
+    completion_tokens: tokens of the answer, including the one that ends the turn.
     """
 
     text: str
@@ -79,13 +79,19 @@ class Reader:
 
     attention_mask: int64 [rows, tokens], 0 at the left padding of the first tokens; None: no padding. past: the cache,
     under the name that the model's forward and its output use for it (transformers 5.24 changed this name); empty
-    before the first read.
+    before the first read. context: the model's, see `context_length`. With it, a row of several whose answer has ended
+    stays at the last position while others read on; a table of learned positions has no further ones.
     """
 
     def __init__(
-        self, model: PreTrainedModel, attention_mask: Tensor | None = None, past: dict[str, Cache] | None = None
+        self,
+        model: PreTrainedModel,
+        attention_mask: Tensor | None = None,
+        past: dict[str, Cache] | None = None,
+        context: int | None = None,
     ):
         self.model = model
+        self.context = context
         self.attention_mask = attention_mask
         self.past = dict(past or {})
         self._accepted = inspect.signature(model.forward).parameters
@@ -115,6 +121,8 @@ class Reader:
             new = self.attention_mask.new_ones(embeddings.shape[:2])
             self.attention_mask = torch.cat([self.attention_mask, new], dim=1)
         positions = (self.attention_mask.cumsum(-1) - 1).masked_fill(self.attention_mask == 0, 0)
+        if self.context is not None:
+            positions = positions.clamp(max=self.context - 1)
         return {"attention_mask": self.attention_mask, "position_ids": positions[:, -embeddings.shape[1] :]}
 
 

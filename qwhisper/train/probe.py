@@ -8,9 +8,7 @@ random number, keeps no gradient, and leaves model and optimizer unchanged.
 import math
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -29,7 +27,7 @@ from qwhisper.evaluate.forgetting import (
     scores_by_ear,
 )
 from qwhisper.evaluate.listening import SwappedTurn, swap_audio
-from qwhisper.evaluate.turns import Turn, answer_rows, turns_of
+from qwhisper.evaluate.turns import Decoded, Turn, first_whole, turns_of
 from qwhisper.memory import is_out_of_memory
 from qwhisper.train.learning import SHORTEST
 
@@ -182,7 +180,7 @@ def make_probe(
     poll: Poll = nothing,
 ) -> ListeningProbe | None:
     """A probe on `dialogues`, whose audio it decodes, in `num_workers` processes if there are any. poll: as in
-    `answer_rows`.
+    `first_whole`.
 
     questions: asked in probes from step `asks_from` on. Returns None if the dialogues give fewer than MIN_PAIRS pairs,
     as text-only ones do.
@@ -257,18 +255,16 @@ def choose_pairs(
     chosen = np.random.default_rng(seed).permutation(len(dialogues))[:MAX_DIALOGUES]
     turns = turns_of([dialogues[index] for index in chosen])
     of_trained_kinds = [turn for turn in turns if turn.answer.kind is None or turn.answer.kind in trained_kinds]
-    pairs = _pairs(of_trained_kinds, encoder, seed, num_workers, poll)
+    heard: Decoded = {}
+
+    def pairs_of(turns: Sequence[Turn]) -> list[Pair]:
+        groups = [(turn, swapped.turn) for turn, swapped in _by_preference(turns, swap_audio(turns, seed=seed))]
+        return [Pair(*rows) for rows in first_whole(groups, MAX_PAIRS, encoder, heard, num_workers, poll)]
+
+    pairs = pairs_of(of_trained_kinds)
     if len(pairs) >= MIN_PAIRS or len(of_trained_kinds) == len(turns):
         return pairs
-    return _pairs(turns, encoder, seed, num_workers, poll)
-
-
-def _pairs(turns: Sequence[Turn], encoder: DialogueEncoder, seed: int, num_workers: int, poll: Poll) -> list[Pair]:
-    groups = [(turn, swapped.turn) for turn, swapped in _by_preference(turns, swap_audio(turns, seed=seed))]
-    read = answer_rows(groups, encoder, num_workers, poll)
-    whole = (Pair(*rows) for rows in read if rows is not None and not any(row.events for row in rows))
-    with closing(read):
-        return list(islice(whole, MAX_PAIRS))
+    return pairs_of(turns)
 
 
 def _by_preference(turns: Sequence[Turn], swaps: Sequence[SwappedTurn | None]) -> Iterator[tuple[Turn, SwappedTurn]]:

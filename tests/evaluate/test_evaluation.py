@@ -4,13 +4,15 @@ import soundfile
 import torch
 
 from qwhisper.data import dialogue_audio
-from qwhisper.data.dialogue import AudioClip, Dialogue, Message
+from qwhisper.data.dialogue import AudioClip, Dialogue, Message, in_words
 from qwhisper.engine.executor import Executor
 from qwhisper.errors import DataError
 from qwhisper.evaluate import evaluation as run_module
 from qwhisper.evaluate import forgetting
 from qwhisper.evaluate.evaluation import NO_KIND, evaluate_model
+from qwhisper.evaluate.forgetting import text_answers
 from qwhisper.evaluate.tables import markdown
+from qwhisper.evaluate.turns import turns_of
 from qwhisper.frames import SAMPLE_RATE
 from tests.small import tone
 
@@ -252,3 +254,63 @@ def test_bad_clip_costs_its_dialogue_and_is_named(small_model, dialogues, tmp_pa
     assert "bad" not in {record["id"] for record in result.answers}
     with pytest.raises(DataError, match=r"no dialogue can be evaluated.*silent"):
         evaluate_model(*small_model, [bad])
+
+
+@pytest.fixture
+def set_context(small_model, monkeypatch):
+    """A function that sets the tokens of the small model's context."""
+    config = small_model[0].config.get_text_config()
+    return lambda tokens: monkeypatch.setattr(config, "max_position_embeddings", tokens)
+
+
+def test_a_dialogue_longer_than_the_context_is_rejected_by_name_and_the_rest_is_measured(small_model, set_context):
+    model, encoder = small_model
+    short, long = (
+        Dialogue(name, (Message("user", (question,)), Message("assistant", ("Hi.",))), f"file:{name}")
+        for name, question in (("short", "Hello"), ("long", "Hello " * 50))
+    )
+    expected = evaluate_model(model, encoder, [short], text_model=False, max_new_tokens=2)
+    length = len(encoder.encode(long).input_ids)
+    set_context(length - 1)
+    result = evaluate_model(model, encoder, [long, short], text_model=False, max_new_tokens=2)
+    reason = f"file:long: the dialogue takes {length} tokens and the model's context has {length - 1}: divide it"
+    assert [found["id"] for found in result.rejected] == ["long"] and result.rejected[0]["reason"].startswith(reason)
+    assert f"1 dialogues left out, the first: long: {reason}" in markdown(result, checkpoint="run", eval_file="e.jsonl")
+    assert (result.answers, result.loss) == (expected.answers, expected.loss)
+    with pytest.raises(DataError, match=r"no dialogue can be evaluated.*file:long"):
+        evaluate_model(model, encoder, [long], text_model=False)
+    set_context(length)
+    assert not evaluate_model(model, encoder, [long], text_model=False, max_new_tokens=2).rejected
+
+
+def test_a_swap_longer_than_the_context_is_left_out(small_model, set_context, tmp_path):
+    """Of a long text with a short clip and a short text with a long clip, only the two long ones are too long."""
+    model, encoder = small_model
+    dialogues = []
+    for n, (seconds, text, word) in enumerate(((0.3, "Pitch?" * 8, "low"), (1.1, "Pitch?", "high"))):
+        soundfile.write(tmp_path / f"{n}.wav", tone(PITCHES[word], seconds), SAMPLE_RATE)
+        asked = Message("user", (AudioClip(str(tmp_path / f"{n}.wav")), text))
+        dialogues.append(Dialogue(f"d{n}", (asked, Message("assistant", (word,))), f"file:{n}"))
+    both = evaluate_model(model, encoder, dialogues, text_model=False, max_new_tokens=2)
+    longest = max(len(encoder.encode(dialogue).input_ids) for dialogue in dialogues)
+    set_context(longest)
+    result = evaluate_model(model, encoder, dialogues, text_model=False, max_new_tokens=2)
+    assert (both.counts["swapped"], result.counts["swapped"], result.rejected) == (2, 1, [])
+    assert "swapped_same" not in result.answers[0]
+    assert result.answers[1] == both.answers[1] and "swapped_same" in both.answers[1]
+    unswapped = evaluate_model(model, encoder, dialogues[1:], text_model=False, max_new_tokens=2).loss
+    assert result.loss_unswapped == pytest.approx(unswapped, rel=1e-5)  # over the same turns as the swapped loss
+
+
+def test_a_transcript_that_fills_the_context_is_not_asked_of_the_text_model(small_model, dialogues, set_context):
+    model, encoder = small_model
+    short, long = dialogues[0], dialogues[2]
+    clip, text = long.messages[0].content
+    question = Message("user", (AudioClip(clip.path, transcript="high " * 20), text))
+    turns = turns_of([short, Dialogue("long", (question, long.messages[1]), "file:long")])
+    everything = text_answers(model, encoder, turns, 2, 8)
+    length = len(encoder.encode_prompt(in_words(turns[1].history)).input_ids)
+    set_context(length)
+    assert text_answers(model, encoder, turns, 2, 8) == [everything[0], None]
+    set_context(length + 1)
+    assert text_answers(model, encoder, turns, 2, 8)[1] is not None

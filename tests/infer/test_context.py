@@ -1,13 +1,17 @@
 """A prompt and its answer fit into the model's context; a prompt that does not is refused before it is computed."""
 
 import pytest
-from transformers import GPT2Config, Qwen3Config
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
 from qwhisper.data.dialogue import Message
 from qwhisper.errors import UsageError
 from qwhisper.infer.assistant import Assistant
+from qwhisper.infer.batches import answer_batches
 from qwhisper.infer.chat import Chat, converse
 from qwhisper.infer.context import TooLongPromptError, context_length
+from qwhisper.infer.decoding import Request
+from tests.small import large_weights, text_config
 
 QUESTION = [Message("user", ("Hello",))]
 
@@ -56,6 +60,22 @@ def test_an_answer_ends_at_the_end_of_the_context(short):
     whole = Assistant(assistant.model, assistant.encoder).answer(QUESTION, max_new_tokens=3)
     for answer in (assistant.answer(QUESTION, max_new_tokens=50), *assistant.answer_all([QUESTION], max_new_tokens=50)):
         assert (answer.finish_reason, answer.completion_tokens, answer.text) == ("length", 3, whole.text)
+
+
+def test_a_row_that_has_ended_reads_no_position_beyond_the_context(small_model):
+    """GPT-2 has a table of positions; to look behind its end is an error, which on a GPU ends the process."""
+    _, encoder = small_model
+    torch.manual_seed(0)
+    values = {"vocab_size": len(encoder.tokenizer), "eos_token_id": encoder.tokenizer.eos_token_id}
+    prompts = [encoder.encode_prompt([Message("user", (text,))]) for text in ("Hello", "Hello " * 8)]
+    positions = len(prompts[1].input_ids) + 2
+    model = AutoModelForCausalLM.from_config(text_config("gpt2", n_positions=positions, **values)).eval()
+    large_weights(model)
+    request = Request(max_new_tokens=20)
+    (together,) = answer_batches(model, encoder, prompts, request)
+    alone = [next(answer_batches(model, encoder, [prompt], request))[0] for prompt in prompts]
+    assert [together[0], together[1]] == alone
+    assert [(answer.finish_reason, answer.completion_tokens) for answer in alone] == [("length", 20), ("length", 2)]
 
 
 def test_a_prompt_that_fills_the_context_is_refused_before_anything_is_computed(short, monkeypatch):

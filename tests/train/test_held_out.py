@@ -73,7 +73,7 @@ def test_with_workers_the_trainer_decodes_nothing_and_the_probe_is_the_same(argu
     monkeypatch.setattr(session, "shortest_probed", lambda **_: 1)
     dialogues, held = read_dialogues(args.train_file), read_dialogues(data)
     spoken = sum(bool(dialogue.clips) for dialogue in held)
-    made = []
+    made, decoded_for_pairs = [], []
     for num_workers in (0, 1):
         with_workers = replace(args, dataloader_num_workers=num_workers)
         made.append(
@@ -88,13 +88,18 @@ def test_with_workers_the_trainer_decodes_nothing_and_the_probe_is_the_same(argu
                 [],
             )
         )
-        # To find bad clips, for each row of the probe, and for the loss.
-        assert len(decoded) == (0 if num_workers else spoken + 2 * MAX_PAIRS)
+        # To find bad clips, for the pairs of the probe, and for the loss.
+        decoded_for_pairs.append([clip.path for clip in decoded[spoken:]])
+        assert not (num_workers and decoded)
         decoded.clear()
         loss_in_portions(made[-1], nothing, {})
         assert len(decoded) == (0 if num_workers else spoken)
         decoded.clear()
     alone, other = made
+    in_pairs = {pair.true.id for pair in alone.probe.pairs}
+    own_clips = {clip.path for dialogue in held if dialogue.id in in_pairs for clip in dialogue.clips}
+    assert own_clips <= set(decoded_for_pairs[0]) and len(own_clips) == MAX_PAIRS
+    assert len(decoded_for_pairs[0]) == len(set(decoded_for_pairs[0]))  # once, though most are in two rows
     assert len(alone.probe.pairs) == len(other.probe.pairs) == MAX_PAIRS
     for pair, same in zip(alone.probe.pairs, other.probe.pairs, strict=True):
         for row, other_row in ((pair.true, same.true), (pair.swapped, same.swapped)):

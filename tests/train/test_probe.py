@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -14,10 +15,11 @@ import pytest
 import soundfile
 import torch
 
-from qwhisper.data import loader
+from qwhisper.data import dialogue_audio, loader
 from qwhisper.data.dialogue import AudioClip, Dialogue, Message, read_dialogues
 from qwhisper.data.loader import StepSamples
 from qwhisper.data.rows import IGNORE
+from qwhisper.evaluate import turns
 from qwhisper.frames import SAMPLE_RATE
 from qwhisper.model.processor import encoder_of
 from qwhisper.train.loop import train_step
@@ -284,6 +286,29 @@ def test_pairs_are_of_trained_kinds_where_there_are_enough(arguments, tmp_path):
 
     assert kinds(of_kinds(20)) == {"known"}
     assert kinds(of_kinds(4)) == {"known", "new"}
+
+
+def test_a_clip_is_decoded_once_for_all_pairs(arguments, tmp_path, monkeypatch):
+    """Some dialogues are bad, and there are too few of trained kinds, so pairs are looked for three times."""
+    spoken = [c for c in read_dialogues(write_dialogues(tmp_path / "many", 40)) if c.clips]
+    dialogues = [
+        replace(c, messages=tuple(replace(m, kind="known" if n < 4 else "new") for m in c.messages))
+        for n, c in enumerate(spoken)
+    ]
+    bad = [dialogue.id for dialogue in dialogues[::5]]
+    for dialogue in dialogues[::5]:
+        soundfile.write(dialogue.clips[0].path, np.zeros(SAMPLE_RATE), SAMPLE_RATE)
+    run, _ = make_run(arguments())
+    decoded, honest = [], dialogue_audio.load_clip
+    monkeypatch.setattr(dialogue_audio, "load_clip", lambda clip, **how: decoded.append(clip) or honest(clip, **how))
+    pairs = choose_pairs(dialogues, run.encoder, seed=0, trained_kinds=["known"])
+    assert len(pairs) == MAX_PAIRS and not any(pair.true.id in bad for pair in pairs)
+    good = [clip for dialogue in dialogues if dialogue.id not in bad for clip in dialogue.clips]
+    assert len(set(decoded)) < 2 * MAX_PAIRS < 2 * len(good)
+    assert max(Counter(decoded).values()) == 1
+    monkeypatch.setattr(turns, "KEPT_SAMPLES", 0)  # what no pair has is forgotten, and decoded again if it is needed
+    again = choose_pairs(dialogues, run.encoder, seed=0, trained_kinds=["known"])
+    assert [pair.true.input_ids.tolist() for pair in again] == [pair.true.input_ids.tolist() for pair in pairs]
 
 
 def test_what_is_not_finite_is_no_gain(arguments, dialogues):
