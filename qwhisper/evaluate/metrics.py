@@ -11,7 +11,7 @@ import jiwer
 import regex
 
 FINAL_PUNCTUATION = ".,;:!?。、।॥؟،؛۔։።။។"  # after `_compatible`, which turns full-width ones into ASCII
-AT_END = regex.compile(rf"[\s{FINAL_PUNCTUATION}]+\Z")
+AT_END = regex.compile(rf"[\s\x1c-\x1f{FINAL_PUNCTUATION}]+\Z")  # white space as `str.strip` knows it
 # Neither heard nor seen: joiners, direction marks, soft hyphens, and selectors of a character's glyph.
 INVISIBLE = regex.compile(r"[\p{Cf}\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 RAISED = ("<super>", "<sub>")

@@ -65,6 +65,7 @@ def test_another_answer(reference, answer):
 
 @given(st.text())
 @example("0\r.")
+@example("0.\x1f:")
 def test_normalising_twice_is_normalising_once(text):
     assert normalise(normalise(text)) == normalise(text)
 
