@@ -171,7 +171,7 @@ def _spell(word: str) -> Tensor:
 
 def _spelling(encoder: TrueLengthWhisperEncoder, head: nn.Linear, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """CTC log-probabilities [longest, clips, 1 + characters] and the encoder frames of each clip."""
-    hidden = encoder(torch.cat(list(features)), encoder_layout([len(f) for f in features]))
+    hidden = encoder(torch.cat(list(features)), encoder_layout([len(f) for f in features])).last_hidden_state
     lengths = [(len(f) + 1) // 2 for f in features]
     logits = nn.utils.rnn.pad_sequence(head(hidden).split(lengths))
     return logits.log_softmax(-1), torch.tensor(lengths)
