@@ -29,6 +29,8 @@ class Qwen3AudioConfig(PreTrainedConfig):
     """
 
     model_type = "qwen3_audio"
+    # The cache, which is no logits of Trainer's metrics: transformers 5.24 changed its name.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     if hasattr(configuration_utils, "SubConfigSpec"):  # from transformers 5.18 on; then defaults are not saved
         sub_configs_defaults: ClassVar[dict[str, Any]] = {
             name: configuration_utils.SubConfigSpec(config_class=AutoConfig, model_type=kind)

@@ -5,6 +5,7 @@ The whole package, and transformers' Auto classes, use this class and the functi
 
 import os
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import HfApi
 from transformers import GenerationMixin
@@ -20,6 +21,8 @@ from qwhisper.model.pretrained import load_config, load_feature_extractor, load_
 from qwhisper.model.processing_qwen3_audio import add_audio_token
 from qwhisper.model.processor import Qwen3AudioProcessor
 from qwhisper.model.weights import BaseRecord, following_casts, placed, plain_name
+
+NOT_GIVEN: Any = object()
 
 
 class Qwen3AudioForConditionalGeneration(
@@ -65,10 +68,13 @@ class Qwen3AudioForConditionalGeneration(
             )
         return loading.load_whole(cls, name, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process=None, state_dict=None, push_to_hub=False, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=None, state_dict=NOT_GIVEN, push_to_hub=False, **kwargs):
         """Save the trained weights alone if all others still equal their bases', the whole model otherwise; see
-        `saving.save_pretrained`.
+        `saving.save_pretrained`. What a training loop saves is resumable: one gives `is_main_process` or `state_dict`.
         """
+        # Trainer gives is_main_process in newer versions of transformers, state_dict=None in older ones.
+        kwargs["resumable"] = is_main_process is not None or state_dict is not NOT_GIVEN
+        state_dict = None if state_dict is NOT_GIVEN else state_dict
         keywords = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         saving.save_pretrained(self, self.base_record, save_directory, origin=self.origin, **keywords)
 

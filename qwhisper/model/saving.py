@@ -74,6 +74,7 @@ def save_pretrained(
     save_directory: str | os.PathLike,
     *,
     origin: Origin = NO_RUN,
+    resumable: bool = False,
     is_main_process: bool | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     push_to_hub: bool = False,
@@ -87,8 +88,9 @@ def save_pretrained(
 
     base_record: of the weights that came from the model's bases; None if unknown. origin: the run, for the model card.
     state_dict: weights to save instead of the model's, as Trainer and Accelerate gather them; missing ones are taken
-    from the model. is_main_process: nothing is written if False. Trainer and loops with Accelerate give it; only then
-    `model.safetensors` holds all that is trained by the names of the state dict, from which these resume.
+    from the model. is_main_process: nothing is written if False.
+    resumable: `model.safetensors` holds all that is trained by the names of the state dict, from which Trainer and
+    loops with Accelerate resume.
     max_shard_size, variant, save_original_format: as in transformers, for a whole model; trained weights have one file
     each.
     push_to_hub: also uploads what was written to `repo_id` (default: the folder's name), with the keywords of
@@ -113,13 +115,13 @@ def save_pretrained(
     changed = differing(record, weights) if record is not None else []
     if record is None or any(not name.startswith(ENCODER) or name not in record for name in changed):
         options = {"variant": variant, "save_original_format": save_original_format}
-        kept = weights if is_main_process is None else weights | {k: v for k, v in state.items() if is_adapters(k)}
+        kept = weights | {k: v for k, v in state.items() if is_adapters(k)} if resumable else weights
         _save_whole(model, folder, kept, adapter, changed, max_shard_size=max_shard_size, **options)
     else:
         if variant is not None:
             raise UsageError(f"variant={variant!r}: trained weights are saved under fixed names; leave it out")
         _save_trained(model, folder, weights, adapter, bool(changed), max_shard_size)
-        if is_main_process is not None:
+        if resumable:
             parts = (PROJECTOR, ENCODER) if (folder / ENCODER_FILE).exists() else (PROJECTOR,)
             _write({k: v for k, v in state.items() if _is_of(k, parts)}, folder / RESUME_FILE)
     write_card(model.config, origin, folder)

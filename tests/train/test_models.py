@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -53,3 +55,11 @@ def test_the_copy_that_a_run_of_a_test_begins_with_is_what_the_run_would_build(b
                 parameter.zero_()
         assert model.lm_head.weight is model.get_input_embeddings().weight
     assert same_bits(built[0], built[1]) == same_bits(built[0], built[2]) == []
+
+
+def test_gradient_checkpointing_is_switched_on_without_a_warning(arguments):
+    args = arguments(gradient_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model, _ = build_model(args, resolve(args, num_dialogues=1), None)
+    assert all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
