@@ -25,11 +25,13 @@ ADAPTER = "default"
 def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     """base(x) + scaling * B A x, computed in the base layer's output dtype.
 
-    PEFT handles any case other than one plain, unmerged adapter.
+    PEFT handles any case other than one plain, unmerged adapter in memory.
     """
     plain = (
         not kwargs and not self.disable_adapters and not self.merged and self.active_adapters == [ADAPTER]
         and ADAPTER in self.lora_A and ADAPTER not in self.lora_variant
+        # Offloaded by accelerate, whose hooks load the weights only if the modules are called.
+        and not self.lora_A[ADAPTER].weight.is_meta and not self.lora_B[ADAPTER].weight.is_meta
     )  # fmt: skip
     if not plain:
         return super(type(self), self).forward(x, *args, **kwargs)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForMultimodalLM
 
 from qwhisper import Qwen3AudioForConditionalGeneration
+from qwhisper.model.lora import add_lora, lora_parameters
 from tests.model.test_generation import GREEDY, rows
 from tests.small import small_model
 
@@ -81,3 +82,16 @@ def test_offloaded_weights_give_the_same_logits_and_answer(model, way, tmp_path)
     assert any(parameter.device.type == "meta" for parameter in found.parameters())
     assert torch.equal(found(**batch).logits, logits)
     assert torch.equal(found.generate(**batch, **GREEDY), answer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_an_offloaded_adapter_gives_the_same_logits(model, way, tmp_path):
+    add_lora(model, r=4, alpha=8)
+    for _, parameter in lora_parameters(model):
+        parameter.normal_(std=0.1)
+    batch = rows(model)
+    logits = model.eval()(**batch).logits
+    found = offloaded(model, way, tmp_path)
+    assert all(parameter.is_meta for _, parameter in lora_parameters(found))
+    torch.testing.assert_close(found(**batch).logits, logits)
