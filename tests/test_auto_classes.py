@@ -23,12 +23,6 @@ ROOT = Path(__file__).parents[1]
 CONFIG_AUTO = next(iter(ENTRIES))
 
 
-@pytest.fixture
-def without_librosa(monkeypatch):
-    """Older pipelines ask for librosa as soon as a model takes audio; our processor reads audio without it."""
-    monkeypatch.setattr(any_to_any, "requires_backends", lambda *_: None)
-
-
 def run(code: str, *arguments: str) -> list[str]:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

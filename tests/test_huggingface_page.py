@@ -43,7 +43,7 @@ def uploads(monkeypatch) -> list[str]:
     return found
 
 
-@pytest.mark.usefixtures("beside_a_run", "on_the_cpu")
+@pytest.mark.usefixtures("beside_a_run", "on_the_cpu", "without_librosa")
 def test_every_example_runs(uploads, monkeypatch):
     monkeypatch.setattr(
         "transformers.TrainingArguments", lambda *a, **given: TrainingArguments(*a, **given, use_cpu=True)
