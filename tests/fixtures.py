@@ -132,4 +132,4 @@ def shared() -> Path:
 @pytest.fixture
 def without_librosa(monkeypatch):
     """Older pipelines ask for librosa as soon as a model takes audio; our processor reads audio without it."""
-    monkeypatch.setattr(any_to_any, "requires_backends", lambda *_: None)
+    monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *_: None)

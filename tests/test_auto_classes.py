@@ -14,7 +14,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from transformers import AudioFlamingo3Config, AutoConfig, Qwen2AudioConfig, pipeline
 from transformers.models.auto import modeling_auto
-from transformers.pipelines import any_to_any
 
 from qwhisper import auto_classes
 from qwhisper.auto_classes import ENTRIES, Finder, Registered
