@@ -198,12 +198,18 @@ def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwarg
     model, info = super(Qwen3AudioForConditionalGeneration, cls).from_pretrained(  # type: ignore[misc]
         name, *args, output_loading_info=True, **kwargs
     )
-    # With ignore_mismatched_sizes a user has asked for random weights in the place of those of another shape.
-    accepted = {"mismatched_keys": ()} if kwargs.get("ignore_mismatched_sizes") else {}
     if not output_loading_info:  # who asks for it reads there what is missing
-        refuse_missing("the model", str(name), info | accepted)
+        refuse_incomplete(name, info, kwargs)
     load_adapter_of_whole(model, name)
     return (model, info) if output_loading_info else model
+
+
+def refuse_incomplete(name: str | os.PathLike, info: dict, keywords: Mapping[str, Any]) -> None:
+    """`refuse_missing` for a whole model, except that with ignore_mismatched_sizes a user has asked for random weights
+    in the place of those of another shape.
+    """
+    accepted = {"mismatched_keys": ()} if keywords.get("ignore_mismatched_sizes") else {}
+    refuse_missing("the model", str(name), info | accepted)
 
 
 def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model | tuple[Model, dict]:

@@ -138,12 +138,13 @@ class Qwen3AudioForConditionalGeneration(
     as many as are computed at once.
     """
 
+    body_class: type[Qwen3AudioModel] = Qwen3AudioModel
     keep_last_logits: bool = False
     last_logits: Tensor | None = None
 
     def __init__(self, config: Qwen3AudioConfig):
         super().__init__(config)
-        self.model = Qwen3AudioModel(config)
+        self.model = self.body_class(config)
         with torch.device("meta"):
             language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         head = language_model.get_output_embeddings()

@@ -15,12 +15,40 @@ from qwhisper.data.template import listening_template
 from qwhisper.errors import UsageError
 from qwhisper.model import card, loading, modeling_qwen3_audio, saving
 from qwhisper.model.base_kinds import refuse_empty_tokenizer
-from qwhisper.model.bases import DEFAULT_OPTIONS, LoadOptions, fingerprint, refuse_missing, resolve_model
+from qwhisper.model.bases import DEFAULT_OPTIONS, LoadOptions, fingerprint, resolve_model
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.processing_qwen3_audio import add_audio_token
 from qwhisper.model.processor import Qwen3AudioProcessor
-from qwhisper.model.weights import BaseRecord, following_casts, placed, plain_name
+from qwhisper.model.weights import BaseRecord, following_casts, is_adapters, placed, plain_name
+
+
+class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
+    """The model without its head, as `AutoModel` gives it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads what `Qwen3AudioForConditionalGeneration.from_pretrained` does, with the same keywords, and what this
+        class has saved.
+        """
+        name = pretrained_model_name_or_path
+        if name is None or (os.path.isdir(name) and loading.is_without_head(name)):
+            wants_info = kwargs.pop("output_loading_info", False)
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            if not wants_info:
+                loading.refuse_incomplete(name, info, kwargs)
+            return (model, info) if wants_info else model
+        loaded = Qwen3AudioForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return (loaded[0].model, loaded[1]) if isinstance(loaded, tuple) else loaded.model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers. Raises UsageError for a model with an adapter, which could not be loaded again."""
+        if any(map(is_adapters, self.state_dict())):
+            raise UsageError(
+                "this model has an adapter, and no head: save the Qwen3AudioForConditionalGeneration that it is a part "
+                "of, or merge the adapter first"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 NOT_GIVEN: Any = object()
 
@@ -34,6 +62,7 @@ class Qwen3AudioForConditionalGeneration(
     base_record: of the weights that came from the bases, see `weights`. origin: the run that it was loaded from.
     """
 
+    body_class = Qwen3AudioModel
     base_record: BaseRecord | None = None
     origin: card.Origin = card.Origin()
     # Trainer's checkpoint of a whole model has the adapter in it, from which Trainer resumes; it is loaded from beside.
@@ -102,25 +131,6 @@ class Qwen3AudioForConditionalGeneration(
     def _apply(self, fn, recurse=True):
         with following_casts(self):
             return super()._apply(fn, recurse)
-
-
-class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
-    """The model without its head, as `AutoModel` gives it."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads what `Qwen3AudioForConditionalGeneration.from_pretrained` does, with the same keywords, and what this
-        class has saved.
-        """
-        name = pretrained_model_name_or_path
-        if name is None or (os.path.isdir(name) and loading.is_without_head(name)):
-            wants_info = kwargs.pop("output_loading_info", False)
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-            if not wants_info:
-                refuse_missing("the model", str(name), info)
-            return (model, info) if wants_info else model
-        loaded = Qwen3AudioForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return (loaded[0].model, loaded[1]) if isinstance(loaded, tuple) else loaded.model
 
 
 def _with_origin(loaded, folder):

@@ -5,9 +5,11 @@ bases. A whole model is an ordinary Hugging Face folder, with unmerged LoRA in i
 """
 
 import copy
+import math
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -183,7 +185,26 @@ def find_adapter(model: Qwen3AudioForConditionalGeneration, state: Mapping[str, 
     tensors = {key: tensor for key, tensor in found.items() if is_adapters(key)}
     if len(tensors) != len(own):
         raise UsageError(f"{len(own) - len(tensors)} LoRA weights belong to no adapter of peft_config, as {own[0]}")
-    return Adapter(config, tensors)
+    return Adapter(_as_in_layers(model, name, config), tensors)
+
+
+def _as_in_layers(model: nn.Module, name: str, given: LoraConfig) -> LoraConfig:
+    """A copy of PEFT's configuration with the layers' own ranks and alphas.
+
+    An adapter that is injected a second time replaces the configuration, and some of the layers.
+    """
+    config = copy.copy(given)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.scaling}
+    for path, layer in layers.items():
+        rank, alpha = layer.r[name], layer.lora_alpha[name]
+        if not math.isclose(layer.scaling[name], alpha / (math.sqrt(rank) if config.use_rslora else rank)):
+            raise UsageError(f"{path}: its adapter has another scale than peft_config gives it: merge it first")
+    for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        found = {path: getattr(layer, field)[name] for path, layer in layers.items()}
+        usual = Counter(found.values()).most_common(1)[0][0]
+        setattr(config, field, usual)
+        setattr(config, pattern, {path: own for path, own in found.items() if own != usual})
+    return config
 
 
 def _save_trained(
@@ -294,14 +315,11 @@ def _save_adapter_config(adapter: Adapter, folder: Path, base: str) -> None:
     config = copy.copy(adapter.config)
     config.modules_to_save, config.bias = None, "none"  # what they train is part of the plain weights
     layers = sorted({key.partition(".lora_")[0] for key in adapter.tensors})
-    if not is_target(config.target_modules) or config.layers_to_transform or config.exclude_modules:
-        # Loading refuses any other pattern: list the layers that it matched.
+    complete = is_target(config.target_modules) and all(check_target_module_exists(config, name) for name in layers)
+    if not complete or config.layers_to_transform or config.exclude_modules:
+        # Loading refuses any other pattern, and an adapter added again has layers of the first: list all of them.
         config.target_modules = layers
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    for field in ("rank_pattern", "alpha_pattern"):
-        pattern = getattr(config, field) or {}
-        found = {layer: pattern.get(get_pattern_key(pattern.keys(), layer)) for layer in layers}
-        setattr(config, field, {layer: value for layer, value in found.items() if value is not None})
     config.base_model_name_or_path = base  # if empty, every loader would ask the hub for a repository called "None"
     config.save_pretrained(folder)
     try:

@@ -173,3 +173,19 @@ def test_trained_weights_on_the_hub_and_their_bases_come_from_where_the_keywords
     assert model.config.text_base["name"] == "somebody/qwen3"
     with pytest.raises(OSError, match="find them in the cached files"):
         load("me/ears", **there)  # its main revision is not in the cache
+
+
+def test_a_model_without_its_head_may_be_loaded_with_a_new_projector(model, tmp_path):
+    body = Qwen3AudioModel(model.config)
+    body.save_pretrained(tmp_path)
+    config = Qwen3AudioConfig.from_pretrained(tmp_path)
+    config.projector_stack += 1
+    found = Qwen3AudioModel.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    assert found.multi_modal_projector.norm.weight.shape != body.multi_modal_projector.norm.weight.shape
+
+
+def test_a_model_without_its_head_is_not_saved_with_an_adapter(folders, tmp_path):
+    body = Qwen3AudioModel.from_pretrained(folders["trained"])
+    assert type(body) is Qwen3AudioModel
+    with pytest.raises(UsageError, match=r"adapter, and no head: save the Qwen3AudioForConditionalGeneration"):
+        body.save_pretrained(tmp_path)

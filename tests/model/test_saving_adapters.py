@@ -92,6 +92,26 @@ def test_an_adapter_of_another_name_is_saved_and_two_are_refused(model, tmp_path
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("target", [r".*language_model.*q_proj", ["q_proj"]])
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 40), (3, 8), (16, 8)])
+@pytest.mark.filterwarnings("ignore:.*second time", "ignore:.*multiple adapters")
+def test_an_adapter_that_was_added_again_for_some_layers_is_saved_with_the_scale_of_each(
+    model, tmp_path, rank, alpha, target
+):
+    lora(model, r=2, lora_alpha=4, target_modules=LM_ONLY)
+    again = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target, init_lora_weights=False)
+    get_peft_model(model, again)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path)), logits(model))
+
+
+def test_an_adapter_whose_scale_was_changed_is_refused(model, tmp_path):
+    add_lora(model)
+    next(module for module in model.modules() if isinstance(module, LoraLayer)).scale_layer(0.5)
+    with pytest.raises(UsageError, match=r"q_proj: its adapter has another scale .* merge it first"):
+        model.save_pretrained(tmp_path)
+
+
 def test_an_adapter_that_could_not_be_loaded_again_is_refused(model, tmp_path):
     lora(model, target_modules=[], target_parameters=["q_proj.weight"])
     with pytest.raises(UsageError, match=r"target_parameters .* merge it into the model first"):
