@@ -50,6 +50,7 @@ class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 
+
 NOT_GIVEN: Any = object()
 
 
