@@ -33,6 +33,8 @@ SIZES = {  # hidden, layers, intermediate, heads, key heads, tied embeddings
 }
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
+WORDS_A_SECOND = 2.5  # of a transcript, which a teacher reads
+
 
 def save_random(model_class, config, folder: Path) -> None:
     """Random weights straight in bf16, on the accelerator if there is one."""
@@ -69,8 +71,8 @@ def make_bases(folder: Path, size: str, tokenizer: Path) -> tuple[Path, Path]:
 
 
 def make_data(folder: Path, count: int) -> Path:
-    """`count` dialogues about noise; durations as a gamma distribution of 9 s mean, cut to 1 to 30 s."""
-    generator, words = np.random.default_rng(0), random.Random(0)
+    """`count` dialogues about noise, with transcripts; durations of a gamma distribution, 9 s on average, 1 to 30 s."""
+    generator, words, words_said = np.random.default_rng(0), random.Random(0), random.Random(1)
     records = []
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -80,7 +82,9 @@ def make_data(folder: Path, count: int) -> Path:
             noise = 0.1 * generator.standard_normal(int(seconds * 16_000))
             soundfile.write(clip, np.clip(noise, -1, 1).astype(np.float32), 16_000)
         question, answer = (" ".join(words.choices(WORDS, k=words.randrange(*span))) for span in ((12, 40), (10, 110)))
-        content = [{"type": "audio", "audio": f"clips/{clip.name}"}, {"type": "text", "text": question}]
+        transcript = " ".join(words_said.choices(WORDS, k=1 + round(WORDS_A_SECOND * seconds)))
+        audio = {"type": "audio", "audio": f"clips/{clip.name}", "transcript": transcript}
+        content = [audio, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         records.append({"id": str(index), "messages": messages})
     return write_jsonl(folder / f"train-{count}.jsonl", records)
