@@ -18,12 +18,13 @@ case it compares
 
 What the old code writes must be there and equal. What only this tree writes is counted (`added`), and is no difference.
 
-Cases: two pairs of bases × three ways of training, and `data` for `data check`. `demo` has bases of `qwhisper demo`:
+Cases: two pairs of bases × four ways of training, and `data` for `data check`. `demo` has bases of `qwhisper demo`:
 those of a finished demo with --demo_output, otherwise bases of the same architecture made here in fewer steps, which
 takes some minutes. `tiny.en` has Whisper tiny.en and a random Qwen3 with the real tokenizer, from --models. `stable` is
 the default recipe with a learning rate at which small models learn, `keep-thinking` the recipe of that name with
-dropout and a process that reads the data, `4bit` is `stable` with --load_in_4bit and dropout. A silent clip in the
-training data makes every whole run drop and quarantine a sample.
+dropout and a process that reads the data, `no-clamp` is `stable` without the activation clamp, which adds gradients in
+another order where the first decoder layer's input is read, `4bit` is `stable` with --load_in_4bit and dropout. A
+silent clip in the training data makes every whole run drop and quarantine a sample.
 
 --scratch keeps what is made: a second call finds the bases and data there, and replaces the runs.
 
@@ -66,6 +67,7 @@ WAYS: dict[str, dict[str, object]] = {
         "--warmup_steps": 4,
         "--dataloader_num_workers": 1,
     },
+    "no-clamp": RATES | {"--activation_clamp": "off"},
     "4bit": RATES | {"--load_in_4bit": True, "--lora_dropout": 0.1},
 }
 BASES = ("demo", "tiny.en")
