@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from qwhisper.data import loader, worker
 from qwhisper.data.encode import DialogueEncoder
@@ -107,17 +108,42 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def signal_trainer(trainer: int, number: int) -> None:
+    """Send the trainer a signal from this process or from a worker; not from a worker that outlives it, since another
+    process may have its id by then.
+    """
+    if trainer in (os.getpid(), os.getppid()):
+        os.kill(trainer, number)
+
+
 @dataclass
 class SignalsAndHangs:
-    """Called, it sends a signal to the trainer and waits so many seconds."""
+    """Called, it sends a signal to the trainer and hangs; it never returns.
+
+    A worker hangs until it is killed. A thread of the trainer hangs until `end`: a run that is stopped abandons it, and
+    it would read on and signal whatever test runs by then. After `seconds` the reading fails, in case nobody leaves it.
+    """
 
     trainer: int
     number: int
     seconds: float = 60.0
+    ended: bool = False
+    threads: dict[threading.Thread, threading.Event] = field(default_factory=dict)
 
-    def __call__(self) -> None:
-        os.kill(self.trainer, self.number)
-        threading.Event().wait(self.seconds)
+    def __call__(self) -> NoReturn:
+        released = self.threads[threading.current_thread()] = threading.Event()
+        if not self.ended:  # asked after the entry in `threads`: `end` sees the entry, or this sees that it has ended
+            signal_trainer(self.trainer, self.number)
+            released.wait(self.seconds)
+        raise RuntimeError("the read was to be left")
+
+    def end(self) -> None:
+        """Return when no thread of this process is left that could send the signal. A later call raises at once."""
+        self.ended = True
+        for thread, released in list(self.threads.items()):
+            released.set()
+            thread.join(self.seconds)
+            assert not thread.is_alive(), "a thread that sends signals is left"
 
 
 @dataclass
@@ -163,9 +189,9 @@ class NeverComes(loader.DialogueReader):
 
     def read_step(self, step):
         if self.steps == self.after_steps and os.getpid() != self.trainer:
-            while not self.waits.exists():
+            while not self.waits.exists() and os.getppid() == self.trainer:
                 threading.Event().wait(0.01)
-            os.kill(self.trainer, signal.SIGINT)
+            signal_trainer(self.trainer, signal.SIGINT)
             threading.Event().wait(self.seconds)
         self.steps += 1
         return super().read_step(step)

@@ -183,8 +183,9 @@ def test_a_sample_that_kills_its_reader(arguments, monkeypatch):
     guarantee="the process is stopped after 15 minutes, the sample quarantined and named (needs data workers)",
     without=lambda monkeypatch: monkeypatch.setattr(processes, "ANSWER_SECONDS", math.inf),
 )
-def test_a_sample_that_hangs_its_reader(arguments, tmp_path, monkeypatch):
-    hangs = Hangs(tmp_path / "hangs", seconds=SECONDS)  # it ends, so that the test does without guard
+def test_a_sample_that_hangs_its_reader(arguments, tmp_path, monkeypatch, guard):
+    # Without the guard it ends, so that the test does. With it, it outlasts the steps that are trained on meanwhile.
+    hangs = Hangs(tmp_path / "hangs", seconds=SECONDS if guard == "off" else 60 * SECONDS)
     crash_on(monkeypatch, {"d5"}, hangs)
     jumps = [0.0]  # the clock goes on by 1000 s whenever it is asked while a process hangs
 

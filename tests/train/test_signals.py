@@ -236,7 +236,8 @@ def test_the_check_of_kernels_is_left_at_a_signal(arguments, monkeypatch):
 def read_interrupted(monkeypatch):
     """A function: from now on what reads a dialogue, in this process or in a worker, sends a signal and hangs.
 
-    reader: what is read then, "held-out data" or "the probe". Returns a function that lets all reading go on.
+    reader: what is read then, "held-out data" or "the probe". Returns a function after which all reading is as before
+    and no signal is sent any more.
     """
     ids, honest = frozenset(f"d{number}" for number in range(24)), session.hold_out
 
@@ -254,8 +255,13 @@ def read_interrupted(monkeypatch):
             patch.setattr(loader, "DialogueReader", crashing)
         else:
             patch.setattr(session, "hold_out", hold_out)
-        undone.append(patch.undo)
-        return patch.undo
+
+        def let_go():
+            patch.undo()
+            how.end()
+
+        undone.append(let_go)
+        return let_go
 
     undone: list = []
     monkeypatch.setattr(session, "shortest_probed", lambda **_: 1)
