@@ -17,13 +17,6 @@ Read = TypeVar("Read")
 ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes at the same time
 
 
-def is_run_folder(name: str | os.PathLike) -> bool:
-    """Whether this is a folder that has checkpoints and is not itself a model."""
-    return (
-        os.path.isdir(name) and not os.path.exists(os.path.join(name, MODEL_CONFIG)) and bool(checkpoints(Path(name)))
-    )
-
-
 def _seen(run_folder: Path) -> set[tuple[str, int]]:
     """Name and inode of each checkpoint: if they differ later, a trainer has saved or deleted one."""
     seen = set()
@@ -155,8 +148,14 @@ def read_checkpoint(path: str | os.PathLike, read: Callable[[Path], Read]) -> Re
 
 def read_run(path: str | os.PathLike, read: Callable[[str | os.PathLike], Read]) -> Read:
     """`read(folder)` for the checkpoint of one of our runs, see `read_checkpoint`; for anything else `read(path)`."""
-    ours = is_run_folder(path) and any((folder / MANIFEST).is_file() for folder in checkpoints(Path(path)))
-    return read_checkpoint(path, read) if ours else read(path)
+    return read_checkpoint(path, read) if _is_run(path) else read(path)
+
+
+def _is_run(name: str | os.PathLike) -> bool:
+    """Whether this is a folder with checkpoints that we have written, and is not itself a model."""
+    if not os.path.isdir(name) or os.path.exists(os.path.join(name, MODEL_CONFIG)):
+        return False
+    return any((folder / MANIFEST).is_file() for folder in checkpoints(Path(name)))
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
