@@ -9,7 +9,7 @@ from typing import TypeVar
 from qwhisper.checkpoint.facts import best_checkpoint
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.checkpoint.manifest import check_usable
-from qwhisper.checkpoint.names import MANIFEST, MODEL_CONFIG, PREFIX, PROJECTOR_FILE, STATE_FILE
+from qwhisper.checkpoint.names import ADAPTER_CONFIG, MANIFEST, MODEL_CONFIG, PREFIX, PROJECTOR_FILE, STATE_FILE
 from qwhisper.errors import CheckpointError, QwhisperError, UsageError
 from qwhisper.files import files_of, read_json_object
 
@@ -80,10 +80,17 @@ def _choose(folder: Path) -> Path:
     if _holds_model(folder) and not by_a_run:  # saved by `save_pretrained`, without a run around it
         files_of(folder)
         return folder
-    if not checkpoints(folder):
+    found = checkpoints(folder)
+    if not found:
         if folder.name.startswith(PREFIX):
             raise CheckpointError(f"{folder}: {MANIFEST} is missing, so its files can't be verified")
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise UsageError(
+                f"{folder}: a PEFT adapter alone; load its model, then PeftModel.from_pretrained(model, ...)"
+            )
         raise UsageError(f"{folder}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
+    if not any(os.path.lexists(each / file) for each in found for file in (MANIFEST, STATE_FILE)):
+        raise UsageError(f"{folder}: not a run of `qwhisper train`; give one of its checkpoints, such as {found[-1]}")
     newest, passed_over = newest_usable(folder)
     if newest is None:
         raise CheckpointError(f"{folder}: no checkpoint can be used: {'; '.join(passed_over)}")

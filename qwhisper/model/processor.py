@@ -174,9 +174,9 @@ def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
     """
     folder = Path(folder)
     files = files_of(folder)
-    for needed in (MODEL_CONFIG, PROCESSOR_CONFIG):
+    for needed, hint in ((MODEL_CONFIG, ""), (PROCESSOR_CONFIG, "; save the processor there, with save_pretrained")):
         if needed not in files:
-            raise CheckpointError(f"{folder}: {needed} is missing")
+            raise CheckpointError(f"{folder}: {needed} is missing{hint}")
     config = read_json_object(files[MODEL_CONFIG])
     with reading(folder, "its processor can't be loaded"):
         processor = Qwen3AudioProcessor.from_pretrained(folder)
