@@ -121,7 +121,7 @@ def _front_matter(names: list[str], licences: set[str]) -> str:
 
 
 def _shown(name: str) -> str:
-    """A hub id, or the last part of a path: the rest of it is nobody's business."""
+    """A hub id, or the last part of a path: the rest of a path is private."""
     return name if HUB_ID.fullmatch(name) else re.split(r"[\\/]+", name.rstrip("\\/"))[-1]
 
 
