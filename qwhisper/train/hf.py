@@ -323,12 +323,10 @@ def guard_trainer(trainer: Trainer, *, lora_grad_clip: float = 5.0, freeze_proje
 
     Needs `max_grad_norm` above 0: with 0 the trainer calls no clip at all. A step whose gradients are not finite is
     skipped: parameters, moments and step counts are unchanged (`trainer.skipped_steps` counts). The learning-rate
-    schedule continues. Raises ValueError for `max_grad_norm=0`, and for a `label_smoothing_factor`.
+    schedule continues.
     """
     if trainer.args.max_grad_norm <= 0:
         raise ValueError("guard_trainer replaces Trainer's clip, which max_grad_norm=0 turns off; set it above 0")
-    if trainer.args.label_smoothing_factor:
-        raise ValueError("label_smoothing_factor: Trainer would not shift the labels of this model; leave it at 0")
     groups = parameter_groups(unwrapped(trainer.model))
     trainer.skipped_steps = 0
     guards = GuardState()

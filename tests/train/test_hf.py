@@ -270,11 +270,6 @@ def test_loss_debug_in_a_plain_trainer_takes_all_micro_batches_of_a_step(plain_t
     assert all(valid >= 3 for _, valid, _ in seen)
 
 
-def test_a_guarded_trainer_refuses_smoothed_labels(plain_trainer):
-    with pytest.raises(ValueError, match="would not shift the labels"):
-        guard_trainer(plain_trainer(label_smoothing_factor=0.1))
-
-
 def test_nan_monitor_names_the_first_bad_tensor_and_stops(arguments):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
