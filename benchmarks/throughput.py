@@ -241,7 +241,7 @@ def measure(case: Case, audio: Path, text: Path, data: Path, run: Path) -> dict:
 
 
 def plain(case: Case, audio: Path, text: Path, data: Path) -> dict:
-    """The plain loop, in a process of its own, so that each has the card's memory."""
+    """The result of the plain loop, run in a new process so that it has the whole memory of the card."""
     assert case.plain is not None
     batch, accumulate, recompute = case.plain
     command = [

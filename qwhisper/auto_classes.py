@@ -34,7 +34,7 @@ ENTRIES = {
     f"{AUTO}.tokenization_auto": {},
     f"{AUTO}.feature_extraction_auto": {},
 }
-# Auto classes that look for files before they know our class: a run's folder has none of its own.
+# Auto classes that read files before they choose a class. A run's folder has no such files; its checkpoints have.
 READERS = {
     f"{AUTO}.configuration_auto": "AutoConfig",
     f"{AUTO}.tokenization_auto": "AutoTokenizer",

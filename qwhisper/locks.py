@@ -99,8 +99,9 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def _remove_lock_alone(folder: Path, found: set[str]) -> None:
-    """Remove the lock file if nothing else is new in the folder since `found`. The lock must still be held: whoever has
-    opened the file meanwhile finds that it is gone.
+    """Remove the lock file if nothing else is new in the folder since `found`. The caller must still hold the lock.
+
+    Another process that has opened the file meanwhile finds out that it was removed.
     """
     with suppress(OSError):
         if set(os.listdir(folder)) - found == {LOCK_FILE}:

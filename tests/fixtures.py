@@ -27,8 +27,8 @@ from tests.trained import (  # noqa: F401
     train_file,
 )
 
-# On some CPUs bitsandbytes tells, as it is imported, of a faster kernel that could be installed. A test process lets go
-# of it at its end only, after the summary that continuous integration looks for in the last line.
+# On some CPUs bitsandbytes warns on import that a faster kernel could be installed. The warning of a test process would
+# appear at its end, after the summary that continuous integration looks for in the last line.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # How long an example takes says how busy the machine is, not whether the code is right.
@@ -37,7 +37,7 @@ settings.load_profile("any machine")
 
 SMALL_BYTES = 10_000_000  # of bases that tests write themselves
 
-# cuDNN's fp32 convolutions keep 10 bits of the mantissa on a GPU unless told otherwise (matrix products keep all 23);
+# cuDNN's fp32 convolutions keep 10 bits of the mantissa on a GPU by default (matrix products keep all 23);
 # our tolerances are those of fp32.
 torch.backends.cudnn.allow_tf32 = False
 

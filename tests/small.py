@@ -197,7 +197,7 @@ def teach(
 ) -> None:
     """Trains the small Qwen3 on all of the dialogues in place, until it gives their answers.
 
-    noise: on the embeddings, in parts of their own size; without, the model answers to nothing but the exact ones.
+    noise: on the embeddings, relative to their standard deviation; without it the model answers only the exact ones.
     """
     tokenizer, model = AutoTokenizer.from_pretrained(text_folder), Qwen3ForCausalLM.from_pretrained(text_folder)
     batch = ConversationCollator(tokenizer, FrameArithmetic(), audio_token_id=len(tokenizer))(dialogues)

@@ -213,7 +213,7 @@ def ending(code: int, too_long: bool, lines: list[str]) -> tuple[str, str]:
 
 
 def finite_weights(folder: Path, step: int) -> bool | None:
-    """Of a checkpoint; None where its weights can't be read."""
+    """Of a checkpoint; None if its weights can't be read."""
     try:
         tensors = load_file(folder / f"checkpoint-{step}/model.safetensors")
     except Exception:

@@ -1,4 +1,4 @@
-"""Processes that are killed or told to end, and two at once."""
+"""Processes that are killed or get a signal to end, and two at once."""
 
 import os
 import random

@@ -9,19 +9,12 @@ from typing import TypeVar
 from qwhisper.checkpoint.facts import best_checkpoint
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.checkpoint.manifest import check_usable
-from qwhisper.checkpoint.names import MANIFEST, MODEL_CONFIG, PREFIX, PROJECTOR_FILE, STATE_FILE
+from qwhisper.checkpoint.names import ADAPTER_CONFIG, MANIFEST, MODEL_CONFIG, PREFIX, PROJECTOR_FILE, STATE_FILE
 from qwhisper.errors import CheckpointError, QwhisperError, UsageError
 from qwhisper.files import files_of, read_json_object
 
 Read = TypeVar("Read")
 ATTEMPTS = 5  # to read a run whose checkpoints a trainer renames and deletes at the same time
-
-
-def is_run_folder(name: str | os.PathLike) -> bool:
-    """Whether this is a folder that has checkpoints and is not itself a model."""
-    return (
-        os.path.isdir(name) and not os.path.exists(os.path.join(name, MODEL_CONFIG)) and bool(checkpoints(Path(name)))
-    )
 
 
 def _seen(run_folder: Path) -> set[tuple[str, int]]:
@@ -87,10 +80,17 @@ def _choose(folder: Path) -> Path:
     if _holds_model(folder) and not by_a_run:  # saved by `save_pretrained`, without a run around it
         files_of(folder)
         return folder
-    if not checkpoints(folder):
+    found = checkpoints(folder)
+    if not found:
         if folder.name.startswith(PREFIX):
             raise CheckpointError(f"{folder}: {MANIFEST} is missing, so its files can't be verified")
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise UsageError(
+                f"{folder}: a PEFT adapter alone; load its model, then PeftModel.from_pretrained(model, ...)"
+            )
         raise UsageError(f"{folder}: neither a checkpoint nor a run folder with {PREFIX}N folders in it")
+    if not any(os.path.lexists(each / file) for each in found for file in (MANIFEST, STATE_FILE)):
+        raise UsageError(f"{folder}: not a run of `qwhisper train`; give one of its checkpoints, such as {found[-1]}")
     newest, passed_over = newest_usable(folder)
     if newest is None:
         raise CheckpointError(f"{folder}: no checkpoint can be used: {'; '.join(passed_over)}")
@@ -155,8 +155,14 @@ def read_checkpoint(path: str | os.PathLike, read: Callable[[Path], Read]) -> Re
 
 def read_run(path: str | os.PathLike, read: Callable[[str | os.PathLike], Read]) -> Read:
     """`read(folder)` for the checkpoint of one of our runs, see `read_checkpoint`; for anything else `read(path)`."""
-    ours = is_run_folder(path) and any((folder / MANIFEST).is_file() for folder in checkpoints(Path(path)))
-    return read_checkpoint(path, read) if ours else read(path)
+    return read_checkpoint(path, read) if _is_run(path) else read(path)
+
+
+def _is_run(name: str | os.PathLike) -> bool:
+    """Whether this is a folder with checkpoints that we have written, and is not itself a model."""
+    if not os.path.isdir(name) or os.path.exists(os.path.join(name, MODEL_CONFIG)):
+        return False
+    return any((folder / MANIFEST).is_file() for folder in checkpoints(Path(name)))
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -224,7 +224,7 @@ class AudioEmbedding(PreTrainedModel):
         return flat.view_as(inputs_embeds)
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [batch, tokens, hidden_size] of ids, any one where there is a placeholder."""
+        """Embeddings [batch, tokens, hidden_size] of ids; a placeholder gets the embedding of id 0."""
         return self.get_input_embeddings()(input_ids.masked_fill(input_ids == self.config.audio_token_id, 0))
 
     def embed_with_audio(self, input_ids: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:

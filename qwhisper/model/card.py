@@ -86,6 +86,7 @@ def _text(config: Qwen3AudioConfig, origin: Origin) -> str:
             'chat = [{"role": "user", "content": [{"type": "audio", "audio": "question.wav"}]}]\n'
             "print(answer(text=chat, max_new_tokens=64, return_full_text=False)[0][\"generated_text\"])\n```",
             *_section("Bases", [f"{role}: {_shown(name)}, licence: {licences[name]}" for role, name in named]),
+            *_until(origin),
             *_section("Training data", _data(origin)),
             *_section("Recipe", [f"{name}: {origin.arguments[name]}" for name in RECIPE if name in origin.arguments]),
             *_section(
@@ -97,6 +98,12 @@ def _text(config: Qwen3AudioConfig, origin: Origin) -> str:
 
 def _section(title: str, lines: list[str]) -> list[str]:
     return [f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _until(origin: Origin) -> list[str]:
+    if origin.step is None:
+        return []
+    return [f"What follows describes a run of qwhisper up to step {origin.step}. Later training is not listed."]
 
 
 def _data(origin: Origin) -> list[str]:
@@ -114,7 +121,7 @@ def _front_matter(names: list[str], licences: set[str]) -> str:
 
 
 def _shown(name: str) -> str:
-    """A hub id, or the last part of a path: the rest of it is nobody's business."""
+    """A hub id, or the last part of a path: the rest of a path is private."""
     return name if HUB_ID.fullmatch(name) else re.split(r"[\\/]+", name.rstrip("\\/"))[-1]
 
 

@@ -92,14 +92,13 @@ def trained_options(
     effect there.
     """
     keywords = {key: value for key, value in keywords.items() if not _changes_nothing(key, value)}
-    known = {each.name for each in fields(LoadOptions)}
-    taken = known | {*HUB, *PLACES, "quantization_config"}
+    known = [each.name for each in fields(LoadOptions)]
+    taken = [*known, "quantization_config", *HUB, *PLACES]
     if unknown := sorted(keywords.keys() - taken):
         reasons = [f"{key} ({_reason(key)})" if _reason(key) else key for key in unknown]
-        own = [*(each.name for each in fields(LoadOptions)), "quantization_config", *OWN, *HUB, *PLACES]
         raise UsageError(
             f"{name} holds trained weights alone; loading it does not take {', '.join(reasons)}. It takes "
-            f"{', '.join(own)}"
+            f"{', '.join([*taken, *OWN])}"
         )
     values = dict(as_trained) | {key: value for key, value in keywords.items() if key in known}
     if "quantization_config" in keywords:

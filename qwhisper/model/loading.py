@@ -248,7 +248,8 @@ def refuse_for_whole(name: str | os.PathLike, keywords: dict) -> None:
     _refuse_code(name, keywords.get("trust_remote_code", False))
     bases = {"audio_model", "text_model", "load_in_4bit", "whisper_cpu", "projector_fp32"}
     if given := sorted(bases & keywords.keys()):
-        raise UsageError(f"{name} is no folder of trained weights alone: {', '.join(given)} has no effect on it")
+        hint = "; give quantization_config=BitsAndBytesConfig(load_in_4bit=True)" if "load_in_4bit" in given else ""
+        raise UsageError(f"{name} is no folder of trained weights alone: {', '.join(given)} has no effect on it{hint}")
 
 
 def _refuse_code(name: str | os.PathLike, trusted: bool) -> None:

@@ -43,10 +43,20 @@ def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     return result + update * self.scaling[ADAPTER]
 
 
+def _update_layer(self, adapter_name: str, *args, **kwargs) -> None:
+    """As in PEFT, which would only warn before it replaces all that a run has learned. Raises UsageError."""
+    if adapter_name in self.lora_A:
+        raise UsageError(
+            f"this model has an adapter named {adapter_name!r}, and PEFT would replace it: train that one, or merge it "
+            "first (call merge() of each LoraLayer, save_pretrained, from_pretrained)"
+        )
+    super(type(self), self).update_layer(adapter_name, *args, **kwargs)
+
+
 class LoraLinear(PeftLinear):
     """LoRA on `nn.Linear`."""
 
-    forward = _forward
+    forward, update_layer = _forward, _update_layer
 
 
 def _layer_types(model: PreTrainedModel) -> dict[type[nn.Module], type[nn.Module]]:
@@ -56,7 +66,8 @@ def _layer_types(model: PreTrainedModel) -> dict[type[nn.Module], type[nn.Module
         import bitsandbytes as bnb
         from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
-        types[bnb.nn.Linear4bit] = type("LoraLinear4bit", (PeftLinear4bit,), {"forward": _forward})
+        methods = {"forward": _forward, "update_layer": _update_layer}
+        types[bnb.nn.Linear4bit] = type("LoraLinear4bit", (PeftLinear4bit,), methods)
     return types | {nn.Linear: LoraLinear}
 
 

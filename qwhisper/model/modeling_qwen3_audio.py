@@ -60,7 +60,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
         self.language_model.set_input_embeddings(value)
 
     def __setattr__(self, name: str, value) -> None:
-        """Whoever sets the language model, its layers use `text_attention`."""
+        """Setting the language model makes its layers use `text_attention`."""
         if name == "language_model":
             self._set_eager_if_softcapped(value.config)
             choose_attention(value, text_attention)

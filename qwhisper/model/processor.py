@@ -15,7 +15,7 @@ from transformers.processing_utils import AudioKwargs, TextKwargs
 from transformers.tokenization_utils_base import TextInput
 
 from qwhisper.checkpoint.names import MODEL_CONFIG, PROCESSOR_CONFIG
-from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
+from qwhisper.checkpoint.reading import read_run
 from qwhisper.data.clips import (
     AudioClip,
     is_list,
@@ -94,13 +94,11 @@ class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
         kwargs["trust_remote_code"] = False
         inherited = super().from_pretrained
 
-        def load(folder, *args, **kwargs):
+        def load(folder):
             check_processor(folder)
             return inherited(folder, *args, **kwargs)
 
-        if is_run_folder(pretrained_model_name_or_path):
-            return read_checkpoint(pretrained_model_name_or_path, lambda folder: load(folder, *args, **kwargs))
-        return load(pretrained_model_name_or_path, *args, **kwargs)
+        return read_run(pretrained_model_name_or_path, load)
 
     def __call__(
         self,
@@ -176,9 +174,9 @@ def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
     """
     folder = Path(folder)
     files = files_of(folder)
-    for needed in (MODEL_CONFIG, PROCESSOR_CONFIG):
+    for needed, hint in ((MODEL_CONFIG, ""), (PROCESSOR_CONFIG, "; save the processor there, with save_pretrained")):
         if needed not in files:
-            raise CheckpointError(f"{folder}: {needed} is missing")
+            raise CheckpointError(f"{folder}: {needed} is missing{hint}")
     config = read_json_object(files[MODEL_CONFIG])
     with reading(folder, "its processor can't be loaded"):
         processor = Qwen3AudioProcessor.from_pretrained(folder)

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import GenerationMixin
 
-from qwhisper.checkpoint.reading import is_run_folder, read_checkpoint
+from qwhisper.checkpoint.reading import read_checkpoint
 from qwhisper.data.template import listening_template
 from qwhisper.errors import UsageError
 from qwhisper.model import card, loading, modeling_qwen3_audio, saving
@@ -85,17 +85,10 @@ class Qwen3AudioForConditionalGeneration(
             return super().from_pretrained(name, *args, **kwargs)
         if os.path.isdir(name):
             name = os.path.join(name, kwargs.pop("subfolder", None) or "")
-        if is_run_folder(name) or loading.is_trained_folder(name):
-            return read_checkpoint(
-                name, lambda folder: _with_origin(loading.load_for_user(cls, folder, **kwargs), folder)
-            )
-        if not os.path.isdir(name) and (folder := loading.downloaded(name, kwargs)):
+            return read_checkpoint(name, lambda folder: _load_checkpoint(cls, folder, *args, **kwargs))
+        if folder := loading.downloaded(name, kwargs):
             return loading.load_for_user(cls, folder, **kwargs)
         loading.refuse_for_whole(name, kwargs)
-        if os.path.isdir(name):
-            return read_checkpoint(
-                name, lambda folder: _with_origin(loading.load_whole(cls, folder, *args, **kwargs), folder)
-            )
         return loading.load_whole(cls, name, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process=None, state_dict=NOT_GIVEN, push_to_hub=False, **kwargs):
@@ -134,8 +127,13 @@ class Qwen3AudioForConditionalGeneration(
             return super()._apply(fn, recurse)
 
 
-def _with_origin(loaded, folder):
-    """A loaded model, or (model, report), that knows its run."""
+def _load_checkpoint(cls, folder, *args, **kwargs):
+    """The model of a local folder, or (model, report); it knows its run."""
+    if loading.is_trained_folder(folder):
+        loaded = loading.load_for_user(cls, folder, **kwargs)
+    else:
+        loading.refuse_for_whole(folder, kwargs)
+        loaded = loading.load_whole(cls, folder, *args, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.origin = card.origin_of(folder)
     return loaded

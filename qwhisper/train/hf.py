@@ -13,6 +13,7 @@ resume need `qwhisper train`.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -248,12 +249,13 @@ class LoRAStabilizeCallback(ConfiguringCallback):
 class LossDebugCallback(TrainerCallback):
     """Prints supervised tokens and loss of every step, or passes them to `report(step, valid_labels, loss)`.
 
-    In a plain Trainer it reads them from the forward passes: with accumulation, from the last micro-batch's.
+    In a plain Trainer it reads them from the forward passes of the step, all its micro-batches together; with several
+    processes, from this one's.
     """
 
     def __init__(self, report=None):
         self.report = report or (lambda step, valid, loss: print(f"step {step}: {valid} valid labels, loss {loss:.4f}"))
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # labels that are not masked, loss
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each forward: supervised tokens, sum of losses
         self._hook: Any = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -265,13 +267,17 @@ class LossDebugCallback(TrainerCallback):
     def on_step_end(self, args, state, control, step_report=None, **kwargs):
         if step_report is not None:
             self.report(state.global_step, step_report.tokens, step_report.loss)
-        elif self._last is not None:
-            valid, loss = self._last
-            self.report(state.global_step, int(valid), float(loss))
+        elif self._seen:
+            valid, loss = (sum(map(float, values)) for values in zip(*self._seen, strict=True))
+            self._seen.clear()
+            self.report(state.global_step, int(valid), loss / valid if valid else math.nan)
 
     def _see(self, module, args, kwargs, output) -> None:
         if module.training and kwargs.get("labels") is not None:
-            self._last = (kwargs["labels"][:, 1:] != IGNORE_INDEX).sum(), output.loss.detach()
+            valid = (kwargs["labels"][:, 1:] != IGNORE_INDEX).sum()
+            # Trainer gives the step's count of supervised tokens; without it the loss is the mean of this batch.
+            count = kwargs.get("num_items_in_batch")
+            self._seen.append((valid, output.loss.detach() * (valid if count is None else count)))
 
 
 class NaNMonitorCallback(TrainerCallback):

@@ -259,3 +259,14 @@ def test_a_folder_with_a_model_beside_its_checkpoints_is_that_model(finished_run
     model = Qwen3AudioForConditionalGeneration.from_pretrained(folder)
     projector = load_file(folder / "projector.safetensors")
     assert torch.equal(model.model.multi_modal_projector.linear_1.weight.cpu(), projector["linear_1.weight"])
+
+
+def test_a_folder_that_another_library_wrote_says_what_to_give(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"a PEFT adapter alone; load its model"):
+        choose_checkpoint(tmp_path / "adapter")
+    for step in (9, 10):
+        (tmp_path / "hf-run" / f"checkpoint-{step}").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"give one of its checkpoints, such as .*checkpoint-10"):
+        choose_checkpoint(tmp_path / "hf-run")

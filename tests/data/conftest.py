@@ -19,7 +19,7 @@ CHATML = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-# As Qwen2.5's: a system prompt of its own where the dialogue has none.
+# As Qwen2.5's: it adds a system prompt to a dialogue without one.
 QWEN25 = (
     "{%- if messages[0]['role'] != 'system' %}"
     "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"

@@ -38,7 +38,7 @@ def test_pitch_and_speed_are_heard():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("one", "en-gb", "f1", 50, 140), "en-gb"),  # a language of espeak-ng that has no voice of its own
+        (("one", "en-gb", "f1", 50, 140), "en-gb"),  # a language of espeak-ng without a voice
         (("one", "en-us", "nobody", 50, 140), "nobody"),  # espeak-ng would speak on with the plain voice
         (("one", "en-us", "f1", 100, 140), "pitch 100"),
         (("one", "en-us", "f1", 50, 20), "speed 20"),

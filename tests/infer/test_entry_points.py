@@ -82,6 +82,14 @@ def test_every_entry_point_checks_the_hashes(finished_run, tmp_path, load):
         load(run)
 
 
+def test_a_model_that_was_saved_without_its_processor_says_so(finished_run, tmp_path):
+    folder = trained_with(finished_run, tmp_path / "saved")
+    (folder / "processor_config.json").unlink()
+    (folder / "state.json").unlink()  # as Trainer saves it
+    with pytest.raises(CheckpointError, match=r"processor_config\.json is missing; save the processor there"):
+        Assistant.from_pretrained(folder)
+
+
 def test_base_trained_on_in_4_bits_answers(finished_run, tmp_path):
     pytest.importorskip("bitsandbytes")
     assistant = Assistant.from_pretrained(trained_with(finished_run, tmp_path / "checkpoint", load_in_4bit=True))

@@ -19,6 +19,7 @@ def test_a_loaded_run_says_what_it_was_trained_on_and_how(finished_run, tmp_path
     for line in ("- train_file: train.jsonl", "- learning_rate: 0.01", "- max_steps: 2", "- audio: whisper, licence:"):
         assert line in card
     assert "## Losses at step 2" in card and "- loss: 5." in card
+    assert "a run of qwhisper up to step 2. Later training is not listed." in card
     assert 'pipeline("any-to-any"' in card and str(finished_run.parent) not in card
 
 
@@ -35,7 +36,7 @@ def test_without_a_run_the_card_names_bases_and_their_licences(model, bases, tmp
     model.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "license: apache-2.0\n---" in card and "- text: text, licence: apache-2.0" in card
-    assert "## Recipe" not in card and "## Losses" not in card
+    assert "## Recipe" not in card and "## Losses" not in card and "up to step" not in card
     model.config.audio_base["name"] = "openai/whisper-large-v3-turbo"
     model.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()

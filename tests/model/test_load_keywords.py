@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig
 
 from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioModel
+from qwhisper.checkpoint.manifest import write_manifest
 from qwhisper.errors import UsageError
 from tests.model.parts import logits, trained
 from tests.small import small_model
@@ -66,6 +67,19 @@ def test_a_report_of_loading_names_nothing_that_is_missing(folders, kind):
 @BOTH
 def test_a_subfolder_of_a_local_folder(folders, kind):
     assert torch.equal(logits(load(folders[kind].parent, subfolder=kind)), logits(load(folders[kind])))
+    with pytest.raises(UsageError, match="missing: no such folder"):
+        load(folders[kind], subfolder="missing")
+
+
+@BOTH
+def test_a_run_is_loaded_as_its_checkpoint_is(folders, kind, tmp_path):
+    checkpoint = shutil.copytree(folders[kind], tmp_path / "run" / "checkpoint-1")
+    (checkpoint / "state.json").write_text("{}")
+    write_manifest(checkpoint, 1, True)
+    models = [load(name, dtype="float32") for name in (tmp_path / "run", checkpoint)]
+    assert torch.equal(*map(logits, models))
+    trainable = [{name for name, weight in model.named_parameters() if weight.requires_grad} for model in models]
+    assert trainable[0] == trainable[1] != set()
 
 
 LAYERS = "model.language_model"

@@ -124,8 +124,9 @@ def test_an_attention_that_is_asked_for_is_set_so_that_windows_stay_apart(saved,
 @pytest.mark.parametrize("keyword", ["trust_remote_code", "text_model", "load_in_4bit", "whisper_cpu"])
 def test_a_whole_model_takes_no_keyword_that_has_no_effect_on_it(tmp_path, keyword):
     small_model().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=rf"{keyword}.* has no effect"):
+    with pytest.raises(UsageError, match=rf"{keyword}.* has no effect") as refused:
         Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path, **{keyword: True})
+    assert ("quantization_config=BitsAndBytesConfig(" in str(refused.value)) == (keyword == "load_in_4bit")
 
 
 def test_a_folder_of_a_config_is_compared_as_well(saved, tmp_path):

@@ -7,19 +7,25 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from qwhisper import Qwen3AudioForConditionalGeneration
-from tests.model.parts import logits
+from qwhisper.errors import UsageError
+from tests.model.parts import logits, trained
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TARGETS = r"model\.language_model\..*\.(q_proj|v_proj|down_proj)"
 
 
+def with_new_lora(model, folder=None):
+    config = LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["multi_modal_projector"], task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
 @pytest.fixture
 def peft_model(model):
-    config = LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["multi_modal_projector"], task_type="CAUSAL_LM")
-    wrapped = get_peft_model(model, config)
+    wrapped = with_new_lora(model)
     torch.manual_seed(1)
     with torch.no_grad():  # as if trained: LoRA's B is zero otherwise
         for parameter in wrapped.parameters():
@@ -71,3 +77,24 @@ def test_an_adapter_of_the_librarys_is_switched_and_saved(model, tmp_path):
     assert torch.equal(logits(model), adapted)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path)), adapted)
+
+
+@pytest.mark.filterwarnings("ignore:.*second time", "ignore:.*multiple adapters", "ignore:.*was renamed")
+@pytest.mark.parametrize("way", [with_new_lora, PeftModel.from_pretrained])
+def test_peft_does_not_replace_the_adapter_of_a_run(model, tmp_path, way):
+    trained(model).save_pretrained(tmp_path)
+    before = logits(model)
+    with pytest.raises(UsageError, match=r"an adapter named 'default'.* merge it first"):
+        way(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter is merged")
+def test_the_adapter_of_a_run_is_merged_for_a_new_one(model, tmp_path):
+    before = logits(trained(model))
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+    model.save_pretrained(tmp_path)
+    merged = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(with_new_lora(merged)), before, rtol=1e-4, atol=1e-4)

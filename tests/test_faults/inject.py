@@ -55,7 +55,7 @@ def device_memory_runs_out(*args, **kwargs) -> None:
 
 
 def host_memory_runs_out(*args, **kwargs) -> None:
-    """PyTorch's own error, which has no type of its own."""
+    """PyTorch's own error, which is a plain RuntimeError."""
     torch.empty(1 << 60)
 
 

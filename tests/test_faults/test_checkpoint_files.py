@@ -65,7 +65,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def without_manifest(monkeypatch) -> None:
-    """Whatever is there is taken, as in a plain trainer."""
+    """Every folder that is there is taken, as in a plain trainer."""
     for name in ("check_manifest", "read_manifest"):
         monkeypatch.setattr(manifest, name, lambda folder: {"finite": True, "step": step_in_name(folder)})
 

@@ -172,7 +172,7 @@ def decoder_raises(monkeypatch, error: Exception) -> None:
     monkeypatch.setattr(soundfile.SoundFile, "read", planted)
 
 
-@fault("a decoder that raises an error of its own", of="data", guarantee=NAMED, without=broken.few_errors_named)
+@fault("a decoder that raises an unusual type of error", of="data", guarantee=NAMED, without=broken.few_errors_named)
 def test_odd_decoder_error(run, monkeypatch):
     decoder_raises(monkeypatch, OddError("bit reservoir"))
     run.named(run.read(), "unreadable audio (OddError: bit reservoir)")

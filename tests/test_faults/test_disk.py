@@ -141,7 +141,7 @@ def test_quota(arguments, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     sizes = sorted({path.stat().st_size for path in (run.log.folder / "checkpoint-1").iterdir()})
     try:
-        for limit in sizes:  # the files that are larger fail, whoever writes them: Python, tokenizers, safetensors
+        for limit in sizes:  # the files that are larger fail, written by any of Python, tokenizers, safetensors
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit - 1, hard))
             try:
                 save_checkpoint(run)

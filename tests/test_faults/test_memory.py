@@ -51,7 +51,7 @@ def too_little_memory(monkeypatch, run_out, *, tokens: int, training: bool) -> N
 
 
 def survived(call):
-    """What `call` gives, or None where it ran out of memory."""
+    """What `call` gives, or None if it ran out of memory."""
     try:
         return call()
     except RuntimeError:

@@ -64,7 +64,7 @@ def dropped(run) -> set[str]:
 
 
 def declare(name: str, effect) -> None:
-    """One test a fault, each with an injection of its own and the three steps of an epoch."""
+    """One test a fault, each with its injection and the three steps of an epoch."""
 
     @fault(
         name,

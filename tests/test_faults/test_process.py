@@ -1,4 +1,4 @@
-"""Processes that are told to end or die: the trainer, those that read its data, and two trainers in one folder."""
+"""Processes that get a signal to end, or die: the trainer, those that read its data, and two trainers in one folder."""
 
 import contextlib
 import dataclasses

@@ -260,6 +260,16 @@ def test_loss_debug_in_a_plain_trainer(plain_trainer):
     assert [step for step, _, _ in seen] == [1, 2] and all(valid > 0 and loss > 0 for _, valid, loss in seen)
 
 
+def test_loss_debug_in_a_plain_trainer_takes_all_micro_batches_of_a_step(plain_trainer):
+    seen = []
+    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "logging_steps": 1}
+    trainer = plain_trainer(LossDebugCallback(lambda *values: seen.append(values)), max_steps=2, **batches)
+    trainer.train()
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert [loss for _, _, loss in seen] == pytest.approx(logged, rel=1e-4)
+    assert all(valid >= 3 for _, valid, _ in seen)
+
+
 def test_nan_monitor_names_the_first_bad_tensor_and_stops(arguments):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):

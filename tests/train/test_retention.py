@@ -1,4 +1,4 @@
-"""What is left of the text model in one that hears: asked while it trains, and told where it is lost."""
+"""What is left of the text model in one that hears: asked while it trains, and reported where it is lost."""
 
 import math
 import re

@@ -14,7 +14,7 @@ from qwhisper.checkpoint.names import MANIFEST
 
 @pytest.fixture
 def checkpoint(finished_run, tmp_path) -> Path:
-    """A checkpoint of the test's own, whose bases lie in a folder of their own beside it."""
+    """A checkpoint for one test, with its bases in a folder beside it."""
     shutil.copytree(finished_run.parent / "bases", tmp_path / "bases")
     run = shutil.copytree(finished_run, tmp_path / "run")
     for folder in run.glob("checkpoint-*"):
@@ -28,7 +28,7 @@ def checkpoint(finished_run, tmp_path) -> Path:
 
 @pytest.fixture
 def canary(tmp_path, monkeypatch) -> Path:
-    """A file that is there once any code of `plant_code` has run. Whoever asks on stdin is answered with yes."""
+    """A file that is there once any code of `plant_code` has run. A question on stdin is answered with yes."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 50))
     return tmp_path / "ran"
 
