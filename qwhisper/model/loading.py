@@ -45,7 +45,7 @@ from qwhisper.model.load_keywords import current_names, hub_keywords, quantised_
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading
-from qwhisper.model.weights import ENCODER, PROJECTOR, base_record, is_adapters, part, plain_name, plain_weights
+from qwhisper.model.weights import ENCODER, PROJECTOR, is_adapters, part, plain_name, record_of
 
 Model = TypeVar("Model", bound=Qwen3AudioForConditionalGeneration)
 
@@ -93,7 +93,7 @@ def load_and_join(
         refuse_unpackable(text_path, language_model)
     config.audio_config, config.text_config = encoder.config, language_model.config
     model = join(cls, config, encoder, language_model, projector_fp32=options.projector_fp32)
-    model.base_record = base_record(plain_weights(model.state_dict()))
+    model.base_record = record_of(model)
     return model
 
 
