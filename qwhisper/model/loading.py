@@ -236,10 +236,12 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model 
 
 
 def _attention_in(config: Qwen3AudioConfig | str | os.PathLike | None) -> dict[str, str]:
-    """The attention implementation of each part for which a given configuration names one."""
+    """The attention implementation of the whole, by the key "", and of each part for which a given configuration names
+    one.
+    """
     if not isinstance(config, Qwen3AudioConfig):
         return {}
-    parts = {"audio_config": config.audio_config, "text_config": config.text_config}
+    parts = {"": config, "audio_config": config.audio_config, "text_config": config.text_config}
     return {name: part._attn_implementation for name, part in parts.items() if part._attn_implementation}
 
 
