@@ -5,7 +5,7 @@ Architecture only: nothing here knows of files, dialogues or training. `qwen3_au
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -62,15 +62,21 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
     def __setattr__(self, name: str, value) -> None:
         """Whoever sets the language model, its layers use `text_attention`."""
         if name == "language_model":
-            self._set_eager_if_softcapped(value.config)
+            value._supports_flex_attn = False  # as of the whole model, also if it is set on this part
+            self._settle_attention(value)
             choose_attention(value, text_attention)
         super().__setattr__(name, value)
 
     @staticmethod
-    def _set_eager_if_softcapped(text_config: PreTrainedConfig) -> None:
-        """The mask, which is made by the configuration's name, must be that of the attention."""
-        if text_attention(text_config) == "eager":
-            text_config._attn_implementation = "eager"
+    def _settle_attention(language_model: PreTrainedModel) -> None:
+        """The mask, which is made by the configuration's name, must be that of the attention. Refuses flex attention,
+        which neither trains nor generates everywhere.
+        """
+        implementation = text_attention(language_model.config)
+        if implementation == "eager":
+            language_model.config._attn_implementation = "eager"
+        elif implementation == "flex_attention":
+            language_model._flex_attn_can_dispatch()
 
     def _apply(self, fn, recurse=True):
         projector = self.multi_modal_projector
@@ -108,7 +114,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
             audio_features=audio_features,
             audio_lengths=audio_lengths,
         )
-        self._set_eager_if_softcapped(self.language_model.config)  # it may have been set on the language model itself
+        self._settle_attention(self.language_model)  # it may have been set on the language model itself
         if kwargs.get("cu_seq_lens_q") is not None:
             implementation = text_attention(self.language_model.config)
             if implementation not in IMPLEMENTATIONS:
