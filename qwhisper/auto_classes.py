@@ -34,6 +34,9 @@ ENTRIES = {
     f"{AUTO}.tokenization_auto": {},
     f"{AUTO}.feature_extraction_auto": {},
 }
+# transformers' module -> its lists of class names in which ours belongs. Trainer shifts the labels of a class that it
+# finds among the causal ones, as it computes the smoothed loss itself; `transformers serve` asks the other one first.
+NAME_LISTS = {f"{AUTO}.modeling_auto": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")}
 # Auto classes that look for files before they know our class: a run's folder has none of its own.
 READERS = {
     f"{AUTO}.configuration_auto": "AutoConfig",
@@ -160,6 +163,8 @@ def _register(module: ModuleType, load: Load) -> None:
         if type(known) is dict:  # neither another form of transformers, nor done already
             by_type = mapping_name == "CONFIG_MAPPING"
             mapping._extra_content = Registered(known, load, class_name, by_type)
+    for list_name in NAME_LISTS.get(module.__name__, ()):
+        getattr(module, list_name, {}).setdefault(MODEL_TYPE, "Qwen3AudioForConditionalGeneration")
     library: Any = sys.modules["transformers"]
     if type(getattr(library, "_objects", None)) is dict:
         library._objects = Names(library._objects, load)

@@ -16,7 +16,7 @@ from transformers import AudioFlamingo3Config, AutoConfig, Qwen2AudioConfig, pip
 from transformers.models.auto import modeling_auto
 
 from qwhisper import auto_classes
-from qwhisper.auto_classes import ENTRIES, Finder, Registered
+from qwhisper.auto_classes import ENTRIES, NAME_LISTS, Finder, Registered
 
 ROOT = Path(__file__).parents[1]
 CONFIG_AUTO = next(iter(ENTRIES))
@@ -91,6 +91,14 @@ def test_our_model_is_registered_as_the_librarys_audio_models_are(finished_run):
     theirs = [{name for name, m in mappings.items() if c in m} for c in (AudioFlamingo3Config, Qwen2AudioConfig)]
     ours = {name for name, mapping in mappings.items() if type(config) in mapping}
     assert ours == theirs[0] | theirs[1]
+
+
+def test_our_class_stands_in_the_lists_of_names_that_libraries_ask(finished_run):
+    """Trainer and `transformers serve` do; the Auto classes by these lists stay as they are."""
+    for name in NAME_LISTS["transformers.models.auto.modeling_auto"]:
+        assert getattr(modeling_auto, name)["qwen3_audio"] == "Qwen3AudioForConditionalGeneration"
+    assert type(AutoConfig.from_pretrained(finished_run)) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    assert all(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.items())
 
 
 def test_auto_classes_read_other_folders_as_before(finished_run, tmp_path):
