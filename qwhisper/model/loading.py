@@ -41,7 +41,13 @@ from qwhisper.model.bases import (
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
-from qwhisper.model.load_keywords import current_names, hub_keywords, quantised_text_alone, trained_options
+from qwhisper.model.load_keywords import (
+    check_device_map,
+    current_names,
+    hub_keywords,
+    quantised_text_alone,
+    trained_options,
+)
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading
@@ -195,6 +201,8 @@ def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwarg
     check_files(name)
     if "quantization_config" in kwargs:
         kwargs["quantization_config"] = quantised_text_alone(kwargs["quantization_config"])
+    if kwargs.get("device_map") is not None:
+        check_device_map(kwargs["device_map"], Qwen3AudioConfig.from_pretrained(name, **hub_keywords(kwargs)))
     model, info = super(Qwen3AudioForConditionalGeneration, cls).from_pretrained(  # type: ignore[misc]
         name, *args, output_loading_info=True, **kwargs
     )
