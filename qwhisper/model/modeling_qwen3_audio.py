@@ -210,9 +210,12 @@ class Qwen3AudioForConditionalGeneration(
         labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is a loss (sum over
         supervised tokens / num_items_in_batch, or their mean). It has no logits in training mode or where gradients are
         recorded, so that no full logits exist; otherwise, and without labels, logits [batch, tokens or logits_to_keep,
-        vocabulary]. valid_label_count, which our batches have, is not used.
+        vocabulary]. shift_labels: as in transformers, labels shifted already, in their place. valid_label_count, which
+        our batches have, is not used.
         """
-        kwargs.pop("valid_label_count", None)  # no parameter: Trainer takes each with "label" in its name for labels
+        # No parameters: Trainer takes each with "label" in its name for labels.
+        kwargs.pop("valid_label_count", None)
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             input_features=input_features,
@@ -233,6 +236,7 @@ class Qwen3AudioForConditionalGeneration(
                 hidden_states,
                 labels.to(hidden_states.device),
                 self.lm_head,
+                shift_labels=None if shift_labels is None else shift_labels.to(hidden_states.device),
                 num_items_in_batch=num_items_in_batch,
                 softcap=self.softcap,
             )
