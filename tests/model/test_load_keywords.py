@@ -4,9 +4,11 @@ import copy
 import shutil
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from huggingface_hub import constants
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, BitsAndBytesConfig
 
 from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioModel
@@ -102,6 +104,8 @@ def tied(folders):
 ON_DISK = {"model.audio_tower": "cpu", "model.multi_modal_projector": "cpu", LAYERS: "disk", "lm_head": "disk"}
 
 
+# Of its versions 1.3 fails and 1.15 does not.
+@pytest.mark.skipif(Version(accelerate.__version__) < Version("1.15"), reason="accelerate drops a tied weight twice")
 @pytest.mark.parametrize("device_map", [{"": "disk"}, ON_DISK], ids=["all", "parts"])
 @BOTH
 def test_a_language_model_that_stays_on_the_disk_computes_the_same(tied, kind, device_map, tmp_path):
