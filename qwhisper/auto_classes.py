@@ -3,8 +3,8 @@
 So `import qwhisper` is enough for `AutoModelForMultimodalLM.from_pretrained(checkpoint)`, and imports no transformers.
 An Auto class keeps registered classes in the dict `_extra_content` of its mapping; here a dict that also has our entry
 replaces it. The module `transformers` has our classes as attributes in the same way. If transformers has no such
-mapping, nothing changes. For a run's folder AutoConfig, AutoTokenizer and AutoFeatureExtractor read the files of its
-best checkpoint, as our classes do.
+mapping, nothing changes. For a run's folder AutoConfig, AutoTokenizer, AutoFeatureExtractor and GenerationConfig read
+the files of its best checkpoint, as our classes do.
 """
 
 import os
@@ -14,13 +14,14 @@ from contextlib import suppress
 from functools import wraps
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
 MODEL_TYPE, CONFIG = "qwen3_audio", "Qwen3AudioConfig"
 # transformers' module -> its mappings, with the name of our class in each. The keys of CONFIG_MAPPING are model types;
 # those of the others are configurations.
-AUTO = "transformers.models.auto"
+AUTO, GENERATION = "transformers.models.auto", "transformers.generation.configuration_utils"
 ENTRIES = {
     f"{AUTO}.configuration_auto": {"CONFIG_MAPPING": CONFIG},
     f"{AUTO}.modeling_auto": {
@@ -33,12 +34,17 @@ ENTRIES = {
     f"{AUTO}.processing_auto": {"PROCESSOR_MAPPING": "Qwen3AudioProcessor"},
     f"{AUTO}.tokenization_auto": {},
     f"{AUTO}.feature_extraction_auto": {},
+    GENERATION: {},
 }
+# transformers' module -> its lists of class names in which ours belongs. Trainer shifts the labels of a class that it
+# finds among the causal ones, as it computes the smoothed loss itself; `transformers serve` asks the other one first.
+NAME_LISTS = {f"{AUTO}.modeling_auto": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")}
 # Auto classes that read files before they choose a class. A run's folder has no such files; its checkpoints have.
 READERS = {
     f"{AUTO}.configuration_auto": "AutoConfig",
     f"{AUTO}.tokenization_auto": "AutoTokenizer",
     f"{AUTO}.feature_extraction_auto": "AutoFeatureExtractor",
+    GENERATION: "GenerationConfig",
 }
 CLASSES = {CONFIG, *(name for entries in ENTRIES.values() for name in entries.values())}
 READ_RUN = "read_run"  # name of the function that reads a run's folder, for `Load`
@@ -160,6 +166,8 @@ def _register(module: ModuleType, load: Load) -> None:
         if type(known) is dict:  # neither another form of transformers, nor done already
             by_type = mapping_name == "CONFIG_MAPPING"
             mapping._extra_content = Registered(known, load, class_name, by_type)
+    for list_name in NAME_LISTS.get(module.__name__, ()):
+        getattr(module, list_name, {}).setdefault(MODEL_TYPE, "Qwen3AudioForConditionalGeneration")
     library: Any = sys.modules["transformers"]
     if type(getattr(library, "_objects", None)) is dict:
         library._objects = Names(library._objects, load)
@@ -171,14 +179,18 @@ def _register(module: ModuleType, load: Load) -> None:
 def _reading_runs(inherited: Any, load: Load) -> Any:
     """A `from_pretrained` that does with a run's folder what `inherited`, a class method, does with its checkpoint."""
 
-    @wraps(inherited.__func__)
-    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        def read(name: Any) -> Any:
-            return inherited.__func__(cls, name, *args, **kwargs)
+    place = list(signature(inherited.__func__).parameters)[1]  # the argument's name, which differs between classes
 
-        name = pretrained_model_name_or_path
-        may_be_run = isinstance(name, str | os.PathLike) and os.path.isdir(name)
-        return load(READ_RUN)(name, read) if may_be_run else read(name)
+    @wraps(inherited.__func__)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        def read(name: Any) -> Any:
+            given = ((name, *args[1:]), kwargs) if args else ((), kwargs | {place: name})
+            return inherited.__func__(cls, *given[0], **given[1])
+
+        name = args[0] if args else kwargs.get(place)
+        if isinstance(name, str | os.PathLike) and os.path.isdir(name):
+            return load(READ_RUN)(name, read)
+        return inherited.__func__(cls, *args, **kwargs)
 
     from_pretrained._of_qwhisper = True  # type: ignore[attr-defined]
     return classmethod(from_pretrained)

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from transformers import AudioFlamingo3Config, AutoConfig, Qwen2AudioConfig, pipeline
+from transformers import AudioFlamingo3Config, AutoConfig, GenerationConfig, Qwen2AudioConfig, pipeline
 from transformers.models.auto import modeling_auto
 
-from qwhisper import auto_classes
-from qwhisper.auto_classes import ENTRIES, Finder, Registered
+from qwhisper import Qwen3AudioForConditionalGeneration, auto_classes
+from qwhisper.auto_classes import ENTRIES, NAME_LISTS, Finder, Registered
 
 ROOT = Path(__file__).parents[1]
 CONFIG_AUTO = next(iter(ENTRIES))
@@ -32,8 +32,9 @@ USE = """
 import sys, qwhisper
 import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForMultimodalLM, AutoProcessor
-from transformers import AutoTokenizer, pipeline
-for auto in (AutoConfig, AutoTokenizer, AutoFeatureExtractor, AutoProcessor, AutoModel, AutoModelForMultimodalLM):
+from transformers import AutoTokenizer, GenerationConfig, pipeline
+for auto in (AutoConfig, AutoTokenizer, AutoFeatureExtractor, AutoProcessor, AutoModel, AutoModelForMultimodalLM,
+             GenerationConfig):
     print(type(auto.from_pretrained(sys.argv[1])).__name__)
 answer = pipeline("any-to-any", model=sys.argv[1])
 assert type(answer.model) is getattr(transformers, answer.model.config.architectures[0])
@@ -48,6 +49,7 @@ USED = [
     "Qwen3AudioProcessor",
     "Qwen3AudioModel",
     "Qwen3AudioForConditionalGeneration",
+    "GenerationConfig",
     "Qwen3AudioForConditionalGeneration Qwen3AudioProcessor",
     "assistant",
 ]
@@ -85,12 +87,41 @@ def test_a_pipeline_answers_audio_and_text_of_a_run_as_its_model_does(finished_r
         assert len(expected) > 0 and expected.endswith(said) and said
 
 
+@pytest.mark.parametrize("part", ["checkpoint-2", ""])
+def test_a_generation_config_is_that_of_the_best_checkpoint(finished_run, part):
+    folder = finished_run / part
+    kept = Qwen3AudioForConditionalGeneration.from_pretrained(finished_run).generation_config.to_dict()
+    assert kept["eos_token_id"] is not None and kept["max_new_tokens"] is None
+    assert GenerationConfig.from_pretrained(folder).to_dict() == kept
+    for config in (
+        GenerationConfig.from_pretrained(str(folder), "generation_config.json", max_new_tokens=7),
+        GenerationConfig.from_pretrained(pretrained_model_name=folder, max_new_tokens=7),
+        GenerationConfig.from_pretrained(folder, max_new_tokens=7, is_new=1, return_unused_kwargs=True)[0],
+    ):
+        assert config.to_dict() == kept | {"max_new_tokens": 7}
+
+
+def test_a_generation_config_of_another_folder_is_read_as_before(tmp_path):
+    with pytest.raises(OSError, match=r"generation_config\.json"):
+        GenerationConfig.from_pretrained(tmp_path)
+    GenerationConfig(max_new_tokens=3).save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(pretrained_model_name=tmp_path).max_new_tokens == 3
+
+
 def test_our_model_is_registered_as_the_librarys_audio_models_are(finished_run):
     config = AutoConfig.from_pretrained(finished_run)
     mappings = {name: mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING")}
     theirs = [{name for name, m in mappings.items() if c in m} for c in (AudioFlamingo3Config, Qwen2AudioConfig)]
     ours = {name for name, mapping in mappings.items() if type(config) in mapping}
     assert ours == theirs[0] | theirs[1]
+
+
+def test_our_class_stands_in_the_lists_of_names_that_libraries_ask(finished_run):
+    """Trainer and `transformers serve` do; the Auto classes by these lists stay as they are."""
+    for name in NAME_LISTS["transformers.models.auto.modeling_auto"]:
+        assert getattr(modeling_auto, name)["qwen3_audio"] == "Qwen3AudioForConditionalGeneration"
+    assert type(AutoConfig.from_pretrained(finished_run)) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    assert all(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.items())
 
 
 def test_auto_classes_read_other_folders_as_before(finished_run, tmp_path):

@@ -18,6 +18,7 @@ from qwhisper.checkpoint.names import ADAPTER_CONFIG, PREFIX, PROJECTOR_FILE
 from qwhisper.errors import UsageError
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import IMPLEMENTATIONS, packed_row_mask
+from qwhisper.model.audio_embedding import device_of
 from qwhisper.model.pretrained import UntrustedCodeError, load_config
 
 TAKES = {
@@ -130,7 +131,7 @@ def refuse_unpackable(name: str, language_model: PreTrainedModel) -> None:
     if language_model.config._attn_implementation not in IMPLEMENTATIONS:
         return
     embeddings = language_model.get_input_embeddings()
-    hidden_states = embeddings(torch.arange(8, device=embeddings.weight.device)[None])
+    hidden_states = embeddings(torch.arange(8, device=device_of(embeddings))[None])
     borders = torch.tensor([0, 5, 8], dtype=torch.int32, device=hidden_states.device)
     packed = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 5, "max_length_k": 5}
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]], device=hidden_states.device)

@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from qwhisper.errors import UsageError
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
+from qwhisper.model.audio_embedding import device_of
 from qwhisper.model.base_kinds import refuse_other_format, refuse_other_kind
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.loss import head_logits
@@ -35,6 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 AUDIO_TOWER = "model.audio_tower"  # the encoder in a device map by our names
 NO_ACCESS: Mapping[str, Any] = MappingProxyType({})
+DISK = "disk"  # transformers' name, in a device map that is a dictionary
 SPREADING_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names: over all available devices
 
 
@@ -64,7 +66,7 @@ class LoadOptions:
     def _whole(self) -> str | int | torch.device | None:
         """The one device that `device_map` names for everything, or None."""
         if isinstance(self.device_map, dict):
-            return self.device_map.get("")
+            return None if self.device_map.get("") == DISK else self.device_map.get("")
         return None if self.device_map in SPREADING_MAPS else self.device_map
 
     @property
@@ -85,7 +87,7 @@ class LoadOptions:
         if self.whisper_cpu:
             return torch.device("cpu")
         place = self.device_map.get(AUDIO_TOWER) if isinstance(self.device_map, dict) else None
-        if place == "disk":
+        if place == DISK:
             raise UsageError(f"device_map: {AUDIO_TOWER} can't stay on the disk; it is small: give it a device")
         return self.device if place is None else torch.device(place)
 
@@ -110,7 +112,14 @@ class LoadOptions:
         return {"device_map": device_map, "quantization_config": quantization}
 
 
-DEFAULT_OPTIONS = LoadOptions()
+def refuse_missing_devices(device_map: str | int | torch.device | Mapping[str, Any] | None) -> None:
+    """Raise UsageError if a device map names a device that does not exist."""
+    if isinstance(device_map, Mapping):
+        for place in device_map.values():
+            if place != DISK:
+                _refuse_missing_device(place)
+    elif device_map is not None and device_map not in SPREADING_MAPS:
+        _refuse_missing_device(device_map)
 
 
 def _refuse_missing_device(name: str | int | torch.device) -> None:
@@ -122,6 +131,9 @@ def _refuse_missing_device(name: str | int | torch.device) -> None:
         device = None
     if device is None or (device.type != "cpu" and f"{device.type}:{device.index or 0}" not in there):
         raise UsageError(f"there is no device {str(name)!r} for PyTorch here: give one of {', '.join(['cpu', *there])}")
+
+
+DEFAULT_OPTIONS = LoadOptions()
 
 
 def resolve_model(name: str, hub: str, flag: str, access: Mapping[str, Any] = NO_ACCESS) -> str:
@@ -241,7 +253,7 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
 def _refuse_other_head(name: str, language_model: PreTrainedModel) -> None:
     """Refuse models that scale their logits: the loss applies the head directly and would be silently wrong."""
     language_model.eval()
-    ids = torch.arange(4, device=language_model.get_input_embeddings().weight.device)[None]
+    ids = torch.arange(4, device=device_of(language_model.get_input_embeddings()))[None]
     hidden_states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     softcap = getattr(language_model.config, "final_logit_softcapping", None)
     ours = head_logits(hidden_states, language_model.get_output_embeddings(), softcap)

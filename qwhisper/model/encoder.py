@@ -26,6 +26,8 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
     overflow: bounds and counts what would leave fp16's range.
     """
 
+    _supports_flex_attn = False
+
     def __init__(self, config: WhisperConfig):
         super().__init__(config)
         self.overflow = OverflowClamp(self)

@@ -41,11 +41,17 @@ from qwhisper.model.bases import (
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
-from qwhisper.model.load_keywords import current_names, hub_keywords, quantised_text_alone, trained_options
+from qwhisper.model.load_keywords import (
+    check_device_map,
+    current_names,
+    hub_keywords,
+    quantised_text_alone,
+    trained_options,
+)
 from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading
-from qwhisper.model.weights import ENCODER, PROJECTOR, base_record, is_adapters, part, plain_name, plain_weights
+from qwhisper.model.weights import ENCODER, PROJECTOR, is_adapters, part, plain_name, record_of
 
 Model = TypeVar("Model", bound=Qwen3AudioForConditionalGeneration)
 
@@ -93,7 +99,7 @@ def load_and_join(
         refuse_unpackable(text_path, language_model)
     config.audio_config, config.text_config = encoder.config, language_model.config
     model = join(cls, config, encoder, language_model, projector_fp32=options.projector_fp32)
-    model.base_record = base_record(plain_weights(model.state_dict()))
+    model.base_record = record_of(model)
     return model
 
 
@@ -195,6 +201,8 @@ def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwarg
     check_files(name)
     if "quantization_config" in kwargs:
         kwargs["quantization_config"] = quantised_text_alone(kwargs["quantization_config"])
+    if kwargs.get("device_map") is not None:
+        check_device_map(kwargs["device_map"], Qwen3AudioConfig.from_pretrained(name, **hub_keywords(kwargs)))
     model, info = super(Qwen3AudioForConditionalGeneration, cls).from_pretrained(  # type: ignore[misc]
         name, *args, output_loading_info=True, **kwargs
     )
@@ -236,10 +244,12 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model 
 
 
 def _attention_in(config: Qwen3AudioConfig | str | os.PathLike | None) -> dict[str, str]:
-    """The attention implementation of each part for which a given configuration names one."""
+    """The attention implementation of the whole, by the key "", and of each part for which a given configuration names
+    one.
+    """
     if not isinstance(config, Qwen3AudioConfig):
         return {}
-    parts = {"audio_config": config.audio_config, "text_config": config.text_config}
+    parts = {"": config, "audio_config": config.audio_config, "text_config": config.text_config}
     return {name: part._attn_implementation for name, part in parts.items() if part._attn_implementation}
 
 

@@ -5,7 +5,7 @@ Architecture only: nothing here knows of files, dialogues or training. `qwen3_au
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -62,15 +62,21 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
     def __setattr__(self, name: str, value) -> None:
         """Setting the language model makes its layers use `text_attention`."""
         if name == "language_model":
-            self._set_eager_if_softcapped(value.config)
+            value._supports_flex_attn = False  # as of the whole model, also if it is set on this part
+            self._settle_attention(value)
             choose_attention(value, text_attention)
         super().__setattr__(name, value)
 
     @staticmethod
-    def _set_eager_if_softcapped(text_config: PreTrainedConfig) -> None:
-        """The mask, which is made by the configuration's name, must be that of the attention."""
-        if text_attention(text_config) == "eager":
-            text_config._attn_implementation = "eager"
+    def _settle_attention(language_model: PreTrainedModel) -> None:
+        """The mask, which is made by the configuration's name, must be that of the attention. Refuses flex attention,
+        which neither trains nor generates everywhere.
+        """
+        implementation = text_attention(language_model.config)
+        if implementation == "eager":
+            language_model.config._attn_implementation = "eager"
+        elif implementation == "flex_attention":
+            language_model._flex_attn_can_dispatch()
 
     def _apply(self, fn, recurse=True):
         projector = self.multi_modal_projector
@@ -108,7 +114,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
             audio_features=audio_features,
             audio_lengths=audio_lengths,
         )
-        self._set_eager_if_softcapped(self.language_model.config)  # it may have been set on the language model itself
+        self._settle_attention(self.language_model)  # it may have been set on the language model itself
         if kwargs.get("cu_seq_lens_q") is not None:
             implementation = text_attention(self.language_model.config)
             if implementation not in IMPLEMENTATIONS:
@@ -204,9 +210,12 @@ class Qwen3AudioForConditionalGeneration(
         labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is a loss (sum over
         supervised tokens / num_items_in_batch, or their mean). It has no logits in training mode or where gradients are
         recorded, so that no full logits exist; otherwise, and without labels, logits [batch, tokens or logits_to_keep,
-        vocabulary]. valid_label_count, which our batches have, is not used.
+        vocabulary]. shift_labels: as in transformers, labels shifted already, in their place. valid_label_count, which
+        our batches have, is not used.
         """
-        kwargs.pop("valid_label_count", None)  # no parameter: Trainer takes each with "label" in its name for labels
+        # No parameters: Trainer takes each with "label" in its name for labels.
+        kwargs.pop("valid_label_count", None)
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             input_features=input_features,
@@ -227,6 +236,7 @@ class Qwen3AudioForConditionalGeneration(
                 hidden_states,
                 labels.to(hidden_states.device),
                 self.lm_head,
+                shift_labels=None if shift_labels is None else shift_labels.to(hidden_states.device),
                 num_items_in_batch=num_items_in_batch,
                 softcap=self.softcap,
             )

@@ -85,6 +85,8 @@ def _loading(name: str | os.PathLike, what: str, flag: str = "") -> Iterator[Non
                 f"{where}: its {what} needs Python code from the model's folder, which is never run. "
                 "Take a model whose architecture transformers knows, or export this one to such an architecture"
             ) from None
+        if "device_map" in str(error):  # of transformers and bitsandbytes
+            raise UsageError(f"{where}: its {what} can't be placed as device_map says ({first_line(error)})") from error
         if isinstance(error, pickle.UnpicklingError):  # transformers' message explains how to run the code
             raise UsageError(
                 f"{where}: the {what}'s weights are a pickle with more than tensors in it, which is never loaded; take "

@@ -17,6 +17,7 @@ from qwhisper.model import card, loading, modeling_qwen3_audio, saving
 from qwhisper.model.base_kinds import refuse_empty_tokenizer
 from qwhisper.model.bases import DEFAULT_OPTIONS, LoadOptions, fingerprint, resolve_model
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+from qwhisper.model.offloaded import full_state
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.processing_qwen3_audio import add_audio_token
 from qwhisper.model.processor import Qwen3AudioProcessor
@@ -41,14 +42,18 @@ class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
         loaded = Qwen3AudioForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return (loaded[0].model, loaded[1]) if isinstance(loaded, tuple) else loaded.model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers. Raises UsageError for a model with an adapter, which could not be loaded again."""
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        """As in transformers, with the weights that accelerate has offloaded. Raises UsageError for a model with an
+        adapter, which could not be loaded again.
+        """
         if any(map(is_adapters, self.state_dict())):
             raise UsageError(
                 "this model has an adapter, and no head: save the Qwen3AudioForConditionalGeneration that it is a part "
                 "of, or merge the adapter first"
             )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        state_dict = dict(full_state(self)) | (state_dict or {})
+        saving.refuse_without_values(state_dict)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 
 NOT_GIVEN: Any = object()

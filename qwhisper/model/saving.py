@@ -39,6 +39,7 @@ from qwhisper.model.adapter_config import is_target, read_adapter_config
 from qwhisper.model.card import Origin, write_card
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.offloaded import full_state
 from qwhisper.model.projector import AudioProjection
 from qwhisper.model.weights import (
     ENCODER,
@@ -88,6 +89,8 @@ def save_pretrained(
 ) -> None:
     """Write everything needed to load the model again; raise UsageError if a weight would be lost.
 
+    Weights that accelerate has offloaded are read from where they are.
+
     base_record: of the weights that came from the model's bases; None if unknown. origin: the run, for the model card.
     state_dict: weights to save instead of the model's, as Trainer and Accelerate gather them; missing ones are taken
     from the model. is_main_process: nothing is written if False.
@@ -109,10 +112,9 @@ def save_pretrained(
         return
     folder = Path(save_directory)
     _refuse_folder(model.config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    before = model._get_files_timestamps(folder)
+    before = model._get_files_timestamps(folder) if folder.is_dir() else {}
     state = _state_with(model, state_dict)
-    weights, adapter = plain_weights(state), find_adapter(model, state)
+    weights, adapter = dict(plain_weights(state.items())), find_adapter(model, state)
     record = None if model.config.text_base is None else base_record
     changed = differing(record, weights) if record is not None else []
     if record is None or any(not name.startswith(ENCODER) or name not in record for name in changed):
@@ -156,7 +158,7 @@ def _refuse_folder(config: Qwen3AudioConfig, folder: Path) -> None:
 
 def _state_with(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The model's state dict, with the given tensors in place of its own."""
-    state = dict(model.state_dict())
+    state = dict(full_state(model))
     unknown = sorted((given or {}).keys() - state.keys())
     if unknown:
         raise UsageError(f"state_dict has {len(unknown)} weights that this model lacks, the first: {unknown[0]}")
@@ -229,6 +231,8 @@ def _save_trained(
     for file, tensors in files.items():
         if (size := sum(tensor.nbytes for tensor in tensors.values())) > limit:
             raise UsageError(f"max_shard_size={max_shard_size!r}: {file} is one file of {size:,} bytes; allow as many")
+        refuse_without_values(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
     for file, tensors in files.items():
         _write(tensors, folder / file)
     config.architectures = [type(model).__name__]
@@ -259,11 +263,14 @@ def _save_whole(
     config = copy.deepcopy(model.config)
     config.text_base = config.audio_base = None
     config.audio_tower_trained = False
+    refuse_without_values({**weights, **(adapter.tensors if adapter is not None else {})})
     ((head, embeddings),) = model._tied_weights_keys.items()
     tied = weights[embeddings]
     if config.tie_word_embeddings and not torch.equal(weights[head].to(tied.device), tied):
         # Only one of the two was trained, replaced or resized: tying them on loading would lose it.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    elif config.tie_word_embeddings:
+        weights = {**weights, head: tied}  # one tensor, written once; offloaded, it may have been read twice
     with torch.device("meta"):
         plain = {name: tensor for name, tensor in weights.items() if not is_adapters(name)}
         _refuse_unloadable(plain, type(model)(copy.deepcopy(config)).state_dict())
@@ -296,6 +303,15 @@ def _refuse_unloadable(weights: Mapping[str, Tensor], expected: Mapping[str, Ten
         raise UsageError(
             f"{len(odd)} weights have no place in a model of this configuration, or are missing ({_some(odd)}): they "
             "would be lost. Remove what was added to the model, or save it yourself"
+        )
+
+
+def refuse_without_values(weights: Mapping[str, Tensor]) -> None:
+    """Raise UsageError for a weight on `meta`."""
+    if empty := [name for name, tensor in weights.items() if tensor.is_meta]:
+        raise UsageError(
+            f"{len(empty)} weights are on the device meta, which holds no values ({_some(empty)}): load the model "
+            "again, or pass their values in state_dict"
         )
 
 

@@ -5,7 +5,7 @@ counter shows all of these. So the model keeps the checksum of every weight from
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwhisper.checksums import changed, checksums
+from qwhisper.model.offloaded import full_state
 
 PROJECTOR = "model.multi_modal_projector."
 ENCODER = "model.audio_tower."
@@ -37,10 +38,10 @@ def plain_name(key: str) -> str | None:
     return re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
 
 
-def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{plain name: tensor} of a state dict, without LoRA's tensors."""
-    named = ((plain_name(key), tensor) for key, tensor in state.items() if not is_adapters(key))
-    return {name: tensor for name, tensor in named if name is not None}
+def plain_weights(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """(plain name, tensor) of a state dict's items, without LoRA's tensors."""
+    named = ((plain_name(key), tensor) for key, tensor in state if not is_adapters(key))
+    return ((name, tensor) for name, tensor in named if name is not None)
 
 
 def placed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,13 +56,24 @@ def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-def base_record(weights: Mapping[str, Tensor]) -> BaseRecord:
+def record_of(model: nn.Module) -> BaseRecord:
+    """The record of a model's weights as they are now. Offloaded ones are read one at a time."""
+    return base_record(plain_weights(full_state(model)))
+
+
+def base_record(weights: Iterable[tuple[str, Tensor]]) -> BaseRecord:
     """Checksum and shape of every plain weight outside the projector."""
-    of_bases = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR)}
-    sums = checksums((name, tensor) for name, tensor in of_bases.items() if not tensor.is_meta)
-    return {
-        name: (*tensor.shape,) if tensor.is_meta else (sums[name], *tensor.shape) for name, tensor in of_bases.items()
-    }
+    shapes: BaseRecord = {}
+
+    def with_values() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            if not name.startswith(PROJECTOR):
+                shapes[name] = (*tensor.shape,)
+                if not tensor.is_meta:
+                    yield name, tensor
+
+    sums = checksums(with_values())
+    return {name: (sums[name], *shape) if name in sums else shape for name, shape in shapes.items()}
 
 
 def differing(record: BaseRecord, weights: Mapping[str, Tensor]) -> list[str]:
@@ -69,7 +81,7 @@ def differing(record: BaseRecord, weights: Mapping[str, Tensor]) -> list[str]:
 
     A weight cast to a wider dtype, as by PEFT's `prepare_model_for_kbit_training`, counts as equal.
     """
-    found = changed(record, base_record(weights))
+    found = changed(record, base_record(weights.items()))
     return [name for name in found if name not in weights or not _is_widened(weights[name], record.get(name))]
 
 
@@ -94,7 +106,7 @@ def following_casts(model: PreTrainedModel) -> Iterator[None]:
     if record is None:
         yield
         return
-    kept = set(differing(record, plain_weights(model.state_dict())))
+    kept = set(differing(record, dict(plain_weights(full_state(model)))))
     yield
-    now = base_record(plain_weights(model.state_dict()))
+    now = record_of(model)
     model.base_record = {name: before if name in kept else now[name] for name, before in record.items()}

@@ -12,6 +12,7 @@ from qwhisper import Qwen3AudioForConditionalGeneration
 from qwhisper.data.packing import pack_samples
 from qwhisper.data.rows import Sample
 from qwhisper.data.windows import clip_windows
+from qwhisper.model.audio_embedding import device_of
 from qwhisper.model.lora import add_lora
 from tests.small import VOCABULARY
 
@@ -69,7 +70,7 @@ def trained(model):
 def logits(model) -> torch.Tensor:
     row = pack_samples([make_sample(model, [5, 4], [3000])])
     del row["labels"]
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model.get_input_embeddings())
     row = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in row.items()}
     with torch.no_grad():
         return model.eval()(**row).logits

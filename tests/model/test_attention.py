@@ -1,5 +1,6 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from qwhisper.model import attention
 from qwhisper.model.attention import attention_for, packed_attention_forward
 from qwhisper.model.lora import add_lora
 from tests.model.parts import gradients, make_sample
+from tests.model.test_modeling import WAYS
 from tests.sdpa_switches import switches, switches_of_calls
 from tests.small import SHAPE, SLIDING_WINDOW, VOCABULARY, large_weights, small_model, text_config, whisper_config
 
@@ -315,3 +317,28 @@ def test_compiled_attention_is_one_graph_and_leaves_out_cudnn():
             torch.testing.assert_close(compiled(name, *heads(), **keywords), attend(name, *heads(), **keywords))
     assert len(seen) == 6 and not any(one["cudnn"] for one in seen)
     assert all(switches().values())
+
+
+def set_and_run(model, name, way):
+    WAYS[way](model, name)
+    model(input_ids=torch.arange(5)[None])  # a configuration is read here
+
+
+def load_with(model, name, folder):
+    model.save_pretrained(folder)
+    type(model).from_pretrained(folder, attn_implementation=name)
+
+
+FLEX = {way: partial(set_and_run, way=way) for way in WAYS} | {
+    "language model": lambda model, name: model.model.language_model.set_attn_implementation(name),
+    "encoder": lambda model, name: model.model.audio_tower.set_attn_implementation(name),
+}
+
+
+@pytest.mark.parametrize("way", [*FLEX, "loading", "loading, by part"])
+def test_flex_attention_is_refused_on_the_whole_and_on_each_part(way, tmp_path):
+    """On a CPU it has no backward pass."""
+    model, name = small_model(), {"text_config": "flex_attention"} if way == "loading, by part" else "flex_attention"
+    with pytest.raises(ValueError, match="does not support an attention implementation through torch's flex_attention"):
+        FLEX.get(way, partial(load_with, folder=tmp_path))(model, name)
+    assert type(model.model.language_model)._supports_flex_attn  # another model of this class may use it

@@ -4,10 +4,12 @@ import copy
 import shutil
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig
+from packaging.version import Version
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, BitsAndBytesConfig
 
 from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioModel
 from qwhisper.checkpoint.manifest import write_manifest
@@ -102,6 +104,66 @@ def test_a_layer_that_stays_on_the_disk_computes_the_same(folders, kind, device_
     if kind == "trained":
         model.save_pretrained(tmp_path / "again")
         assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+@pytest.fixture(scope="module")
+def tied(folders):
+    """The same folders, but that the head of both models is their embeddings."""
+    model = load(folders["trained"])
+    model.base_record = None
+    model.save_pretrained(folders["whole"].parent / "tied")
+    return folders | {"whole": folders["whole"].parent / "tied"}
+
+
+ON_DISK = {"model.audio_tower": "cpu", "model.multi_modal_projector": "cpu", LAYERS: "disk", "lm_head": "disk"}
+
+
+# Of its versions 1.3 fails and 1.15 does not.
+@pytest.mark.skipif(Version(accelerate.__version__) < Version("1.15"), reason="accelerate drops a tied weight twice")
+@pytest.mark.parametrize("device_map", [{"": "disk"}, ON_DISK], ids=["all", "parts"])
+@BOTH
+def test_a_language_model_that_stays_on_the_disk_computes_the_same(tied, kind, device_map, tmp_path):
+    """Its head is its embeddings. The encoder and the projector of trained weights stay in memory."""
+    model = load(tied[kind], device_map=device_map, offload_folder=tmp_path / "off")
+    assert model.config.tie_word_embeddings and model.lm_head.weight.is_meta
+    of_text = {name: parameter for name, parameter in model.named_parameters() if name.startswith(LAYERS)}
+    assert all(parameter.is_meta != ("lora_" in name) for name, parameter in of_text.items())
+    assert torch.equal(logits(model), logits(load(tied[kind])))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(load(tied[kind])))
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (
+            {LAYERS: "disk", "lm_head": "cpu"},
+            r"lm_head \(cpu\) and model\.\S*embed_tokens \(disk\) are one weight in this",
+        ),
+        (
+            {LAYERS: "cpu", "lm_head": "disk"},
+            r"lm_head \(disk\) and model\.\S*embed_tokens \(cpu\) are one weight in this",
+        ),
+        ({LAYERS: "disk", f"{LAYERS}.norm": "cpu"}, r"norm \(cpu\) is a part of 'model\S*' \(disk\): name each"),
+        ({"": "disk", "lm_head": "cpu"}, r"lm_head \(cpu\) is a part of '' \(disk\): name each part"),
+        ({LAYERS: "cuda:99", "lm_head": "cpu"}, r"there is no device 'cuda:99' for PyTorch here: give one of cpu"),
+    ],
+    ids=str,
+)
+@BOTH
+def test_a_device_map_that_cannot_be_carried_out_is_refused_with_its_reason(tied, kind, places, said, tmp_path):
+    rest = {} if "" in places else {"model.audio_tower": "cpu", "model.multi_modal_projector": "cpu"}
+    with pytest.raises(UsageError, match=said):
+        load(tied[kind], device_map=rest | places, offload_folder=tmp_path)
+
+
+def test_what_a_loader_says_of_a_device_map_is_not_taken_for_a_missing_model(folders, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("Some modules are on the disk.\nPass a custom `device_map`.")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(UsageError, match=r"its language model can't be placed as device_map says \(Some modules are"):
+        load(folders["trained"])
 
 
 def test_the_encoder_of_trained_weights_does_not_stay_on_the_disk(folders, tmp_path):

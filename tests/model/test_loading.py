@@ -119,6 +119,9 @@ def test_an_attention_that_is_asked_for_is_set_so_that_windows_stay_apart(saved,
         model = auto.from_pretrained(folder, attn_implementation=name)
         assert model.model.audio_tower.layers[0].self_attn.config._attn_implementation == encoder
         assert model.model.language_model.layers[0].self_attn.config._attn_implementation == text
+        asked = name if isinstance(name, dict) else dict.fromkeys(("", "text_config", "audio_config"), name)
+        said = {"": model.config, "text_config": model.config.text_config, "audio_config": model.config.audio_config}
+        assert {part: said[part]._attn_implementation for part in asked} == asked
 
 
 @pytest.mark.parametrize("keyword", ["trust_remote_code", "text_model", "load_in_4bit", "whisper_cpu"])

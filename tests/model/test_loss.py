@@ -6,6 +6,7 @@ from torch import nn
 
 from qwhisper.model import loss as losses
 from qwhisper.model.loss import Lesson, reference_loss, supervised_loss, token_losses
+from tests.small import small_model
 
 HIDDEN, VOCABULARY = 8, 23
 
@@ -43,6 +44,26 @@ def test_equals_cross_entropy_in_value_and_gradients_whatever_the_chunks(monkeyp
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     plain, _ = reference_loss(hidden_states, labels, head, softcap=softcap)
     torch.testing.assert_close(plain, expected[0])
+
+
+def test_shifted_labels_of_parts_of_a_row_give_the_loss_of_the_row():
+    hidden_states, labels, head = case()
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    count = int((labels[:, 1:] != -100).sum())
+    parts = zip(hidden_states.split(4, dim=1), labels.split(4, dim=1), shifted.split(4, dim=1), strict=True)
+    found = [
+        supervised_loss(hidden, of_part, head, shift_labels=targets, num_items_in_batch=count)[0]
+        for hidden, of_part, targets in parts
+    ]
+    assert len(found) == 3
+    torch.testing.assert_close(sum(found), supervised_loss(hidden_states, labels, head)[0])
+
+
+def test_a_model_takes_shifted_labels_in_place_of_its_labels():
+    model, ids = small_model(), torch.arange(12).view(2, 6)
+    shifted = nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
+    loss = model(input_ids=ids, labels=ids).loss
+    assert torch.equal(model(input_ids=ids, labels=ids.flip(1), shift_labels=shifted).loss, loss)
 
 
 def test_num_items_in_batch_divides_the_sum():

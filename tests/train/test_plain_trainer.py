@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from qwhisper import ConversationCollator, Qwen3AudioForConditionalGeneration
@@ -16,7 +17,7 @@ from qwhisper.errors import UsageError
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.lora import add_lora
 from qwhisper.model.qwen3_audio import build_from_bases
-from tests.small import write_small_bases
+from tests.small import large_weights, write_small_bases
 from tests.train.helpers import read_lines, same_bits
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -55,7 +56,7 @@ def trainer_of(built, collator, train_file, tmp_path):
         }  # fmt: skip
         arguments = TrainingArguments(**settings | values)
         data = {"train_dataset": dialogues, "eval_dataset": dialogues[:3], "data_collator": collator}
-        return Trainer(model=model, args=arguments, **data | (own or {}))
+        return Trainer(**{"model": model, "args": arguments} | data | (own or {}))
 
     return make
 
@@ -173,6 +174,38 @@ def test_padding_in_a_batch_of_evaluation_changes_no_loss(trainer_of):
     losses = [alone.evaluate([dialogue])["eval_loss"] for dialogue in data]
     expected = sum(n * x for n, x in zip(counts, losses, strict=True)) / sum(counts)
     assert together.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def smoothed(model, batches, epsilon: float) -> float:
+    """Cross-entropy with `epsilon` of the weight on the whole vocabulary, over all supervised tokens."""
+    losses, count = 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        settings = {"ignore_index": IGNORE, "label_smoothing": epsilon, "reduction": "sum"}
+        losses += torch.nn.functional.cross_entropy(logits[:, :-1].mT, batch["labels"][:, 1:], **settings)
+        count += (batch["labels"][:, 1:] != IGNORE).sum()
+    return float(losses / count)
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_label_smoothing_is_of_the_next_token(trainer_of, by_peft):
+    model = trainer_of(with_lora=not by_peft).model
+    large_weights(model.model.language_model)
+    if by_peft:
+        lora = LoraConfig(r=4, target_modules=r"model\.language_model\..*_proj", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    trainer = trainer_of(
+        max_steps=1, gradient_accumulation_steps=2, learning_rate=0.0, label_smoothing_factor=0.2, own={"model": model}
+    )
+    seen, collate = [], trainer.data_collator
+    trainer.data_collator = lambda dialogues: seen.append(collate(dialogues)) or copy.copy(seen[-1])
+    loss, batches = trainer.train().training_loss, seen[:2]  # more are read ahead
+    assert loss == pytest.approx(smoothed(model.eval(), batches, 0.2), rel=1e-5)
+    assert abs(loss - smoothed(model, batches, 0.0)) > 0.01
+    seen.clear()
+    evaluated = trainer.evaluate(trainer.eval_dataset[:2])["eval_loss"]
+    assert len(seen) == 1 and evaluated == pytest.approx(smoothed(model, seen, 0.2), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""A model with weights that accelerate keeps elsewhere is saved with their values."""
+
+import accelerate
+import pytest
+import torch
+
+from qwhisper import Qwen3AudioForConditionalGeneration
+from qwhisper.checkpoint.names import PROJECTOR_FILE
+from qwhisper.errors import UsageError
+from qwhisper.model.lora import add_lora, lora_parameters
+from tests.model.test_placement import offloaded
+from tests.small import small_model
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+@pytest.mark.parametrize("kind", ["trained weights alone", "the whole model"])
+def test_an_offloaded_model_is_saved_with_its_weights(model, kind, way, tmp_path):
+    """All of them, to the last bit, in the folder that is written if nothing is offloaded."""
+    add_lora(model, r=4, alpha=8)
+    for _, parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(model.model.multi_modal_projector.linear_1.weight)
+    if kind == "the whole model":
+        torch.nn.init.normal_(model.model.language_model.layers[0].mlp.up_proj.weight)
+    expected = weights(model)
+    model.save_pretrained(tmp_path / "plain")
+    found = offloaded(model, way, tmp_path)
+    assert all(parameter.is_meta for parameter in found.parameters())
+    found.save_pretrained(tmp_path / "saved")
+    files = {path.name: path.stat().st_size for path in (tmp_path / "saved").rglob("*")}
+    assert files == {path.name: path.stat().st_size for path in (tmp_path / "plain").rglob("*")}
+    assert (PROJECTOR_FILE in files) == (kind == "trained weights alone")
+    again = weights(Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path / "saved"))
+    assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("way", ["encoder", "projector", "language model"])
+def test_a_model_that_was_loaded_offloaded_is_saved_with_its_weights(way, tmp_path):
+    model = small_model()
+    expected = weights(model)
+    found = offloaded(model, way, tmp_path)
+    for saved in (found, found.model):
+        saved.save_pretrained(tmp_path / "again")
+        again = type(saved).from_pretrained(tmp_path / "again").state_dict()
+        prefix = "" if saved is found else "model."
+        assert again and all(torch.equal(tensor, expected[prefix + name]) for name, tensor in again.items())
+
+
+def test_a_base_on_the_disk_whose_weights_change_there_is_saved_whole(model, tmp_path):
+    """What a base is, is known by its values, also if they are not in memory."""
+    model.save_pretrained(tmp_path / "trained")
+    stay = ("embed_tokens", "layers.0", "norm", "rotary_emb")
+    places = {f"model.language_model.{part}": "cpu" for part in stay}
+    places |= {"model.audio_tower": "cpu", "model.language_model.layers.1": "disk", "lm_head": "cpu"}
+    model = Qwen3AudioForConditionalGeneration.from_pretrained(
+        tmp_path / "trained", device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    norm = model.model.language_model.layers[1].input_layernorm
+    assert norm.weight.is_meta
+    norm._hf_hook.weights_map = {"weight": torch.full(norm.weight.shape, 2.0)}
+    model.save_pretrained(tmp_path / "again")
+    again = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert again.model.language_model.layers[1].input_layernorm.weight.eq(2.0).all()
+    del norm._hf_hook.weights_map
+    with pytest.raises(UsageError, match=r"1 weights are on the device meta.*layers\.1\.input_layernorm\.weight"):
+        model.save_pretrained(tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_model_cast_while_it_is_offloaded_is_saved_as_it_computes(model, tmp_path):
+    expected = weights(model)
+    accelerate.cpu_offload(model, execution_device="cpu").bfloat16().save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / PROJECTOR_FILE).exists()
+    again = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in again.items())
+
+
+@pytest.mark.parametrize("part", ["whole", "trained", "without a head"])
+def test_weights_without_values_are_refused_before_a_folder_is_made(model, part, tmp_path):
+    empty = (model.model if part == "without a head" else model).to("meta")
+    if part == "whole":
+        model.base_record = None
+    with pytest.raises(UsageError, match=r"weights are on the device meta, which holds no values \(.*\): load"):
+        empty.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
