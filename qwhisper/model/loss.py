@@ -98,17 +98,22 @@ def supervised_loss(
     *,
     num_items_in_batch: int | Tensor | None = None,
     softcap: float | None = None,
+    shift_labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of token losses over supervised positions / `num_items_in_batch`.
 
     hidden_states: [batch, tokens, hidden], the LM's last; labels: [batch, tokens], unshifted, -100 = not supervised.
+    shift_labels: [batch, tokens], each the token to predict there; taken instead of `labels` if given.
     num_items_in_batch: supervised tokens of the whole global step; None: those given here.
     Returns (loss, fp32 scalar; detached logits [positions, vocabulary] of the last chunk). Without any supervised token
     the loss is 0 with a zero gradient: the caller sees the count and decides. Waits for the device.
     """
-    targets = labels[:, 1:]
+    if shift_labels is None:
+        hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
+    else:
+        targets = shift_labels
     supervised = targets != IGNORE_INDEX
-    hidden_states, targets = hidden_states[:, :-1][supervised], targets[supervised]
+    hidden_states, targets = hidden_states[supervised], targets[supervised]
     found = token_losses(hidden_states, targets, lm_head, softcap=softcap)
     count = num_items_in_batch if num_items_in_batch is not None else max(1, targets.shape[0])
     return found.losses.sum() / count, found.last_logits

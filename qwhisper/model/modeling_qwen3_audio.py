@@ -3,11 +3,13 @@
 Architecture only: nothing here knows of files, dialogues or training. `qwen3_audio` adds what the package needs.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from qwhisper.model.attention import (
     IMPLEMENTATIONS,
@@ -92,7 +94,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
         audio_waveforms: Tensor | None = None,
         audio_features: Tensor | None = None,
         audio_lengths: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPast:
         """The LM's output for `input_ids` with audio, see `get_audio_features`, or for ready `inputs_embeds`.
 
@@ -197,16 +199,19 @@ class Qwen3AudioForConditionalGeneration(
         audio_features: Tensor | None = None,
         audio_lengths: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """input_ids: [batch, tokens] int64; audio: see `Qwen3AudioModel.get_audio_features`.
 
         labels: [batch, tokens] int64, unshifted, -100 where not supervised. With labels the result is a loss (sum over
         supervised tokens / num_items_in_batch, or their mean). It has no logits in training mode or where gradients are
         recorded, so that no full logits exist; otherwise, and without labels, logits [batch, tokens or logits_to_keep,
-        vocabulary]. valid_label_count, which our batches have, is not used.
+        vocabulary]. shift_labels, which sequence-parallel training gives beside labels, has each position's next token
+        and replaces them. valid_label_count, which our batches have, is not used.
         """
-        kwargs.pop("valid_label_count", None)  # no parameter: Trainer takes each with "label" in its name for labels
+        # No parameters: Trainer takes each with "label" in its name for labels.
+        shift_labels = kwargs.pop("shift_labels", None)
+        kwargs.pop("valid_label_count", None)
         outputs = self.model(
             input_ids=input_ids,
             input_features=input_features,
@@ -229,6 +234,7 @@ class Qwen3AudioForConditionalGeneration(
                 self.lm_head,
                 num_items_in_batch=num_items_in_batch,
                 softcap=self.softcap,
+                shift_labels=None if shift_labels is None else shift_labels.to(hidden_states.device),
             )
             if self.keep_last_logits:
                 self.last_logits = last_logits

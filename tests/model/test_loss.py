@@ -176,3 +176,15 @@ def test_the_teacher_is_not_taught():
     loss, _ = taught_loss(hidden_states, labels, head, lesson)
     loss.backward()
     assert lesson.hidden_states.grad is None and hidden_states.grad.any()
+
+
+def test_shifted_labels_take_the_place_of_labels():
+    hidden_states, labels, head = case()
+    expected, _ = supervised_loss(hidden_states, labels, head)
+    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    loss, _ = supervised_loss(hidden_states, labels.flip(1), head, shift_labels=shifted)
+    torch.testing.assert_close(loss, expected)
+    last, _ = supervised_loss(hidden_states, labels, head, shift_labels=torch.full_like(labels, 3))
+    torch.testing.assert_close(
+        last, nn.functional.cross_entropy(head(hidden_states).flatten(0, 1), torch.full((33,), 3))
+    )

@@ -228,6 +228,16 @@ def test_logits_to_keep_and_labels_decide_what_is_returned():
     assert model(**batch, labels=batch["input_ids"]).logits is None
 
 
+def test_a_shard_of_a_sequence_learns_from_its_shifted_labels():
+    """Sequence-parallel training gives them, since a shard has no next token for its last position."""
+    model = small_model()
+    batch = prompt(model, [6, 4], [3000])
+    labels = batch["input_ids"]
+    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    expected = model(**batch, labels=labels).loss
+    torch.testing.assert_close(model(**batch, labels=labels.flip(1), shift_labels=shifted).loss, expected)
+
+
 def test_the_last_logits_are_kept_while_somebody_asks_for_them():
     model = small_model()
     model(**audio_batch(model))
