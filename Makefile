@@ -1,7 +1,7 @@
 # Own virtual environment in .venv, made once: a second `make` finds the stamp and goes on at once.
 #
 #   make demo                     the whole path on this computer
-#   make test                     the tests (make test-all: the slow ones as well, and the quick ones with the oldest versions)
+#   make test                     the tests (make test-all: the slow ones as well, and the quick ones and Hugging Face's with the oldest versions)
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu     PyTorch's CPU build instead of the CUDA one of several GB
 
 PYTHON ?= python3
@@ -45,7 +45,9 @@ test-oldest: BIN := .venv-oldest/bin
 test-oldest: TORCH_VERSION := $(OLDEST_TORCH)
 test-oldest: CONSTRAINTS := constraints-oldest.txt
 test-oldest: .venv-oldest/installed
+	-$(BIN)/python -m tests.huggingface.mixins
 	$(PYTEST) -m "not slow"
+	$(PYTEST) tests/huggingface
 
 .venv-oldest/installed: constraints-oldest.txt
 

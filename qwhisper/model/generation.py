@@ -23,7 +23,7 @@ from transformers import (
 from qwhisper.model.audio_embedding import AUDIO_INPUTS
 
 AUDIO_KEYWORDS = (*AUDIO_INPUTS, "input_features_mask", "audio_lengths")
-BOOKKEEPING = ("labels", "valid_label_count", "num_items_in_batch")  # of a training batch
+BOOKKEEPING = ("labels", "shift_labels", "valid_label_count", "num_items_in_batch")  # of a training batch
 # What reads or changes the ids of a prompt again, with what to do instead.
 NOT_WITH_AUDIO = {
     "prefill_chunk_size": "leave it out: the prompt is read at once",

@@ -3,11 +3,13 @@
 Architecture only: nothing here knows of files, dialogues or training. `qwen3_audio` adds what the package needs.
 """
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from qwhisper.model.attention import (
     IMPLEMENTATIONS,
@@ -98,7 +100,7 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
         audio_waveforms: Tensor | None = None,
         audio_features: Tensor | None = None,
         audio_lengths: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPast:
         """The LM's output for `input_ids` with audio, see `get_audio_features`, or for ready `inputs_embeds`.
 
@@ -203,7 +205,7 @@ class Qwen3AudioForConditionalGeneration(
         audio_features: Tensor | None = None,
         audio_lengths: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """input_ids: [batch, tokens] int64; audio: see `Qwen3AudioModel.get_audio_features`.
 

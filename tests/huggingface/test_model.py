@@ -8,10 +8,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from transformers import Qwen3Config, WhisperConfig
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioModel
-from tests.huggingface.excluded import EXCLUDED
+from tests.huggingface.excluded import excluded
 from tests.huggingface.fetched import mixin
 
 pytestmark = pytest.mark.slow
@@ -19,8 +19,17 @@ pytestmark = pytest.mark.slow
 ModelTesterMixin = mixin("test_modeling_common", "ModelTesterMixin")
 GenerationTesterMixin = mixin("generation.test_utils", "GenerationTesterMixin")
 
-BATCH, TOKENS, MEL_BINS, MEL_FRAMES, STACK = 3, 24, 16, 49, 2
-WINDOWS = [[33], [20, 28], [7]]  # mel frames of each clip's windows: one in two windows, all of different lengths
+TOKENS, MEL_BINS, MEL_FRAMES, STACK = 24, 16, 49, 2
+# Mel frames of each clip's windows: some clips have two. A mixin adds random rows to a batch of fewer than seven.
+WINDOWS = [[33], [20, 28], [7], [49], [12, 5], [30], [41]]
+BATCH = len(WINDOWS)
+# Parts of the names of tests on random ids, and of tests that leave out the audio of a prompt; see ADAPTED.
+IDS_ALONE = ("test_model_rope", "_padding_matches_padding_free")
+# The tables in which our classes stand for the mixins; see ADAPTED.
+CLASS_NAMES = {
+    Qwen3AudioModel: MODEL_MAPPING_NAMES,
+    Qwen3AudioForConditionalGeneration: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
 
 
 class Qwen3AudioModelTester:
@@ -35,7 +44,7 @@ class Qwen3AudioModelTester:
     hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 2
     num_key_value_heads, head_dim = 2, 16
     audio_token_id = 7
-    has_audio = True
+    ids_alone = False
 
     def __init__(self, parent: unittest.TestCase):
         self.parent = parent
@@ -52,15 +61,17 @@ class Qwen3AudioModelTester:
             pad_token_id=0, bos_token_id=1, eos_token_id=2, layer_types=["full_attention", "full_attention"],
         )  # fmt: skip
         return Qwen3AudioConfig(
-            audio_config=audio, text_config=text, audio_token_id=self.audio_token_id, projector_stack=STACK,
-            projector_init_scale=1.0, audio_lead_silence=0.0, audio_tail_silence=0.0,
+            audio_config=audio, text_config=text, projector_stack=STACK, projector_init_scale=1.0,
+            audio_token_id=self.vocab_size if self.ids_alone else self.audio_token_id,
+            audio_lead_silence=0.0, audio_tail_silence=0.0,
         )  # fmt: skip
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Qwen3AudioConfig, dict[str, Any]]:
-        if not self.has_audio:
-            return self.get_config(), {"input_ids": torch.randint(8, self.vocab_size, (BATCH, TOKENS))}
-        mask = torch.zeros(BATCH, MEL_FRAMES, dtype=torch.int64)
         input_ids = torch.randint(8, self.vocab_size, (BATCH, TOKENS))
+        if self.ids_alone:
+            left_padded = torch.arange(TOKENS) >= torch.arange(BATCH)[:, None]
+            return self.get_config(), {"input_ids": input_ids, "attention_mask": left_padded.long()}
+        mask = torch.zeros(BATCH, MEL_FRAMES, dtype=torch.int64)
         for row, windows in enumerate(WINDOWS):
             start = tokens = 0
             for frames in windows:
@@ -91,21 +102,13 @@ def test_generation():
 class Qwen3AudioModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (Qwen3AudioModel, Qwen3AudioForConditionalGeneration)
     _is_composite = True
-    skip_test_audio_features_output_shape = True  # the frames of all clips lie in one row, without padding
+    additional_model_inputs = ("input_features", "input_features_mask")
+    skip_test_audio_features_output_shape = True  # see ADAPTED
 
     def setUp(self) -> None:
-        self.model_tester = Qwen3AudioModelTester(self)
-        if (reason := EXCLUDED.get(self._testMethodName)) is not None:
+        if (reason := excluded(self._testMethodName)) is not None:
             self.skipTest(reason)
-        if self._testMethodName.startswith("test_model_rope"):  # on random ids, without audio
-            self.model_tester.audio_token_id = self.model_tester.vocab_size
-        if self._testMethodName.startswith("test_eager_matches_sdpa_inference"):  # on ids alone, of other rows as well
-            self.model_tester.has_audio = False
-        # The mixins know a base model, which gives no loss, by this mapping of transformers' own classes.
-        self.enterContext(patch.dict(MODEL_MAPPING_NAMES, {"qwen3_audio": "Qwen3AudioModel"}))
-
-    def _prepare_for_class(self, inputs: dict[str, Any], model_class: type, return_labels: bool = False) -> dict:
-        inputs = super()._prepare_for_class(inputs, model_class, return_labels)
-        if return_labels and model_class is Qwen3AudioForConditionalGeneration:
-            inputs["labels"] = inputs["input_ids"].clone()
-        return inputs
+        self.model_tester = Qwen3AudioModelTester(self)
+        self.model_tester.ids_alone = any(part in self._testMethodName for part in IDS_ALONE)
+        for ours, names in CLASS_NAMES.items():
+            self.enterContext(patch.dict(names, {"qwen3_audio": ours.__name__}))

@@ -11,7 +11,7 @@ import soundfile
 from transformers import AutoTokenizer, WhisperFeatureExtractor, testing_utils
 
 from qwhisper import Qwen3AudioProcessor
-from tests.huggingface.excluded import EXCLUDED
+from tests.huggingface.excluded import excluded
 from tests.huggingface.fetched import mixin
 from tests.small import small_tokenizer, tone
 
@@ -40,7 +40,7 @@ class SmallProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         super().tearDownClass()
 
     def setUp(self) -> None:
-        if (reason := EXCLUDED.get(self._testMethodName)) is not None:
+        if (reason := excluded(self._testMethodName)) is not None:
             self.skipTest(reason)
         files = [str(file) for file in sorted(Path(self.clips.name).glob("*.wav"))]
         data = patch.dict(mixin("test_processing_common", "MODALITY_INPUT_DATA"), audio=files)

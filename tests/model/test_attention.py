@@ -63,6 +63,26 @@ def test_packed_row_equals_padded_batch_in_loss_and_gradients(family):
     check()
 
 
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@torch.no_grad()
+def test_a_row_packed_by_positions_alone_equals_padded_rows(name):
+    """transformers' other form of a packed row, for any attention: without borders and without a cache."""
+    model = small_model()
+    model.set_attn_implementation(name)
+    samples = [
+        make_sample(model, [9, 5], [3000], seed=1),
+        make_sample(model, [12], seed=2),
+        make_sample(model, [4], []),
+    ]
+    packed, padded = pack_samples(samples), pad_samples(samples, pad_token_id=0, padding_side="left")
+    for key in ("labels", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+        del packed[key]
+    mask = padded["attention_mask"].bool()
+    padded["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    alone = model(**packed, use_cache=False).logits[0]
+    torch.testing.assert_close(model(**padded, use_cache=False).logits[mask], alone, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_samples_of_a_packed_row_do_not_see_each_other(family):
