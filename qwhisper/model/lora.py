@@ -50,7 +50,7 @@ def _update_layer(self, adapter_name: str, *args, **kwargs) -> None:
             f"this model has an adapter named {adapter_name!r}, and PEFT would replace it: train that one, or merge it "
             "first (call merge() of each LoraLayer, save_pretrained, from_pretrained)"
         )
-    super(type(self), self).update_layer(adapter_name, *args, **kwargs)
+    LoraLayer.update_layer(self, adapter_name, *args, **kwargs)
 
 
 class LoraLinear(PeftLinear):
