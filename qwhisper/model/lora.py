@@ -5,11 +5,11 @@ keeps a second, fp32 copy of every layer's input for the backward pass.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -43,20 +43,80 @@ def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
     return result + update * self.scaling[ADAPTER]
 
 
-def _update_layer(self, adapter_name: str, *args, **kwargs) -> None:
-    """As in PEFT, which would only warn before it replaces all that a run has learned. Raises UsageError."""
-    if adapter_name in self.lora_A:
+def _merge(self, *args, **kwargs) -> None:
+    """Add B A to the weight, as in PEFT, which does nothing to an offloaded weight and marks it as merged all the same.
+
+    Raises UsageError if a weight of the layer is offloaded, or has no values.
+    """
+    _refuse_offloaded(self, "merge")
+    super(type(self), self).merge(*args, **kwargs)
+
+
+def _unmerge(self) -> None:
+    """Subtract B A from the weight. Errors as for merging."""
+    _refuse_offloaded(self, "unmerge")
+    super(type(self), self).unmerge()
+
+
+def _refuse_offloaded(layer: nn.Module, what: str) -> None:
+    if _has_offloaded(layer):
         raise UsageError(
-            f"this model has an adapter named {adapter_name!r}, and PEFT would replace it: train that one, or merge it "
-            "first (call merge() of each LoraLayer, save_pretrained, from_pretrained)"
+            f"{what}() can't change this layer, whose weights are offloaded: load the model without offloading, as "
+            f"with device_map='cpu', and {what} it there"
         )
-    LoraLayer.update_layer(self, adapter_name, *args, **kwargs)
+
+
+def _has_offloaded(layer: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in layer.parameters())
+
+
+def is_doubtful_merge(layer: LoraLayer) -> bool:
+    """Whether the layer says that it is merged, and PEFT's own `merge` may have found its weights offloaded."""
+    return layer.merged and type(layer).merge is not _merge and _has_offloaded(layer)
 
 
 class LoraLinear(PeftLinear):
     """LoRA on `nn.Linear`."""
 
-    forward, update_layer = _forward, _update_layer
+    forward, merge, unmerge = _forward, _merge, _unmerge
+
+
+class LoraConv1D(PeftLinear):
+    """LoRA on GPT-2's linear, with PEFT's forward pass."""
+
+    merge, unmerge = _merge, _unmerge
+
+    def __init__(self, base_layer: Conv1D, adapter_name: str, config: LoraConfig, **kwargs) -> None:
+        config.fan_in_fan_out = True  # its weight is [in, out]; the saved configuration says so too
+        super().__init__(base_layer, adapter_name, config=config, is_target_conv_1d_layer=True, **kwargs)
+
+
+class OneAdapter(dict[str, LoraConfig]):
+    """A model's `peft_config` that takes no second adapter: PEFT would replace the one that is there, or switch it off.
+
+    PEFT adds an adapter's configuration here before it changes anything in the model. `delete_adapter` empties it.
+    """
+
+    def __setitem__(self, name: str, config: LoraConfig) -> None:
+        refuse_second_adapter(self)
+        super().__setitem__(name, config)
+
+    def update(self, *args, **kwargs) -> None:
+        refuse_second_adapter(self)
+        super().update(*args, **kwargs)
+
+    def __reduce__(self):
+        return OneAdapter, (dict(self),)  # copies and pickles would add each item
+
+
+def refuse_second_adapter(configs: Mapping[str, PeftConfig] | None) -> None:
+    """Raise UsageError if a model with this `peft_config` has an adapter."""
+    if configs:
+        raise UsageError(
+            f"this model has an adapter named {', '.join(map(repr, configs))}, and a new one would replace it or "
+            "switch it off: train that one, or merge it first (call merge() of each LoraLayer, save_pretrained, "
+            "from_pretrained)"
+        )
 
 
 def _layer_types(model: PreTrainedModel) -> dict[type[nn.Module], type[nn.Module]]:
@@ -66,15 +126,15 @@ def _layer_types(model: PreTrainedModel) -> dict[type[nn.Module], type[nn.Module
         import bitsandbytes as bnb
         from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 
-        methods = {"forward": _forward, "update_layer": _update_layer}
+        methods = {"forward": _forward, "merge": _merge, "unmerge": _unmerge}
         types[bnb.nn.Linear4bit] = type("LoraLinear4bit", (PeftLinear4bit,), methods)
-    return types | {nn.Linear: LoraLinear}
+    return types | {nn.Linear: LoraLinear, Conv1D: LoraConv1D}
 
 
 def lm_linear_names(model: PreTrainedModel) -> list[str]:
     """Last name parts of the language model's linears (q_proj, …), sorted; its head is not among them."""
     language_model = model.get_submodule(LANGUAGE_MODEL)
-    linears = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name for a linear; it gets PEFT's own forward pass
+    linears = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name for a linear
     names = {name.rsplit(".", 1)[-1] for name, m in language_model.named_modules() if isinstance(m, linears)}
     return sorted(names - {"base_layer"})
 
@@ -98,7 +158,9 @@ def add_lora(
     yet.
 
     target_modules: names of linears of the LM (None: all of them). Everything else keeps its `requires_grad`.
+    Raises UsageError for other names, and if the model has an adapter.
     """
+    refuse_second_adapter(getattr(model, "peft_config", None))
     known = lm_linear_names(model)
     wanted = known if target_modules is None else list(target_modules)
     unknown = [name for name in wanted if name not in known]
@@ -129,7 +191,10 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> None:
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     inject_adapter_in_model(config, model, ADAPTER)
     _place_beside_offloaded(model)
-    model.peft_config = {ADAPTER: config}
+    configs = OneAdapter({ADAPTER: config})
+    for module in model.modules():  # PEFT takes the model's parts too
+        if isinstance(module, PreTrainedModel) and any(isinstance(part, LoraLayer) for part in module.modules()):
+            module.peft_config = configs
     model._hf_peft_config_loaded = (
         True  # transformers' mark of an adapter: a plain Trainer trains no 4-bit model without it
     )

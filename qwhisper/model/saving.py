@@ -38,6 +38,7 @@ from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.model.adapter_config import is_target, read_adapter_config
 from qwhisper.model.card import Origin, write_card
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+from qwhisper.model.lora import is_doubtful_merge
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.offloaded import full_state
 from qwhisper.model.projector import AudioProjection
@@ -170,7 +171,13 @@ def find_adapter(model: Qwen3AudioForConditionalGeneration, state: Mapping[str, 
     own = [key for key in state if is_adapters(key)]
     if not own:
         return None
-    merged = {bool(module.merged) for module in model.modules() if isinstance(module, LoraLayer)}
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if doubtful := [path for path, layer in layers.items() if is_doubtful_merge(layer)]:
+        raise UsageError(
+            f"{doubtful[0]} says that it is merged, and it is offloaded, where merge() changes nothing: load the model "
+            "without offloading and merge it there"
+        )
+    merged = {bool(layer.merged) for layer in layers.values()}
     if merged == {True}:
         warnings.warn("the adapter is merged: it is saved inside the weights only", stacklevel=2)
         return None

@@ -57,9 +57,9 @@ def audio_batch(model, clip_samples=CLIPS) -> dict:
     return pack_samples([make_sample(model, [3] * len(clip_samples) + [4], clip_samples)])
 
 
-def trained(model):
+def trained(model, **values):
     """LoRA on the model and every trainable weight away from its start."""
-    add_lora(model)
+    add_lora(model, **values)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -9,8 +9,8 @@ from torch import nn
 
 from qwhisper.data.packing import pack_samples
 from qwhisper.errors import UsageError
-from qwhisper.model.lora import LoraLinear, add_lora, lm_linear_names, lora_parameters, target_regex
-from tests.model.parts import make_sample
+from qwhisper.model.lora import LoraConv1D, LoraLinear, add_lora, lm_linear_names, lora_parameters, target_regex
+from tests.model.parts import logits, make_sample, trained
 from tests.small import small_model
 
 QWEN3_LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -145,6 +145,23 @@ def test_disabled_and_merged_adapters_go_pefts_own_way():
     layer.enable_adapters(True)
     layer.merge()
     torch.testing.assert_close(layer(x), adapted)
+
+
+@pytest.mark.filterwarnings("error")
+def test_gpt2s_linears_are_adapted_and_merged():
+    model = small_model("gpt2")
+    before = logits(model)
+    trained(model, target_modules=["c_attn", "c_fc"])
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert {type(layer) for layer in layers} == {LoraConv1D}
+    adapted = logits(model)
+    assert not torch.allclose(adapted, before, atol=1e-2)
+    for layer in layers:
+        layer.merge()
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
+    for layer in layers:
+        layer.unmerge()
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_acts_on_the_adapters_input_in_training_alone():

@@ -3,11 +3,13 @@
 import accelerate
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from qwhisper import Qwen3AudioForConditionalGeneration
 from qwhisper.checkpoint.names import PROJECTOR_FILE
 from qwhisper.errors import UsageError
-from qwhisper.model.lora import add_lora, lora_parameters
+from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
+from tests.model.parts import logits, lora, trained
 from tests.model.test_placement import offloaded
 from tests.small import small_model
 
@@ -77,6 +79,60 @@ def test_a_model_cast_while_it_is_offloaded_is_saved_as_it_computes(model, tmp_p
     assert (tmp_path / "saved" / PROJECTOR_FILE).exists()
     again = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in again.items())
+
+
+def merge(model, undo=False):
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.unmerge() if undo else layer.merge()
+
+
+def run_offloaded(model, way, folder):
+    if way != "loaded":
+        return offloaded(model, way, folder)
+    model.save_pretrained(folder / "run")
+    places = {"model.audio_tower": "cpu", "model.language_model": "disk", "lm_head": "disk"}
+    return type(model).from_pretrained(folder / "run", device_map=places, offload_folder=str(folder / "offload"))
+
+
+@pytest.mark.parametrize(
+    ("way", "family"),
+    [("cpu", "qwen3"), ("disk", "qwen3"), ("loaded", "qwen3"), ("cpu", "gpt2")],  # GPT-2's linears have another type
+)
+def test_an_offloaded_adapter_is_not_merged_and_not_lost(way, family, model, tmp_path):
+    model = trained(model if family == "qwen3" else small_model(family))
+    expected = logits(model)
+    with adapter_off(model):
+        assert not torch.allclose(logits(model), expected, atol=1e-2)
+    found = run_offloaded(model, way, tmp_path)
+    with pytest.raises(UsageError, match=r"merge\(\) can't change .* offloaded: load the model without offloading"):
+        merge(found)
+    torch.testing.assert_close(logits(found), expected)
+    found.save_pretrained(tmp_path / "saved")
+    again = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(again), expected)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter is merged")
+def test_an_adapter_that_was_merged_before_offloading_is_in_the_weights(model, tmp_path):
+    merge(trained(model))
+    expected = logits(model)
+    found = offloaded(model, "cpu", tmp_path)
+    with pytest.raises(UsageError, match=r"unmerge\(\) can't change"):
+        merge(found, undo=True)
+    found.save_pretrained(tmp_path / "saved")
+    again = Qwen3AudioForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert not hasattr(again, "peft_config") and torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_a_merge_by_peft_that_changed_no_weight_is_not_believed(model, way, tmp_path):
+    lora(model, target_modules=r"model\.language_model\..*q_proj")
+    found = offloaded(model, way, tmp_path)
+    merge(found)
+    with pytest.raises(UsageError, match=r"q_proj says that it is merged.* without offloading and merge it there"):
+        found.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("part", ["whole", "trained", "without a head"])
