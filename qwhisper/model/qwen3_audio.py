@@ -55,7 +55,7 @@ class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
                 "this model has an adapter, and no head: save the Qwen3AudioForConditionalGeneration that it is a part "
                 "of, or merge the adapter first"
             )
-        state_dict = dict(full_state(self)) | (state_dict or {})
+        state_dict = full_state(self, state_dict).read()
         saving.refuse_without_values(state_dict)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 

@@ -4,18 +4,16 @@ import copy
 import shutil
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
 from huggingface_hub import constants
-from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioModel
 from qwhisper.checkpoint.manifest import write_manifest
 from qwhisper.errors import UsageError
 from qwhisper.model import device_map
-from tests.model.parts import logits, trained
+from tests.model.parts import TIED_ON_DISK, logits, trained
 from tests.small import small_model
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -119,8 +117,7 @@ def tied(folders):
 ON_DISK = {"model.audio_tower": "cpu", "model.multi_modal_projector": "cpu", LAYERS: "disk", "lm_head": "disk"}
 
 
-# 1.3 fails, 1.15 does not.
-@pytest.mark.skipif(Version(accelerate.__version__) < Version("1.15"), reason="accelerate drops a tied weight twice")
+@TIED_ON_DISK
 @pytest.mark.parametrize("device_map", [{"": "disk"}, ON_DISK], ids=["all", "parts"])
 @pytest.mark.filterwarnings("ignore:.*stay in memory")
 @BOTH
@@ -150,6 +147,7 @@ MAPS = {
 }
 
 
+@TIED_ON_DISK
 @pytest.mark.parametrize("case", MAPS)
 @BOTH
 def test_each_weight_goes_where_the_longest_name_in_a_map_says(tied, kind, case, tmp_path):
