@@ -1,7 +1,7 @@
 """A device map, judged before anything is loaded: one place for each module with weights.
 
 Of the entries whose name is a beginning of a weight's, the longest gives its place. A weight without an entry goes to
-the CPU, as in transformers; a tied head goes with the embeddings.
+the CPU, as in transformers, except a tied head, which goes with the embeddings, and an encoder that is loaded alone.
 """
 
 import copy
