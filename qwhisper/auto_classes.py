@@ -3,8 +3,8 @@
 So `import qwhisper` is enough for `AutoModelForMultimodalLM.from_pretrained(checkpoint)`, and imports no transformers.
 An Auto class keeps registered classes in the dict `_extra_content` of its mapping; here a dict that also has our entry
 replaces it. The module `transformers` has our classes as attributes in the same way. If transformers has no such
-mapping, nothing changes. For a run's folder AutoConfig, AutoTokenizer, AutoFeatureExtractor and GenerationConfig read
-the files of its best checkpoint, as our classes do.
+mapping, nothing changes. For a run's folder, which may be a `subfolder`, AutoConfig, AutoTokenizer,
+AutoFeatureExtractor and GenerationConfig read the files of its best checkpoint, as our classes do.
 """
 
 import os
@@ -183,14 +183,20 @@ def _reading_runs(inherited: Any, load: Load) -> Any:
 
     @wraps(inherited.__func__)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        def read(name: Any) -> Any:
-            given = ((name, *args[1:]), kwargs) if args else ((), kwargs | {place: name})
+        name = args[0] if args else kwargs.get(place)
+        if not isinstance(name, str | os.PathLike) or not os.path.isdir(name):
+            return inherited.__func__(cls, *args, **kwargs)
+        subfolder = kwargs.get("subfolder")
+        folder = os.path.join(name, subfolder) if subfolder else name
+
+        def read(found: Any) -> Any:
+            where, rest = name, kwargs  # as given, if the folder is no run
+            if found is not folder:
+                where, rest = found, {key: value for key, value in kwargs.items() if key != "subfolder"}
+            given = ((where, *args[1:]), rest) if args else ((), rest | {place: where})
             return inherited.__func__(cls, *given[0], **given[1])
 
-        name = args[0] if args else kwargs.get(place)
-        if isinstance(name, str | os.PathLike) and os.path.isdir(name):
-            return load(READ_RUN)(name, read)
-        return inherited.__func__(cls, *args, **kwargs)
+        return load(READ_RUN)(folder, read)
 
     from_pretrained._of_qwhisper = True  # type: ignore[attr-defined]
     return classmethod(from_pretrained)

@@ -17,7 +17,10 @@ def checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     One pass over the memory of each tensor, without a copy, and one wait for all of them: 0.07 s per GB on one core. A
     change within one word always shows; several changes, or swapped words, cancel only by chance.
     """
-    sums = {name: _weighted_sum(tensor) for name, tensor in tensors}
+    sums = {}
+    for name, tensor in tensors:
+        sums[name] = _weighted_sum(tensor)
+        del tensor  # an iterator that reads tensors holds one at a time
     if not sums:
         return {}
     device = next((total.device for total in sums.values() if total.device.type != "cpu"), torch.device("cpu"))

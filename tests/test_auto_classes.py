@@ -12,7 +12,18 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from transformers import AudioFlamingo3Config, AutoConfig, GenerationConfig, Qwen2AudioConfig, pipeline
+import torch
+from transformers import (
+    AudioFlamingo3Config,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2AudioConfig,
+    pipeline,
+)
 from transformers.models.auto import modeling_auto
 
 from qwhisper import Qwen3AudioForConditionalGeneration, auto_classes
@@ -99,6 +110,22 @@ def test_a_generation_config_is_that_of_the_best_checkpoint(finished_run, part):
         GenerationConfig.from_pretrained(folder, max_new_tokens=7, is_new=1, return_unused_kwargs=True)[0],
     ):
         assert config.to_dict() == kept | {"max_new_tokens": 7}
+
+
+@pytest.mark.parametrize(("parent", "folder"), [("", "run"), ("", "run/checkpoint-1"), ("run", "checkpoint-1")])
+def test_a_run_or_its_checkpoint_may_be_a_subfolder(finished_run, parent, folder):
+    """Each class reads there what it reads in the folder itself."""
+    parent, subfolder = finished_run.parent / parent, {"subfolder": folder}
+    expected = Qwen3AudioForConditionalGeneration.from_pretrained(parent / folder)
+    config = AutoConfig.from_pretrained(pretrained_model_name_or_path=parent, **subfolder)
+    assert config.text_base == expected.config.text_base is not None
+    assert GenerationConfig.from_pretrained(parent, **subfolder).to_dict() == expected.generation_config.to_dict()
+    assert AutoTokenizer.from_pretrained(parent, **subfolder)("Hi").input_ids
+    assert AutoProcessor.from_pretrained(parent, **subfolder).tokenizer("Hi").input_ids
+    found = [cls.from_pretrained(parent, **subfolder).state_dict() for cls in (AutoModel, AutoModelForMultimodalLM)]
+    for prefix, state in zip(("model.", ""), found, strict=True):
+        weights = expected.state_dict()
+        assert state and all(torch.equal(tensor, weights[prefix + name]) for name, tensor in state.items())
 
 
 def test_a_generation_config_of_another_folder_is_read_as_before(tmp_path):

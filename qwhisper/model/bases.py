@@ -87,8 +87,6 @@ class LoadOptions:
         if self.whisper_cpu:
             return torch.device("cpu")
         place = self.device_map.get(AUDIO_TOWER) if isinstance(self.device_map, dict) else None
-        if place == DISK:
-            raise UsageError(f"device_map: {AUDIO_TOWER} can't stay on the disk; it is small: give it a device")
         return self.device if place is None else torch.device(place)
 
     @property
@@ -127,7 +125,7 @@ def _refuse_missing_device(name: str | int | torch.device) -> None:
     there = [] if accelerator is None else [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or (device.type != "cpu" and f"{device.type}:{device.index or 0}" not in there):
         raise UsageError(f"there is no device {str(name)!r} for PyTorch here: give one of {', '.join(['cpu', *there])}")

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from qwhisper.errors import UsageError
-from qwhisper.model.bases import AUDIO_TOWER, DISK, LoadOptions, refuse_missing_devices
+from qwhisper.model.bases import AUDIO_TOWER, DEFAULT_OPTIONS, LoadOptions
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+from qwhisper.model.device_map import for_bases
 
 # Where files come from. A base has its own repository: a revision is the folder's alone.
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -42,7 +42,6 @@ REASONS = {
     "load_in_8bit": "give load_in_4bit=True or a BitsAndBytesConfig(load_in_4bit=True)",
     "use_kernels": "qwhisper chooses its kernels itself",
 }
-IN_LANGUAGE_MODEL = "model.language_model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class UserOptions(LoadOptions):
     """LoadOptions, and further keywords of transformers.
 
     quantization_config: 4-bit bitsandbytes, for the language model. downloads: keywords for those of its bases.
-    places: where its layers go, with `device_map`.
+    places: where its layers go, with `device_map`. Encoder and projector stay in memory also if it says disk.
     """
 
     quantization_config: BitsAndBytesConfig | None = None
@@ -84,12 +83,16 @@ def hub_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_options(
-    name: str | os.PathLike, keywords: dict[str, Any], as_trained: Mapping[str, Any], text_config: Any
+    name: str | os.PathLike,
+    keywords: dict[str, Any],
+    as_trained: Mapping[str, Any],
+    cls: type[PreTrainedModel],
+    config: Qwen3AudioConfig,
 ) -> UserOptions:
     """The options for a folder of trained weights.
 
-    as_trained: values of LoadOptions that hold if they are not given. Raises UsageError for a keyword that has no
-    effect there.
+    as_trained: values of LoadOptions that hold if they are not given. cls, config: of the model. Raises UsageError for
+    a keyword that has no effect there.
     """
     keywords = {key: value for key, value in keywords.items() if not _changes_nothing(key, value)}
     known = [each.name for each in fields(LoadOptions)]
@@ -105,11 +108,7 @@ def trained_options(
         quantization = _four_bit(name, keywords["quantization_config"])
         values |= {"quantization_config": quantization, "load_in_4bit": True}
     if isinstance(values.get("device_map"), dict):
-        values["device_map"] = _of_language_model(values["device_map"], text_config)
-        of_text = {key: place for key, place in values["device_map"].items() if key != AUDIO_TOWER}
-        refuse_missing_devices(of_text)
-        _refuse_nested(of_text)
-        _refuse_split_tie(of_text, text_config, _causal_lm(text_config).base_model_prefix)
+        values["device_map"] = for_bases(values["device_map"], cls, config, DEFAULT_OPTIONS.device)
     return UserOptions(
         **values,
         downloads={key: keywords[key] for key in ACCESS if key in keywords and key != "force_download"},
@@ -141,71 +140,6 @@ def _four_bit(name: str | os.PathLike, given: Any) -> BitsAndBytesConfig:
         )
     config.llm_int8_skip_modules = sorted({*(config.llm_int8_skip_modules or ()), "lm_head"})
     return config
-
-
-def _of_language_model(device_map: dict[str, Any], text_config: Any) -> dict[str, Any]:
-    """A device map by the names in our model, with those in its language model alone; other maps are returned as they
-    are. The projector is placed where the embeddings are.
-    """
-    if not any(key.startswith("model.language_model") for key in device_map):
-        return device_map
-    prefix = _causal_lm(text_config).base_model_prefix
-    found = {key: place for key, place in device_map.items() if key == "lm_head" or key == AUDIO_TOWER}
-    for key, place in device_map.items():
-        if f"{key}.".startswith(IN_LANGUAGE_MODEL):
-            found[f"{prefix}.{key.removeprefix(IN_LANGUAGE_MODEL)}" if key != IN_LANGUAGE_MODEL[:-1] else prefix] = (
-                place
-            )
-    return found
-
-
-def _causal_lm(text_config: PreTrainedConfig) -> type[PreTrainedModel]:
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
-
-
-def check_device_map(device_map: Any, config: Qwen3AudioConfig) -> None:
-    """For a whole model: raise UsageError for a device map that can't be carried out."""
-    refuse_missing_devices(device_map)
-    if isinstance(device_map, dict):
-        _refuse_nested(device_map)
-        _refuse_split_tie(device_map, config.get_text_config(), IN_LANGUAGE_MODEL[:-1])
-
-
-def _refuse_nested(device_map: Mapping[str, Any]) -> None:
-    """Refuse a device for a part of what is on the disk: accelerate would put all of it there, then miss the part."""
-    for outer in (key for key, place in device_map.items() if place == DISK):
-        start = f"{outer}." if outer else ""
-        for inner, place in device_map.items():
-            if inner != outer and inner.startswith(start) and place != DISK:
-                raise UsageError(
-                    f"device_map: {inner} ({place}) is a part of {outer!r} (disk): name each part that goes to "
-                    "the disk instead"
-                )
-
-
-def _refuse_split_tie(device_map: Mapping[str, Any], text_config: PreTrainedConfig, body: str) -> None:
-    """Refuse a tied head in another place than the embeddings if one of them is on the disk, where accelerate would
-    look for a weight that was never written. body: the language model's name in the map.
-    """
-    if not text_config.tie_word_embeddings:
-        return
-    cls = _causal_lm(text_config)
-    for head, embeddings in (cls._tied_weights_keys or {}).items():
-        names = [name.removesuffix(".weight") for name in (head, embeddings)]
-        names[1] = f"{body}{names[1].removeprefix(cls.base_model_prefix)}"
-        places = [_place(device_map, name) for name in names]
-        if DISK in places and None not in places and places[0] != places[1]:
-            raise UsageError(
-                f"device_map: {names[0]} ({places[0]}) and {names[1]} ({places[1]}) are one weight in this model: give "
-                "both the same place"
-            )
-
-
-def _place(device_map: Mapping[str, Any], name: str) -> Any:
-    """Where a module goes: the place of the longest part of its name that the map has; None if it has none."""
-    while name and name not in device_map:
-        name = name.rpartition(".")[0]
-    return device_map.get(name)
 
 
 def quantised_text_alone(given: Any) -> Any:

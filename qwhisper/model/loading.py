@@ -39,10 +39,10 @@ from qwhisper.model.bases import (
     resolve_model,
 )
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+from qwhisper.model.device_map import checked_device_map
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
 from qwhisper.model.load_keywords import (
-    check_device_map,
     current_names,
     hub_keywords,
     quantised_text_alone,
@@ -202,7 +202,8 @@ def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwarg
     if "quantization_config" in kwargs:
         kwargs["quantization_config"] = quantised_text_alone(kwargs["quantization_config"])
     if kwargs.get("device_map") is not None:
-        check_device_map(kwargs["device_map"], Qwen3AudioConfig.from_pretrained(name, **hub_keywords(kwargs)))
+        config = Qwen3AudioConfig.from_pretrained(name, **hub_keywords(kwargs))
+        kwargs["device_map"] = checked_device_map(kwargs["device_map"], cls, config)
     model, info = super(Qwen3AudioForConditionalGeneration, cls).from_pretrained(  # type: ignore[misc]
         name, *args, output_loading_info=True, **kwargs
     )
@@ -234,7 +235,7 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model 
     _refuse_code(name, kwargs.pop("trust_remote_code", False))
     moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}
     with_info = kwargs.pop("output_loading_info", False)
-    options = trained_options(name, kwargs, _as_trained(name), read_config(name).text_config)
+    options = trained_options(name, kwargs, _as_trained(name), cls, read_config(name))
     model = load_trained(cls, name, options, **moved)
     model.name_or_path = model.config.name_or_path = os.fspath(name)  # where trainers look for the processor
     if attention:
@@ -244,9 +245,7 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model 
 
 
 def _attention_in(config: Qwen3AudioConfig | str | os.PathLike | None) -> dict[str, str]:
-    """The attention implementation of the whole, by the key "", and of each part for which a given configuration names
-    one.
-    """
+    """{part: attention implementation} as a given configuration names it; "" stands for the whole model."""
     if not isinstance(config, Qwen3AudioConfig):
         return {}
     parts = {"": config, "audio_config": config.audio_config, "text_config": config.text_config}

@@ -71,8 +71,8 @@ class Qwen3AudioModel(Qwen3AudioPreTrainedModel, AudioEmbedding):
 
     @staticmethod
     def _settle_attention(language_model: PreTrainedModel) -> None:
-        """The mask, which is made by the configuration's name, must be that of the attention. Refuses flex attention,
-        which neither trains nor generates everywhere.
+        """Set "eager" in the configuration, whose name decides the mask, if the layers use eager attention. Raises
+        ValueError for flex attention: training and generation fail with it on some machines.
         """
         implementation = text_attention(language_model.config)
         if implementation == "eager":

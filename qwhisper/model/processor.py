@@ -98,7 +98,10 @@ class Qwen3AudioProcessor(processing_qwen3_audio.Qwen3AudioProcessor):
             check_processor(folder)
             return inherited(folder, *args, **kwargs)
 
-        return read_run(pretrained_model_name_or_path, load)
+        name = pretrained_model_name_or_path
+        if os.path.isdir(name) and (subfolder := kwargs.pop("subfolder", None)):
+            name = os.path.join(name, subfolder)
+        return read_run(name, load)
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from qwhisper.model import card, loading, modeling_qwen3_audio, saving
 from qwhisper.model.base_kinds import refuse_empty_tokenizer
 from qwhisper.model.bases import DEFAULT_OPTIONS, LoadOptions, fingerprint, resolve_model
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
+from qwhisper.model.device_map import checked_device_map
 from qwhisper.model.offloaded import full_state
 from qwhisper.model.pretrained import load_config, load_feature_extractor, load_tokenizer
 from qwhisper.model.processing_qwen3_audio import add_audio_token
@@ -35,6 +36,9 @@ class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
         name = pretrained_model_name_or_path
         if name is None or (os.path.isdir(name) and loading.is_without_head(name)):
             wants_info = kwargs.pop("output_loading_info", False)
+            if name is not None and kwargs.get("device_map") is not None:
+                config = Qwen3AudioConfig.from_pretrained(name)
+                kwargs["device_map"] = checked_device_map(kwargs["device_map"], cls, config)
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
             if not wants_info:
                 loading.refuse_incomplete(name, info, kwargs)
@@ -51,7 +55,7 @@ class Qwen3AudioModel(modeling_qwen3_audio.Qwen3AudioModel):
                 "this model has an adapter, and no head: save the Qwen3AudioForConditionalGeneration that it is a part "
                 "of, or merge the adapter first"
             )
-        state_dict = dict(full_state(self)) | (state_dict or {})
+        state_dict = full_state(self, state_dict).read()
         saving.refuse_without_values(state_dict)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 

@@ -40,7 +40,7 @@ from qwhisper.model.card import Origin, write_card
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.lora import is_doubtful_merge
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
-from qwhisper.model.offloaded import full_state
+from qwhisper.model.offloaded import FullState, full_state
 from qwhisper.model.projector import AudioProjection
 from qwhisper.model.weights import (
     ENCODER,
@@ -90,7 +90,8 @@ def save_pretrained(
 ) -> None:
     """Write everything needed to load the model again; raise UsageError if a weight would be lost.
 
-    Weights that accelerate has offloaded are read from where they are.
+    Weights that accelerate has offloaded are read from where they are: one at a time to compare them with the bases,
+    and again those that are saved. A whole model is in memory while it is saved.
 
     base_record: of the weights that came from the model's bases; None if unknown. origin: the run, for the model card.
     state_dict: weights to save instead of the model's, as Trainer and Accelerate gather them; missing ones are taken
@@ -114,13 +115,15 @@ def save_pretrained(
     folder = Path(save_directory)
     _refuse_folder(model.config, folder)
     before = model._get_files_timestamps(folder) if folder.is_dir() else {}
-    state = _state_with(model, state_dict)
-    weights, adapter = dict(plain_weights(state.items())), find_adapter(model, state)
+    if unknown := sorted((state_dict or {}).keys() - model.state_dict().keys()):
+        raise UsageError(f"state_dict has {len(unknown)} weights that this model lacks, the first: {unknown[0]}")
+    state = full_state(model, state_dict)
+    weights, adapter = plain_weights(state), find_adapter(model, state)
     record = None if model.config.text_base is None else base_record
     changed = differing(record, weights) if record is not None else []
     if record is None or any(not name.startswith(ENCODER) or name not in record for name in changed):
         options = {"variant": variant, "save_original_format": save_original_format}
-        kept = weights | {k: v for k, v in state.items() if is_adapters(k)} if resumable else weights
+        kept = plain_weights(state, with_adapters=resumable)
         _save_whole(model, folder, kept, adapter, changed, max_shard_size=max_shard_size, **options)
     else:
         if variant is not None:
@@ -128,7 +131,7 @@ def save_pretrained(
         _save_trained(model, folder, weights, adapter, bool(changed), max_shard_size)
         if resumable:
             parts = (PROJECTOR, ENCODER) if (folder / ENCODER_FILE).exists() else (PROJECTOR,)
-            _write({k: v for k, v in state.items() if _is_of(k, parts)}, folder / RESUME_FILE)
+            _write({key: state[key] for key in state if _is_of(key, parts)}, folder / RESUME_FILE)
     write_card(model.config, origin, folder)
     if push_to_hub:  # last, so that the weights are on the disk even without a network
         _upload(model, folder, before, token, kwargs)
@@ -157,16 +160,7 @@ def _refuse_folder(config: Qwen3AudioConfig, folder: Path) -> None:
             raise UsageError(f"{folder} holds a base of this model, whose config.json would be lost: save elsewhere")
 
 
-def _state_with(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The model's state dict, with the given tensors in place of its own."""
-    state = dict(full_state(model))
-    unknown = sorted((given or {}).keys() - state.keys())
-    if unknown:
-        raise UsageError(f"state_dict has {len(unknown)} weights that this model lacks, the first: {unknown[0]}")
-    return state | dict(given or {})
-
-
-def find_adapter(model: Qwen3AudioForConditionalGeneration, state: Mapping[str, Tensor]) -> Adapter | None:
+def find_adapter(model: Qwen3AudioForConditionalGeneration, state: FullState) -> Adapter | None:
     """LoRA that is attached to the model and not merged into its weights. Raises UsageError for more than one."""
     own = [key for key in state if is_adapters(key)]
     if not own:
@@ -190,7 +184,8 @@ def find_adapter(model: Qwen3AudioForConditionalGeneration, state: Mapping[str, 
             "delete_adapter those that are not to be saved, or merge them"
         )
     ((name, config),) = configs.items()
-    found = get_peft_model_state_dict(model, dict(state), adapter_name=name, save_embedding_layers=False)
+    values = {**state.tensors, **{key: state[key] for key in own}}  # PEFT looks up more keys
+    found = get_peft_model_state_dict(model, values, adapter_name=name, save_embedding_layers=False)
     tensors = {key: tensor for key, tensor in found.items() if is_adapters(key)}
     if len(tensors) != len(own):
         raise UsageError(f"{len(own) - len(tensors)} LoRA weights belong to no adapter of peft_config, as {own[0]}")
@@ -253,7 +248,7 @@ def _save_trained(
 def _save_whole(
     model: Qwen3AudioForConditionalGeneration,
     folder: Path,
-    weights: Mapping[str, Tensor],
+    state: FullState,
     adapter: Adapter | None,
     changed: list[str],
     **options,
@@ -270,6 +265,7 @@ def _save_whole(
     config = copy.deepcopy(model.config)
     config.text_base = config.audio_base = None
     config.audio_tower_trained = False
+    weights = state.read()
     refuse_without_values({**weights, **(adapter.tensors if adapter is not None else {})})
     ((head, embeddings),) = model._tied_weights_keys.items()
     tied = weights[embeddings]
@@ -277,7 +273,7 @@ def _save_whole(
         # Only one of the two was trained, replaced or resized: tying them on loading would lose it.
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     elif config.tie_word_embeddings:
-        weights = {**weights, head: tied}  # one tensor, written once; offloaded, it may have been read twice
+        weights = {**weights, head: tied}  # one tensor, written once
     with torch.device("meta"):
         plain = {name: tensor for name, tensor in weights.items() if not is_adapters(name)}
         _refuse_unloadable(plain, type(model)(copy.deepcopy(config)).state_dict())

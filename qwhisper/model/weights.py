@@ -5,7 +5,7 @@ counter shows all of these. So the model keeps the checksum of every weight from
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwhisper.checksums import changed, checksums
-from qwhisper.model.offloaded import full_state
+from qwhisper.model.offloaded import FullState, full_state
 
 PROJECTOR = "model.multi_modal_projector."
 ENCODER = "model.audio_tower."
@@ -38,10 +38,10 @@ def plain_name(key: str) -> str | None:
     return re.sub(r"\.modules_to_save\.[^.]+\.", ".", key)
 
 
-def plain_weights(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """(plain name, tensor) of a state dict's items, without LoRA's tensors."""
-    named = ((plain_name(key), tensor) for key, tensor in state if not is_adapters(key))
-    return ((name, tensor) for name, tensor in named if name is not None)
+def plain_weights(state: FullState, *, with_adapters: bool = False) -> FullState:
+    """The weights by their plain names. with_adapters: also LoRA's tensors, by their keys."""
+    named = ((key if is_adapters(key) else plain_name(key), key) for key in state)
+    return state.named({name: key for name, key in named if name and (with_adapters or not is_adapters(key))})
 
 
 def placed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,35 +53,31 @@ def placed(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weights below `prefix`, with names relative to it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
 
 def record_of(model: nn.Module) -> BaseRecord:
-    """The record of a model's weights as they are now. Offloaded ones are read one at a time."""
+    """The record of a model's weights as they are now."""
     return base_record(plain_weights(full_state(model)))
 
 
-def base_record(weights: Iterable[tuple[str, Tensor]]) -> BaseRecord:
-    """Checksum and shape of every plain weight outside the projector."""
-    shapes: BaseRecord = {}
-
-    def with_values() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights:
-            if not name.startswith(PROJECTOR):
-                shapes[name] = (*tensor.shape,)
-                if not tensor.is_meta:
-                    yield name, tensor
-
-    sums = checksums(with_values())
-    return {name: (sums[name], *shape) if name in sums else shape for name, shape in shapes.items()}
+def base_record(weights: FullState) -> BaseRecord:
+    """Checksum and shape of every plain weight outside the projector. Offloaded weights are read one at a time, tied
+    ones once.
+    """
+    groups = weights.tied(name for name in weights if not name.startswith(PROJECTOR))
+    first = {name: group[0] for group in groups for name in group}
+    sums = checksums((group[0], weights[group[0]]) for group in groups if weights.has_values(group[0]))
+    shapes = {name: (*tensor.shape,) for name, tensor in weights.tensors.items() if name in first}
+    return {name: (sums[first[name]], *shape) if first[name] in sums else shape for name, shape in shapes.items()}
 
 
-def differing(record: BaseRecord, weights: Mapping[str, Tensor]) -> list[str]:
+def differing(record: BaseRecord, weights: FullState) -> list[str]:
     """Plain names, outside the projector, whose content or shape differs from the record, or that only one side has.
 
     A weight cast to a wider dtype, as by PEFT's `prepare_model_for_kbit_training`, counts as equal.
     """
-    found = changed(record, base_record(weights.items()))
+    found = changed(record, base_record(weights))
     return [name for name in found if name not in weights or not _is_widened(weights[name], record.get(name))]
 
 
@@ -106,7 +102,7 @@ def following_casts(model: PreTrainedModel) -> Iterator[None]:
     if record is None:
         yield
         return
-    kept = set(differing(record, dict(plain_weights(full_state(model)))))
+    kept = set(differing(record, plain_weights(full_state(model))))
     yield
     now = record_of(model)
     model.base_record = {name: before if name in kept else now[name] for name, before in record.items()}

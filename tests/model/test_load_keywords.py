@@ -4,17 +4,16 @@ import copy
 import shutil
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
 from huggingface_hub import constants
-from packaging.version import Version
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioModel
 from qwhisper.checkpoint.manifest import write_manifest
 from qwhisper.errors import UsageError
-from tests.model.parts import logits, trained
+from qwhisper.model import device_map
+from tests.model.parts import TIED_ON_DISK, logits, trained
 from tests.small import small_model
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -108,7 +107,7 @@ def test_a_layer_that_stays_on_the_disk_computes_the_same(folders, kind, device_
 
 @pytest.fixture(scope="module")
 def tied(folders):
-    """The same folders, but that the head of both models is their embeddings."""
+    """The same folders, and in both models the head is the embeddings."""
     model = load(folders["trained"])
     model.base_record = None
     model.save_pretrained(folders["whole"].parent / "tied")
@@ -118,9 +117,9 @@ def tied(folders):
 ON_DISK = {"model.audio_tower": "cpu", "model.multi_modal_projector": "cpu", LAYERS: "disk", "lm_head": "disk"}
 
 
-# Of its versions 1.3 fails and 1.15 does not.
-@pytest.mark.skipif(Version(accelerate.__version__) < Version("1.15"), reason="accelerate drops a tied weight twice")
+@TIED_ON_DISK
 @pytest.mark.parametrize("device_map", [{"": "disk"}, ON_DISK], ids=["all", "parts"])
+@pytest.mark.filterwarnings("ignore:.*stay in memory")
 @BOTH
 def test_a_language_model_that_stays_on_the_disk_computes_the_same(tied, kind, device_map, tmp_path):
     """Its head is its embeddings. The encoder and the projector of trained weights stay in memory."""
@@ -131,6 +130,32 @@ def test_a_language_model_that_stays_on_the_disk_computes_the_same(tied, kind, d
     assert torch.equal(logits(model), logits(load(tied[kind])))
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(load(tied[kind])))
+
+
+PARTS = {"model.audio_tower": "cpu", "model.multi_modal_projector": "cpu"}
+# Map: how many of the language model's weights stay on the disk.
+MAPS = {
+    "a layer in a part of the map": (PARTS | {LAYERS: "cpu", f"{LAYERS}.layers.1": "disk", "lm_head": "cpu"}, 11),
+    "a layer in the whole map": ({"": "cpu", f"{LAYERS}.layers.1": "disk"}, 11),
+    "a layer in the model": ({"model": "cpu", f"{LAYERS}.layers.1": "disk", "lm_head": "cpu"}, 11),
+    "a device in a part on the disk": (PARTS | {LAYERS: "disk", f"{LAYERS}.norm": "cpu"}, 23),
+    "the encoder in a map on the disk": ({"": "disk", **PARTS}, 24),
+    "a tied head that has no place": (PARTS | {LAYERS: "disk"}, 24),
+    "the encoder alone": ({"model.audio_tower": "cpu"}, 0),
+    "names without the head's model": ({"audio_tower": "cpu", "language_model.layers": "disk"}, 22),
+    "names in the causal LM": ({"model.layers": "disk", "model.embed_tokens": "cpu"}, 22),
+}
+
+
+@TIED_ON_DISK
+@pytest.mark.parametrize("case", MAPS)
+@BOTH
+def test_each_weight_goes_where_the_longest_name_in_a_map_says(tied, kind, case, tmp_path):
+    device_map, expected = MAPS[case]
+    model = load(tied[kind], device_map=device_map, offload_folder=tmp_path / "off")
+    on_disk = [name for name, p in model.named_parameters() if p.is_meta and name != "lm_head.weight"]
+    assert len(on_disk) == expected and all(name.startswith(LAYERS) for name in on_disk)
+    assert torch.equal(logits(model), logits(load(tied[kind])))
 
 
 @pytest.mark.parametrize(
@@ -144,17 +169,52 @@ def test_a_language_model_that_stays_on_the_disk_computes_the_same(tied, kind, d
             {LAYERS: "cpu", "lm_head": "disk"},
             r"lm_head \(disk\) and model\.\S*embed_tokens \(cpu\) are one weight in this",
         ),
-        ({LAYERS: "disk", f"{LAYERS}.norm": "cpu"}, r"norm \(cpu\) is a part of 'model\S*' \(disk\): name each"),
-        ({"": "disk", "lm_head": "cpu"}, r"lm_head \(cpu\) is a part of '' \(disk\): name each part"),
+        ({"": "disk", "lm_head": "cpu"}, r"lm_head \(cpu\) and model\.\S*embed_tokens \(disk\) are one weight in this"),
+        ({f"{LAYERS}.embed_tokens": "disk", "": "cpu"}, r"lm_head \(cpu\) and model\.\S*embed_tokens \(disk\) are one"),
         ({LAYERS: "cuda:99", "lm_head": "cpu"}, r"there is no device 'cuda:99' for PyTorch here: give one of cpu"),
+        ({"": None}, r"there is no device 'None' for PyTorch here"),
+        (
+            {"model.audio_towr": "cpu"},
+            r"'model.audio_towr' is no part of this model: name its modules, such as model\.",
+        ),
+        (
+            {f"{LAYERS}.layers.0.mlp.up_proj.bias": "cpu", LAYERS: "disk"},
+            r"'model.language_model.layers.0.mlp.up_proj.bias' is no part",
+        ),
     ],
     ids=str,
 )
 @BOTH
-def test_a_device_map_that_cannot_be_carried_out_is_refused_with_its_reason(tied, kind, places, said, tmp_path):
+def test_a_device_map_that_cannot_be_carried_out_is_refused_with_its_reason(
+    tied, kind, places, said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)  # refused before anything is loaded
     rest = {} if "" in places else {"model.audio_tower": "cpu", "model.multi_modal_projector": "cpu"}
     with pytest.raises(UsageError, match=said):
         load(tied[kind], device_map=rest | places, offload_folder=tmp_path)
+
+
+def test_weights_that_are_used_together_have_one_place(folders, tmp_path):
+    places = {"": "cpu", "model.audio_tower.conv1.bias": "disk"}
+    with pytest.raises(
+        UsageError, match=r"conv1.weight \(cpu\) and \S*conv1.bias \(disk\) .*: give model.audio_tower.conv1 "
+    ):
+        load(folders["whole"], device_map=places, offload_folder=tmp_path)
+
+
+def test_a_model_without_its_head_has_the_same_rule(model, tmp_path):
+    body = Qwen3AudioModel(model.config)
+    body.save_pretrained(tmp_path / "body")
+    places = {"": "cpu", "language_model": "disk", "language_model.norm": "cpu"}
+    found = Qwen3AudioModel.from_pretrained(tmp_path / "body", device_map=places, offload_folder=tmp_path / "off")
+    on_disk = {name for name, parameter in found.named_parameters() if parameter.is_meta}
+    assert on_disk == {f"language_model.{n}" for n, _ in body.language_model.named_parameters() if n != "norm.weight"}
+    found.save_pretrained(tmp_path / "again")
+    again = Qwen3AudioModel.from_pretrained(tmp_path / "again").state_dict()
+    assert again and all(torch.equal(tensor, again[name]) for name, tensor in body.state_dict().items())
+    for refused in ({"": "cuda:99"}, "cuda:99", {"language_model.norms": "cpu"}):
+        with pytest.raises(UsageError, match=r"no device 'cuda:99'|'language_model.norms' is no part of this model"):
+            Qwen3AudioModel.from_pretrained(tmp_path / "body", device_map=refused)
 
 
 def test_what_a_loader_says_of_a_device_map_is_not_taken_for_a_missing_model(folders, monkeypatch):
@@ -166,9 +226,20 @@ def test_what_a_loader_says_of_a_device_map_is_not_taken_for_a_missing_model(fol
         load(folders["trained"])
 
 
-def test_the_encoder_of_trained_weights_does_not_stay_on_the_disk(folders, tmp_path):
-    with pytest.raises(UsageError, match=r"model.audio_tower can't stay on the disk"):
-        load(folders["trained"], device_map=SPLIT | {"model.audio_tower": "disk"}, offload_folder=tmp_path)
+@pytest.mark.parametrize("part", ["model.audio_tower", "model.audio_tower.layers.0", "model.multi_modal_projector"])
+def test_encoder_and_projector_of_trained_weights_stay_in_memory_with_a_warning(folders, part, tmp_path):
+    with pytest.warns(UserWarning, match=rf"device_map: {part}\.\S+ \(disk\): .* of trained weights stay in memory"):
+        model = load(folders["trained"], device_map=SPLIT | {part: "disk"}, offload_folder=tmp_path)
+    assert not any(p.is_meta for name, p in model.named_parameters() if not name.startswith(LAYERS))
+    assert torch.equal(logits(model), logits(load(folders["trained"])))
+
+
+def test_the_encoder_of_trained_weights_goes_to_one_device(folders, monkeypatch):
+    monkeypatch.setattr(device_map, "refuse_missing_devices", lambda places: None)
+    with pytest.raises(
+        UsageError, match=r"conv1 \(cpu\) and \S*layers.0.\S* \(cuda:1\): give the encoder .* one device"
+    ):
+        load(folders["trained"], device_map={"": "cpu", "model.audio_tower.layers.0": "cuda:1"})
 
 
 def four_bit(model) -> set[str]:

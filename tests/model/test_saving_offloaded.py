@@ -1,15 +1,20 @@
 """A model with weights that accelerate keeps elsewhere is saved with their values."""
 
+import weakref
+from collections import Counter
+
 import accelerate
 import pytest
 import torch
+from accelerate.utils import OffloadedWeightsLoader
 from peft.tuners.lora import LoraLayer
 
 from qwhisper import Qwen3AudioForConditionalGeneration
 from qwhisper.checkpoint.names import PROJECTOR_FILE
 from qwhisper.errors import UsageError
 from qwhisper.model.lora import adapter_off, add_lora, lora_parameters
-from tests.model.parts import logits, lora, trained
+from qwhisper.model.weights import record_of
+from tests.model.parts import TIED_ON_DISK, logits, lora, trained
 from tests.model.test_placement import offloaded
 from tests.small import small_model
 
@@ -53,7 +58,7 @@ def test_a_model_that_was_loaded_offloaded_is_saved_with_its_weights(way, tmp_pa
 
 
 def test_a_base_on_the_disk_whose_weights_change_there_is_saved_whole(model, tmp_path):
-    """What a base is, is known by its values, also if they are not in memory."""
+    """The values decide whether a weight is still its base's, also if they are not in memory."""
     model.save_pretrained(tmp_path / "trained")
     stay = ("embed_tokens", "layers.0", "norm", "rotary_emb")
     places = {f"model.language_model.{part}": "cpu" for part in stay}
@@ -143,3 +148,64 @@ def test_weights_without_values_are_refused_before_a_folder_is_made(model, part,
     with pytest.raises(UsageError, match=r"weights are on the device meta, which holds no values \(.*\): load"):
         empty.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+class Reads:
+    """How often each weight on the disk is read, by its name in the file, and the most bytes of them held at once."""
+
+    def __init__(self, monkeypatch):
+        self.counts, self.held, self.peak = Counter(), 0, 0
+        read = OffloadedWeightsLoader.__getitem__
+
+        def counted(loader, key):
+            tensor = read(loader, key)
+            self.counts[loader.index[key]["weight_name"]] += 1
+            self.held += tensor.nbytes
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(tensor, self.release, tensor.nbytes)
+            return tensor
+
+        monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
+
+    def release(self, size):
+        self.held -= size
+
+
+@pytest.fixture
+def on_disk(bases, model, tmp_path):
+    """Trained weights whose language model, with a tied head, is on the disk."""
+    add_lora(model, r=4, alpha=8)
+    model.save_pretrained(tmp_path / "trained")
+    places = {"": "cpu", "model.language_model": "disk", "lm_head": "disk"}
+    found = Qwen3AudioForConditionalGeneration.from_pretrained(
+        tmp_path / "trained", device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    assert found.config.tie_word_embeddings and found.lm_head.weight.is_meta
+    return found
+
+
+@TIED_ON_DISK
+@pytest.mark.parametrize("use", ["record", "save", "cast"])
+def test_weights_on_the_disk_are_compared_one_at_a_time_and_tied_ones_once(on_disk, use, tmp_path, monkeypatch):
+    language_model = on_disk.model.language_model
+    expected = {name for name, p in language_model.named_parameters() if p.is_meta}
+    largest = language_model.embed_tokens.weight.nbytes
+    reads = Reads(monkeypatch)
+    if use == "record":
+        assert record_of(on_disk) == on_disk.base_record
+    elif use == "save":
+        on_disk.save_pretrained(tmp_path / "saved")
+        assert (tmp_path / "saved" / PROJECTOR_FILE).exists()
+    else:
+        assert on_disk.half().model.language_model.norm.weight.dtype == torch.half
+    assert len(reads.counts) == len(expected)
+    assert set(reads.counts.values()) == {2 if use == "cast" else 1}  # before and after
+    assert reads.peak == largest and reads.held == 0
+
+
+@TIED_ON_DISK
+def test_a_whole_model_on_the_disk_is_saved_with_each_weight_read_once(on_disk, tmp_path, monkeypatch):
+    on_disk.base_record = None
+    reads = Reads(monkeypatch)
+    on_disk.save_pretrained(tmp_path / "saved")
+    assert set(reads.counts.values()) == {1} and "model.embed_tokens.weight" in reads.counts
