@@ -95,7 +95,7 @@ def main() -> None:
     try:
         print(report() if args.report else fetch(args.clone))
     except subprocess.CalledProcessError:
-        sys.exit("the sdist can't be downloaded; the tests of transformers' mixins are skipped")
+        sys.exit("the sdist can't be downloaded; the tests run only those mixins that were fetched before")
 
 
 if __name__ == "__main__":
