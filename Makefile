@@ -1,7 +1,7 @@
 # Own virtual environment in .venv, made once: a second `make` finds the stamp and goes on at once.
 #
 #   make demo                     the whole path on this computer
-#   make test                     the tests (make test-all: the slow ones as well, and the quick ones and Hugging Face's with the oldest versions)
+#   make test                     the quick tests (make test-all: all tests and transformers' own, with the newest and the oldest versions)
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu     PyTorch's CPU build instead of the CUDA one of several GB
 
 PYTHON ?= python3
@@ -13,6 +13,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/installed
 CONSTRAINTS := constraints.txt
+EXTRAS := dev,quant,trl
 # One thread a worker: two that share two cores are slower with more. Each begins with its own share of the files
 # (worksteal), so most fixtures of a file are made once.
 PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10
@@ -26,7 +27,7 @@ install: $(STAMP)
 	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt install python3-venv"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH_VERSION) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,quant]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: install
@@ -39,15 +40,17 @@ test-all: install
 	-$(BIN)/python -m tests.huggingface.mixins
 	$(PYTEST)
 	$(MAKE) test-oldest
+	@$(BIN)/python -m tests.huggingface.mixins --report
 
-# The oldest versions that pyproject.toml allows.
+# All tests with the oldest versions that pyproject.toml allows. trl needs a newer accelerate.
 test-oldest: BIN := .venv-oldest/bin
 test-oldest: TORCH_VERSION := $(OLDEST_TORCH)
 test-oldest: CONSTRAINTS := constraints-oldest.txt
+test-oldest: EXTRAS := dev,quant
 test-oldest: .venv-oldest/installed
 	-$(BIN)/python -m tests.huggingface.mixins
-	$(PYTEST) -m "not slow"
-	$(PYTEST) tests/huggingface
+	$(PYTEST)
+	@$(BIN)/python -m tests.huggingface.mixins --report
 
 .venv-oldest/installed: constraints-oldest.txt
 

@@ -103,7 +103,7 @@ def _section(title: str, lines: list[str]) -> list[str]:
 def _until(origin: Origin) -> list[str]:
     if origin.step is None:
         return []
-    return [f"What follows describes a run of qwhisper up to step {origin.step}. Later training is not listed."]
+    return [f"The sections below describe a run of qwhisper up to step {origin.step}. Later training is not listed."]
 
 
 def _data(origin: Origin) -> list[str]:

@@ -143,7 +143,7 @@ class Qwen3AudioForConditionalGeneration(
     """`Qwen3AudioModel` with the language model's head: computes a loss from labels, and answers.
 
     last_logits: while `keep_last_logits`, the detached logits [positions, vocabulary] of the last supervised positions,
-    as many as are computed at once.
+    as many as are computed at once; in training without labels, of all positions.
     """
 
     body_class: type[Qwen3AudioModel] = Qwen3AudioModel
@@ -218,6 +218,8 @@ class Qwen3AudioForConditionalGeneration(
         # No parameters: Trainer takes each with "label" in its name for labels.
         kwargs.pop("valid_label_count", None)
         shift_labels = kwargs.pop("shift_labels", None)
+        if self.training and self.keep_last_logits:
+            self.last_logits = None  # not in memory beside the next ones
         outputs = self.model(
             input_ids=input_ids,
             input_features=input_features,
@@ -247,5 +249,7 @@ class Qwen3AudioForConditionalGeneration(
         if labels is None or not (self.training or torch.is_grad_enabled()):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head_logits(hidden_states[:, kept], self.lm_head, self.softcap)
+            if labels is None and self.training and self.keep_last_logits:
+                self.last_logits = logits.detach().flatten(0, 1)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)

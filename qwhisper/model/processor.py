@@ -177,7 +177,7 @@ def load_processor(folder: str | os.PathLike) -> Qwen3AudioProcessor:
     """
     folder = Path(folder)
     files = files_of(folder)
-    for needed, hint in ((MODEL_CONFIG, ""), (PROCESSOR_CONFIG, "; save the processor there, with save_pretrained")):
+    for needed, hint in ((MODEL_CONFIG, ""), (PROCESSOR_CONFIG, "; write it with the processor's save_pretrained")):
         if needed not in files:
             raise CheckpointError(f"{folder}: {needed} is missing{hint}")
     config = read_json_object(files[MODEL_CONFIG])

@@ -250,19 +250,25 @@ class LossDebugCallback(TrainerCallback):
     """Prints supervised tokens and loss of every step, or passes them to `report(step, valid_labels, loss)`.
 
     In a plain Trainer it reads them from the forward passes of the step, all its micro-batches together; with several
-    processes, from this one's.
+    processes, from this one's. If Trainer computes the loss itself (label_smoothing_factor, compute_loss_func), the
+    model gets no labels; the callback then prints once that it reports nothing.
     """
 
     def __init__(self, report=None):
         self.report = report or (lambda step, valid, loss: print(f"step {step}: {valid} valid labels, loss {loss:.4f}"))
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each forward: supervised tokens, sum of losses
         self._hook: Any = None
+        self._has_explained = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.on_train_end(args, state, control)  # a train() that raised has not called it
         self._hook = unwrapped(model).register_forward_hook(self._see, with_kwargs=True)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+        self._seen.clear()
 
     def on_step_end(self, args, state, control, step_report=None, **kwargs):
         if step_report is not None:
@@ -271,10 +277,17 @@ class LossDebugCallback(TrainerCallback):
             valid, loss = (sum(map(float, values)) for values in zip(*self._seen, strict=True))
             self._seen.clear()
             self.report(state.global_step, int(valid), loss / valid if valid else math.nan)
+        elif not self._has_explained:
+            self._has_explained = True
+            print(
+                f"step {state.global_step}: LossDebugCallback reports nothing, because the model gets no labels: with "
+                "label_smoothing_factor or compute_loss_func Trainer computes the loss itself; read it in Trainer's log"
+            )
 
     def _see(self, module, args, kwargs, output) -> None:
         if module.training and kwargs.get("labels") is not None:
-            valid = (kwargs["labels"][:, 1:] != IGNORE_INDEX).sum()
+            shifted = kwargs.get("shift_labels")
+            valid = ((kwargs["labels"][:, 1:] if shifted is None else shifted) != IGNORE_INDEX).sum()
             # Trainer gives the step's count of supervised tokens; without it the loss is the mean of this batch.
             count = kwargs.get("num_items_in_batch")
             self._seen.append((valid, output.loss.detach() * (valid if count is None else count)))
@@ -284,7 +297,8 @@ class NaNMonitorCallback(TrainerCallback):
     """Checks the trainable parameters and `last_logits` every `every` steps, and stops if one is not finite.
 
     It then writes `nan_snapshot.json` into the output folder: name, shape, counts and range of the finite part of every
-    such tensor.
+    such tensor. If a plain Trainer computes the loss itself, `last_logits` are those of every position of the last
+    micro-batch, and stay in memory until the next one.
     """
 
     def __init__(self, every: int = 1):

@@ -1,4 +1,4 @@
-"""What our classes don't run of transformers' mixins as these stand, with a reason each: at most eight of all mixins.
+"""The tests of transformers' mixins that our classes leave out or adapt, with a reason each: at most eight in all.
 
 None is about attention equivalence, padding, generation, saving or loading. A test that a mixin itself skips, because
 of the machine or of what a model has, does not count.
@@ -18,8 +18,8 @@ ADAPTED: dict[str, str] = {
     "clips in one row, as this one and Qwen2.5-Omni do",
     "IDS_ALONE": "tests that give random ids, or the ids of a prompt without its audio: the placeholder lies outside "
     "their vocabulary, since one without its audio is refused",
-    "CLASS_NAMES": "transformers' tables of its own classes, by which a mixin knows that a base model has no loss and "
-    "which labels a model takes; no Auto class writes into them",
+    "MODEL_MAPPING_NAMES": "transformers' table of its own base models, by which a mixin knows that these have no "
+    "loss; `import qwhisper` adds no entry to it",
     "MODALITY_INPUT_DATA": "clips that the mixin would download are made here",
     "require_librosa": "tests of audio files need librosa for other processors; they run without it",
 }

@@ -2,9 +2,10 @@
 
     python -m tests.huggingface.mixins                     download the sdist with pip, unpack its mixins below .mixins/
     python -m tests.huggingface.mixins --clone DIR         take them from a clone of transformers at the same version
+    python -m tests.huggingface.mixins --report            say which of them the tests run
 
 The sdist lacks the mixins of `tests/generation` and `tests/exporters`, which a clone has. Empty classes stand in for
-them otherwise.
+them otherwise. What a clone has given stays when the sdist is fetched again.
 """
 
 import argparse
@@ -61,6 +62,21 @@ def fetch(clone: Path | None = None) -> Path:
     return target
 
 
+def report() -> str:
+    """Which mixins of the installed version the tests run."""
+    this, package = f"transformers {version('transformers')}", folder() / PACKAGE
+    command = "python -m tests.huggingface.mixins"
+    if not package.exists():
+        return f"{this}: none of its own tests ran, since its mixins are missing; download them with `{command}`"
+    name = "generation/test_utils.py"
+    if (package / name).read_text(encoding="utf-8") == MISSING[name]:
+        return (
+            f"{this}: its mixins for models, processors and configurations ran. The mixin for generation did not, "
+            f"because the sdist lacks tests/generation; take it from a clone with `{command} --clone DIR`"
+        )
+    return f"{this}: its mixins for models, generation, processors and configurations ran"
+
+
 def _sdist(temporary: Path) -> Path:
     """Download and unpack the sdist of the installed version."""
     wanted = f"transformers=={version('transformers')}"
@@ -74,7 +90,12 @@ def _sdist(temporary: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clone", type=Path)
-    print(fetch(parser.parse_args().clone))
+    parser.add_argument("--report", action="store_true")
+    args = parser.parse_args()
+    try:
+        print(report() if args.report else fetch(args.clone))
+    except subprocess.CalledProcessError:
+        sys.exit("the sdist can't be downloaded; the tests run only those mixins that were fetched before")
 
 
 if __name__ == "__main__":

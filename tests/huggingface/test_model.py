@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from transformers import Qwen3Config, WhisperConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from qwhisper import Qwen3AudioConfig, Qwen3AudioForConditionalGeneration, Qwen3AudioModel
 from tests.huggingface.excluded import excluded
@@ -25,11 +25,6 @@ WINDOWS = [[33], [20, 28], [7], [49], [12, 5], [30], [41]]
 BATCH = len(WINDOWS)
 # Parts of the names of tests on random ids, and of tests that leave out the audio of a prompt; see ADAPTED.
 IDS_ALONE = ("test_model_rope", "_padding_matches_padding_free")
-# The tables in which our classes stand for the mixins; see ADAPTED.
-CLASS_NAMES = {
-    Qwen3AudioModel: MODEL_MAPPING_NAMES,
-    Qwen3AudioForConditionalGeneration: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-}
 
 
 class Qwen3AudioModelTester:
@@ -110,5 +105,4 @@ class Qwen3AudioModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.Test
             self.skipTest(reason)
         self.model_tester = Qwen3AudioModelTester(self)
         self.model_tester.ids_alone = any(part in self._testMethodName for part in IDS_ALONE)
-        for ours, names in CLASS_NAMES.items():
-            self.enterContext(patch.dict(names, {"qwen3_audio": ours.__name__}))
+        self.enterContext(patch.dict(MODEL_MAPPING_NAMES, {"qwen3_audio": Qwen3AudioModel.__name__}))  # see ADAPTED

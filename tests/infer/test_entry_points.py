@@ -86,7 +86,7 @@ def test_a_model_that_was_saved_without_its_processor_says_so(finished_run, tmp_
     folder = trained_with(finished_run, tmp_path / "saved")
     (folder / "processor_config.json").unlink()
     (folder / "state.json").unlink()  # as Trainer saves it
-    with pytest.raises(CheckpointError, match=r"processor_config\.json is missing; save the processor there"):
+    with pytest.raises(CheckpointError, match=r"processor_config\.json is missing; write it with the processor's"):
         Assistant.from_pretrained(folder)
 
 

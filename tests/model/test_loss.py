@@ -6,6 +6,7 @@ from torch import nn
 
 from qwhisper.model import loss as losses
 from qwhisper.model.loss import Lesson, reference_loss, supervised_loss, token_losses
+from tests.model.parts import audio_batch
 from tests.small import small_model
 
 HIDDEN, VOCABULARY = 8, 23
@@ -197,3 +198,23 @@ def test_the_teacher_is_not_taught():
     loss, _ = taught_loss(hidden_states, labels, head, lesson)
     loss.backward()
     assert lesson.hidden_states.grad is None and hidden_states.grad.any()
+
+
+def test_the_last_logits_are_kept_while_somebody_asks_for_them():
+    model = small_model()
+    model(**audio_batch(model))
+    assert model.last_logits is None
+    model.keep_last_logits = True
+    model(**audio_batch(model))
+    assert model.last_logits.shape == (4, model.lm_head.out_features) and not model.last_logits.requires_grad
+
+
+def test_in_training_without_labels_the_last_logits_are_those_of_all_positions():
+    model = small_model()
+    model.keep_last_logits = True
+    batch = {name: value for name, value in audio_batch(model).items() if name != "labels"}
+    model.eval()(**batch)  # such as an answer in between
+    assert model.last_logits is None
+    logits = model.train()(**batch).logits
+    assert logits.requires_grad and not model.last_logits.requires_grad
+    torch.testing.assert_close(model.last_logits, logits.flatten(0, 1).detach(), rtol=0, atol=0)

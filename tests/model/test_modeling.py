@@ -228,15 +228,6 @@ def test_logits_to_keep_and_labels_decide_what_is_returned():
     assert model(**batch, labels=batch["input_ids"]).logits is None
 
 
-def test_the_last_logits_are_kept_while_somebody_asks_for_them():
-    model = small_model()
-    model(**audio_batch(model))
-    assert model.last_logits is None
-    model.keep_last_logits = True
-    model(**audio_batch(model))
-    assert model.last_logits.shape == (4, VOCABULARY) and not model.last_logits.requires_grad
-
-
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3", "gpt2"])
 def test_any_causal_lm_joins_learns_and_answers(family):
     model = small_model(family)

@@ -270,6 +270,50 @@ def test_loss_debug_in_a_plain_trainer_takes_all_micro_batches_of_a_step(plain_t
     assert all(valid >= 3 for _, valid, _ in seen)
 
 
+def test_loss_debug_says_once_that_it_can_not_see_a_loss_that_trainer_computes(plain_trainer, capsys):
+    seen = []
+    callback = LossDebugCallback(lambda *values: seen.append(values))
+    plain_trainer(callback, max_steps=2, label_smoothing_factor=0.1).train()
+    assert seen == []
+    assert capsys.readouterr().out.count("step 1: LossDebugCallback reports nothing") == 1
+
+
+def test_loss_debug_counts_once_after_a_train_that_raised(plain_trainer):
+    expected, seen = [], []
+    plain_trainer(LossDebugCallback(lambda *values: expected.append(values)), max_steps=2).train()
+    trainer = plain_trainer(LossDebugCallback(lambda *values: seen.append(values)), max_steps=2)
+    step = trainer.training_step
+
+    def run_out_of_memory(*given):
+        step(*given)
+        raise torch.OutOfMemoryError
+
+    trainer.training_step = run_out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    trainer.training_step = step
+    trainer.train()
+    assert seen == expected
+    assert not trainer.model._forward_hooks
+
+
+def test_loss_debug_takes_labels_that_are_shifted_already(plain_trainer):
+    expected, seen = [], []
+    plain_trainer(LossDebugCallback(lambda *values: expected.append(values)), max_steps=2).train()
+    trainer = plain_trainer(LossDebugCallback(lambda *values: seen.append(values)), max_steps=2)
+    collate = trainer.data_collator
+
+    def shifted(dialogues):
+        batch = collate(dialogues)
+        batch["shift_labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        return batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+    trainer.data_collator = shifted
+    trainer.train()
+    assert [valid for _, valid, _ in seen] == [valid for _, valid, _ in expected]
+    assert [loss for _, _, loss in seen] == pytest.approx([loss for _, _, loss in expected], rel=1e-5)
+
+
 def test_nan_monitor_names_the_first_bad_tensor_and_stops(arguments):
     class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -287,13 +331,14 @@ def test_nan_monitor_names_the_first_bad_tensor_and_stops(arguments):
     assert len(read_lines(Path(args.output_dir) / "metrics.jsonl")) == 2
 
 
-def test_nan_monitor_sees_logits_in_a_plain_trainer(plain_trainer):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_nan_monitor_sees_logits_in_a_plain_trainer(plain_trainer, smoothing):
     monitor = NaNMonitorCallback()
-    trainer = plain_trainer(monitor)
+    trainer = guard_trainer(plain_trainer(monitor, label_smoothing_factor=smoothing))  # no NaN reaches a weight
     with torch.no_grad():
         trainer.model.model.language_model.norm.weight[0] = math.nan
     trainer.train()
-    assert monitor.first_bad is not None and trainer.state.global_step < 4
+    assert monitor.first_bad == "last_logits" and trainer.state.global_step == 1
 
 
 def test_callbacks_configure_our_loop(arguments):
