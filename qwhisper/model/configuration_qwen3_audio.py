@@ -1,11 +1,9 @@
 """Configuration of the joined model: the two bases' own configurations and what the projector between them needs."""
 
-import os
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, configuration_utils
-from transformers.utils import CONFIG_NAME
 
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
 
@@ -61,19 +59,6 @@ class Qwen3AudioConfig(PreTrainedConfig):
             setattr(self, name, _configuration(getattr(self, name), kind))
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers, which makes a configuration of defaults for a folder without config.json, such as a
-        run's. Here that raises OSError.
-        """
-        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if os.path.isdir(folder) and not os.path.exists(os.path.join(folder, CONFIG_NAME)):
-            raise OSError(
-                f"{folder} has no {CONFIG_NAME}: give a checkpoint or a model; for a run's folder use AutoConfig after "
-                "`import qwhisper`"
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
     def frames(self) -> FrameArithmetic:
