@@ -185,7 +185,11 @@ def test_all_loaders_of_transformers_are_called_in_one_place():
         },
         "model/trained_folder.py": {"Qwen3AudioConfig.from_pretrained"},
         "model/modeling_qwen3_audio.py": {"AutoModel.from_config", "AutoModelForCausalLM.from_config"},
-        "model/qwen3_audio.py": {"Qwen3AudioForConditionalGeneration.from_pretrained", "super.from_pretrained"},
+        "model/qwen3_audio.py": {
+            "Qwen3AudioConfig.from_pretrained",
+            "Qwen3AudioForConditionalGeneration.from_pretrained",
+            "super.from_pretrained",
+        },
         "model/processor.py": {"super.from_pretrained", "Qwen3AudioProcessor.from_pretrained"},
     }  # fmt: skip
     for file in sorted(PACKAGE.rglob("*.py")):
