@@ -306,7 +306,7 @@ def test_newest_is_not_finite(arguments, capsys):
     of="disk",
     guarantee="the resume is refused with exit code 2, before the model is loaded",
     without=lambda monkeypatch: monkeypatch.setattr(
-        loading, "same_base", lambda name, role, config, moved: moved or getattr(config, f"{role}_base")["name"]
+        loading, "same_base", lambda name, role, config, moved, access: moved or getattr(config, f"{role}_base")["name"]
     ),
 )
 def test_base_changed_since(arguments, tmp_path, folder):
