@@ -17,8 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from qwhisper.errors import UsageError
 from qwhisper.model.bases import AUDIO_TOWER, DISK, refuse_missing_devices
 from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
-
-LANGUAGE_MODEL = "model.language_model"
+from qwhisper.model.lora import LANGUAGE_MODEL
 
 
 def checked_device_map(device_map: Any, cls: type[PreTrainedModel], config: Qwen3AudioConfig) -> Any:

@@ -18,7 +18,7 @@ ADAPTED: dict[str, str] = {
     "clips in one row, as this one and Qwen2.5-Omni do",
     "IDS_ALONE": "tests that give random ids, or the ids of a prompt without its audio: the placeholder lies outside "
     "their vocabulary, since one without its audio is refused",
-    "MODEL_MAPPING_NAMES": "transformers' table of its own base models, by which a mixin knows that these have no "
+    "MODEL_MAPPING_NAMES": "transformers' table of base models, by which a mixin knows that these have no "
     "loss; `import qwhisper` adds no entry to it",
     "MODALITY_INPUT_DATA": "clips that the mixin would download are made here",
     "require_librosa": "tests of audio files need librosa for other processors; they run without it",
