@@ -41,6 +41,10 @@ SMALL_BYTES = 10_000_000  # of bases that tests write themselves
 # our tolerances are those of fp32.
 torch.backends.cudnn.allow_tf32 = False
 
+# The first backward pass of a process starts threads for the kinds of device that are known by then. torch.compile
+# makes more of them known, even without a device, and torch 2.11 refuses a backward pass in a fork of such a process.
+torch.ones((), requires_grad=True).backward()
+
 
 def pytest_collection_finish() -> None:
     """What has been imported by now stays: the garbage collector need not look at it after each run of a test."""
