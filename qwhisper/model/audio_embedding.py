@@ -189,11 +189,12 @@ class AudioEmbedding(PreTrainedModel):
             placeholder = torch.tensor(self.config.audio_token_id, device=self.text_device)
             mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
         wanted = 0 if audio_tokens is None else audio_tokens.shape[0]
+        equal = mask.sum() == wanted
         if torch.compiler.is_compiling():  # torch 2.11 can't compile transformers' check
-            torch._assert_async(mask.sum() == wanted, "input_ids have more or fewer placeholders than audio tokens")
+            torch._assert_async(equal, "input_ids have more or fewer placeholders than audio tokens")
             return mask
         torch_compilable_check(
-            mask.sum() == wanted,
+            equal,
             lambda: (
                 f"{int(mask.sum())} audio placeholders in input_ids, but the audio gives {wanted} tokens: both must "
                 "come from the same processor, whose configuration holds silence, stack and audio_token_id"
