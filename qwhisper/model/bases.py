@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
@@ -237,14 +238,20 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
         **options.access,
     )
     refuse_missing("--text_model", name, info)
-    for module in language_model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # If this is True, bitsandbytes repacks 4-bit weights for this CPU in the first pass in evaluation mode (and
-            # fails if a size is no multiple of 32). Afterwards no gradient passes through them, not even in training
-            # mode.
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_layout(language_model)
     _refuse_other_head(name, language_model)
     return language_model.requires_grad_(False).eval()
+
+
+def keep_4bit_layout(model: nn.Module) -> None:
+    """Keep the layout of 4-bit weights on a CPU with AVX-512 BF16, where bitsandbytes would change it.
+
+    It would repack them in the first pass in evaluation mode, and fail if a size is no multiple of 32 (rows) or of its
+    block of 64 (columns). Afterwards no gradient would pass through them, not even in training mode.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @torch.no_grad()

@@ -258,6 +258,19 @@ def test_a_quantisation_is_of_the_language_models_layers_alone(folders, kind):
     assert config.llm_int8_skip_modules == ["audio_tower"]
 
 
+@BOTH
+def test_gradients_pass_through_4_bit_weights_after_an_evaluation(folders, kind, monkeypatch):
+    """On a CPU with AVX-512 BF16, bitsandbytes would repack the weights in the evaluation, if their sizes allow it."""
+    monkeypatch.setattr(pytest.importorskip("bitsandbytes").nn.modules, "has_avx512bf16", lambda: True)
+    model = load(folders[kind], quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    found = logits(model)
+    embeddings = model.get_input_embeddings()
+    embeddings.weight.requires_grad_(True)
+    trained = model.train()(input_ids=torch.arange(4)[None], attention_mask=torch.ones(1, 4)).logits
+    trained.sum().backward()
+    assert embeddings.weight.grad.abs().sum() > 0 and torch.equal(logits(model.eval()), found)
+
+
 def test_trained_weights_are_loaded_in_4_bits_or_in_full(folders):
     with pytest.raises(UsageError, match=r"in 4 bits or in full. Give quantization_config=BitsAndBytesConfig\(load_in"):
         load(folders["trained"], quantization_config=BitsAndBytesConfig(load_in_8bit=True))
