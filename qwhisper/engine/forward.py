@@ -13,13 +13,24 @@ from qwhisper.model.loss import MAX_LOGITS_AT_ONCE, Lesson, TokenLosses, head_lo
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 
-def hidden_states_of(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Tensor:
-    """The language model's last hidden states, [rows, columns, hidden]. Waits for no device."""
-    body, text = model.model, batch.text
+def encoded(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Tensor | None:
+    """The encoder's output [encoder frames, d_model] for the pack's audio; None for text alone. Waits for no device."""
     if batch.audio is None:
+        return None
+    return model.model.encoded_row(batch.audio.row, batch.audio.layout)
+
+
+def hidden_states_of(model: Qwen3AudioForConditionalGeneration, batch: Batch, frames: Tensor | None = None) -> Tensor:
+    """The language model's last hidden states, [rows, columns, hidden]. Waits for no device.
+
+    frames: the encoder's output, if it is known; see `encoded`.
+    """
+    body, text = model.model, batch.text
+    frames = encoded(model, batch) if frames is None else frames
+    if frames is None or batch.audio is None:
         embeddings = body.get_input_embeddings()(text.input_ids)
     else:
-        tokens = body.audio_embeddings(batch.audio.row, batch.audio.layout)
+        tokens = body.projected(frames, batch.audio.layout.groups)
         embeddings = body.embed_with_audio(text.input_ids, tokens, batch.audio.positions)
     embeddings = torch.where(text.real[..., None], embeddings, 0.0)
     return body(inputs_embeds=embeddings, use_cache=False, **text.keywords()).last_hidden_state

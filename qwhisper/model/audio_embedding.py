@@ -98,16 +98,21 @@ class AudioEmbedding(PreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
             return self.audio_tower(mel, layout, return_dict=True, **kwargs)
 
-    def audio_embeddings(self, row: Tensor, layout: AudioLayout) -> Tensor:
-        """Audio tokens [tokens, hidden_size], in the projector's dtype, of a row of samples.
+    def encoded_row(self, row: Tensor, layout: AudioLayout) -> Tensor:
+        """The encoder's output [encoder frames, d_model], on its device, for a row of samples; waits for none.
 
-        row: see `audio_layout.waveform_row`. It and the indices of mel and encoder lie on the encoder's device. Waits
-        for a device only to move the encoder's frames to another one.
+        row: see `audio_layout.waveform_row`. It and the indices of mel and encoder lie on the encoder's device.
         """
         mel = log_mel(row, layout.mel, self.config.audio_config.num_mel_bins)
-        frames = self._encode(mel, layout.encoder).last_hidden_state
+        return self._encode(mel, layout.encoder).last_hidden_state
+
+    def projected(self, frames: Tensor, groups: Tensor) -> Tensor:
+        """Audio tokens [tokens, hidden_size], in the projector's dtype, of the encoder's output [frames, d_model].
+
+        groups: int64 [tokens, stack], see `AudioLayout`. Waits for a device only to move the frames to another one.
+        """
         device = device_of(self.multi_modal_projector.linear_1)
-        return self.multi_modal_projector(frames.to(device), layout.groups.to(device))
+        return self.multi_modal_projector(frames.to(device), groups.to(device))
 
     @can_return_tuple
     def get_audio_features(
