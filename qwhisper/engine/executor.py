@@ -7,18 +7,23 @@ rounding.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from qwhisper.data.packing import plan_packs
 from qwhisper.data.rows import Sample
-from qwhisper.engine.batch import Batch, packed_batch, padded_batch
+from qwhisper.engine.batch import Batch, pack_shape, packed_batch, padded_batch
+from qwhisper.engine.capture import MOST_GRAPHS, Graphs
+from qwhisper.engine.compiled import compile_layers, plain_layers, uncompiled
 from qwhisper.engine.forward import PackResult, by_sample, hidden_states_of, likeliest_tokens, run_pack
 from qwhisper.engine.plain import why_plain
 from qwhisper.engine.reference import compare_with_reference
-from qwhisper.errors import MemoryLimitError
+from qwhisper.engine.regions import Regions
+from qwhisper.engine.shapes import rounded_shape
+from qwhisper.errors import ExecutionError, MemoryLimitError
+from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import IMPLEMENTATIONS, PACKED_ATTENTION, attention_for, text_attention
 from qwhisper.model.loss import IGNORE_INDEX
@@ -26,6 +31,7 @@ from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved when memory runs out
 Result = TypeVar("Result")
+Execution = Literal["plain", "compiled", "captured"]
 UNPACKABLE_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
 
 
@@ -67,15 +73,20 @@ class Halved:
 class StepLoss:
     """The loss of a step. loss: sum(token losses) / supervised tokens of the step, fp32 scalar. divergence: from the
     teacher, in nats a taught token, fp32 scalar; None if nothing was taught. halvings: of packs that did not fit.
+    why_plain: why the run is plain from this step on; None if nothing changed.
     """
 
     loss: Tensor
     divergence: Tensor | None = None
     halvings: list[Halved] = field(default_factory=list)
+    why_plain: str | None = None
 
 
 class Executor:
-    """Runs packs on one model. `max_tokens_per_pack` is halved when memory runs out, and is saved with the run."""
+    """Runs packs on one model. `max_tokens_per_pack` is halved when memory runs out, and is saved with the run.
+
+    execution: how packs are trained on; "plain" until `execute` changes it. Evaluations are always plain.
+    """
 
     def __init__(
         self,
@@ -90,7 +101,10 @@ class Executor:
         self.distill_weight = distill_weight
         self.manual_loss = manual_loss  # compare each pack's loss with a plain one
         self.before_pack: Callable[[], None] = lambda: None  # may raise: the step or evaluation is then incomplete
-        self.start_gradients: Callable[[], None] = model.zero_grad  # in a training, GradientBuffers.start
+        self.gradient_buffers: GradientBuffers | None = None  # of a training
+        self.execution: Execution = "plain"
+        self._regions: Regions | None = None
+        self._is_plain = False  # for the time being
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
         self.device = device
@@ -118,6 +132,42 @@ class Executor:
         """Why a pack has to run plain, see `engine.plain`; None: a CUDA graph would compute the same."""
         return why_plain(self.model, manual_loss=self.manual_loss, packing=self.packing)
 
+    def execute(self, execution: Execution) -> None:
+        """Train on packs in this way from here on. Needs `gradient_buffers`, and `why_plain` to be None, if it is not
+        "plain".
+        """
+        self.execution, self._regions = execution, None
+        plain_layers(self.model)
+        if execution == "plain":
+            return
+        assert self.gradient_buffers is not None
+        compile_layers(self.model)
+        self._regions = Regions(
+            self.model,
+            Graphs(self.device, MOST_GRAPHS if execution == "captured" else 0),
+            distill_weight=self.distill_weight,
+            count=self._count,
+            scale=self._scale,
+            buffers=self.gradient_buffers,
+        )
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Packs run plain: their kernels are others, and every hook is called."""
+        before, self._is_plain = self._is_plain, True
+        try:
+            with uncompiled(self.model):
+                yield
+        finally:
+            self._is_plain = before
+
+    def _rounded_batch(self, samples: Sequence[Sample]) -> Batch:
+        """One pack on the host, of a shape that occurs again."""
+        frames, teach = self.model.config.frames, bool(self.distill_weight)
+        longest_window = self.model.config.audio_config.max_source_positions
+        shape = rounded_shape(pack_shape(samples, frames, teach=teach), self.max_tokens_per_pack, longest_window)
+        return packed_batch(samples, frames, self.model.config.audio_token_id, teach=teach, shape=shape)
+
     def run_pack(self, batch: Batch) -> PackResult:
         """Forward pass of one pack."""
         return run_pack(self.model, batch, self.distill_weight)
@@ -132,19 +182,35 @@ class Executor:
         num_supervised: supervised tokens of the whole optimizer step. Raises MemoryLimitError if a pack of one sample
         does not fit, NumericalError if --manual_loss finds another loss.
         """
-        put_generators_back = generators_as_now(self.device)
+        put_generators_back, why_plain = generators_as_now(self.device), None
 
         def start_again() -> None:
-            self.start_gradients()
+            self._start_gradients()
             put_generators_back()
 
-        self.start_gradients()
-        step, halvings = self.within_memory(lambda: self.run_packs(samples, num_supervised), samples, start_again)
+        def run() -> tuple[StepLoss, list[Halved]]:
+            return self.within_memory(lambda: self.run_packs(samples, num_supervised), samples, start_again)
+
+        self._start_gradients()
+        try:
+            step, halvings = run()
+        except ExecutionError as error:
+            why_plain = str(error)
+        if why_plain is not None:  # outside of the handler, as in `within_memory`
+            self.execute("plain")
+            start_again()
+            step, halvings = run()
         if self.loss_scale != 1.0:
             scaled = [p.grad for p in self.model.parameters() if p.grad is not None]
             if scaled:
                 torch._foreach_mul_(scaled, 1.0 / self.loss_scale)
-        return replace(step, halvings=halvings)
+        return replace(step, halvings=halvings, why_plain=why_plain)
+
+    def _start_gradients(self) -> None:
+        if self.gradient_buffers is None:
+            self.model.zero_grad()
+        else:
+            self.gradient_buffers.start()
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[Sample]) -> float:
@@ -212,14 +278,15 @@ class Executor:
         was_training = self.model.training
         self.model.eval()
         try:
-            yield
+            with self.plainly():
+                yield
         finally:
             self.model.train(was_training)
 
     def within_memory(
         self, attempt: Callable[[], Result], samples: Sequence[Sample], start_again: Callable[[], None]
     ) -> tuple[Result, list[Halved]]:
-        """Call `attempt` until memory suffices; halve the packs after each failure."""
+        """Call `attempt` until memory suffices; halve the packs after each failure, unless graphs held the memory."""
         halvings: list[Halved] = []
         while True:
             try:
@@ -227,8 +294,11 @@ class Executor:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                halvings.append(self._halve(samples, error))
+                if not (self._is_plain and self._regions is not None and self._regions.graphs.passes):
+                    halvings.append(self._halve(samples, error))
             # Outside the handler: its traceback keeps the failed attempt's tensors alive.
+            if self._regions is not None:
+                self._regions.graphs.forget()
             start_again()
             torch.cuda.empty_cache()
 
@@ -256,6 +326,10 @@ class Executor:
     def _run_samples(self, pack: Sequence[Sample], num_supervised: int) -> tuple[Tensor, Tensor | None]:
         """Detached loss and summed divergence from the teacher, in nats; None without a teacher."""
         self.before_pack()
+        if self._regions is not None and not self._is_plain:
+            loss, divergence = self._regions.run(self._rounded_batch(pack))
+            assert loss is not None
+            return loss, divergence
         batch = self.batch(pack)
         result = self.run_pack(batch)
         loss = result.tokens.losses.sum() / self._count

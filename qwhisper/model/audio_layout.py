@@ -59,15 +59,15 @@ class MelLayout:
 class EncoderLayout:
     """mel: [conv slots], the mel frame in each slot; the number of mel frames if it is empty. slots: [encoder
     frames], where each lies behind the convolutions. positions: [encoder frames], within their windows. cu_seq_lens:
-    int32 [windows + 1], borders of the windows; cu_seq_lens_host: the same on the host. max_length: frames of the
-    longest window, or more.
+    int32 [windows + 1], borders of the windows; cu_seq_lens_host: the same on the host, or None. max_length: frames of
+    the longest window, or more.
     """
 
     mel: Tensor
     slots: Tensor
     positions: Tensor
     cu_seq_lens: Tensor
-    cu_seq_lens_host: tuple[int, ...]
+    cu_seq_lens_host: tuple[int, ...] | None
     max_length: int
 
 

@@ -71,6 +71,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 
     def _padded_layers(self, hidden_states: Tensor, layout: EncoderLayout) -> Tensor:
         """hidden_states: [encoder frames, d_model]. Returns the same of the last layer."""
+        assert layout.cu_seq_lens_host is not None
         lengths = torch.tensor(layout.cu_seq_lens_host).diff()
         lengths = lengths[lengths > 0]  # without unused borders
         padded = pad_sequence(hidden_states.split(lengths.tolist()), batch_first=True)
