@@ -5,6 +5,7 @@ not, take their memory from one pool, so that graphs of many shapes need the mem
 are lost with the next pass: outputs are copied out, and what a later pass reads is written to tensors outside of it.
 """
 
+import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -39,6 +40,7 @@ class Graphs:
     def __init__(self, device: torch.device, most: int = MOST_GRAPHS):
         self.device, self.most = device, most
         self.passes: dict[Hashable, Pass] = {}
+        self._prepared, self._seconds = 0, 0.0
         self._on_cuda = device.type == "cuda"
         self._pool = torch.cuda.MemPool() if self._on_cuda else None
         self._stream = torch.cuda.Stream(device) if self._on_cuda else None
@@ -51,7 +53,8 @@ class Graphs:
         known = self.passes.get(key)
         if known is None:
             known = self.passes[key] = Pass(on_device(inputs, self.device))
-            return self._run(known, function)
+            with self._preparing():
+                return self._run(known, function)
         copy_into(known.inputs, inputs)
         if known.replay is None and self._recorded >= self.most:
             return self._run(known, function)
@@ -71,6 +74,18 @@ class Graphs:
             self._pool = torch.cuda.MemPool()
             torch.cuda.empty_cache()
 
+    def take_preparation(self) -> tuple[int, float]:
+        """Number of first passes and recordings since the last call, and their seconds."""
+        taken = self._prepared, self._seconds
+        self._prepared, self._seconds = 0, 0.0
+        return taken
+
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self._prepared, self._seconds = self._prepared + 1, self._seconds + time.perf_counter() - begun
+
     @property
     def _recorded(self) -> int:
         return sum(known.replay is not None for known in self.passes.values())
@@ -81,7 +96,7 @@ class Graphs:
         return _copies(outputs)
 
     def _record(self, known: Pass, function: Function, buffers: GradientBuffers) -> None:
-        with buffers.recording() as known.reached:
+        with self._preparing(), buffers.recording() as known.reached:
             known.outputs, known.replay = self.record(lambda: function(known.inputs))
 
     def record(self, run: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
@@ -90,7 +105,10 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate pinned memory meanwhile.
         recording = torch.cuda.graph(
-            graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local"
+            graph,
+            pool=self._pool.id,  # type: ignore[arg-type]
+            stream=self._stream,
+            capture_error_mode="thread_local",
         )
         with recording, torch.autograd.set_multithreading_enabled(False):
             outputs = run()

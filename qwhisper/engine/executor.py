@@ -151,6 +151,10 @@ class Executor:
             buffers=self.gradient_buffers,
         )
 
+    def take_preparation(self) -> tuple[int, float]:
+        """Number of passes that were compiled or recorded since the last call, and the seconds that it took."""
+        return (0, 0.0) if self._regions is None else self._regions.graphs.take_preparation()
+
     @contextmanager
     def plainly(self) -> Iterator[None]:
         """Packs run plain: their kernels are others, and every hook is called."""

@@ -304,6 +304,34 @@ class KernelReplaced(Event):
         return f"attention kernel {self.kernel}: {self.what}; {self.case}. Replaced by {self.replaced_by}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Executes(Event):
+    """How packs run from here on."""
+
+    kind = "executes"
+    is_course = True
+    execution: Annotated[Literal["plain", "compiled", "captured"], "see `--execution`"]
+    why: Annotated[str | None, "why they run plain; null if they don't, or nothing else was asked for"]
+
+    def line(self, step: int) -> str | None:
+        if self.execution == "plain":
+            return self.why and f"packs run plain: {self.why}"
+        return "encoder and language model are compiled in the first steps, which takes about a minute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Event):
+    """Passes over packs were compiled or recorded as CUDA graphs."""
+
+    kind = "prepared"
+    is_course = True
+    passes: Annotated[int, "number of passes"]
+    seconds: Annotated[float, "time it took, their first results included"]
+
+    def line(self, step: int) -> str | None:
+        return f"step {step + 1}: prepared {self.passes} passes in {self.seconds:.1f} s" if self.seconds >= 1 else None
+
+
 # Data and learning.
 
 
@@ -334,7 +362,7 @@ KINDS: tuple[type[Event], ...] = (
     DroppedSamples, NotRepeated, NoDiagnosis, Skipped, Rewind, NoSnapshot,
     GradientSpike, LearningRateChanged, ActivationClampTurned, ActivationsClamped, EncoderOverflow,
     OutOfMemory, NotEvaluated, SaveFailed, WeightsNotFinite, WorkerDied, KernelReplaced,
-    SampleChanged, AlarmRaised,
+    Executes, Prepared, SampleChanged, AlarmRaised,
 )  # fmt: skip
 
 # The fields of metrics.jsonl. A record has those that were measured; a number that is not finite is a string

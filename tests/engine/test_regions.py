@@ -175,7 +175,7 @@ def test_more_shapes_than_graphs_run_without_one(ready):
 def test_inputs_of_other_numbers_on_the_host_are_refused(ready):
     run, _ = ready()
     batches = [run._rounded_batch(samples_of(run, seed)) for seed in (0, 1)]
-    with pytest.raises(ValueError, match="cu_seq_lens_host is .* in the inputs of this pass"):
+    with pytest.raises(ValueError, match=r"cu_seq_lens_host is .* in the inputs of this pass"):
         copy_into(batches[0].text, batches[1].text)
 
 
