@@ -7,15 +7,17 @@ The sizes of a pack are symbolic, so that one compilation serves all shapes. Ker
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 BACKEND = "inductor"
 # One code object serves training and evaluation, with and without adapter, the layer with the clamp, and few dtypes.
 # Above its limit of 8, torch would run it uncompiled without a word.
@@ -45,6 +47,11 @@ def compile_layers(model: nn.Module) -> None:
     """Let the model's layers compile themselves at their first call within `compiling`."""
     for layer in _layers(model):
         layer.compile(backend=BACKEND, dynamic=True)
+
+
+def compiled_function(function: Function) -> Function:
+    """Sizes that change are symbolic from the second call on."""
+    return torch.compile(function, backend=BACKEND)
 
 
 def plain_layers(model: nn.Module) -> None:

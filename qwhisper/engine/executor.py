@@ -16,7 +16,7 @@ from qwhisper.data.packing import plan_packs
 from qwhisper.data.rows import Sample
 from qwhisper.engine.batch import Batch, pack_shape, packed_batch, padded_batch
 from qwhisper.engine.capture import MOST_GRAPHS, Graphs
-from qwhisper.engine.compiled import compile_layers, plain_layers, uncompiled
+from qwhisper.engine.compiled import compile_layers, compiled_function, plain_layers, uncompiled
 from qwhisper.engine.forward import PackResult, by_sample, hidden_states_of, likeliest_tokens, run_pack
 from qwhisper.engine.plain import why_plain
 from qwhisper.engine.reference import compare_with_reference
@@ -26,7 +26,7 @@ from qwhisper.errors import ExecutionError, MemoryLimitError
 from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import IMPLEMENTATIONS, PACKED_ATTENTION, attention_for, text_attention
-from qwhisper.model.loss import IGNORE_INDEX
+from qwhisper.model.loss import IGNORE_INDEX, capped, of_chunk
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved when memory runs out
@@ -149,6 +149,7 @@ class Executor:
             count=self._count,
             scale=self._scale,
             buffers=self.gradient_buffers,
+            chunk=compiled_function(of_chunk),
         )
 
     def take_preparation(self) -> tuple[int, float]:
@@ -338,12 +339,14 @@ class Executor:
         result = self.run_pack(batch)
         loss = result.tokens.losses.sum() / self._count
         divergence = None if result.tokens.divergences is None else result.tokens.divergences.sum()
-        last_logits = result.tokens.last_logits
+        logits = None
         if self.manual_loss:
-            last_logits = compare_with_reference(self.model, pack, batch, result, loss, num_supervised)
+            logits = compare_with_reference(self.model, pack, batch, result, loss, num_supervised)
+        elif self.model.keep_last_logits:
+            logits = capped(result.tokens.last_logits.float(), self.model.softcap)
         if self.model.keep_last_logits:
-            self.model.last_logits = last_logits
-        del result, last_logits  # the backward pass needs their memory
+            self.model.last_logits = logits
+        del result, logits  # the backward pass needs their memory
         if loss.requires_grad:
             (loss * self._scale).backward()
         return loss.detach(), divergence

@@ -9,7 +9,16 @@ from torch import Tensor
 from qwhisper.engine.batch import Batch, TextPart
 from qwhisper.model.audio_layout import with_zero_row
 from qwhisper.model.lora import adapter_off
-from qwhisper.model.loss import IGNORE_INDEX, MAX_LOGITS_AT_ONCE, Lesson, TokenLosses, head_logits, token_losses
+from qwhisper.model.loss import (
+    IGNORE_INDEX,
+    MAX_LOGITS_AT_ONCE,
+    Lesson,
+    OfChunk,
+    TokenLosses,
+    head_logits,
+    of_chunk,
+    token_losses,
+)
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 
@@ -86,8 +95,9 @@ def answer(
     audio: Heard | None,
     teacher: Batch | None,
     distill_weight: float,
+    chunk: OfChunk = of_chunk,
 ) -> PackResult:
-    """What follows the encoder: projector, language model, teacher and losses."""
+    """What follows the encoder: projector, language model, teacher and losses. chunk: see `token_losses`."""
     hidden_states, lesson = _hidden_states(model, text, audio), None
     if teacher is not None:
         states = teacher_states(model, teacher)
@@ -99,6 +109,7 @@ def answer(
         model.lm_head,
         softcap=model.softcap,
         lesson=lesson,
+        chunk=chunk,
     )
     return PackResult(hidden_states, lesson, tokens)
 

@@ -17,6 +17,7 @@ from qwhisper.errors import ExecutionError, first_line
 from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.audio_layout import EncoderLayout, MelLayout
+from qwhisper.model.loss import OfChunk
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 
@@ -41,7 +42,7 @@ class LearnerInputs:
 
 
 class Regions:
-    """Runs packs of rounded shapes. count, scale: scalars on the device, see `Executor`."""
+    """Runs packs of rounded shapes. count, scale: scalars on the device, see `Executor`. chunk: see `token_losses`."""
 
     def __init__(
         self,
@@ -52,8 +53,9 @@ class Regions:
         count: Tensor,
         scale: Tensor,
         buffers: GradientBuffers,
+        chunk: OfChunk,
     ):
-        self.model, self.graphs, self.buffers = model, graphs, buffers
+        self.model, self.graphs, self.buffers, self.chunk = model, graphs, buffers, chunk
         self.distill_weight, self.count, self.scale = distill_weight, count, scale
         self._room = torch.empty(0)  # [frames, d_model], the encoder's output for the pack, then zeros
 
@@ -117,7 +119,7 @@ class Regions:
             given = inputs.encoder
             frames = self._room if given is None else self.model.model.encoded_row(given.row, given.mel, given.encoder)
             audio = Heard(frames, inputs.groups, inputs.positions)
-        tokens = answer(self.model, inputs.text, audio, inputs.teacher, self.distill_weight).tokens
+        tokens = answer(self.model, inputs.text, audio, inputs.teacher, self.distill_weight, self.chunk).tokens
         loss = tokens.losses.sum() / self.count
         if loss.requires_grad:
             (loss * self.scale).backward()
