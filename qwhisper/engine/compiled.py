@@ -51,7 +51,7 @@ def compile_layers(model: nn.Module) -> None:
 
 def compiled_function(function: Function) -> Function:
     """Sizes that change are symbolic from the second call on."""
-    return torch.compile(function, backend=BACKEND)
+    return torch.compile(function, backend=BACKEND)  # type: ignore[return-value]
 
 
 def plain_layers(model: nn.Module) -> None:

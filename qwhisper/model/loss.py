@@ -92,7 +92,7 @@ class _LossesOfFrozenHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, targets, lm_head, softcap, lesson, rows, chunk):  # type: ignore[override]
+    def forward(ctx, hidden_states, targets, lm_head, softcap, lesson, rows, chunk):
         found = []
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
@@ -110,7 +110,7 @@ class _LossesOfFrozenHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_losses, *_):  # type: ignore[override]
+    def backward(ctx, of_losses, *_):
         (gradients,) = ctx.saved_tensors
         return (of_losses[:, None] * gradients).to(gradients.dtype), *(None,) * 6
 
