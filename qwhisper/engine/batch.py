@@ -134,12 +134,16 @@ class Batch:
         return None if self.teacher is None else self.teacher.text.targets != IGNORE_INDEX
 
     def to(self, device: torch.device | str, encoder_device: torch.device | str | None = None) -> "Batch":
-        """A copy on the device, without a wait. encoder_device: the encoder's device, if it is another."""
+        """A copy on the device, without a wait if this one is pinned. encoder_device: the encoder's device, if it is
+        another.
+        """
         moved = on_device(self, device)
         if self.audio is None or encoder_device in (None, device):
             return moved
         audio = on_device(self.audio, encoder_device)
-        positions, groups = self.audio.positions.to(device), self.audio.layout.groups.to(device)
+        positions, groups = (
+            tensor.to(device, non_blocking=True) for tensor in (self.audio.positions, self.audio.layout.groups)
+        )
         return replace(moved, audio=replace(audio, positions=positions, layout=replace(audio.layout, groups=groups)))
 
 

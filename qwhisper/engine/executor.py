@@ -19,6 +19,7 @@ from qwhisper.engine.capture import MOST_GRAPHS, Graphs
 from qwhisper.engine.compiled import compile_layers, compiled_function, plain_layers, uncompiled
 from qwhisper.engine.forward import PackResult, by_sample, hidden_states_of, likeliest_tokens, run_pack
 from qwhisper.engine.plain import why_plain
+from qwhisper.engine.prefetch import HostBatches
 from qwhisper.engine.reference import compare_with_reference
 from qwhisper.engine.regions import Regions
 from qwhisper.engine.shapes import rounded_shape
@@ -109,6 +110,7 @@ class Executor:
         assert isinstance(device, torch.device)
         self.device = device
         self.max_tokens_per_pack = max_tokens_per_pack or AUTO_TOKENS_PER_PACK.get(self.device.type, 4096)
+        self.host_batches = HostBatches(self.device)
         self.pad_token_id = pad_token_id
         self.half_precision = model.model.language_model.dtype == torch.float16
         self.loss_scale = 1.0  # multiplies the loss before the backward pass; the gradients are divided by it
@@ -118,14 +120,24 @@ class Executor:
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """One pack on the model's device; in training with the row that its teacher reads."""
-        return self._batch(samples, teach=bool(self.distill_weight) and self.model.training)
+        if self.model.training:
+            return self._on_device(self.host_batches.take(samples, self._training_batch))
+        return self._on_device(self._host_batch(samples))
 
-    def _batch(self, samples: Sequence[Sample], *, teach: bool) -> Batch:
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Build the batches of a coming step of a training on the host; meant for another thread."""
+        self.host_batches.prepare(self.packs(samples), self._training_batch)
+
+    def _training_batch(self, samples: Sequence[Sample]) -> Batch:
+        return self._host_batch(samples, teach=bool(self.distill_weight))
+
+    def _host_batch(self, samples: Sequence[Sample], *, teach: bool = False) -> Batch:
         frames, audio = self.model.config.frames, self.model.config.audio_token_id
         if self.packing:
-            batch = packed_batch(samples, frames, audio, teach=teach)
-        else:
-            batch = padded_batch(samples, frames, audio, self.pad_token_id, teach=teach)
+            return packed_batch(samples, frames, audio, teach=teach)
+        return padded_batch(samples, frames, audio, self.pad_token_id, teach=teach)
+
+    def _on_device(self, batch: Batch) -> Batch:
         return batch.to(self.device, self.model.model.audio_tower.conv1.weight.device)
 
     def why_plain(self) -> str | None:
@@ -241,7 +253,7 @@ class Executor:
         total = torch.zeros((), device=self.device)
         for pack in self.packs(samples):
             self.before_pack()
-            batch = self._batch([replace(sample, teacher=sample) for sample in pack], teach=True)
+            batch = self._on_device(self._host_batch([replace(s, teacher=s) for s in pack], teach=True))
             total += run_pack(self.model, batch, distill_weight=1.0).tokens.losses.sum()
         return total
 

@@ -5,7 +5,7 @@ Log-mel, encoder and projector compute from these tensors without waiting for a 
 All index tensors are int64 unless they say otherwise.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -227,12 +227,25 @@ def with_zero_row(rows: Tensor) -> Tensor:
 
 
 def on_device(layout: Layout, device: torch.device | str) -> Layout:
-    """A copy of a dataclass with all of its tensors, also those of dataclasses in it, on the device. Waits for none."""
+    """A copy of a dataclass with all of its tensors, also those of dataclasses in it, on the device.
+
+    Waits for the device only if a tensor on the host is not pinned.
+    """
+    return with_tensors(layout, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def pinned(layout: Layout) -> Layout:
+    """A copy of a dataclass on the host with its tensors in pinned memory, from which copies to a GPU need no wait."""
+    return with_tensors(layout, Tensor.pin_memory)
+
+
+def with_tensors(layout: Layout, change: Callable[[Tensor], Tensor]) -> Layout:
+    """A copy of a dataclass with all of its tensors, also those of dataclasses in it, changed."""
     moved: dict[str, Any] = {}
     for field in fields(layout):  # type: ignore[arg-type]
         value = getattr(layout, field.name)
         if isinstance(value, Tensor):
-            moved[field.name] = value.to(device, non_blocking=True)
+            moved[field.name] = change(value)
         elif is_dataclass(value):
-            moved[field.name] = on_device(value, device)
+            moved[field.name] = with_tensors(value, change)
     return replace(layout, **moved)  # type: ignore[type-var]
