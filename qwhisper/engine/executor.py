@@ -126,7 +126,8 @@ class Executor:
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         """Build the batches of a coming step of a training on the host; meant for another thread."""
-        self.host_batches.prepare(self.packs(samples), self._training_batch)
+        make = self._training_batch if self._regions is None else self._rounded_batch
+        self.host_batches.prepare(self.packs(samples), make)
 
     def _training_batch(self, samples: Sequence[Sample]) -> Batch:
         return self._host_batch(samples, teach=bool(self.distill_weight))
@@ -344,7 +345,7 @@ class Executor:
         """Detached loss and summed divergence from the teacher, in nats; None without a teacher."""
         self.before_pack()
         if self._regions is not None and not self._is_plain:
-            loss, divergence = self._regions.run(self._rounded_batch(pack))
+            loss, divergence = self._regions.run(self.host_batches.take(pack, self._rounded_batch))
             assert loss is not None
             return loss, divergence
         batch = self.batch(pack)
