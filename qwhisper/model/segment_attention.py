@@ -81,14 +81,19 @@ def _why_not(head_dim: int, device: int) -> str | None:
     if tiles(head_dim, capability) is None:
         return f"no tiles for heads of {head_dim} on compute capability {capability[0]}.{capability[1]}"
     try:
-        from qwhisper.model import segment_kernels
-
-        with torch.cuda.device(device), unset_fake_temporarily():  # also while a graph is traced
-            segment_kernels.write_one[(1,)](torch.empty(1, device="cuda"))
+        start_a_kernel(device)
     except Exception as error:  # what a missing compiler, header or driver raises differs by version
         first, *_ = str(error).split("\n")
         return f"Triton does not run ({type(error).__name__}: {first})"
     return None
+
+
+def start_a_kernel(device: int) -> None:
+    """Compile and start a kernel of one element."""
+    from qwhisper.model import segment_kernels
+
+    with torch.cuda.device(device), unset_fake_temporarily():  # also while a graph is traced
+        segment_kernels.write_one[(1,)](torch.empty(1, device="cuda"))
 
 
 def segments_can_run(query: Tensor, dropout: float = 0.0) -> bool:
@@ -187,7 +192,7 @@ def _launch(kernel: str, heads: int, query: Tensor, key: Tensor, blocks: Tensor,
     with place:
         getattr(segment_kernels, kernel)[len(blocks) * (BLOCK_ROWS // tile.rows), heads](
             *arguments,
-            GROUPS=query.shape[1] // key.shape[1],
+            groups=query.shape[1] // key.shape[1],
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
             CAUSAL=causal,

@@ -99,8 +99,8 @@ def _attend(
 @triton.jit
 def forward(
     query, key, value, out, lse, blocks, query_stride, query_head, key_stride, key_head, value_stride, value_head,
-    out_stride, tokens, scale_log2,
-    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    out_stride, tokens, scale_log2, groups,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of blocks, query heads). Writes a tile of `out` [tokens, heads, head_dim] and of `lse` [heads,
@@ -112,8 +112,8 @@ def forward(
     head = tl.program_id(1).to(tl.int64)
     begin = begin.to(tl.int64)
     query += begin * query_stride + head * query_head
-    key += begin * key_stride + head // GROUPS * key_head
-    value += begin * value_stride + head // GROUPS * value_head
+    key += begin * key_stride + head // groups * key_head
+    value += begin * value_stride + head // groups * value_head
     rows = first + tl.arange(0, TILE)
     q = _rows(query, rows, length, query_stride, HEAD_DIM, BLOCK_D, False)
     acc = tl.zeros([TILE, BLOCK_D], dtype=tl.float32)
@@ -142,7 +142,8 @@ def forward(
 def backward_query(
     grad, query, key, value, out, lse, delta, query_grad, blocks, grad_stride, grad_head,
     query_stride, query_head, key_stride, key_head, value_stride, value_head, out_stride, tokens, scale, scale_log2,
-    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    groups,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of blocks, query heads). Writes a tile of `query_grad`, laid out as `out`, and of `delta`, laid out
@@ -155,8 +156,8 @@ def backward_query(
     begin = begin.to(tl.int64)
     grad += begin * grad_stride + head * grad_head
     query += begin * query_stride + head * query_head
-    key += begin * key_stride + head // GROUPS * key_head
-    value += begin * value_stride + head // GROUPS * value_head
+    key += begin * key_stride + head // groups * key_head
+    value += begin * value_stride + head // groups * value_head
     out += begin * out_stride + head * HEAD_DIM
     query_grad += begin * out_stride + head * HEAD_DIM
     lse += head * tokens + begin
@@ -186,7 +187,8 @@ def backward_query(
 def backward_key(
     grad, query, key, value, lse, delta, key_grad, value_grad, blocks, grad_stride, grad_head,
     query_stride, query_head, key_stride, key_head, value_stride, value_head, out_stride, tokens, scale, scale_log2,
-    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    groups,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (parts of blocks, key heads). Writes a tile of `key_grad` and `value_grad` [tokens, key heads, head_dim],
@@ -215,8 +217,8 @@ def backward_key(
     if WINDOW > 0:
         end = tl.minimum(length, first + TILE - 1 + WINDOW)
     steps = tl.cdiv(end - start, STEP)
-    for turn in range(GROUPS * steps):  # one loop for all query heads, so that loads run ahead across them
-        head = key_head_number * GROUPS + turn // steps
+    for turn in range(groups * steps):  # one loop for all query heads, so that loads run ahead across them
+        head = key_head_number * groups + turn // steps
         rows = start + turn % steps * STEP + tl.arange(0, STEP)
         # Behind the segment queries and gradients are read as zeros, which add nothing.
         q = _rows(query + head * query_head, rows, length, query_stride, HEAD_DIM, BLOCK_D, False)
