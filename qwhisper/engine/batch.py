@@ -23,6 +23,7 @@ from qwhisper.model.audio_layout import (
     waveform_row,
 )
 from qwhisper.model.loss import IGNORE_INDEX
+from qwhisper.model.segment_blocks import segment_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,9 @@ class TextPart:
 
     input_ids: int64 [rows, columns], 0 at placeholders. real: bool [rows, columns], False at the padding of a packed
     row. position_ids: int64 [1, tokens], restarting at 0 in each segment. cu_seq_lens: int32 [segments + 1], borders of
-    the segments; cu_seq_lens_host: the same on the host. Padded rows have None for these three, and attention_mask,
-    int64 [rows, columns]. max_length: tokens of the longest segment, or more.
+    the segments; cu_seq_lens_host: the same on the host; segment_blocks: their table (`model.segment_blocks`). Padded
+    rows have None for these four, and attention_mask, int64 [rows, columns]. max_length: tokens of the longest segment,
+    or more.
 
     positions: int64 [supervised], index of the hidden state that predicts each target, in the flattened rows; one past
     the last for padding. targets: int64 [supervised], -100 for padding. segments: int64 [supervised], the sample of
@@ -84,6 +86,7 @@ class TextPart:
     attention_mask: Tensor | None
     cu_seq_lens: Tensor | None
     cu_seq_lens_host: tuple[int, ...] | None
+    segment_blocks: Tensor | None
     max_length: int
     positions: Tensor
     targets: Tensor
@@ -100,6 +103,7 @@ class TextPart:
             "max_length_q": self.max_length,
             "max_length_k": self.max_length,
             "cu_seq_lens_host": self.cu_seq_lens_host,
+            "segment_blocks": self.segment_blocks,
         }
 
 
@@ -237,6 +241,7 @@ def _packed(
         attention_mask=None,
         cu_seq_lens=torch.tensor(borders, dtype=torch.int32),
         cu_seq_lens_host=tuple(borders),
+        segment_blocks=segment_blocks(borders),
         max_length=shape.max_length,
         **_supervised(rows, ends, samples, shape, nowhere=shape.tokens),
     )
@@ -269,6 +274,7 @@ def _padded(
         attention_mask=mask.long(),
         cu_seq_lens=None,
         cu_seq_lens_host=None,
+        segment_blocks=None,
         max_length=columns,
         **_supervised(rows, np.arange(len(rows)) * columns, samples, shape, nowhere=ids.size),
     )

@@ -68,8 +68,8 @@ def _kernel_reason(model: Qwen3AudioForConditionalGeneration) -> str | None:
         config = part_of(attention, model).config
         query = torch.empty(0, attention.head_dim, dtype=attention.dtype, device=attention.device)
         dropout = getattr(config, "attention_dropout", 0.0) if attention.trained else 0.0
-        kernel = packed_kernel(implementation_of(attention, model), query, dropout)
-        if kernel != "varlen":  # only this one reads the borders of the samples on the device
+        kernel = packed_kernel(implementation_of(attention, model), query, dropout, has_blocks=True)
+        if kernel not in ("segments", "varlen"):  # these read the borders of the samples on the device
             return f"the {attention.owner}'s attention kernel, {kernel}, needs the lengths of the samples on the host"
     return None
 

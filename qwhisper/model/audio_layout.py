@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qwhisper.frames import CONV_STRIDE, HOP_LENGTH, N_FFT, FrameArithmetic, encoder_frames, mel_frames
+from qwhisper.model.segment_blocks import segment_blocks
 
 MARGIN_HOPS = 2  # of a window in the row, beyond one hop a frame: its last frame reaches 240 samples further
 Layout = TypeVar("Layout")
@@ -59,8 +60,8 @@ class MelLayout:
 class EncoderLayout:
     """mel: [conv slots], the mel frame in each slot; the number of mel frames if it is empty. slots: [encoder
     frames], where each lies behind the convolutions. positions: [encoder frames], within their windows. cu_seq_lens:
-    int32 [windows + 1], borders of the windows; cu_seq_lens_host: the same on the host, or None. max_length: frames of
-    the longest window, or more.
+    int32 [windows + 1], borders of the windows; cu_seq_lens_host: the same on the host, or None. segment_blocks: table
+    of these segments, see `model.segment_blocks`. max_length: frames of the longest window, or more.
     """
 
     mel: Tensor
@@ -68,6 +69,7 @@ class EncoderLayout:
     positions: Tensor
     cu_seq_lens: Tensor
     cu_seq_lens_host: tuple[int, ...] | None
+    segment_blocks: Tensor
     max_length: int
 
 
@@ -179,6 +181,7 @@ def encoder_layout(mel_lengths: Sequence[int], sizes: AudioSizes | None = None) 
         positions=torch.from_numpy(positions),
         cu_seq_lens=torch.tensor(borders, dtype=torch.int32),
         cu_seq_lens_host=tuple(borders),
+        segment_blocks=segment_blocks(borders),
         max_length=sizes.max_window,
     )
 

@@ -58,6 +58,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
                 "max_length_q": layout.max_length,
                 "max_length_k": layout.max_length,
                 "cu_seq_lens_host": layout.cu_seq_lens_host,
+                "segment_blocks": layout.segment_blocks,
             }
             hidden_states = self._layers(hidden_states[None], None, **packed)[0]
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
