@@ -46,8 +46,7 @@ def test_a_start_is_measured_part_by_part(scripts):
     assert line["imports_s"] < parts["until_first_step"] < parts["until_first_step_ended"]
 
 
-@pytest.mark.parametrize("batch", [2, 4])
-def test_workers_are_measured(scripts, batch):
-    line = scripts.run("loader", "--workers", 1, "--batch", batch, "--steps", 3)
+def test_workers_are_measured(scripts):
+    line = scripts.run("loader", "--workers", 1, "--batch", 4, "--steps", 3)
     assert line["samples_s"] > 0 and line["workers_for_650"] >= line["workers_for_335"] >= 1
     assert line["trainer_ms"] > 0 and line["worker_ms"] > 0
