@@ -1,6 +1,7 @@
 """CUDA graphs imitated on a CPU: a replay runs the recorded function again on the same inputs."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -14,8 +15,8 @@ class ImitatedGraphs(Graphs):
     Unlike there, a replay runs Python: hooks are called, and numbers on the host are not those of the recording.
     """
 
-    def __init__(self, buffers: GradientBuffers, most: int):
-        super().__init__(torch.device("cpu"), most)
+    def __init__(self, buffers: GradientBuffers, most: int, first: Callable[[], AbstractContextManager[None]]):
+        super().__init__(torch.device("cpu"), most, first)
         self.buffers, self.replays = buffers, 0
 
     def record(self, run: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:

@@ -7,7 +7,7 @@ are lost with the next pass: outputs are copied out, and what a later pass reads
 
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -35,10 +35,10 @@ class Pass:
 
 
 class Graphs:
-    """The passes of one model by shape. most: graphs; 0 for none."""
+    """The passes of one model by shape. most: graphs; 0 for none. first: context of the first pass of a shape."""
 
-    def __init__(self, device: torch.device, most: int = MOST_GRAPHS):
-        self.device, self.most = device, most
+    def __init__(self, device: torch.device, most: int, first: Callable[[], AbstractContextManager[None]]):
+        self.device, self.most, self._first = device, most, first
         self.passes: dict[Hashable, Pass] = {}
         self._prepared, self._seconds = 0, 0.0
         self._on_cuda = device.type == "cuda"
@@ -53,7 +53,7 @@ class Graphs:
         known = self.passes.get(key)
         if known is None:
             known = self.passes[key] = Pass(on_device(inputs, self.device))
-            with self._preparing():
+            with self._preparing(), self._first():
                 return self._run(known, function)
         copy_into(known.inputs, inputs)
         if known.replay is None and self._recorded >= self.most:

@@ -5,7 +5,7 @@ rounding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -102,6 +102,7 @@ class Executor:
         self.distill_weight = distill_weight
         self.manual_loss = manual_loss  # compare each pack's loss with a plain one
         self.before_pack: Callable[[], None] = lambda: None  # may raise: the step or evaluation is then incomplete
+        self.while_compiling: Callable[[], AbstractContextManager[None]] = nullcontext  # may raise likewise
         self.gradient_buffers: GradientBuffers | None = None  # of a training
         self.execution: Execution = "plain"
         self._regions: Regions | None = None
@@ -157,7 +158,7 @@ class Executor:
         compile_layers(self.model)
         self._regions = Regions(
             self.model,
-            Graphs(self.device, MOST_GRAPHS if execution == "captured" else 0),
+            Graphs(self.device, MOST_GRAPHS if execution == "captured" else 0, lambda: self.while_compiling()),
             distill_weight=self.distill_weight,
             count=self._count,
             scale=self._scale,

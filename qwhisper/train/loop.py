@@ -126,7 +126,7 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
     # If the first step is skipped, the schedule advances and the optimizer does not, on purpose.
     warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler.step\(\)` before")
     session.executor.model.train()
-    session.executor.before_pack = signals.between_packs
+    session.executor.before_pack, session.executor.while_compiling = signals.between_packs, signals.raising
     if not (session.snapshots.sound() if session.snapshots.kept else take_snapshot(session)):
         raise NumericalError("a weight or moment is not finite before the first step: start from another checkpoint")
     session.fire("on_train_begin")

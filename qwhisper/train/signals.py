@@ -1,12 +1,14 @@
 """SIGINT, SIGTERM and SIGHUP during training: recorded when they come, and polled where the run can stop.
 
-The handler never raises. Every wait polls at least once a second, an evaluation between its packs. A long step is
-aborted between two of its packs, so that the checkpoint is saved within 30 s.
+Every wait polls at least once a second, an evaluation between its packs. A long step is aborted between two of its
+packs, so that the checkpoint is saved within 30 s. The handler raises only while a pack is compiled, which takes up to
+a minute.
 """
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -31,6 +33,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._last_quiet = time.monotonic()
+        self._raises = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -50,6 +53,19 @@ class StopSignals:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
+        if self._raises:
+            self._raises = False
+            raise Stopped
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """A context in which a signal raises Stopped at once, for work that neither polls nor waits for other ranks."""
+        self.poll()
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
 
     def poll(self) -> None:
         """Call in every wait, and between packs if the work may stop at once. Raises Stopped if a signal came."""

@@ -33,7 +33,7 @@ def ready(monkeypatch):
         buffers = run.gradient_buffers = GradientBuffers(parameter_groups(model))
         monkeypatch.setattr(executor, "compile_layers", lambda model: None)
         monkeypatch.setattr(executor, "compiled_function", lambda function: function)
-        monkeypatch.setattr(executor, "Graphs", lambda device, most: ImitatedGraphs(buffers, most))
+        monkeypatch.setattr(executor, "Graphs", lambda device, most, first: ImitatedGraphs(buffers, most, first))
         run.execute(execution)
         return run, buffers
 

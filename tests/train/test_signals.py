@@ -191,6 +191,28 @@ def test_a_step_is_finished_within_its_grace(make_arguments, monkeypatch):
     assert newest_usable(Path(args.output_dir))[0].name == f"checkpoint-{STEP + 1}"
 
 
+def test_a_signal_ends_a_first_pass_at_once_and_the_step_leaves_no_trace(make_arguments, monkeypatch):
+    """A first pass may compile for a minute, and polls nothing."""
+    taken = []
+
+    def compiles(samples, count):
+        with run.executor.while_compiling():
+            os.kill(os.getpid(), signal.SIGTERM)
+            taken.append("not reached")
+
+    with StopSignals() as stop:
+        run, samples = make_run(make_arguments("stopped"))
+        run.executor.while_compiling = stop.raising
+        monkeypatch.setattr(run.executor, "run_packs", compiles)
+        with pytest.raises(Stopped):
+            run.executor.forward_backward(samples, 1)
+        assert taken == [] and stop.exit_code == 128 + signal.SIGTERM
+        with pytest.raises(Stopped), stop.raising():
+            taken.append("not reached")
+        os.kill(os.getpid(), signal.SIGTERM)  # outside of it, another signal raises nothing
+    assert taken == []
+
+
 def test_the_grace_begins_with_the_last_pack_before_the_signal(monkeypatch):
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(signals, "time", clock)
