@@ -57,11 +57,11 @@ def main(arguments: PlanArguments) -> None:
     total_gib, budget = _memory(arguments.gpu_memory)
     steps = all_steps(arguments, count) if count else LONG_RUN
     again = text.layers if arguments.gradient_checkpointing else arguments.recomputed
+    card = card_like(total_gib)
     choice = choose(
-        job, rows, arguments.samples_per_step, budget,
+        job, rows, arguments.samples_per_step, budget, card,
         steps=steps, max_tokens_per_pack=arguments.pack_limit, recompute_layers=again,
     )  # fmt: skip
-    card = card_like(total_gib)
     print("\n".join([
         *_memory_lines(job, choice, budget, total_gib), "",
         *_speed_lines(arguments, job, rows, choice, count), "",
@@ -155,8 +155,7 @@ def _memory_lines(job: "Job", choice: "Choice", budget: int, total_gib: float) -
 
 
 def _speed_lines(arguments: PlanArguments, job: "Job", rows: "Rows", choice: "Choice", count: int) -> list[str]:
-    from qwhisper.engine.plan_memory import GIB
-    from qwhisper.engine.plan_speed import CARDS, speed
+    from qwhisper.engine.plan_speed import CARDS, samples_a_second
     from qwhisper.train.plan import all_steps
 
     samples = all_steps(arguments, count) * arguments.samples_per_step if count else 0
@@ -168,9 +167,11 @@ def _speed_lines(arguments: PlanArguments, job: "Job", rows: "Rows", choice: "Ch
         if choice.memory.on_card > card.gib * GIB or (job.weights == "fp8" and not card.has_fp8):
             lines.append(f"  {card.name:<12}{'does not fit' if job.weights != 'fp8' or card.has_fp8 else 'no fp8':>12}")
             continue
-        found = speed(job, rows, choice, card, arguments.samples_per_step, arguments.num_gpus)
-        hours = f"{samples / found.samples_s / 3600:8.1f}" if samples else ""
-        lines.append(f"  {card.name:<12}{found.samples_s:10.1f}{found.audio_hours_per_hour:21.0f}{hours}")
+        fast = samples_a_second(
+            job, rows, choice.tokens, choice.recompute_layers, card, arguments.samples_per_step, arguments.num_gpus
+        )
+        hours = f"{samples / fast / 3600:8.1f}" if samples else ""
+        lines.append(f"  {card.name:<12}{fast:10.1f}{fast * rows.seconds:21.0f}{hours}")
     return lines
 
 
@@ -179,7 +180,7 @@ def _alternative_lines(
 ) -> list[str]:
     """Each number format with no, some (as planned for it) and all layers computed again."""
     from qwhisper.engine.plan_choice import choose
-    from qwhisper.engine.plan_speed import speed
+    from qwhisper.engine.plan_speed import samples_a_second
 
     lines = [f"alternatives (samples/s on one {card.name}; * as above):", ""]
     lines.append(f"  {'weights':<9}{'computed again':>15}{'tokens a pack':>15}{'peak, GiB':>11}{'samples/s':>11}")
@@ -189,7 +190,9 @@ def _alternative_lines(
         seen = set()
         for again in (0, None, job.text.layers):
             try:
-                found = choose(other, rows, arguments.samples_per_step, budget, steps=steps, recompute_layers=again)
+                found = choose(
+                    other, rows, arguments.samples_per_step, budget, card, steps=steps, recompute_layers=again
+                )
             except MemoryLimitError:
                 if again is not None:
                     lines.append(f"  {weights:<9}{again:>15}{'does not fit':>15}")
@@ -199,7 +202,7 @@ def _alternative_lines(
             seen.add(found.recompute_layers)
             mark = "*" if weights == job.weights and found == chosen else ""
             runs = weights != "fp8" or card.has_fp8
-            fast = speed(other, rows, found, card, arguments.samples_per_step).samples_s
+            fast = samples_a_second(other, rows, found.tokens, found.recompute_layers, card, arguments.samples_per_step)
             per_s = f"{fast:11.1f}" if runs else f"{'no fp8':>11}"
             peak = found.memory.reserved / GIB
             lines.append(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from qwhisper.data.row_sizes import Rows
 from qwhisper.engine.plan_memory import GIB, Job, Memory, memory_of, pack_of
+from qwhisper.engine.plan_speed import Card, samples_a_second
 from qwhisper.errors import MemoryLimitError
 
 MOST_TOKENS = 8192  # of a pack: a larger one is not faster
@@ -21,48 +22,43 @@ class Choice:
     memory: Memory
 
 
-def efficient_tokens(job: Job) -> int:
-    """Tokens of a pack from which on a larger one gains little.
-
-    Plain execution is bound by the host, which launches the same kernels for a pack of any size. Without launches the
-    matrix products decide, which are large enough when tokens × hidden reaches about 4 Mi.
-    """
-    if job.execution == "plain":
-        return 4096
-    return min(4096, max(1024, 4 * 2**20 // job.text.hidden))
-
-
 def choose(
     job: Job,
     rows: Rows,
     samples_per_step: int,
     budget: int,
+    card: Card,
     *,
     steps: int = LONG_RUN,
     max_tokens_per_pack: int | None = None,
     recompute_layers: int | None = None,
 ) -> Choice:
-    """The fewest layers computed again with which an efficient pack fits, and the largest pack with these.
+    """The number of layers computed again, each with the largest pack that fits, for which the estimated speed is
+    highest: a larger pack uses the card better, and each layer that is computed again costs half of its time once more.
 
     budget: bytes that PyTorch may reserve. steps: of the run. A pack need not hold more than a step, and never less
-    than the longest row.
-    max_tokens_per_pack, recompute_layers: given by the user; None: chosen. Raises MemoryLimitError if nothing fits.
+    than the longest row. max_tokens_per_pack, recompute_layers: given by the user; None: chosen. Raises
+    MemoryLimitError if nothing fits.
     """
     step = rows.most(samples_per_step, max(1, steps))
     largest = max(MOST_TOKENS, rows.longest)
     most = min(step, largest if max_tokens_per_pack is None else max(max_tokens_per_pack, rows.longest))
-    wanted = most if max_tokens_per_pack else min(most, max(efficient_tokens(job), rows.longest))
+    best: tuple[float, int, int] | None = None
     layers = range(job.text.layers + 1) if recompute_layers is None else [recompute_layers]
-    best: tuple[int, int] | None = None
     for again in layers:
         tokens = largest_pack(job, rows, again, budget, most)
-        if tokens >= rows.longest and (best is None or tokens > best[0]):
-            best = tokens, again
-        if tokens >= wanted:
-            break
+        if tokens < rows.longest:
+            continue
+        if max_tokens_per_pack is not None and tokens < most and again < layers[-1]:
+            continue  # the packs that the user wants come first
+        fast = samples_a_second(job, rows, tokens, again, card, samples_per_step)
+        if best is None or fast > best[0]:
+            best = fast, tokens, again
+        if tokens == most:
+            break  # more layers computed again gain nothing
     if best is None:
         raise MemoryLimitError(_nothing_fits(job, rows, layers[-1], budget))
-    tokens, again = best
+    _, tokens, again = best
     # Beyond the expected largest step as far as memory goes: a larger one then makes two packs.
     limit = max_tokens_per_pack or largest_pack(job, rows, again, budget, largest)
     return Choice(

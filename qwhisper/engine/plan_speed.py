@@ -5,10 +5,10 @@ cores launches kernels more slowly.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 from qwhisper.data.row_sizes import Rows
-from qwhisper.engine.plan_choice import Choice
 from qwhisper.engine.plan_memory import Execution, Job
 
 
@@ -35,19 +35,17 @@ CARDS = (
     Card(name="H200", gib=140, tflops=989, has_fp8=True),
 )
 NARROW, WIDE = 1024, 4096  # hidden sizes at which the shares below were measured; between them they are interpolated
-# Share of `tflops` that the matrix products and everything between them achieve.
+# Share of `tflops` that the matrix products and everything between them achieve in a large pack.
 SHARES: dict[Execution, tuple[float, float]] = {
-    "plain": (0.16, 0.32), "compiled": (0.31, 0.39), "captured": (0.31, 0.39)
-}  # fmt: skip
+    "plain": (0.18, 0.33),
+    "compiled": (0.34, 0.40),
+    "captured": (0.34, 0.40),
+}
+HALF_SHARE = 850  # tokens of a pack that achieves half of it at hidden size NARROW; less with the square of the size
 # Seconds to launch a layer of the LM and the encoder's share that goes with it, forward and backward.
 LAUNCHES_S: dict[Execution, float] = {"plain": 8e-3, "compiled": 4e-3, "captured": 0.0}
-WEIGHTS_GAIN = {"fp8": 1.5, "nf4": 0.7}  # fp8 products are faster; NF4's weights are dequantised for each product
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    samples_s: float
-    audio_hours_per_hour: float
+WEIGHTS_GAIN = {"fp8": 1.5, "nf4": 0.9}
+DEQUANTISED = 300  # tokens whose arithmetic takes as long as dequantising NF4's weights once a pack and direction
 
 
 def flops_a_row(job: Job, rows: Rows, recompute_layers: int = 0) -> float:
@@ -68,20 +66,32 @@ def flops_a_row(job: Job, rows: Rows, recompute_layers: int = 0) -> float:
     return frozen + lora + attention + head + projector + encoder + 2 * teacher
 
 
-def speed(job: Job, rows: Rows, choice: Choice, card: Card, samples_per_step: int, num_gpus: int = 1) -> Speed:
-    """samples_per_step: of one card. Several cards share the data, each with the whole model."""
-    arithmetic = flops_a_row(job, rows, choice.recompute_layers) / (card.tflops * 1e12 * _share(job))
-    rows_a_pack = max(1.0, min(choice.tokens / rows.tokens, samples_per_step))
+def samples_a_second(
+    job: Job, rows: Rows, tokens: int, recompute_layers: int, card: Card, samples_per_step: int, num_gpus: int = 1
+) -> float:
+    """tokens: of the largest pack. samples_per_step: of one card. Several cards share the data, each with the whole
+    model.
+    """
+    rows_a_pack = max(1.0, min(tokens / rows.tokens, samples_per_step))
+    share = _share(job, rows_a_pack * rows.tokens)
+    arithmetic = flops_a_row(job, rows, recompute_layers) / (card.tflops * 1e12 * share)
     launches = job.text.layers * LAUNCHES_S[job.execution] / rows_a_pack
     # The host prepares the next kernels while the card works: the slower of both governs, and near a tie both do.
-    samples_s = num_gpus / math.hypot(arithmetic, launches)
-    return Speed(samples_s=samples_s, audio_hours_per_hour=samples_s * rows.seconds)
+    return num_gpus / math.hypot(arithmetic, launches)
 
 
-def _share(job: Job) -> float:
+def _share(job: Job, tokens: float) -> float:
     narrow, wide = SHARES[job.execution]
     position = math.log(job.text.hidden / NARROW) / math.log(WIDE / NARROW)
-    return (narrow + (wide - narrow) * min(1.0, max(0.0, position))) * WEIGHTS_GAIN.get(job.weights, 1.0)
+    large = (narrow + (wide - narrow) * min(1.0, max(0.0, position))) * WEIGHTS_GAIN.get(job.weights, 1.0)
+    lost = HALF_SHARE * (NARROW / job.text.hidden) ** 2 + (DEQUANTISED if job.weights == "nf4" else 0)
+    return large * tokens / (tokens + lost)
+
+
+def card_called(device_name: str, gib: float) -> Card:
+    """The known card of that name, as the driver gives it; else `card_like`."""
+    named = [card for card in CARDS if re.search(rf"\b{card.name.split(' 80')[0]}\b", device_name)]
+    return named[0] if named else card_like(gib)
 
 
 def card_like(gib: float) -> Card:

@@ -12,6 +12,7 @@ from qwhisper.data.row_sizes import rows_of
 from qwhisper.engine.plan_choice import Choice, choose
 from qwhisper.engine.plan_memory import GIB, Execution, Job, Weights
 from qwhisper.engine.plan_sizes import AudioSize, TextSize, audio_size, text_size
+from qwhisper.engine.plan_speed import Card, card_called
 from qwhisper.errors import MemoryLimitError
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import note, say
@@ -37,8 +38,8 @@ def fit_to_memory(
     if args.gradient_checkpointing or args.recomputed is not None:
         state.recompute_layers = recomputed_layers(model)
     limit = state.max_tokens_per_pack or args.pack_limit
-    if (limit is None or state.recompute_layers is None) and (free := free_bytes(model)) is not None:
-        choice = planned(model, args, dialogues, free, limit, state.recompute_layers, total_steps)
+    if (limit is None or state.recompute_layers is None) and (room := room_on_card(model)) is not None:
+        choice = planned(model, args, dialogues, room, limit, state.recompute_layers, total_steps)
         if choice is not None:
             state.max_tokens_per_pack, state.recompute_layers = choice.max_tokens_per_pack, choice.recompute_layers
     state.recompute_layers = state.recompute_layers or 0
@@ -49,15 +50,15 @@ def planned(
     model: Qwen3AudioForConditionalGeneration,
     args: TrainArguments,
     dialogues: Sequence[Dialogue],
-    free: int,
+    room: tuple[int, Card],
     max_tokens_per_pack: int | None,
     recompute_layers: int | None,
     total_steps: int,
 ) -> Choice | None:
-    """The plan for this model on a card with `free` bytes, said in a line; None for an architecture that can't be
-    planned. max_tokens_per_pack, recompute_layers: as in `choose`.
+    """The plan for this model, said in a line; None for an architecture that can't be planned. room: as
+    `room_on_card` gives it. max_tokens_per_pack, recompute_layers: as in `choose`.
     """
-    config = model.config
+    config, (free, card) = model.config, room
     try:
         job = job_of(
             args, text_size(config.get_text_config()), audio_size(config.audio_config), lora_r=lora_rank(model)
@@ -68,13 +69,14 @@ def planned(
     rows = rows_of(dialogues, config.frames, args.max_length)
     given = {"max_tokens_per_pack": max_tokens_per_pack, "recompute_layers": recompute_layers}
     try:
-        choice = choose(job, rows, args.samples_per_step, int(MARGIN * free), steps=total_steps, **given)
+        choice = choose(job, rows, args.samples_per_step, int(MARGIN * free), card, steps=total_steps, **given)
     except MemoryLimitError as error:
         note(f"planned: {error}; trying with all layers computed again")
-        all_again = num_layers(model) if recompute_layers is None else recompute_layers
-        return choose(
-            job, rows, 1, 2**62, max_tokens_per_pack=max_tokens_per_pack or rows.longest, recompute_layers=all_again
-        )
+        least = {
+            "max_tokens_per_pack": max_tokens_per_pack or rows.longest,
+            "recompute_layers": num_layers(model) if recompute_layers is None else recompute_layers,
+        }
+        return choose(job, rows, 1, 2**62, card, **least)
     say(
         f"planned: packs of at most {choice.max_tokens_per_pack} tokens, {choice.recompute_layers} of "
         f"{job.text.layers} layers computed again; expected peak {choice.memory.reserved / GIB:.1f} GiB of "
@@ -113,8 +115,8 @@ def lora_rank(model: Qwen3AudioForConditionalGeneration) -> int:
     return max((config.r for config in configs.values()), default=0)
 
 
-def free_bytes(model: Qwen3AudioForConditionalGeneration) -> int | None:
-    """Memory of the model's card that PyTorch has or may still get; None unless the LM is whole on one CUDA device.
+def room_on_card(model: Qwen3AudioForConditionalGeneration) -> tuple[int, Card] | None:
+    """(bytes that PyTorch has or may still get, the card); None unless the LM is whole on one CUDA device.
 
     Counts what other processes hold as not free, and a limit set by `set_per_process_memory_fraction`.
     """
@@ -124,4 +126,5 @@ def free_bytes(model: Qwen3AudioForConditionalGeneration) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total
-    return int(min(free + torch.cuda.memory_reserved(device), allowed))
+    card = card_called(torch.cuda.get_device_name(device), total / GIB)
+    return int(min(free + torch.cuda.memory_reserved(device), allowed)), card
