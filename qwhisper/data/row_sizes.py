@@ -41,6 +41,13 @@ class Rows:
         deviations = NormalDist().inv_cdf((steps - 0.375) / (steps + 0.25))
         return math.ceil(max(self.longest, count * self.tokens + deviations * self.spread * math.sqrt(count)))
 
+    def packs(self, count: int, tokens: int) -> float:
+        """Packs of at most `tokens` tokens that a step of `count` rows makes, on average."""
+        step = NormalDist(count * self.tokens, max(1e-9, self.spread * math.sqrt(count)))
+        # The mean of the number of packs, ceil(step / tokens), is the sum of the chances that it is above 0, 1, 2 …
+        most = math.ceil((step.mean + 6 * step.stdev) / tokens)
+        return max(1.0, sum(1.0 - step.cdf(number * tokens) for number in range(most)))
+
 
 def rows_of(dialogues: Sequence[Dialogue], frames: FrameArithmetic, max_length: int | None = None) -> Rows:
     """Of at most MOST_MEASURED dialogues, evenly spread, one row each. max_length: tokens at which a row is cut."""

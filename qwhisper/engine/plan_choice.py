@@ -60,7 +60,7 @@ def choose(
         raise MemoryLimitError(_nothing_fits(job, rows, layers[-1], budget))
     _, tokens, again = best
     # Beyond the expected largest step as far as memory goes: a larger one then makes two packs.
-    limit = max_tokens_per_pack or largest_pack(job, rows, again, budget, largest)
+    limit = max_tokens_per_pack or max(tokens, largest_pack(job, rows, again, budget, largest))
     return Choice(
         max_tokens_per_pack=limit,
         recompute_layers=again,

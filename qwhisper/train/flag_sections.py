@@ -336,8 +336,8 @@ class ExecutionFlags:
     recompute_layers: str = flag(
         "auto",
         "Number of the language model's first layers whose activations are computed again in the backward pass "
-        "instead of being kept: less memory, more time, the same result (auto: the fewest with which packs of an "
-        "efficient size fit; 0 on a CPU). `qwhisper plan` shows what auto is on a card.",
+        "instead of being kept: less memory, more time, the same result (auto: the number with which the free "
+        "memory of the card is used best, by the planner's estimate; 0 on a CPU). `qwhisper plan` shows it.",
     )
     gradient_checkpointing: bool = flag(
         False,
