@@ -39,6 +39,11 @@ class PlanArguments(TrainArguments, PlanFlags):
     train_file: str = flag("", "JSONL of dialogues to train on: lengths are read from its clips' headers.")
     output_dir: str = flag("", "Not used by a plan.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_file and self.hours is not None:
+            raise UsageError("--hours is for a plan without --train_file, whose clips say how long they are: drop one")
+
 
 def main(arguments: PlanArguments) -> None:
     """Print the plan. Raises UsageError for models that can't be planned, MemoryLimitError if nothing fits."""
@@ -51,11 +56,13 @@ def main(arguments: PlanArguments) -> None:
     quieten_transformers()
     for sentence in arguments.notices():
         note(sentence)
+    if arguments.whisper_cpu:
+        note("the encoder on the CPU (--whisper_cpu) limits the speed: the estimate leaves it out")
     text, audio = _sizes(arguments)
     rows, count = _rows(arguments)
     job = job_of(arguments, text, audio)
     total_gib, budget = _memory(arguments.gpu_memory)
-    steps = all_steps(arguments, count) if count else LONG_RUN
+    steps = all_steps(arguments, count) or LONG_RUN
     again = text.layers if arguments.gradient_checkpointing else arguments.recomputed
     card = card_like(total_gib)
     choice = choose(
@@ -158,7 +165,8 @@ def _speed_lines(arguments: PlanArguments, job: "Job", rows: "Rows", choice: "Ch
     from qwhisper.engine.plan_speed import CARDS, samples_a_second
     from qwhisper.train.plan import all_steps
 
-    samples = all_steps(arguments, count) * arguments.samples_per_step if count else 0
+    samples = all_steps(arguments, count) * arguments.samples_per_step  # 0 if nothing says how many
+    samples *= arguments.num_gpus if arguments.max_steps > 0 else 1  # each card takes that many steps
     per = f"; hours for {samples} samples" if samples else "; --train_file or --hours also gives the time of a run"
     data = f"{rows.tokens:.0f} tokens and {rows.seconds:.1f} s of audio a sample"
     lines = [f"estimated speed with {arguments.num_gpus} of these cards ({data}{per}):", ""]

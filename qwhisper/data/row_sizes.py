@@ -15,6 +15,7 @@ from qwhisper.frames import FRAME_SAMPLES, SAMPLE_RATE, FrameArithmetic
 
 BYTES_A_TOKEN = 4.0  # of UTF-8: about four letters of English, or one and a third of Chinese
 TEMPLATE_TOKENS = 6  # around each message in Qwen's chat template
+MANY_PACKS = 100  # beside so many it does not matter how full the last one is
 MOST_MEASURED = 500  # dialogues, spread over the file: a header takes about a millisecond to read
 
 
@@ -46,6 +47,8 @@ class Rows:
         step = NormalDist(count * self.tokens, max(1e-9, self.spread * math.sqrt(count)))
         # The mean of the number of packs, ceil(step / tokens), is the sum of the chances that it is above 0, 1, 2 …
         most = math.ceil((step.mean + 6 * step.stdev) / tokens)
+        if most > MANY_PACKS:
+            return step.mean / tokens + 0.5
         return max(1.0, sum(1.0 - step.cdf(number * tokens) for number in range(most)))
 
 

@@ -69,6 +69,13 @@ def test_hours_and_cards_give_the_time_of_a_run(capsys):
     assert hours("--hours", "1000", "--num_gpus", "4") == pytest.approx(hours("--hours", "1000") / 4, rel=0.05)
 
 
+def test_a_number_of_steps_says_how_long_a_run_is_and_hours_and_a_file_contradict_each_other(capsys):
+    assert "hours for 4000 samples" in plan(capsys, "--gpu_memory", "32", "--max_steps", "1000")
+    assert "hours for 8000 samples" in plan(capsys, "--gpu_memory", "32", "--max_steps", "1000", "--num_gpus", "2")
+    assert main(["plan", "--gpu_memory", "32", "--hours", "3", "--train_file", "x.jsonl"]) == 2
+    assert "drop one" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
 def test_without_a_card_its_memory_must_be_given(capsys):
     assert main(["plan"]) == 2

@@ -72,3 +72,10 @@ def test_the_largest_step_is_about_what_random_steps_have(count, steps):
     assert rows.most(count, steps) == pytest.approx(drawn.mean(), rel=0.005)
     assert Rows(longest=10_000).most(count, steps) >= 10_000
     assert rows.most(count, 1) == math.ceil(count * rows.tokens)
+
+
+@pytest.mark.parametrize(("count", "tokens"), [(4, 700), (4, 832), (8, 1200), (128, 8192), (128, 600), (128, 150)])
+def test_packs_of_a_step_are_counted_on_average(count, tokens):
+    rows = Rows()
+    drawn = np.random.default_rng(0).normal(rows.tokens, rows.spread, (20_000, count)).sum(1)
+    assert rows.packs(count, tokens) == pytest.approx(np.ceil(drawn / tokens).mean(), rel=0.01)
