@@ -99,12 +99,14 @@ def _is_folder(name: str) -> bool:
 
 def _of_config(role: str, name: str | None, init_from: str | None, of_config):
     """name: of a base; None: the base of the checkpoint `init_from`."""
+    from qwhisper.checkpoint.reading import read_checkpoint
     from qwhisper.model.base_kinds import refuse_other_kind
     from qwhisper.model.pretrained import load_config
+    from qwhisper.model.trained_folder import read_config
 
     try:
         if name is None:
-            whole = load_config(init_from or "", "--init_from")
+            whole = read_checkpoint(init_from or "", read_config)
             return of_config(whole.get_text_config() if role == "text_model" else whole.audio_config)
         config = load_config(name, f"--{role}")
         refuse_other_kind(config, name, f"--{role}")

@@ -115,9 +115,10 @@ def memory_of(job: Job, pack: PackSize, recompute_layers: int) -> Memory:
         "LoRA, gradients, moments": _trained(job.lora_parameters, job.lora_fp32),
         "activations": kept,
         "logits and other temporaries": temporary,
+        "evaluations beside graphs": round(_beside_graphs(job, pack)),
         "allocator": WORKSPACE + round(LOST_SHARE * (kept + temporary)),
     }
-    return Memory(parts=parts)
+    return Memory(parts={name: size for name, size in parts.items() if size})
 
 
 def language_model(job: Job) -> int:
@@ -201,9 +202,24 @@ def _encoder_temporary(job: Job, pack: PackSize) -> float:
 
 
 def _loss_temporary(job: Job, pack: PackSize) -> float:
-    """Logits of a chunk: in the compute dtype and in fp32, their log-softmax, and a gradient of each of these."""
-    positions = min(pack.supervised, MAX_LOGITS_AT_ONCE // job.text.vocabulary // (2 if job.distils else 1))
-    return positions * job.text.vocabulary * (34.0 if job.distils else 18.0)
+    """Logits of a chunk: in the compute dtype and in fp32, their log-softmax, and a gradient of each of these.
+    Compiled, only logits and gradient in the compute dtype.
+    """
+    plain, with_teacher = (18.0, 34.0) if job.execution == "plain" else (6.0, 10.0)
+    return _logits_at_once(job, pack) * (with_teacher if job.distils else plain)
+
+
+def _logits_at_once(job: Job, pack: PackSize) -> float:
+    positions = MAX_LOGITS_AT_ONCE // job.text.vocabulary // (2 if job.distils else 1)
+    return min(pack.supervised, positions) * job.text.vocabulary
+
+
+def _beside_graphs(job: Job, pack: PackSize) -> float:
+    """Evaluations run plain, and what graphs hold is no memory for them: a pass without gradients."""
+    if job.execution != "captured":
+        return 0.0
+    layer = pack.tokens * (4 * job.text.intermediate + 4 * job.text.hidden) * BYTES[job.dtype]
+    return max(layer, _encoder_temporary(job, pack), 10.0 * _logits_at_once(job, pack))
 
 
 def _layer_temporary(job: Job, pack: PackSize, recompute_layers: int) -> float:

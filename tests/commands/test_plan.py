@@ -1,6 +1,8 @@
 """`qwhisper plan`: from configurations alone, without loading a model."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from qwhisper.cli import main
 from qwhisper.engine.plan_memory import GIB
 from tests.small import write_dialogues, write_small_bases
+
+OLD_CHECKPOINT = Path(__file__).parents[1] / "old_run" / "run" / "checkpoint-60"
 
 
 def plan(capsys, *argv: str) -> str:
@@ -50,6 +54,12 @@ def test_local_folders_and_data_are_planned(capsys, tmp_path):
     assert "hours for 24 samples" in text
     assert "packs of at most 8192 tokens, 0 of 2 layers computed again" in text
     assert amounts(text)["language model"] < 0.01
+
+
+def test_a_second_stage_has_the_sizes_of_the_checkpoint_that_it_begins_with(capsys):
+    text = plan(capsys, "--init_from", str(OLD_CHECKPOINT), "--gpu_memory", "2")
+    hidden = json.loads((OLD_CHECKPOINT / "config.json").read_text())["text_config"]["hidden_size"]
+    assert hidden < 100 and amounts(text)["language model"] < 0.01
 
 
 def test_flags_of_train_and_recipes_are_taken_and_nothing_needs_bitsandbytes(capsys, monkeypatch):

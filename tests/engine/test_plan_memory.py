@@ -117,6 +117,17 @@ def saved_bytes(layers: int, tokens: int, targets: list[str] | None) -> int:
     return sum(found.values())
 
 
+def test_graphs_leave_evaluations_memory_beside_them_and_compiled_layers_keep_less():
+    plain, compiled, captured = (
+        memory_of(job("8b", execution=execution), pack_of(ROWS, 2048), 0).parts
+        for execution in ("plain", "compiled", "captured")
+    )
+    assert captured.pop("evaluations beside graphs") > 0 and captured == compiled
+    for name in ("activations", "logits and other temporaries"):
+        assert compiled[name] < plain[name]
+    assert compiled["language model"] == plain["language model"]
+
+
 def test_a_card_of_32_gib_has_room_for_30():
     assert usable(32) / GIB == pytest.approx(30.2, abs=0.1)
     assert usable(24) < usable(32)
