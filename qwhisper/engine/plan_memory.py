@@ -155,7 +155,7 @@ def saved_per_token(job: Job) -> float:
         before_norms = (queries + keys) * size if text.norms_heads else 0
         return attention + before_norms + (2 * hidden + 2 * wide) * size + rest
     normed = sum(bool(adapted.keys() & part) for part in ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}))
-    in_fp32 = 2 * hidden + (queries + keys if text.norms_heads else 0) + 2
+    in_fp32 = 2 * hidden + (queries + keys if text.norms_heads else 0) + 2  # the 2: a factor of each norm
     return 4 * in_fp32 + attention + (normed * hidden + (3 + ("down_proj" in adapted)) * wide) * size + rest
 
 
