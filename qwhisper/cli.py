@@ -52,7 +52,7 @@ def _run(argv: list[str]) -> int | None:
 
     from qwhisper.versions import check_versions  # importlib.metadata is slow to import
 
-    check_versions(quantized=getattr(arguments, "load_in_4bit", False))
+    check_versions(quantized=verb.loads_models and getattr(arguments, "load_in_4bit", False))
     return load(verb.command)(arguments)
 
 

@@ -155,7 +155,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default == [] or action.required:
+        if action.default is None or action.default is False or action.default in ([], "") or action.required:
             return action.help
         return super()._get_help_string(action)
 

@@ -123,7 +123,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
         (["trian"], "did you mean `qwhisper train`?"),
         (["data", "chekc"], "did you mean `qwhisper data check`?"),
         (["data", "check"], "required: FILE"),
-        (["xyzzy"], "verbs: demo, data check, data answer, train, verify, eval, chat"),
+        (["xyzzy"], "verbs: demo, data check, data answer, plan, train, verify, eval, chat"),
         ([*TRAIN, "--learning_rat", "1"], "did you mean --learning_rate?"),
         ([*TRAIN, "--batch_size=3"], "did you mean --per_device_train_batch_size?"),
         ([*TRAIN, "--xyzzy"], "unknown flag --xyzzy; --help lists all"),

@@ -12,7 +12,7 @@ class Verb:
     """One line of the table.
 
     command, arguments: "module:name". positionals: the fields without a flag. waits_for_reader: whether the command
-    waits for a slow reader of its output.
+    waits for a slow reader of its output. loads_models: whether it needs the packages that load weights.
     """
 
     summary: str
@@ -21,6 +21,7 @@ class Verb:
     positionals: tuple[str, ...] = ()
     example: str
     waits_for_reader: bool = True
+    loads_models: bool = True
 
 
 VERBS = {
@@ -43,6 +44,13 @@ VERBS = {
         arguments="qwhisper.commands.data:DataAnswerArguments",
         positionals=("in_file", "out_file"),
         example="qwhisper data answer in.jsonl out.jsonl --text_model Qwen/Qwen3-8B",
+    ),
+    "plan": Verb(
+        summary="memory and time of a training before anything is loaded: what fits a card, and how fast it is",
+        command="qwhisper.commands.plan:main",
+        arguments="qwhisper.commands.plan:PlanArguments",
+        example="qwhisper plan --text_model Qwen/Qwen3-8B --gpu_memory 32",
+        loads_models=False,
     ),
     "train": Verb(
         summary="fine-tune projector and LoRA; the stable recipe is the default",

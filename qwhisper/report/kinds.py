@@ -59,6 +59,8 @@ class Begin(Event):
     held_out_samples: Annotated[int, "samples of `--eval_file`"]
     audio_model: Annotated[str | None, "`--audio_model`; null: as in `--init_from`"]
     text_model: Annotated[str | None, "`--text_model`; null: as in `--init_from`"]
+    max_tokens_per_pack: Annotated[int, "most tokens of a pack at the beginning"]
+    recompute_layers: Annotated[int, "first layers of the language model that the backward pass computes again"]
     why_plain: Annotated[str | None, "why a CUDA graph can't repeat a pack, before callbacks begin; null: it can"]
 
 

@@ -17,6 +17,7 @@ from qwhisper.train import hf_names
 
 LEAST_CLAMP, MOST_CLAMP = 0.1, 1e4  # a norm precedes the layer: most of its input is around 1
 LEAST_LORA_SCALE, MOST_LORA_SCALE = 1e-3, 1e3
+MOST_LAYERS = 1000  # of a language model that can be loaded
 MOST_DECAY = 0.1  # of a weight in one step
 
 
@@ -52,6 +53,11 @@ class TrainArguments(
         return None if self.max_tokens_per_pack == "auto" else int(self.max_tokens_per_pack)
 
     @property
+    def recomputed(self) -> int | None:
+        """--recompute_layers as a number; None for auto."""
+        return None if self.recompute_layers == "auto" else int(self.recompute_layers)
+
+    @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -74,21 +80,21 @@ class TrainArguments(
         )  # as transformers accepts it
         self._set("report_to", [name for name in trackers if name != "none"])
         self._set("max_tokens_per_pack", str(self.max_tokens_per_pack))
+        self._set("recompute_layers", str(self.recompute_layers))
         clamp = str(self.activation_clamp).lower()
         self._set("activation_clamp", "off" if clamp == "false" else clamp)  # YAML reads a bare off as false
 
     def _check_numbers(self) -> None:
-        if self.max_tokens_per_pack != "auto" and not (
-            self.max_tokens_per_pack.isascii()
-            and self.max_tokens_per_pack.isdigit()
-            and len(self.max_tokens_per_pack) <= len(str(LARGEST))  # Python refuses to parse 5000 digits
-            and 0 < int(self.max_tokens_per_pack) <= LARGEST
-        ):
+        if self.max_tokens_per_pack != "auto" and not _is_count(self.max_tokens_per_pack, least=1, most=LARGEST):
             raise UsageError(
                 f"--max_tokens_per_pack {self.max_tokens_per_pack:.30}: must be auto or a number of tokens, from 1 to "
                 f"{LARGEST}"
             )
-
+        if self.recompute_layers != "auto" and not _is_count(self.recompute_layers, least=0, most=MOST_LAYERS):
+            raise UsageError(
+                f"--recompute_layers {self.recompute_layers:.30}: must be auto or a number of layers, from 0 to "
+                f"{MOST_LAYERS}"
+            )
         if self.lora_target_modules == []:
             raise UsageError("--lora_target_modules names no layer: leave it out for all of them, or use --no_use_lora")
         if self.activation_clamp not in ("auto", "off") and not _is_clamp(self.activation_clamp):
@@ -111,6 +117,11 @@ class TrainArguments(
             raise UsageError(
                 "--whisper_cpu with --no_freeze_whisper: a trained encoder must be on the device of the training; "
                 "drop one"
+            )
+        if self.gradient_checkpointing and self.recompute_layers != "auto":
+            raise UsageError(
+                f"--gradient_checkpointing with --recompute_layers {self.recompute_layers}: the former means all "
+                "layers; drop one"
             )
         if self.freeze_projector_steps and not self.use_lora and self.freeze_whisper:
             raise UsageError(
@@ -185,6 +196,11 @@ class TrainArguments(
         ):
             found.append(("hub", "both models are folders on this machine"))
         return found
+
+
+def _is_count(text: str, *, least: int, most: int) -> bool:
+    # Python refuses to parse 5000 digits.
+    return text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST)) and least <= int(text) <= most
 
 
 def _is_clamp(text: str) -> bool:

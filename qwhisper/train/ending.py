@@ -23,6 +23,7 @@ from qwhisper.guards.gradients import group_checksums
 from qwhisper.memory import is_out_of_memory
 from qwhisper.report.kinds import Begin, End, Resumed
 from qwhisper.train.hf import tracked_as
+from qwhisper.train.models import recomputed_layers
 from qwhisper.train.session import Session
 
 RUN_ID_LENGTH = 21  # the only length that SwanLab accepts
@@ -48,6 +49,8 @@ def in_events(session: Session, resumed: Path | None, work: Callable[[], int]) -
         held_out_samples=session.held_out.num_rows,
         audio_model=session.plan.audio_model,
         text_model=session.plan.text_model,
+        max_tokens_per_pack=session.executor.max_tokens_per_pack,
+        recompute_layers=recomputed_layers(session.executor.model),
         why_plain=session.executor.why_plain(),
     )
     session.report(Resumed(checkpoint=str(resumed), **begin.written()) if resumed else begin)

@@ -329,8 +329,15 @@ class ExecutionFlags:
 
     max_tokens_per_pack: str = flag(
         "auto",
-        "Tokens of a pack: samples end to end in one row, which go through the model at once (auto: as many as memory "
-        "allows). It changes speed and memory, not the result; out of memory halves it automatically.",
+        "Tokens of a pack: samples end to end in one row, which go through the model at once (auto: as many as fit "
+        "into the free memory of the card, at most 8192; 4096 on a CPU). It changes speed and memory, not the result; "
+        "out of memory halves it automatically.",
+    )
+    recompute_layers: str = flag(
+        "auto",
+        "Number of the language model's first layers whose activations are computed again in the backward pass "
+        "instead of being kept: less memory, more time, the same result (auto: the number with which the free "
+        "memory of the card is used best, by the planner's estimate; 0 on a CPU). `qwhisper plan` shows it.",
     )
     execution: Literal["auto", "plain", "compiled", "captured"] = flag(
         "auto",
@@ -339,7 +346,8 @@ class ExecutionFlags:
         "the same up to rounding. Where it is not possible, one line says why, and packs run plain.",
     )
     gradient_checkpointing: bool = flag(
-        False, "Recompute the language model's activations in the backward pass: less memory, more time."
+        False,
+        "Recompute the activations of all of the language model's layers: less memory, more time.",
     )
     dataloader_num_workers: int = flag(
         0,

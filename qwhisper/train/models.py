@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwhisper.checkpoint.names import ARGUMENTS_FILE
 from qwhisper.checkpoint.places import BASES, absolute
 from qwhisper.checkpoint.reading import read_checkpoint
+from qwhisper.errors import UsageError
 from qwhisper.model.bases import LoadOptions, resolve_model
 from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora
@@ -96,11 +98,37 @@ def prepare_trainable(model: Qwen3AudioForConditionalGeneration, args: TrainArgu
         model.model.audio_tower.requires_grad_(True).float()
         model.model.audio_tower.embed_positions.requires_grad_(False)
     if args.gradient_checkpointing:
-        checkpoint_activations(
-            model.model.language_model,
-            use_reentrant=False,
-            preserve_rng_state=args.lora_dropout > 0 or has_dropout(model),
-        )
+        recompute_first_layers(model, num_layers(model), args)
+    elif args.recomputed is not None:
+        recompute_first_layers(model, args.recomputed, args)
+
+
+def num_layers(model: Qwen3AudioForConditionalGeneration) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+def recompute_first_layers(model: Qwen3AudioForConditionalGeneration, count: int, args: TrainArguments) -> None:
+    """Compute the activations of the LM's first `count` layers again in the backward pass; none if it is 0.
+
+    Of the first ones: when the backward pass arrives at them, it has freed what the later ones kept, so the layer that
+    is computed again finds room. Raises UsageError for more layers than there are.
+    """
+    if count > num_layers(model):
+        raise UsageError(f"--recompute_layers {count}: the language model has {num_layers(model)} layers")
+    if count == 0:
+        return
+    body = model.model.language_model
+    preserve = args.lora_dropout > 0 or has_dropout(model)
+    checkpoint_activations(body, use_reentrant=False, preserve_rng_state=preserve)
+    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[count:]:
+        layer.gradient_checkpointing = False
+
+
+def recomputed_layers(model: Qwen3AudioForConditionalGeneration) -> int:
+    """Number of the LM's layers that the backward pass computes again."""
+    modules = model.model.language_model.modules()
+    return sum(isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing for m in modules)
 
 
 def checkpoint_activations(model: PreTrainedModel, **kwargs: bool) -> None:

@@ -30,6 +30,7 @@ from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import note, quieten_transformers, say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learned_nothing
+from qwhisper.train.fit import fit_to_memory
 from qwhisper.train.hf import ConfiguringCallback, tracker_callbacks
 from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
@@ -113,6 +114,7 @@ def prepare_and_go(
     state = state_at_start(args, plan, dialogues, resumed)
     torch.manual_seed(args.seed)
     model, processor = build_model(args, plan, resumed)
+    fit_to_memory(model, args, dialogues, state, plan.total_steps)
     all_callbacks = [*callbacks, *trackers]
     with StopSignals() as signals:
         session: Session | None = None

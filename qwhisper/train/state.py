@@ -32,6 +32,7 @@ class TrainState:
     """The position and counters of a run.
 
     step: optimizer steps done, skipped ones included. position: of the source of dialogues, in the source's own format.
+    max_tokens_per_pack, recompute_layers: what `auto` became (`fit.py`); None: not decided yet.
     evaluated: step of the last evaluation. kinds: kinds of question in the training data. saved_with: SHA-256 of the
     tensor files of the same save, by name; empty in checkpoints that are older than this field. execution: of packs,
     see `Executor`.
@@ -53,6 +54,7 @@ class TrainState:
     alarms: Alarms = field(default_factory=Alarms)
     probe: ProbeState = field(default_factory=ProbeState)
     learning: Learning = field(default_factory=Learning, metadata=ADDED_LATER)
+    recompute_layers: int | None = field(default=None, metadata=ADDED_LATER)
     saved_with: dict[str, str] = field(default_factory=dict, metadata=ADDED_LATER)
 
     @property

@@ -6,7 +6,7 @@ from qwhisper.report.kinds import Event
 BEGIN = kinds.Begin(
     run_id="a", qwhisper="0.1", python="3.12", torch="2.13", transformers="5.24", device="cpu", total_steps=9,
     samples_per_step=4, dialogues=12, held_out_samples=0, audio_model="whisper", text_model=None,
-    why_plain="the model is on cpu",
+    max_tokens_per_pack=4096, recompute_layers=0, why_plain="the model is on cpu",
 )  # fmt: skip
 END = kinds.End(
     exit_code=0, reason="done", total_steps=9, skipped_steps=1, supervised_tokens=70, rewinds=0, quarantined=2

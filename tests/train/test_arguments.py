@@ -115,6 +115,22 @@ def test_pack_limit_refuses(given):
         make(max_tokens_per_pack=given)
 
 
+@pytest.mark.parametrize(("given", "layers"), [("auto", None), ("0", 0), (12, 12)])
+def test_recompute_layers(given, layers):
+    assert make(recompute_layers=given).recomputed == layers
+
+
+@pytest.mark.parametrize("given", ["-1", "all", "1001", "", "9" * 5000])
+def test_recompute_layers_refuses(given):
+    with pytest.raises(UsageError, match="--recompute_layers"):
+        make(recompute_layers=given)
+
+
+def test_all_layers_and_a_number_of_them_contradict_each_other():
+    with pytest.raises(UsageError, match="--gradient_checkpointing with --recompute_layers 3"):
+        make(gradient_checkpointing=True, recompute_layers="3")
+
+
 BOUNDS = {name: f.metadata["bounds"] for name, f in FIELDS.items() if "bounds" in f.metadata}
 
 
