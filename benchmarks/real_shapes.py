@@ -18,7 +18,6 @@ import numpy as np
 import soundfile
 import torch
 from common import append_result, qwhisper
-from nf4_base import write_nf4_base
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -74,6 +73,8 @@ def make_bases(folder: Path, size: str, tokenizer: Path, *, nf4: bool = False) -
         WhisperFeatureExtractor(feature_size=128).save_pretrained(audio)
     if not text.exists():
         if nf4:
+            from nf4_base import write_nf4_base  # imports an optional package
+
             write_nf4_base(qwen3_config(size), text)
         else:
             save_random(Qwen3ForCausalLM, qwen3_config(size), text)

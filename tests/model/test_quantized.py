@@ -152,6 +152,7 @@ def test_a_base_saved_in_4_bits_is_the_one_that_is_quantised_during_loading(mode
     assert torch.equal(logits_of(saved), logits_of(model))
 
 
+@pytest.mark.slow
 def test_trained_weights_reload_onto_a_base_saved_in_4_bits(prequantised, tmp_path):
     model = build(prequantised, FULL)
     with torch.no_grad():
