@@ -29,6 +29,8 @@ SIZES = {  # hidden, layers, intermediate, heads, key heads, tied embeddings
     "1.7b": (2048, 28, 6144, 16, 8, True),
     "4b": (2560, 36, 9728, 32, 8, True),
     "8b": (4096, 36, 12288, 32, 8, False),
+    "14b": (5120, 40, 17408, 40, 8, False),
+    "32b": (5120, 64, 25600, 64, 8, False),
     "tiny": (64, 2, 128, 4, 2, True),
 }
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
@@ -48,8 +50,19 @@ def save_random(model_class, config, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def make_bases(folder: Path, size: str, tokenizer: Path) -> tuple[Path, Path]:
-    audio, text = folder / ("whisper-tiny" if size == "tiny" else "whisper-turbo"), folder / f"qwen3-{size}"
+def qwen3_config(size: str) -> Qwen3Config:
+    hidden, layers, intermediate, heads, key_heads, tied = SIZES[size]
+    return Qwen3Config(
+        vocab_size=151_936, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
+        num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=128, tie_word_embeddings=tied,
+        max_position_embeddings=40_960, eos_token_id=151_645, pad_token_id=151_643,
+    )  # fmt: skip
+
+
+def make_bases(folder: Path, size: str, tokenizer: Path, *, nf4: bool = False) -> tuple[Path, Path]:
+    """(audio, text) folders, written if they are missing. nf4: the language model is saved in 4 bits."""
+    audio = folder / ("whisper-tiny" if size == "tiny" else "whisper-turbo")
+    text = folder / (f"qwen3-{size}-nf4" if nf4 else f"qwen3-{size}")
     if not audio.exists():
         width, layers, heads = (32, 2, 2) if size == "tiny" else (1280, 32, 20)
         whisper = WhisperConfig(
@@ -59,13 +72,12 @@ def make_bases(folder: Path, size: str, tokenizer: Path) -> tuple[Path, Path]:
         save_random(WhisperEncoder, whisper, audio)
         WhisperFeatureExtractor(feature_size=128).save_pretrained(audio)
     if not text.exists():
-        hidden, layers, intermediate, heads, key_heads, tied = SIZES[size]
-        qwen3 = Qwen3Config(
-            vocab_size=151_936, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
-            num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=128, tie_word_embeddings=tied,
-            max_position_embeddings=40_960, eos_token_id=151_645, pad_token_id=151_643,
-        )  # fmt: skip
-        save_random(Qwen3ForCausalLM, qwen3, text)
+        if nf4:
+            from nf4_base import write_nf4_base  # imports an optional package
+
+            write_nf4_base(qwen3_config(size), text)
+        else:
+            save_random(Qwen3ForCausalLM, qwen3_config(size), text)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(text)
     return audio, text
 
@@ -98,6 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--load_in_4bit", action="store_true")
+    parser.add_argument("--nf4_base", action="store_true", help="the base is saved in 4 bits: 14b and 32b need it")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--resume", action="store_true", help="in two halves, with a checkpoint between and evaluation")
     return parser.parse_args()
@@ -106,11 +119,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     began = time.perf_counter()
-    audio, text = make_bases(args.output_dir, args.size, args.tokenizer)
+    audio, text = make_bases(args.output_dir, args.size, args.tokenizer, nf4=args.nf4_base)
     data = make_data(args.output_dir / "data", min(800, args.steps * args.batch))
     print(f"bases and data in {time.perf_counter() - began:.0f} s", flush=True)
     run = args.output_dir / f"run-{args.size}-{args.batch}-{time.strftime('%H%M%S')}"
     flags = [name for name in ("load_in_4bit", "gradient_checkpointing") if getattr(args, name)]
+    marks = flags + [name for name in ("nf4_base", "resume") if getattr(args, name)]
     command = [
         "train", "--train_file", data, "--output_dir", run, "--audio_model", audio, "--text_model", text,
         "--save_steps", args.steps,
@@ -134,7 +148,7 @@ def main() -> None:
         "size": args.size,
         "batch": args.batch,
         "steps": args.steps,
-        "flags": flags + (["resume"] if args.resume else []),
+        "flags": marks,
         "samples_per_second": round(args.batch * len(late) / sum(step["seconds"] for step in late), 2),
         "peak_memory_gib": max(step.get("peak_memory_gib", 0.0) for step in steps),
         "loss_first": round(float(steps[0]["loss"]), 4),

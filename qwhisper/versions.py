@@ -31,7 +31,8 @@ def check_versions(*, quantized: bool = False) -> None:
             raise UsageError(f"{package} {found} is too old, {oldest} is needed: {reason}; fix it with: {fix}")
     if quantized and _installed("bitsandbytes") is None:
         raise UsageError(
-            "--load_in_4bit needs bitsandbytes, which is not installed; fix it with: pip install 'qwhisper[quant]'"
+            "a language model in 4 bits (--load_in_4bit, or saved so) needs bitsandbytes, which is not installed; fix "
+            "it with: pip install 'qwhisper[quant]'"
         )
 
 

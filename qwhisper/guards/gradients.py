@@ -68,15 +68,14 @@ def scale_gradients(decision: Decision, groups: Groups) -> None:
 def frozen_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter that does not require gradients, and of the scales of 4-bit ones.
 
-    Leaves out buffers, because rotary embeddings may rewrite theirs; offloaded weights, which have no bits on `meta`;
-    4-bit weights on a CPU, whose layout bitsandbytes changes at their first evaluation.
+    Leaves out buffers, because rotary embeddings may rewrite theirs, and offloaded weights, which have no bits on
+    `meta`.
     """
     for name, parameter in model.named_parameters():
-        quant_state = getattr(parameter, "quant_state", None)
-        if parameter.requires_grad or parameter.is_meta or (quant_state is not None and parameter.device.type == "cpu"):
+        if parameter.requires_grad or parameter.is_meta:
             continue
         yield name, parameter
-        if quant_state is not None:
+        if (quant_state := getattr(parameter, "quant_state", None)) is not None:
             yield f"{name}.absmax", quant_state.absmax
 
 

@@ -25,6 +25,7 @@ TAKES = {
     "--audio_model": "any Whisper checkpoint in Hugging Face format, such as openai/whisper-large-v3-turbo",
     "--text_model": "a causal language model in Hugging Face format, such as Qwen/Qwen3-0.6B",
 }
+NF4 = "nf4 of bitsandbytes"
 # What a folder or file is, by a pattern of file names; the first match counts.
 OTHER_FORMATS = (
     ("model_index.json", "a diffusers pipeline"),
@@ -83,14 +84,39 @@ def refuse_other_kind(config: PreTrainedConfig, name: str, flag: str) -> None:
     """Raises UsageError unless the configuration is a Whisper's (--audio_model), a causal LM's (--text_model)."""
     if config.model_type == "qwen3_audio":
         raise _wrong_kind(flag, name, "a qwhisper model (--init_from takes its trained weights)")
+    quantisation = quantisation_of(config)
     if flag == "--audio_model":
         if config.model_type != "whisper":
             raise _wrong_kind(flag, name, f"a {config.model_type} model")
+        if quantisation is not None:
+            raise UsageError(f"{flag} {name} is quantised ({quantisation}); give the model in full precision")
         return
     if (Path(name) / "modules.json").is_file():
         raise _wrong_kind(flag, name, f"a sentence-transformer ({config.model_type}), which makes embeddings")
     if other := _other_than_causal_lm(config):
         raise _wrong_kind(flag, name, f"a {config.model_type} model, {other}")
+    if quantisation not in (None, NF4):
+        raise UsageError(
+            f"{flag} {name} is quantised ({quantisation}), and LoRA is trained on a model in full precision or in "
+            f"{NF4}: give one of these (for 4 bits the full model with --load_in_4bit, or a folder such as *-bnb-4bit)"
+        )
+
+
+def quantisation_of(config: PreTrainedConfig) -> str | None:
+    """How a folder's weights are saved: None in full precision, `NF4`, or a word for any other quantisation."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    values = dict(given) if isinstance(given, dict) else given.to_dict()
+    eight, four = values.get("load_in_8bit"), values.get("load_in_4bit")
+    if values.get("quant_method", "bitsandbytes") != "bitsandbytes" or not (eight or four):
+        return str(values.get("quant_method", "unknown"))
+    return f"{'int8' if eight else values.get('bnb_4bit_quant_type', 'fp4')} of bitsandbytes"
+
+
+def is_prequantised(config: PreTrainedConfig) -> bool:
+    """Whether a folder's weights are saved in 4 bits, which `refuse_other_kind` allows for --text_model."""
+    return quantisation_of(config) == NF4
 
 
 def _other_than_causal_lm(config: PreTrainedConfig) -> str | None:

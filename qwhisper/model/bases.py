@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
@@ -21,10 +20,11 @@ from transformers.utils import logging as hf_logging
 from qwhisper.errors import UsageError
 from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.audio_embedding import device_of
-from qwhisper.model.base_kinds import refuse_other_format, refuse_other_kind
+from qwhisper.model.base_kinds import is_prequantised, refuse_other_format, refuse_other_kind
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.loss import head_logits
 from qwhisper.model.pretrained import UntrustedCodeError, load_causal_lm, load_config, load_whisper_encoder
+from qwhisper.versions import check_versions
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -49,7 +49,8 @@ class LoadOptions:
     `compute_dtype`.
     device_map: as in transformers, for the language model; None: all of it on the first accelerator, or the CPU.
     Raises UsageError if it names one device that does not exist.
-    load_in_4bit: NF4 for the language model's linear layers. whisper_cpu: keep the encoder on the CPU.
+    load_in_4bit: NF4 for the language model's linear layers; has no effect on one that is saved in NF4.
+    whisper_cpu: keep the encoder on the CPU.
     projector_fp32: the projector in fp32 instead of `dtype`.
     """
 
@@ -107,8 +108,9 @@ class LoadOptions:
         device_map = self.device_map or {"": self.device}
         if isinstance(device_map, dict):
             device_map = {key: place for key, place in device_map.items() if key != AUDIO_TOWER}
-        quantization = four_bit_config(self.compute_dtype) if self.load_in_4bit else None
-        return {"device_map": device_map, "quantization_config": quantization}
+        # Without the keyword, not None: transformers would take None in place of a prequantised model's own.
+        quantized = {"quantization_config": four_bit_config(self.compute_dtype)} if self.load_in_4bit else {}
+        return {"device_map": device_map, **quantized}
 
 
 def refuse_missing_devices(device_map: str | int | torch.device | Mapping[str, Any] | None) -> None:
@@ -229,29 +231,43 @@ def load_encoder(
 
 
 def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
-    """Any causal LM, frozen, with attention over packed rows; optionally quantised during loading."""
+    """Any causal LM, frozen, with attention over packed rows; quantised during loading, or saved so, or in full."""
+    config, keywords = load_config(name, **options.access), options.language_model_keywords()
+    prequantised = is_prequantised(config)
+    if prequantised:
+        keywords.pop("quantization_config", None)  # transformers takes that of the folder
+    if prequantised or "quantization_config" in keywords:
+        check_versions(quantized=True)
     language_model, info = load_causal_lm(
         name,
         dtype=options.compute_dtype,
-        attn_implementation=attention_for(load_config(name, **options.access)),
-        **options.language_model_keywords(),
+        attn_implementation=attention_for(config),
+        **keywords,
         **options.access,
     )
     refuse_missing("--text_model", name, info)
-    keep_4bit_layout(language_model)
+    if hasattr(language_model.get_output_embeddings().weight, "quant_state"):
+        raise UsageError(f"--text_model {name}: its head (lm_head) is quantised too, and the loss needs it in full")
+    if prequantised:
+        _cast_unquantised(language_model, options.compute_dtype)
+    adopt_4bit_linears(language_model, options.compute_dtype if prequantised else None)
     _refuse_other_head(name, language_model)
     return language_model.requires_grad_(False).eval()
 
 
-def keep_4bit_layout(model: nn.Module) -> None:
-    """Keep the layout of 4-bit weights on a CPU with AVX-512 BF16, where bitsandbytes would change it.
+def _cast_unquantised(language_model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast embeddings, head and norms, which transformers loads in the dtype of a folder that is quantised."""
+    for parameter in language_model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.to(dtype)
 
-    It would repack them in the first pass in evaluation mode, and fail if a size is no multiple of 32 (rows) or of its
-    block of 64 (columns). Afterwards no gradient would pass through them, not even in training mode.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+def adopt_4bit_linears(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
+    """`four_bit.adopt_4bit_linears` if the model is in 4 bits."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        from qwhisper.model import four_bit  # imports an optional package
+
+        four_bit.adopt_4bit_linears(model, compute_dtype)
 
 
 @torch.no_grad()

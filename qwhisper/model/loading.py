@@ -31,9 +31,9 @@ from qwhisper.model.bases import (
     DEFAULT_OPTIONS,
     WEIGHT_FILES,
     LoadOptions,
+    adopt_4bit_linears,
     find_file,
     fingerprint,
-    keep_4bit_layout,
     load_encoder,
     load_language_model,
     refuse_missing,
@@ -210,7 +210,7 @@ def load_whole(cls: type[Model], name, *args, output_loading_info=False, **kwarg
     )
     if not output_loading_info:  # who asks for it reads there what is missing
         refuse_incomplete(name, info, kwargs)
-    keep_4bit_layout(model)
+    adopt_4bit_linears(model)
     load_adapter_of_whole(model, name)
     return (model, info) if output_loading_info else model
 

@@ -258,9 +258,11 @@ def _save_whole(
         if model.config.text_base is None and adapter is None:
             PreTrainedModel.save_pretrained(model, folder, **options)  # loaded as a whole quantised model
             return
+        saved_so = model.hf_quantizer.pre_quantized
+        cure = "train on its base in full" if saved_so else "load it without load_in_4bit and train or merge there"
         raise UsageError(
             f"a quantised model whose weights are not all its bases' ({_some(changed) or 'its bases are not known'}) "
-            "can't be saved: load it without load_in_4bit and train or merge there"
+            f"can't be saved: {cure}"
         )
     config = copy.deepcopy(model.config)
     config.text_base = config.audio_base = None

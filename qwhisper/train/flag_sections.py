@@ -98,7 +98,8 @@ class ModelFlags:
     load_in_4bit: bool = flag(
         False,
         "Keep the language model's linear layers in 4 bits (NF4, bitsandbytes): 8B then needs about 6 GB instead of "
-        "16. Encoder, projector, LM head and norms are not quantised. Start with a third less learning rate.",
+        "16. Encoder, projector, LM head and norms are not quantised. A model saved in NF4 (such as *-bnb-4bit) is in "
+        "4 bits without the flag. Start with a third less learning rate.",
     )
     device_map: str | None = flag(
         None,

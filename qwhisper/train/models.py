@@ -16,6 +16,7 @@ from qwhisper.model.loading import load_trained_weights
 from qwhisper.model.lora import add_lora
 from qwhisper.model.processor import Qwen3AudioProcessor, load_processor
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration, build_from_bases, load_trained
+from qwhisper.report.terminal import note
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.plan import Plan
 from qwhisper.train.resume import saved_arguments
@@ -54,6 +55,8 @@ def _build(
             if (seconds := getattr(args, name)) is not None:
                 setattr(model.config, name, seconds)
                 setattr(processor, name, seconds)
+    if getattr(model, "is_loaded_in_4bit", False) and not args.load_in_4bit:
+        note("the language model is saved in 4 bits and stays so, as with --load_in_4bit")
     model.config.projector_dropout = model.model.multi_modal_projector.dropout.p = args.projector_dropout
     prepare_trainable(model, args)
     if start_from is not None and not args.freeze_whisper:
@@ -138,6 +141,11 @@ def checkpoint_activations(model: PreTrainedModel, **kwargs: bool) -> None:
     """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(kwargs)
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for module in layer.modules():
+                if hasattr(module, "recomputed"):  # four_bit.Linear4bit
+                    module.recomputed = layer.gradient_checkpointing
 
 
 def has_dropout(model: Qwen3AudioForConditionalGeneration) -> bool:

@@ -87,6 +87,27 @@ def test_any_causal_lm_is_a_text_model(tmp_path, family):
         assert resolve_model(str(tmp_path), "huggingface", "--text_model") == str(tmp_path)
 
 
+QUANTISED = [
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp4 of bitsandbytes"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "nf4"}, "int8 of bitsandbytes"),
+    ({"quant_method": "gptq", "bits": 4}, "gptq"),
+    ({"quant_method": "fp8"}, "fp8"),
+]
+
+
+@pytest.mark.parametrize(("quantisation", "what"), QUANTISED, ids=ids)
+def test_of_quantised_models_only_nf4_is_a_base(tmp_path, quantisation, what):
+    Qwen3Config(quantization_config=quantisation).save_pretrained(tmp_path / "text")
+    WhisperConfig(quantization_config=quantisation).save_pretrained(tmp_path / "audio")
+    with pytest.raises(UsageError, match=rf"--text_model .* is quantised \({what}\), and LoRA is .* or in nf4 of bits"):
+        resolve_model(str(tmp_path / "text"), "huggingface", "--text_model")
+    with pytest.raises(UsageError, match=rf"--audio_model .* is quantised \({what}\); give the model in full"):
+        resolve_model(str(tmp_path / "audio"), "huggingface", "--audio_model")
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    Qwen3Config(quantization_config=nf4).save_pretrained(tmp_path / "text")
+    assert resolve_model(str(tmp_path / "text"), "huggingface", "--text_model") == str(tmp_path / "text")
+
+
 @pytest.mark.parametrize(("config", "what"), [(Qwen3Config(), "a qwen3 model"), (Wav2Vec2Config(), "a wav2vec2 model")])
 def test_what_is_no_whisper_is_no_audio_model(tmp_path, config, what):
     config.save_pretrained(tmp_path)

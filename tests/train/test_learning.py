@@ -1,15 +1,21 @@
 """That a run learns, and from the audio: a falling loss alone can be what the text gives away."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from qwhisper.commands.verify import VerifyArguments
+from qwhisper.commands.verify import main as verify
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.evaluate.evaluation import evaluate_model
 from qwhisper.infer.assistant import Assistant
+from qwhisper.model.bases import LoadOptions, load_language_model
 from qwhisper.train.run import main
 from tests.small import teach_to_read, write_dialogues, write_small_bases
-from tests.train.helpers import read_lines
+from tests.train.helpers import checkpoint_tensors, read_lines, same_bits
 
 
 def test_the_loss_falls_at_the_stable_recipes_rate(run_training):
@@ -66,3 +72,24 @@ def test_a_base_in_4_bits_trains_evaluates_and_resumes(arguments):
         assistant.model, assistant.encoder, read_dialogues(args.train_file)[:1], swap=False, max_new_tokens=2
     )
     assert 0 < result.loss < 20
+
+
+@pytest.mark.slow
+def test_a_base_saved_in_4_bits_trains_resumes_to_the_last_bit_and_answers(arguments, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    _, text = write_small_bases(tmp_path / "wide", hidden_size=64)
+    saved = tmp_path / "nf4"
+    load_language_model(str(text), LoadOptions(load_in_4bit=True, device_map="cpu")).save_pretrained(saved)
+    AutoTokenizer.from_pretrained(text).save_pretrained(saved)
+    args = arguments(text_model=str(saved), gradient_checkpointing=True, max_steps=4, save_steps=2)
+    assert main(args) == 0
+    assert "the language model is saved in 4 bits and stays so" in capsys.readouterr().out
+    last = Path(args.output_dir) / "checkpoint-4"
+    uninterrupted = checkpoint_tensors(last)
+    verify(VerifyArguments(checkpoint=str(last)))
+    assistant = Assistant.from_pretrained(last, "cpu")
+    assert assistant.model.is_loaded_in_4bit
+    assert assistant.answer([{"role": "user", "content": "Hello"}], max_new_tokens=2).text is not None
+    shutil.rmtree(last)
+    assert main(dataclasses.replace(args, resume_from_checkpoint="latest")) == 0
+    assert same_bits(checkpoint_tensors(last), uninterrupted) == []

@@ -2,13 +2,15 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import encode_all
 from qwhisper.model import qwen3_audio
 from qwhisper.model.bases import LoadOptions
 from qwhisper.train import models
-from qwhisper.train.models import build_model
+from qwhisper.train.models import build_model, checkpoint_activations
 from qwhisper.train.plan import resolve
 from qwhisper.train.run import main
 from qwhisper.train.session import encoder_for
@@ -63,3 +65,17 @@ def test_gradient_checkpointing_is_switched_on_without_a_warning(arguments):
         warnings.simplefilter("error", FutureWarning)
         model, _ = build_model(args, resolve(args, num_dialogues=1), None)
     assert all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
+
+
+def test_recompute_is_marked_in_the_4_bit_linears_of_the_layers_that_do_it():
+    class Model(nn.Module):
+        def gradient_checkpointing_enable(self, kwargs):
+            self.layers[1].gradient_checkpointing = True
+
+    model = Model()
+    model.layers = nn.ModuleList([GradientCheckpointingLayer(), GradientCheckpointingLayer()])
+    for layer in model.layers:
+        layer.linear = nn.Linear(1, 1)
+        layer.linear.recomputed = False
+    checkpoint_activations(model, use_reentrant=False)
+    assert [layer.linear.recomputed for layer in model.layers] == [False, True]
