@@ -23,6 +23,7 @@ from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.audio_embedding import device_of
 from qwhisper.model.base_kinds import refuse_other_format, refuse_other_kind
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
+from qwhisper.model.fp8_loading import Float8Config
 from qwhisper.model.loss import head_logits
 from qwhisper.model.pretrained import UntrustedCodeError, load_causal_lm, load_config, load_whisper_encoder
 
@@ -49,19 +50,23 @@ class LoadOptions:
     `compute_dtype`.
     device_map: as in transformers, for the language model; None: all of it on the first accelerator, or the CPU.
     Raises UsageError if it names one device that does not exist.
-    load_in_4bit: NF4 for the language model's linear layers. whisper_cpu: keep the encoder on the CPU.
+    load_in_4bit: NF4 for the language model's linear layers. load_in_fp8: fp8 for them; not both. whisper_cpu: keep the
+    encoder on the CPU.
     projector_fp32: the projector in fp32 instead of `dtype`.
     """
 
     dtype: str | torch.dtype = "auto"
     device_map: str | dict | None = None
     load_in_4bit: bool = False
+    load_in_fp8: bool = False
     whisper_cpu: bool = False
     projector_fp32: bool = True
 
     def __post_init__(self) -> None:
         if self._whole is not None:
             _refuse_missing_device(self._whole)
+        if self.load_in_4bit and self.load_in_fp8:
+            raise UsageError("load_in_4bit and load_in_fp8 are two formats for the same weights: give one of them")
 
     @property
     def _whole(self) -> str | int | torch.device | None:
@@ -108,6 +113,8 @@ class LoadOptions:
         if isinstance(device_map, dict):
             device_map = {key: place for key, place in device_map.items() if key != AUDIO_TOWER}
         quantization = four_bit_config(self.compute_dtype) if self.load_in_4bit else None
+        if self.load_in_fp8:
+            quantization = Float8Config()
         return {"device_map": device_map, "quantization_config": quantization}
 
 
@@ -239,6 +246,8 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
     )
     refuse_missing("--text_model", name, info)
     keep_4bit_layout(language_model)
+    if options.load_in_fp8:
+        del language_model.config.quantization_config  # a fact about the run, not about the architecture
     _refuse_other_head(name, language_model)
     return language_model.requires_grad_(False).eval()
 

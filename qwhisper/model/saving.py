@@ -260,7 +260,7 @@ def _save_whole(
             return
         raise UsageError(
             f"a quantised model whose weights are not all its bases' ({_some(changed) or 'its bases are not known'}) "
-            "can't be saved: load it without load_in_4bit and train or merge there"
+            "can't be saved: load it without load_in_4bit or load_in_fp8 and train or merge there"
         )
     config = copy.deepcopy(model.config)
     config.text_base = config.audio_base = None

@@ -86,7 +86,7 @@ EXAMPLES: list[tuple[Event, str | None]] = [
         kinds.KernelReplaced(
             kernel="varlen", case="packed row", what="the result is 3 roundings off", replaced_by="sdpa"
         ),
-        "attention kernel varlen: the result is 3 roundings off; packed row. Replaced by sdpa",
+        "kernel varlen: the result is 3 roundings off; packed row. Replaced by sdpa",
     ),
     (kinds.SampleChanged(samples=["a"], what=["left out 1 message"]), None),
     (kinds.AlarmRaised(alarm="loss_zero", about="", message="the loss is 0"), "warning: the loss is 0"),
