@@ -49,8 +49,8 @@ def check_products(model: nn.Module, before_trial: Callable[[], None] = lambda: 
         replaced_by = PRODUCTS[name].next
         if replaced_by is None:
             raise NumericalError(
-                f"no product of a weight in fp8 is right on this machine; the last, {name}: {fault.what}; {fault.case}. "
-                "Update PyTorch or the driver, or leave out --load_in_fp8"
+                f"no product of a weight in fp8 is right on this machine; the last, {name}: {fault.what}; "
+                f"{fault.case}. Update PyTorch or the driver, or leave out --load_in_fp8"
             )
         for layer in float8_layers(model).values():
             layer.product = replaced_by if layer.product == name else layer.product
@@ -69,7 +69,7 @@ def _first_wrong(model: nn.Module, before_trial: Callable[[], None]) -> tuple[st
 
 def cases(model: nn.Module) -> Iterator[Case]:
     """One layer of each size, kernel and device."""
-    layers = {}
+    layers: dict[tuple, tuple[str, Float8Linear]] = {}
     for name, layer in float8_layers(model).items():
         if not layer.weight.is_meta:  # offloaded to the host: the weight is elsewhere
             size = (*layer.weight.shape, layer.product, layer.weight.device, layer.compute_dtype)

@@ -16,7 +16,9 @@ from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 @dataclass(frozen=True)
 class WrongKernel:
-    """A wrong kernel. case: attention, batch and scores, or layer and rows. what: which tensor was wrong, and by how much."""
+    """A wrong kernel. case: attention, batch and scores, or layer and rows. what: which tensor was wrong, and by how
+    much.
+    """
 
     kernel: str
     case: str

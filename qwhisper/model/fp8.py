@@ -10,9 +10,9 @@ sm_120). W as it is stored, [out, in] row by row, fits the forward product, whic
 twice; for dx a transposed copy of one layer's weight is made and freed again: 2 bytes of memory traffic a weight,
 against 2 x tokens operations.
 
-e4m3fn has no infinity, and NaN for what is over 464, or 448 (torch 2.13). Nothing is clamped: |x| / scale is at most 448
-up to fp32 rounding, since the scale is computed in fp32 from the row's largest value. A row that is not finite gives a
-row that is not finite, for guards to see, and changes no other row.
+e4m3fn has no infinity; torch before 2.13 casts what is over 464 to NaN. Nothing need be clamped: |x| / scale is at most
+448 up to fp32 rounding, since the scale is computed in fp32 from the row's largest value. A row that is not finite
+gives a row that is not finite, for guards to see, and changes no other row.
 """
 
 import math
@@ -120,7 +120,7 @@ class _Frozen(torch.autograd.Function):
         return PRODUCTS[product].forward(x, weight, scales)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scales = ctx.saved_tensors
         return PRODUCTS[ctx.product].input_gradient(grad, weight, scales), None, None, None
 
@@ -157,7 +157,7 @@ class Float8Linear(nn.Linear):
                 parameter = getattr(self, name)
                 parameter.data = parameter.data.view(FLOAT8 if parameter.dtype == torch.uint8 else torch.float32)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:  # type: ignore[override]
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         weight = state_dict.get(f"{prefix}weight")
         if weight is not None and weight.dtype != self.weight.dtype:  # copying would cast it, without a scale
             errors.append(f"{prefix}weight is {weight.dtype}, and this layer is in fp8: load the model without fp8")
@@ -177,4 +177,3 @@ def choose_products(model: nn.Module) -> None:
     """Set each fp8 layer's kernel by the device that it is on."""
     for layer in float8_layers(model).values():
         layer.product = product_for(_capability(layer.weight.device), layer.out_features, layer.in_features)
-

@@ -84,8 +84,8 @@ def configure_and_go(
         go_on = f", then resume with: {resume_command(folder)}" if checkpoints(folder) else ""
         raise MemoryLimitError(
             f"out of memory outside of a forward and backward pass, where a smaller pack does not help: "
-            f"{first_line(error)}. Use --load_in_fp8, --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a smaller "
-            f"--text_model or --lora_r{go_on}"
+            f"{first_line(error)}. Use --load_in_fp8, --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a "
+            f"smaller --text_model or --lora_r{go_on}"
         ) from error
 
 

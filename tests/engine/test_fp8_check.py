@@ -129,7 +129,9 @@ def test_out_of_memory_is_no_fault_of_the_kernel(monkeypatch):
 
 def test_without_a_right_product_the_run_ends(monkeypatch):
     model = make_model(DEQUANTISED)
-    wrong = dataclasses.replace(PRODUCTS[DEQUANTISED], multiply=lambda a, a_scales, b, b_scales: a.float() @ b.float().T)
+    wrong = dataclasses.replace(
+        PRODUCTS[DEQUANTISED], multiply=lambda a, a_scales, b, b_scales: a.float() @ b.float().T
+    )
     monkeypatch.setitem(fp8.PRODUCTS, DEQUANTISED, wrong)
     with pytest.raises(NumericalError, match="leave out --load_in_fp8"):
         check_products(model)
