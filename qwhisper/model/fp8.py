@@ -86,7 +86,12 @@ class Product:
             return grad @ dequantise(weight, scales, grad.dtype)
         ones = torch.ones(weight.shape[1], 1, device=weight.device)
         folded = quantise_rows(grad * scales.t())  # in fp32: an fp16 gradient times a scale would be 0
-        return self.multiply(*folded, weight.t().contiguous(), ones).to(grad.dtype)
+        return self.multiply(*folded, _transposed(weight), ones).to(grad.dtype)
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    # As plain bytes, which no compiler converts on the way.
+    return weight.view(torch.uint8).t().contiguous().view(FLOAT8)
 
 
 PRODUCTS = {

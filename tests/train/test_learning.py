@@ -54,6 +54,7 @@ def test_swapped_audio_ends_up_costing_more_than_the_true_audio(arguments, tmp_p
     assert result.loss_swapped > result.loss_unswapped + 1.0
 
 
+@pytest.mark.slow
 def test_a_base_in_fp8_learns_and_evaluates(run_training):
     args = run_training(load_in_fp8=True)
     losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "loss" in line]
