@@ -15,7 +15,7 @@ from qwhisper.data.packing import pack_samples, pad_samples
 from qwhisper.errors import UsageError
 from qwhisper.guards.diagnose import bad_weight
 from qwhisper.guards.gradients import frozen_parameters
-from qwhisper.model import fp8_loading
+from qwhisper.model import fp8, fp8_loading
 from qwhisper.model.bases import LoadOptions
 from qwhisper.model.fp8 import DEQUANTISED, FLOAT8, PRODUCTS, ROWWISE, dequantise, float8_layers, quantise_rows
 from qwhisper.model.lora import LoraFloat8Linear, add_lora, lora_parameters
@@ -68,6 +68,11 @@ def test_the_language_models_linears_are_in_fp8_and_nothing_else(model, wide_bas
     for name, layer in layers.items():
         values, scales = quantise_rows(full.get_submodule(name.removesuffix(".base_layer")).weight.detach())
         assert torch.equal(dequantise(layer.weight, layer.weight_scale, torch.float32), values.float() * scales)
+
+
+def test_the_kernel_is_chosen_once_the_model_is_loaded(wide_bases, monkeypatch):
+    monkeypatch.setattr(fp8, "_capability", lambda device: (9, 0))
+    assert {layer.product for layer in float8_layers(built(wide_bases)).values()} == {ROWWISE}
 
 
 def test_loading_holds_one_matrix_at_a_time(wide_bases, monkeypatch):
