@@ -33,6 +33,7 @@ ELSEWHERE: dict[tuple[str, ...], str] = {
     ("lora_target_modules",): "target_modules lora_target lora_targets",
     ("use_lora",): "lora peft use_peft",
     ("load_in_4bit",): "qlora 4bit use_4bit load_4bit bits quantization quantization_bit quantize load_in_8bit",
+    ("load_in_fp8",): "fp8 use_fp8 float8 load_fp8 fp8_base",
     ("dtype",): "fp16 bf16 fp32 float16 bfloat16 half amp precision mixed_precision torch_dtype",
     ("gradient_checkpointing",): "grad_checkpointing activation_checkpointing recompute",
     ("freeze_whisper",): "freeze_encoder freeze_audio_encoder freeze_audio_tower freeze_audio",

@@ -18,6 +18,7 @@ from qwhisper.typed_json import checked
 ARGUMENTS: dict[str, Any] = {
     "output_dir": str,
     "load_in_4bit": bool,
+    "load_in_fp8": bool,
     "projector_fp32": bool,
     "train_file": str,
     "data_root": str | None,

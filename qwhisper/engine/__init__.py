@@ -1,1 +1,1 @@
-"""Runs packs of samples forward and backward on one model, and checks the attention kernels."""
+"""Runs packs of samples forward and backward on one model, and checks the kernels that they use."""

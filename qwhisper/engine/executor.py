@@ -327,7 +327,7 @@ class Executor:
         if all(len(pack) == 1 for pack in self.packs(samples)):
             raise MemoryLimitError(
                 f"out of memory with one sample of {tokens} tokens ({largest[0].source}): lower --max_length, or use "
-                "--gradient_checkpointing, --load_in_4bit, --whisper_cpu or a smaller --text_model"
+                "--gradient_checkpointing, --load_in_fp8, --load_in_4bit, --whisper_cpu or a smaller --text_model"
             ) from error
         self.max_tokens_per_pack = max(1, min(tokens, self.max_tokens_per_pack) // 2)
         return Halved(tokens=tokens, now=self.max_tokens_per_pack)

@@ -18,7 +18,9 @@ from qwhisper.model.segment_blocks import segment_blocks
 
 @dataclass(frozen=True)
 class WrongKernel:
-    """A wrong kernel. case: attention, batch and scores. what: which tensor was wrong, and by how much."""
+    """A wrong kernel. case: attention, batch and scores, or layer and rows. what: which tensor was wrong, and by how
+    much.
+    """
 
     kernel: str
     case: str

@@ -42,13 +42,13 @@ class Finding:
 
 def describe(name: str, tensor: Tensor) -> dict[str, Any]:
     """Counts of a tensor's values, and the range of its finite part (None if it has none)."""
-    tensor = tensor.detach()
+    tensor, dtype = _widened(tensor.detach()), tensor.dtype
     finite = tensor[torch.isfinite(tensor)]
     some = finite.numel() > 0
     return {
         "name": name,
         "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "nan": int(tensor.isnan().sum()),
         "inf": int(tensor.isinf().sum()),
         "finite_min": float(finite.min()) if some else None,
@@ -59,7 +59,12 @@ def describe(name: str, tensor: Tensor) -> dict[str, Any]:
 
 def _all_finite(tensor: Tensor) -> bool:
     # Detached: under gradient checkpointing, autograd must save the same tensors in the second run of a module.
-    return bool(torch.isfinite(tensor.detach()).all())
+    return bool(torch.isfinite(_widened(tensor.detach())).all())
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """fp8 in bf16, which has all of its values: torch has no isfinite for fp8."""
+    return tensor.bfloat16() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def is_finite(description: dict[str, Any]) -> bool:

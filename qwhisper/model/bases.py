@@ -22,6 +22,7 @@ from qwhisper.model.attention import PACKED_ATTENTION, attention_for
 from qwhisper.model.audio_embedding import device_of
 from qwhisper.model.base_kinds import is_prequantised, refuse_other_format, refuse_other_kind
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
+from qwhisper.model.fp8_loading import Float8Config
 from qwhisper.model.loss import head_logits
 from qwhisper.model.pretrained import UntrustedCodeError, load_causal_lm, load_config, load_whisper_encoder
 from qwhisper.versions import check_versions
@@ -49,20 +50,23 @@ class LoadOptions:
     `compute_dtype`.
     device_map: as in transformers, for the language model; None: all of it on the first accelerator, or the CPU.
     Raises UsageError if it names one device that does not exist.
-    load_in_4bit: NF4 for the language model's linear layers; has no effect on one that is saved in NF4.
-    whisper_cpu: keep the encoder on the CPU.
+    load_in_4bit: NF4 for the language model's linear layers; has no effect on one that is saved in NF4. load_in_fp8:
+    fp8 for them; not both. whisper_cpu: keep the encoder on the CPU.
     projector_fp32: the projector in fp32 instead of `dtype`.
     """
 
     dtype: str | torch.dtype = "auto"
     device_map: str | dict | None = None
     load_in_4bit: bool = False
+    load_in_fp8: bool = False
     whisper_cpu: bool = False
     projector_fp32: bool = True
 
     def __post_init__(self) -> None:
         if self._whole is not None:
             _refuse_missing_device(self._whole)
+        if self.load_in_4bit and self.load_in_fp8:
+            raise UsageError("load_in_4bit and load_in_fp8 are two formats for the same weights: give one of them")
 
     @property
     def _whole(self) -> str | int | torch.device | None:
@@ -109,7 +113,11 @@ class LoadOptions:
         if isinstance(device_map, dict):
             device_map = {key: place for key, place in device_map.items() if key != AUDIO_TOWER}
         # Without the keyword, not None: transformers would take None in place of a prequantised model's own.
-        quantized = {"quantization_config": four_bit_config(self.compute_dtype)} if self.load_in_4bit else {}
+        quantized: dict[str, Any] = {}
+        if self.load_in_4bit:
+            quantized["quantization_config"] = four_bit_config(self.compute_dtype)
+        elif self.load_in_fp8:
+            quantized["quantization_config"] = Float8Config()
         return {"device_map": device_map, **quantized}
 
 
@@ -234,9 +242,11 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
     """Any causal LM, frozen, with attention over packed rows; quantised during loading, or saved so, or in full."""
     config, keywords = load_config(name, **options.access), options.language_model_keywords()
     prequantised = is_prequantised(config)
+    if prequantised and options.load_in_fp8:
+        raise UsageError(f"--text_model {name} is saved in NF4, and can't be loaded in fp8: leave --load_in_fp8 out")
     if prequantised:
         keywords.pop("quantization_config", None)  # transformers takes that of the folder
-    if prequantised or "quantization_config" in keywords:
+    if prequantised or options.load_in_4bit:
         check_versions(quantized=True)
     language_model, info = load_causal_lm(
         name,
@@ -251,6 +261,8 @@ def load_language_model(name: str, options: LoadOptions) -> PreTrainedModel:
     if prequantised:
         _cast_unquantised(language_model, options.compute_dtype)
     adopt_4bit_linears(language_model, options.compute_dtype if prequantised else None)
+    if options.load_in_fp8:
+        del language_model.config.quantization_config  # a fact about the run, not about the architecture
     _refuse_other_head(name, language_model)
     return language_model.requires_grad_(False).eval()
 

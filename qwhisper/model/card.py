@@ -21,8 +21,8 @@ CARD = "README.md"
 MARK = "<!-- Written by qwhisper. Delete this line to keep your own text when the model is saved again. -->"
 RECIPE = (
     "learning_rate", "projector_learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "num_train_epochs", "max_steps", "use_lora", "lora_r", "lora_alpha", "freeze_whisper", "load_in_4bit", "train_on",
-    "audio_lead_silence", "audio_tail_silence", "seed",
+    "num_train_epochs", "max_steps", "use_lora", "lora_r", "lora_alpha", "freeze_whisper", "load_in_4bit",
+    "load_in_fp8", "train_on", "audio_lead_silence", "audio_tail_silence", "seed",
 )  # fmt: skip
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 METRICS = ("loss", "eval_loss")

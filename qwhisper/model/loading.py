@@ -43,6 +43,7 @@ from qwhisper.model.configuration_qwen3_audio import Qwen3AudioConfig
 from qwhisper.model.device_map import checked_device_map
 from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.model.find_base import find_base
+from qwhisper.model.fp8 import choose_products
 from qwhisper.model.load_keywords import (
     current_names,
     hub_keywords,
@@ -53,6 +54,9 @@ from qwhisper.model.lora import ADAPTER, inject
 from qwhisper.model.modeling_qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.model.trained_folder import check_files, read_config, read_weights, reading
 from qwhisper.model.weights import ENCODER, PROJECTOR, is_adapters, part, plain_name, record_of
+
+# Flags for the format of the language model's linears.
+FORMATS = {"load_in_4bit": "4 bits", "load_in_fp8": "fp8"}
 
 Model = TypeVar("Model", bound=Qwen3AudioForConditionalGeneration)
 
@@ -91,7 +95,7 @@ def load_and_join(
     cls: type[Model], config: Qwen3AudioConfig, audio_path: str, text_path: str, options: LoadOptions
 ) -> Model:
     """One model from both bases, with a record of their weights and a new projector."""
-    cures = "--load_in_4bit, --whisper_cpu or a smaller --text_model"
+    cures = "--load_in_fp8, --load_in_4bit, --whisper_cpu or a smaller --text_model"
     with naming_memory_limit(f"while {audio_path} and {text_path} were loaded", cures):
         encoder = load_encoder(
             audio_path, dtype=options.compute_dtype, device=options.encoder_device, access=options.access
@@ -100,6 +104,7 @@ def load_and_join(
         refuse_unpackable(text_path, language_model)
     config.audio_config, config.text_config = encoder.config, language_model.config
     model = join(cls, config, encoder, language_model, projector_fp32=options.projector_fp32)
+    choose_products(model)
     model.base_record = record_of(model)
     return model
 
@@ -160,14 +165,20 @@ def load_trained(
 
 def options_as_trained(name: str | os.PathLike, given: Mapping[str, Any]) -> LoadOptions:
     """Load options. given: fields of LoadOptions; those that are None or missing are taken from the run that trained
-    the folder: a base that was trained on in 4 bits is loaded in 4 bits.
+    the folder: a base that was trained on in 4 bits or fp8 is loaded so.
     """
-    return LoadOptions(**_as_trained(name) | {key: value for key, value in given.items() if value is not None})
+    given = {key: value for key, value in given.items() if value is not None}
+    return LoadOptions(**_as_trained(name, given) | given)
 
 
-def _as_trained(name: str | os.PathLike) -> dict[str, bool]:
+def _as_trained(name: str | os.PathLike, given: Mapping[str, Any]) -> dict[str, bool]:
+    """The values of the folder's run. given: values that are given instead; one format of the weights replaces the
+    other.
+    """
     run = run_arguments(Path(name)) if os.path.isdir(name) else {}
-    return {key: run[key] for key in ("load_in_4bit", "projector_fp32") if key in run}
+    quantised = any(given.get(key) for key in (*FORMATS, "quantization_config"))
+    names = ("projector_fp32",) if quantised else ("projector_fp32", *FORMATS)
+    return {key: run[key] for key in names if key in run}
 
 
 def is_whole_folder(name: str | os.PathLike) -> bool:
@@ -183,8 +194,9 @@ def is_without_head(name: str | os.PathLike) -> bool:
 
 
 def _load_whole(cls: type[Model], name: str | os.PathLike, options: LoadOptions) -> Model:
-    if options.load_in_4bit:
-        raise UsageError(f"{name} holds a whole model, which is not loaded in 4 bits: leave load_in_4bit out")
+    for key, words in FORMATS.items():
+        if getattr(options, key):
+            raise UsageError(f"{name} holds a whole model, which is not loaded in {words}: leave {key} out")
     with naming_memory_limit(f"while {name} was loaded", "--whisper_cpu"):
         keywords = {"dtype": options.compute_dtype, "device_map": options.device_map or {"": options.device}}
         with reading(name, "it can't be loaded"):
@@ -237,7 +249,7 @@ def load_for_user(cls: type[Model], name: str | os.PathLike, **kwargs) -> Model 
     _refuse_code(name, kwargs.pop("trust_remote_code", False))
     moved = {role: kwargs.pop(role) for role in ("audio_model", "text_model") if role in kwargs}
     with_info = kwargs.pop("output_loading_info", False)
-    options = trained_options(name, kwargs, _as_trained(name), cls, read_config(name))
+    options = trained_options(name, kwargs, _as_trained(name, kwargs), cls, read_config(name))
     model = load_trained(cls, name, options, **moved)
     model.name_or_path = model.config.name_or_path = os.fspath(name)  # where trainers look for the processor
     if attention:
@@ -257,7 +269,7 @@ def _attention_in(config: Qwen3AudioConfig | str | os.PathLike | None) -> dict[s
 def refuse_for_whole(name: str | os.PathLike, keywords: dict) -> None:
     """Refuse keywords of folders of trained weights, which transformers would ignore for a whole model."""
     _refuse_code(name, keywords.get("trust_remote_code", False))
-    bases = {"audio_model", "text_model", "load_in_4bit", "whisper_cpu", "projector_fp32"}
+    bases = {"audio_model", "text_model", *FORMATS, "whisper_cpu", "projector_fp32"}
     if given := sorted(bases & keywords.keys()):
         hint = "; give quantization_config=BitsAndBytesConfig(load_in_4bit=True)" if "load_in_4bit" in given else ""
         raise UsageError(f"{name} is no folder of trained weights alone: {', '.join(given)} has no effect on it{hint}")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwhisper.errors import UsageError
+from qwhisper.model.fp8 import Float8Linear
 
 LANGUAGE_MODEL = "model.language_model"
 ADAPTER = "default"
@@ -91,6 +92,16 @@ class LoraConv1D(PeftLinear):
         super().__init__(base_layer, adapter_name, config=config, is_target_conv_1d_layer=True, **kwargs)
 
 
+class LoraFloat8Linear(PeftLinear):
+    """LoRA on a linear in fp8."""
+
+    forward = _forward
+
+    def merge(self, *args, **kwargs) -> None:
+        """Raises UsageError: the sum, rounded to fp8, would lose most of what was learned."""
+        raise UsageError("merge() can't change a layer in fp8: load the model with load_in_fp8=False and merge there")
+
+
 class OneAdapter(dict[str, LoraConfig]):
     """A model's `peft_config` that takes no second adapter: PEFT would replace the one that is there, or switch it off.
 
@@ -120,7 +131,7 @@ def refuse_second_adapter(configs: Mapping[str, PeftConfig] | None) -> None:
 
 
 def _layer_types(model: PreTrainedModel) -> dict[type[nn.Module], type[nn.Module]]:
-    """Base layer type to LoRA layer type; the 4-bit layer first, since it is a subclass of `nn.Linear`."""
+    """Base layer type to LoRA layer type; quantised ones first, since they are subclasses of `nn.Linear`."""
     types: dict[type[nn.Module], type[nn.Module]] = {}
     if getattr(model, "is_loaded_in_4bit", False):
         import bitsandbytes as bnb
@@ -128,7 +139,7 @@ def _layer_types(model: PreTrainedModel) -> dict[type[nn.Module], type[nn.Module
 
         methods = {"forward": _forward, "merge": _merge, "unmerge": _unmerge}
         types[bnb.nn.Linear4bit] = type("LoraLinear4bit", (PeftLinear4bit,), methods)
-    return types | {nn.Linear: LoraLinear, Conv1D: LoraConv1D}
+    return types | {Float8Linear: LoraFloat8Linear, nn.Linear: LoraLinear, Conv1D: LoraConv1D}
 
 
 def lm_linear_names(model: PreTrainedModel) -> list[str]:

@@ -259,7 +259,11 @@ def _save_whole(
             PreTrainedModel.save_pretrained(model, folder, **options)  # loaded as a whole quantised model
             return
         saved_so = model.hf_quantizer.pre_quantized
-        cure = "train on its base in full" if saved_so else "load it without load_in_4bit and train or merge there"
+        cure = (
+            "train on its base in full"
+            if saved_so
+            else "load it without load_in_4bit or load_in_fp8 and train or merge there"
+        )
         raise UsageError(
             f"a quantised model whose weights are not all its bases' ({_some(changed) or 'its bases are not known'}) "
             f"can't be saved: {cure}"

@@ -294,16 +294,16 @@ class WorkerDied(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class KernelReplaced(Event):
-    """An attention kernel failed the check at the start of the run and is not used."""
+    """A kernel of attention or of an fp8 product failed the check at the start of the run and is not used."""
 
     kind = "kernel_replaced"
     kernel: Annotated[str, "the wrong kernel"]
-    case: Annotated[str, "attention, batch and scores for which it was wrong"]
+    case: Annotated[str, "attention, batch and scores, or layer and rows, for which it was wrong"]
     what: Annotated[str, "which tensor was wrong, and by how much"]
     replaced_by: Annotated[str, "the kernel used instead"]
 
     def line(self, step: int) -> str:
-        return f"attention kernel {self.kernel}: {self.what}; {self.case}. Replaced by {self.replaced_by}"
+        return f"kernel {self.kernel}: {self.what}; {self.case}. Replaced by {self.replaced_by}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,6 +113,11 @@ class TrainArguments(
             raise UsageError(f"--audio_lead_silence and --audio_tail_silence: {error}") from None
 
     def _check_combinations(self) -> None:
+        if self.load_in_4bit and self.load_in_fp8:
+            raise UsageError(
+                "--load_in_4bit with --load_in_fp8: these are two formats for the same weights; use fp8 for speed, 4 "
+                "bits for memory"
+            )
         if self.whisper_cpu and not self.freeze_whisper:
             raise UsageError(
                 "--whisper_cpu with --no_freeze_whisper: a trained encoder must be on the device of the training; "

@@ -21,6 +21,7 @@ from qwhisper.data.encode import DialogueEncoder
 from qwhisper.data.light_tokenizer import dumps
 from qwhisper.data.loader import StepSamples, step_samples
 from qwhisper.data.processes import Poll
+from qwhisper.engine.fp8_check import check_products
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.errors import MemoryLimitError, first_line
 from qwhisper.locks import run_lock
@@ -89,8 +90,8 @@ def configure_and_go(
         go_on = f", then resume with: {resume_command(folder)}" if checkpoints(folder) else ""
         raise MemoryLimitError(
             f"out of memory outside of a forward and backward pass, where a smaller pack does not help: "
-            f"{first_line(error)}. Use --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a smaller "
-            f"--text_model or --lora_r{go_on}"
+            f"{first_line(error)}. Use --load_in_fp8, --load_in_4bit, --whisper_cpu, --gradient_checkpointing or a "
+            f"smaller --text_model or --lora_r{go_on}"
         ) from error
 
 
@@ -222,7 +223,9 @@ def announce(session: Session) -> None:
 
 
 def try_kernels(session: Session, signals: StopSignals) -> None:
-    """Compare every attention kernel of this run with fp32, on this device; report and replace a wrong one."""
-    longest = longest_row(session.args, session.executor.max_tokens_per_pack)
-    for wrong in check_kernels(session.executor.model, longest, signals.poll):
+    """Compare every attention kernel and fp8 product of this run with fp32, on this device; report and replace a wrong
+    one.
+    """
+    model, longest = session.executor.model, longest_row(session.args, session.executor.max_tokens_per_pack)
+    for wrong in [*check_products(model, signals.poll), *check_kernels(model, longest, signals.poll)]:
         session.report(KernelReplaced(**dataclasses.asdict(wrong)))

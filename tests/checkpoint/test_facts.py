@@ -39,7 +39,8 @@ def test_a_folder_that_no_run_has_saved_says_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"load_in_4bit": 1}, {"projector_fp32": None}, {"max_length": "many"}, {"output_dir": 3}]
+    "change",
+    [{"load_in_4bit": 1}, {"load_in_fp8": "no"}, {"projector_fp32": None}, {"max_length": "many"}, {"output_dir": 3}],
 )
 def test_arguments_of_another_type_are_refused(tmp_path, change):
     with pytest.raises(CheckpointError, match=rf"arguments\.json: {next(iter(change))}"):

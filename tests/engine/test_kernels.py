@@ -102,7 +102,7 @@ def test_a_wrong_kernel_is_named_and_replaced(name, wrong, replaced_by, words, m
     if wrong in (packed_with_nan_gradient, padded_with_nan_gradient):
         assert "language model" in found.case and "log-sum-exp under -100" in found.case
     line = KernelReplaced(**dataclasses.asdict(found)).line(0)
-    assert line.startswith(f"attention kernel {name}: ") and line.endswith(f"Replaced by {replaced_by}")
+    assert line.startswith(f"kernel {name}: ") and line.endswith(f"Replaced by {replaced_by}")
 
     calls.clear()
     samples = [make_sample(model, [30]), make_sample(model, [9, 4], [2000], seed=1)]

@@ -8,6 +8,7 @@ import torch
 
 from qwhisper.errors import CheckpointError, UsageError
 from qwhisper.infer.assistant import Assistant, answer_prompts, load_chosen
+from qwhisper.model.fp8 import float8_layers
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from tests.infer.conftest import say
 
@@ -53,7 +54,7 @@ def trained_with(finished_run, folder, **values):
     return folder
 
 
-@pytest.mark.parametrize("values", [{}, {"load_in_4bit": True}, {"projector_fp32": False}])
+@pytest.mark.parametrize("values", [{}, {"load_in_4bit": True}, {"load_in_fp8": True}, {"projector_fp32": False}])
 def test_every_entry_point_loads_the_same_model_as_it_was_trained(finished_run, tmp_path, values):
     if values.get("load_in_4bit"):
         pytest.importorskip("bitsandbytes")
@@ -63,9 +64,10 @@ def test_every_entry_point_loads_the_same_model_as_it_was_trained(finished_run, 
     first = states["Assistant"]
     for name, state in states.items():
         assert bool(getattr(models[name], "is_loaded_in_4bit", False)) == values.get("load_in_4bit", False), name
+        assert bool(float8_layers(models[name])) == values.get("load_in_fp8", False), name
         assert state.keys() == first.keys(), name
         assert all(tensor.dtype == first[key].dtype for key, tensor in state.items()), name
-        assert all(torch.equal(tensor, first[key]) for key, tensor in state.items()), name
+        assert all(torch.equal(tensor.float(), first[key].float()) for key, tensor in state.items()), name
 
 
 @pytest.mark.parametrize("load", ENTRY_POINTS.values(), ids=ENTRY_POINTS)

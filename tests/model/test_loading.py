@@ -124,7 +124,7 @@ def test_an_attention_that_is_asked_for_is_set_so_that_windows_stay_apart(saved,
         assert {part: said[part]._attn_implementation for part in asked} == asked
 
 
-@pytest.mark.parametrize("keyword", ["trust_remote_code", "text_model", "load_in_4bit", "whisper_cpu"])
+@pytest.mark.parametrize("keyword", ["trust_remote_code", "text_model", "load_in_4bit", "load_in_fp8", "whisper_cpu"])
 def test_a_whole_model_takes_no_keyword_that_has_no_effect_on_it(tmp_path, keyword):
     small_model().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=rf"{keyword}.* has no effect") as refused:

@@ -70,6 +70,8 @@ def test_a_run_goes_on_from_a_whole_model_with_what_it_trains(model, bases, tmp_
     assert not torch.equal(again.model.audio_tower.conv1.weight, rounded)
     with pytest.raises(UsageError, match="whole model, which is not loaded in 4 bits"):
         load_trained(tmp_path, LoadOptions(load_in_4bit=True))
+    with pytest.raises(UsageError, match="not loaded in fp8: leave load_in_fp8 out"):
+        load_trained(tmp_path, LoadOptions(load_in_fp8=True))
 
 
 def write_embedding(model):

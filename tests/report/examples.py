@@ -86,7 +86,7 @@ EXAMPLES: list[tuple[Event, str | None]] = [
         kinds.KernelReplaced(
             kernel="varlen", case="packed row", what="the result is 3 roundings off", replaced_by="sdpa"
         ),
-        "attention kernel varlen: the result is 3 roundings off; packed row. Replaced by sdpa",
+        "kernel varlen: the result is 3 roundings off; packed row. Replaced by sdpa",
     ),
     (kinds.Executes(execution="plain", why=None), None),
     (kinds.Executes(execution="plain", why="no compiler"), "packs run plain: no compiler"),

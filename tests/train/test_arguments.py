@@ -54,6 +54,7 @@ def test_the_stable_recipe_is_the_default():
         "per_device_train_batch_size": 1,
         "manual_loss": False,
         "load_in_4bit": False,
+        "load_in_fp8": False,
         "whisper_cpu": False,
         "device_map": None,
         "dtype": "auto",
@@ -241,6 +242,7 @@ def test_every_number_of_every_verb_has_bounds():
         ({"early_lr_factor": 2.0}, "--early_lr_factor 2.0: must be 1 or less: .* above 1 they would be the fastest"),
         ({"whisper_cpu": True, "freeze_whisper": False}, "--whisper_cpu with --no_freeze_whisper"),
         ({"dtype": "fp16", "lora_fp32": False}, "--dtype fp16 with --no_lora_fp32"),
+        ({"load_in_4bit": True, "load_in_fp8": True}, "--load_in_4bit with --load_in_fp8: these are two formats"),
         ({"use_lora": False, "freeze_projector_steps": 5}, "nothing would learn"),
         ({"init_from": "runs/first/"}, "a new stage needs another folder"),
     ],
@@ -254,6 +256,7 @@ def test_contradictions_are_refused_with_a_sentence(values, sentence):
     "values",
     [
         {"load_in_4bit": True, "use_lora": False},
+        {"load_in_fp8": True, "use_lora": False},
         {"use_lora": False, "freeze_whisper": False, "freeze_projector_steps": 5},
         {"load_in_4bit": True, "device_map": "auto", "whisper_cpu": True, "learning_rate": 2e-5},
         {"warmup_steps": 0.1},

@@ -10,9 +10,14 @@ from transformers import AutoTokenizer
 from qwhisper.commands.verify import VerifyArguments
 from qwhisper.commands.verify import main as verify
 from qwhisper.data.dialogue import read_dialogues
+from qwhisper.engine import fp8_check
 from qwhisper.evaluate.evaluation import evaluate_model
 from qwhisper.infer.assistant import Assistant
+from qwhisper.model import fp8
 from qwhisper.model.bases import LoadOptions, load_language_model
+from qwhisper.model.fp8 import float8_layers
+from qwhisper.model.loading import options_as_trained
+from qwhisper.model.qwen3_audio import load_trained
 from qwhisper.train.run import main
 from tests.small import teach_to_read, write_dialogues, write_small_bases
 from tests.train.helpers import checkpoint_tensors, read_lines, same_bits
@@ -55,6 +60,36 @@ def test_swapped_audio_ends_up_costing_more_than_the_true_audio(arguments, tmp_p
     result = evaluate_model(assistant.model, assistant.encoder, read_dialogues(held_out), max_new_tokens=2)
     assert result.counts["swapped_same_question"] > 0
     assert result.loss_swapped > result.loss_unswapped + 1.0
+
+
+@pytest.mark.slow
+def test_a_wrong_fp8_product_is_replaced_before_the_first_step(run_training, monkeypatch):
+    right = fp8.PRODUCTS[fp8.ROWWISE]
+    monkeypatch.setattr(fp8, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fp8_check, "ROWS", (9,))
+    monkeypatch.setitem(fp8.PRODUCTS, fp8.ROWWISE, dataclasses.replace(right, multiply=lambda *x: -right.multiply(*x)))
+    args = run_training(load_in_fp8=True, max_steps=1)
+    (event,) = [
+        line for line in read_lines(Path(args.output_dir) / "events.jsonl") if line["kind"] == "kernel_replaced"
+    ]
+    assert (event["kernel"], event["replaced_by"]) == (fp8.ROWWISE, fp8.TENSORWISE)
+    assert event["case"].startswith("model.language_model.layers.0.self_attn.q_proj [32, 32], 9 rows")
+
+
+@pytest.mark.slow
+def test_a_base_in_fp8_learns_and_evaluates(run_training):
+    args = run_training(load_in_fp8=True)
+    losses = [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0]
+    assistant = Assistant.from_pretrained(args.output_dir, "cpu")
+    assert float8_layers(assistant.model)
+    result = evaluate_model(
+        assistant.model, assistant.encoder, read_dialogues(args.train_file)[:1], swap=False, max_new_tokens=2
+    )
+    assert 0 < result.loss < 20
+    # The format of the run gives way to the one that is asked for.
+    checkpoint = Path(args.output_dir) / "checkpoint-6"
+    assert not float8_layers(load_trained(checkpoint, options_as_trained(checkpoint, {"load_in_fp8": False})))
 
 
 def test_a_base_in_4_bits_trains_evaluates_and_resumes(arguments):

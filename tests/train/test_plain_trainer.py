@@ -229,10 +229,12 @@ def test_other_arguments_of_trainer_change_no_loss_beyond_rounding(trainer_of, v
 
 
 @pytest.mark.slow
-def test_a_language_model_in_4_bits_is_trained_and_resumed(trainer_of, collator, train_file, tmp_path):
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize("quantised", ["load_in_4bit", "load_in_fp8"])
+def test_a_quantised_language_model_is_trained_and_resumed(trainer_of, collator, train_file, tmp_path, quantised):
+    if quantised == "load_in_4bit":
+        pytest.importorskip("bitsandbytes")
     audio, text = write_small_bases(tmp_path / "wide", hidden_size=64)
-    options = LoadOptions(load_in_4bit=True, dtype="fp32", device_map="cpu")
+    options = LoadOptions(**{quantised: True}, dtype="fp32", device_map="cpu")
 
     def trainer(**values) -> Trainer:
         torch.manual_seed(0)

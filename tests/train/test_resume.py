@@ -61,6 +61,18 @@ def whole(bases, train_file, tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_base_in_fp8_learns_and_resumes_bit_exactly(arguments, tmp_path):
+    whole = arguments(load_in_fp8=True, output_dir=str(tmp_path / "whole"))
+    assert main(whole) == 0
+    parts = arguments(load_in_fp8=True)
+    assert main(parts, [StopAfter(3)]) == 0
+    assert main(dataclasses.replace(parts, resume_from_checkpoint="latest")) == 0
+    (tensors, state), (other_tensors, other_state) = (outcome(Path(run.output_dir), 6) for run in (whole, parts))
+    assert same_bits(tensors, other_tensors) == [] and state == other_state
+    losses = [line["loss"] for line in read_lines(tmp_path / "whole/metrics.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
 # An epoch has 3 steps: after, at and before its edge.
 @pytest.mark.parametrize(
     ("workers", "stop"),
