@@ -14,9 +14,14 @@ from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 
 def encoded(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Tensor | None:
-    """The encoder's output [encoder frames, d_model] for the pack's audio; None for text alone. Waits for no device."""
+    """The encoder's output [encoder frames, d_model] for the pack's audio; None for text alone. Waits for no device.
+
+    From the feature cache: float16, or float32 of int8.
+    """
     if batch.audio is None:
         return None
+    if batch.audio.row is None:
+        return batch.audio.known_frames
     return model.model.encoded_row(batch.audio.row, batch.audio.layout)
 
 

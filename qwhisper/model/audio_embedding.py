@@ -103,6 +103,7 @@ class AudioEmbedding(PreTrainedModel):
 
         row: see `audio_layout.waveform_row`. It and the indices of mel and encoder lie on the encoder's device.
         """
+        assert layout.mel is not None and layout.encoder is not None
         mel = log_mel(row, layout.mel, self.config.audio_config.num_mel_bins)
         return self._encode(mel, layout.encoder).last_hidden_state
 

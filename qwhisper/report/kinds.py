@@ -304,6 +304,28 @@ class KernelReplaced(Event):
         return f"attention kernel {self.kernel}: {self.what}; {self.case}. Replaced by {self.replaced_by}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FeaturesNotCached(Event):
+    """`--feature_cache` can't be written. The run reads what is there, and encodes other clips in each pass."""
+
+    kind = "features_not_cached"
+    error: Annotated[str, "why they could not be written"]
+
+    def line(self, step: int) -> str:
+        return f"step {step}: no more features are kept in --feature_cache ({self.error}); the run goes on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedFeaturesDamaged(Event):
+    """Records of `--feature_cache` don't have their checksums. The clips were encoded again."""
+
+    kind = "cached_features_damaged"
+    clips: Annotated[list[str], "the clips, by path or by the place where sound was given"]
+
+    def line(self, step: int) -> str:
+        return f"step {step}: {len(self.clips)} damaged records in --feature_cache; these clips were encoded again"
+
+
 # Data and learning.
 
 
@@ -334,6 +356,7 @@ KINDS: tuple[type[Event], ...] = (
     DroppedSamples, NotRepeated, NoDiagnosis, Skipped, Rewind, NoSnapshot,
     GradientSpike, LearningRateChanged, ActivationClampTurned, ActivationsClamped, EncoderOverflow,
     OutOfMemory, NotEvaluated, SaveFailed, WeightsNotFinite, WorkerDied, KernelReplaced,
+    FeaturesNotCached, CachedFeaturesDamaged,
     SampleChanged, AlarmRaised,
 )  # fmt: skip
 

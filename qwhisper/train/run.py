@@ -25,6 +25,7 @@ from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import note, quieten_transformers, say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learned_nothing
+from qwhisper.train.features import open_features
 from qwhisper.train.hf import ConfiguringCallback, tracker_callbacks
 from qwhisper.train.loop import train
 from qwhisper.train.models import build_model
@@ -116,6 +117,7 @@ def prepare_and_go(
                 args, plan, model, processor, dialogues, held_out, state, all_callbacks,
                 resumed=resumed, poll=signals.poll,
             )  # fmt: skip
+            session.features = open_features(args, session.executor, dialogues, signals.poll)
         if resumed:
             put_later_aside(folder, resumed)
         write_config(args, folder, resumed)
@@ -124,7 +126,11 @@ def prepare_and_go(
             return signals.exit_code
         announce(session)
         on_begin(session)
-        return in_events(session, resumed, partial(go, session, resumed, signals))
+        try:
+            return in_events(session, resumed, partial(go, session, resumed, signals))
+        finally:
+            if session.features is not None:
+                session.features.close()
 
 
 def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
@@ -155,7 +161,7 @@ def go(session: Session, resumed: Path | None, signals: StopSignals) -> int:
         try_kernels(session, signals)
     steps = step_samples(
         session.source,
-        session.encoder,
+        session.encoder if session.features is None else session.encoder.with_features(session.features.reader),
         position=state.position,
         num_workers=args.dataloader_num_workers,
         poll=signals.poll,
