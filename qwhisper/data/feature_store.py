@@ -134,8 +134,8 @@ class FeatureFolder:
         return self._entries.get(key)
 
     def refresh(self) -> None:
-        """Read the entries that were added to the index."""
-        with suppress(FileNotFoundError), open(self.folder / INDEX_FILE, "rb") as file:
+        """Read the entries that were added to the index; none if it can't be read."""
+        with suppress(OSError), open(self.folder / INDEX_FILE, "rb") as file:
             file.seek(self._read)
             added = file.read()
             whole = len(added) - len(added) % ENTRY_BYTES

@@ -4,7 +4,7 @@ A clip that the cache lacks is encoded before the step, rounded as it is stored,
 epoch, or a resumed run, reads the same bits. The step itself then sees no waveform and runs no encoder.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwhisper.data.feature_store import EncodedWindow, FeatureWriter, InMemory
 from qwhisper.data.features import CachedClip, FeatureReader, kept
+from qwhisper.data.packing import plan_packs
 from qwhisper.data.rows import Sample, Uncached
 from qwhisper.engine.executor import Executor
 from qwhisper.report.kinds import CachedFeaturesDamaged, Event, FeaturesNotCached, OutOfMemory
@@ -21,7 +22,7 @@ from qwhisper.report.kinds import CachedFeaturesDamaged, Event, FeaturesNotCache
 LARGEST_INT8 = 127
 
 
-@dataclass
+@dataclass(eq=False)
 class _Clip:
     """A clip to encode, and the places in samples that wait for it."""
 
@@ -63,9 +64,9 @@ class FeatureCache:
         if unknown:
             encoded, halvings = self.executor.within_memory(lambda: self._encode(unknown), samples, lambda: None)
             events += [OutOfMemory(tokens=halved.tokens, max_tokens_per_pack=halved.now) for halved in halvings]
-            for clip, rows in zip(unknown, encoded, strict=True):
-                events += self._keep(clip.uncached, rows)
-                clip.give(self._windows(clip, rows))
+            for clip in unknown:
+                events += self._keep(clip.uncached, encoded[clip])
+                clip.give(self._windows(clip, encoded[clip]))
         for sample in samples:
             sample.uncached = []
         return events
@@ -83,33 +84,24 @@ class FeatureCache:
         clip.give(found.windows)
         return True
 
-    def _encode(self, clips: Sequence[_Clip]) -> list[InMemory]:
-        """The features of each clip as they are stored, its windows end to end."""
-        found = []
-        for chunk in self._chunks(clips):
+    def _encode(self, clips: Sequence[_Clip]) -> dict[_Clip, InMemory]:
+        """The features of each clip as they are stored, its windows end to end; those of a pack's samples at once."""
+        of_sample: dict[Sample, list[_Clip]] = {}
+        for clip in clips:
+            of_sample.setdefault(clip.places[0][0], []).append(clip)
+        samples = list(of_sample)
+        found = {}
+        for pack in plan_packs([len(sample.input_ids) for sample in samples], self.executor.max_tokens_per_pack):
             self.executor.before_pack()
+            chunk = [clip for index in pack for clip in of_sample[samples[index]]]
             windows = [window for clip in chunk for window in clip.windows]
             waveforms = torch.from_numpy(np.concatenate(windows))
             frames, lengths = self.executor.model.model.encode_audio(waveforms, [len(window) for window in windows])
             values, scales = rounded(frames, self.reader.found.stored_as)
             ends = np.cumsum([0, *lengths])[np.cumsum([0, *(len(clip.windows) for clip in chunk)])]
-            for first, end in pairwise(ends):
-                found.append(InMemory(values[first:end], None if scales is None else scales[first:end]))
+            for clip, (first, end) in zip(chunk, pairwise(ends), strict=True):
+                found[clip] = InMemory(values[first:end], None if scales is None else scales[first:end])
         return found
-
-    def _chunks(self, clips: Sequence[_Clip]) -> Iterator[list[_Clip]]:
-        """Clips that are encoded together: as much audio as a pack may have."""
-        chunk: list[_Clip] = []
-        tokens = 0
-        for clip in clips:
-            size = self.reader.frames.num_tokens(clip.uncached.num_samples)
-            if chunk and tokens + size > self.executor.max_tokens_per_pack:
-                yield chunk
-                chunk, tokens = [], 0
-            chunk.append(clip)
-            tokens += size
-        if chunk:
-            yield chunk
 
     def _windows(self, clip: _Clip, rows: InMemory) -> list[EncodedWindow]:
         """The features of a clip, window by window."""

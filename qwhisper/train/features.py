@@ -53,7 +53,7 @@ class Survey:
     missing_bytes: int
 
     def __str__(self) -> str:
-        size = f"{gigabytes(self.bytes)} in all"
+        size = f"{in_bytes(self.bytes)} in all"
         if self.looked_at == self.clips:
             return f"{self.present} of {self.clips} clips present, {size}"
         share = self.present / self.looked_at
@@ -147,11 +147,11 @@ def refuse_full_disk(folder: Path, survey: Survey) -> None:
     free = shutil.disk_usage(folder).free
     if survey.missing_bytes > free:
         raise UsageError(
-            f"--feature_cache {folder.parent}: the missing features take {gigabytes(survey.missing_bytes)}, and the "
-            f"disk has {gigabytes(free)} free: make room, give a folder on another disk, or use --feature_cache_dtype "
+            f"--feature_cache {folder.parent}: the missing features take {in_bytes(survey.missing_bytes)}, and the "
+            f"disk has {in_bytes(free)} free: make room, give a folder on another disk, or use --feature_cache_dtype "
             "int8, which takes half"
         )
 
 
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB"
+def in_bytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
