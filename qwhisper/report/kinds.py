@@ -323,7 +323,7 @@ class CachedFeaturesDamaged(Event):
     clips: Annotated[list[str], "the clips, by path or by the place where sound was given"]
 
     def line(self, step: int) -> str:
-        return f"step {step}: {len(self.clips)} damaged records in --feature_cache; these clips were encoded again"
+        return f"step {step}: clips encoded again because --feature_cache is damaged: {len(self.clips)}"
 
 
 # Data and learning.

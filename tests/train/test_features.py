@@ -115,7 +115,7 @@ def test_a_damaged_record_is_found_and_its_clip_encoded_again(cached, counted, t
     assert main(args) == 0
     found = events(args, "cached_features_damaged")
     assert sum(len(event["clips"]) for event in found) == 1 == len(found) and counted["encoder"] == 1
-    assert "1 damaged records in --feature_cache" in capsys.readouterr().out
+    assert "clips encoded again because --feature_cache is damaged: 1" in capsys.readouterr().out
     assert main(sound) == 0
     assert events(sound, "cached_features_damaged") == [] and counted["encoder"] == 1
     assert losses(sound) == losses(args)
