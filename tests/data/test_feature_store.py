@@ -23,7 +23,7 @@ from qwhisper.errors import DiskError, UsageError
 
 WIDTH = 3
 NOTES = ["clip.wav: its channels cancel each other"]
-formats = pytest.mark.parametrize("stored_as", STORED_AS)
+formats = pytest.mark.parametrize("stored_as", ["fp16", pytest.param("int8", marks=pytest.mark.slow)])
 
 
 def features(count: int, stored_as: str = "fp16", seed: int = 0) -> InMemory:

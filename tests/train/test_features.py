@@ -2,25 +2,21 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-import soundfile
 import torch
 
-from qwhisper.data import dialogue_audio
 from qwhisper.data.feature_store import INDEX_FILE, FeatureWriter
 from qwhisper.data.lengths import exact_length
 from qwhisper.errors import UsageError
-from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.train import features
 from qwhisper.train.features import settings_of
 from qwhisper.train.run import main
-from tests.small import small_model, write_dialogues
+from tests.small import small_model
 from tests.test_faults.kill_shim import fail
-from tests.train.helpers import checkpoint_tensors, make_run, read_lines, same_bits
+from tests.train.helpers import checkpoint_tensors, count_calls, make_run, read_lines, same_bits
 from tests.train.test_resume import StopAfter, outcome
 
 STEPS_A_PASS = 3
@@ -35,29 +31,11 @@ def cached(arguments, tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch) -> dict[str, int]:
-    """How often the encoder ran and a clip was decoded."""
-    counts = {"encoder": 0, "decoder": 0}
-    honest = TrueLengthWhisperEncoder.forward, dialogue_audio.load_clip
-
-    def forward(*args, **kwargs):
-        counts["encoder"] += 1
-        return honest[0](*args, **kwargs)
-
-    def load_clip(*args, **kwargs):
-        counts["decoder"] += 1
-        return honest[1](*args, **kwargs)
-
-    monkeypatch.setattr(TrueLengthWhisperEncoder, "forward", forward)
-    monkeypatch.setattr(dialogue_audio, "load_clip", load_clip)
-    return counts
+    return count_calls(monkeypatch)
 
 
 def losses(args) -> list[float]:
     return [line["loss"] for line in read_lines(Path(args.output_dir) / "metrics.jsonl") if "loss" in line]
-
-
-def events(args, kind: str) -> list[dict]:
-    return [event for event in read_lines(Path(args.output_dir) / "events.jsonl") if event["kind"] == kind]
 
 
 def weights(args) -> dict[str, torch.Tensor]:
@@ -102,44 +80,6 @@ def test_resume_is_bit_exact_with_a_cache(cached, tmp_path, stop):
     assert main(dataclasses.replace(parts, resume_from_checkpoint="latest")) == 0
     (tensors, state), (others, other_state) = (outcome(Path(args.output_dir), 6) for args in (whole, parts))
     assert same_bits(tensors, others) == [] and state == other_state
-
-
-def test_a_damaged_record_is_found_and_its_clip_encoded_again(cached, counted, tmp_path, capsys):
-    assert main(cached(max_steps=STEPS_A_PASS, output_dir=str(tmp_path / "first"))) == 0
-    (shard,) = (tmp_path / "cache").glob("*/*.features")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 4
-    shard.write_bytes(content)
-    counted.update(encoder=0, decoder=0)
-    args, sound = (cached(max_steps=STEPS_A_PASS, output_dir=str(tmp_path / name)) for name in ("again", "sound"))
-    assert main(args) == 0
-    found = events(args, "cached_features_damaged")
-    assert sum(len(event["clips"]) for event in found) == 1 == len(found) and counted["encoder"] == 1
-    assert "clips encoded again because --feature_cache is damaged: 1" in capsys.readouterr().out
-    assert main(sound) == 0
-    assert events(sound, "cached_features_damaged") == [] and counted["encoder"] == 1
-    assert losses(sound) == losses(args)
-
-
-@pytest.mark.slow
-def test_a_full_disk_ends_the_caching_and_not_the_run(cached, counted, arguments, tmp_path, monkeypatch, capsys):
-    honest, appended = FeatureWriter.append, []
-
-    def append(*args):
-        appended.append(1)
-        if len(appended) > 3:
-            fail(28)()
-        return honest(*args)
-
-    monkeypatch.setattr(FeatureWriter, "append", append)
-    args = cached()
-    assert main(args) == 0
-    (event,) = events(args, "features_not_cached")
-    assert "No space left on device" in event["error"] and len(appended) == 4
-    assert "no more features are kept" in capsys.readouterr().out
-    plain = arguments(output_dir=str(tmp_path / "plain"))
-    assert main(plain) == 0
-    assert losses(args) == pytest.approx(losses(plain), abs=TOLERANCE["fp16"])
 
 
 @pytest.mark.slow
@@ -245,19 +185,6 @@ def test_the_size_is_that_of_the_data_without_decoding(cached, tmp_path, monkeyp
     assert fewer.looked_at <= 4 and fewer.clips == 24 and str(fewer).startswith("about 0% of 24 clips present")
     assert fewer.bytes == pytest.approx(3 * expected, rel=0.6)
     cache.close()
-
-
-def test_a_clip_that_changes_is_encoded_again(cached, counted, tmp_path):
-    data = write_dialogues(tmp_path / "data", 4)
-    values = {"train_file": str(data), "max_steps": 1}
-    assert main(cached(output_dir=str(tmp_path / "first"), **values)) == 0
-    clip = tmp_path / "data" / "clip2.wav"
-    sound, rate = soundfile.read(clip, dtype="float32")
-    soundfile.write(clip, -sound, rate)
-    os.utime(clip, (0, 0))
-    counted.update(encoder=0, decoder=0)
-    assert main(cached(**values)) == 0
-    assert counted == {"encoder": 1, "decoder": 1}
 
 
 @pytest.mark.slow
