@@ -37,6 +37,10 @@ class MemoryLimitError(QwhisperError):
     exit_code = 4
 
 
+class ExecutionError(QwhisperError):
+    """A pack can't be compiled or recorded as a CUDA graph; it may run plain."""
+
+
 class NumericalError(QwhisperError):
     """The numbers are wrong, and the run must not continue."""
 

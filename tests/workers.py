@@ -79,8 +79,8 @@ def stops_in_an_answer_at_1(n: int) -> bytes:
     """Half of its answer is never sent."""
     if n:
 
-        def send(channel, message):
-            channel.sendall(worker.LENGTH.pack(len(message)) + message[:1000])
+        def send(channel, parts):
+            channel.sendall(worker.LENGTH.pack(1) + worker.LENGTH.pack(len(parts[0])) + parts[0][:1000])
             signal.pause()
 
         worker.send = send

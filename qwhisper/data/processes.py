@@ -6,7 +6,6 @@ for ever. Here each worker has its own socket, which no other process can write 
 """
 
 import os
-import pickle
 import queue
 import signal
 import socket
@@ -127,8 +126,8 @@ class Worker:
     """One process. A thread writes its tasks, so that sending a large one does not block the caller."""
 
     def __init__(self, pickled_work: bytes):
-        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._messages.put(pickled_work)
+        self._messages: queue.SimpleQueue[Sequence[bytes | memoryview] | None] = queue.SimpleQueue()
+        self._messages.put([pickled_work])
         try:
             self.channel, its_end = socket.socketpair()
             with its_end, ExitStack() as failed:
@@ -146,7 +145,7 @@ class Worker:
 
     def give(self, task: Any) -> None:
         """Queue a task; never blocks."""
-        self._messages.put(pickle.dumps(task, pickle.HIGHEST_PROTOCOL))
+        self._messages.put(worker.to_message(task))
 
     def answer(self, poll: Poll = nothing) -> Any:
         """The oldest result that was not taken yet. Raises WorkerDied, and what the work and `poll` raise."""
@@ -161,7 +160,7 @@ class Worker:
             message = worker.receive(self.channel, waited)
         except (EOFError, OSError):
             raise WorkerDied(self._how_it_ended(poll)) from None
-        result, error = pickle.loads(message)
+        result, error = worker.from_message(message)
         if error is not None:
             raise error
         return result

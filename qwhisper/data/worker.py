@@ -4,8 +4,9 @@ A worker is a fresh interpreter that imports this module. It is not forked, sinc
 stay locked; and `multiprocessing` doesn't start it, which would import the user's script again. This module and what it
 imports load neither torch nor transformers: eight workers with Qwen3's tokenizer start in 1.4 s on 16 cores [measured].
 
-Each message is a length and a pickle. The first one is the work, a callable; each further one is a task, which is
-answered with a pair: the result, and the exception that was raised instead.
+The first message is the work, a callable; each further one is a task, which is answered with a pair: the result, and
+the exception that was raised instead. A message is a pickle and, behind it, the memory of its large arrays: they are
+sent from where they are and received where they stay, without a copy on either side.
 """
 
 import os
@@ -16,13 +17,14 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 ENTRY = "import sys; sys.path[:] = sys.argv[2:]; from qwhisper.data.worker import main; main(int(sys.argv[1]))"
 POLL_SECONDS = 0.5  # between two polls in a wait
 LENGTH = struct.Struct("!Q")
+LARGE = 2**14  # bytes of an array that is sent apart from the pickle
 # Each process has its share of the work; a pool of threads in each costs time and memory and computes nothing.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 # Ctrl-C and a closed terminal signal all processes of a run; the trainer decides.
@@ -36,17 +38,39 @@ def command(descriptor: int) -> list[str]:
     return [sys.executable, "-c", ENTRY, str(descriptor), *places]
 
 
-def send(channel: socket.socket, message: bytes) -> None:
-    channel.sendall(LENGTH.pack(len(message)))
-    channel.sendall(message)
+def to_message(value: Any) -> list[bytes | memoryview]:
+    """The parts of a message: the pickle, and the memory of large arrays in it."""
+    apart: list[memoryview] = []
+
+    def stays_in_pickle(buffer: pickle.PickleBuffer) -> bool:
+        memory = buffer.raw()
+        if memory.nbytes >= LARGE:
+            apart.append(memory)
+        return memory.nbytes < LARGE
+
+    pickled = pickle.dumps(value, pickle.HIGHEST_PROTOCOL, buffer_callback=stays_in_pickle)
+    return [pickled, *apart]
 
 
-def receive(channel: socket.socket, poll: Callable[[], None] | None = None) -> bytearray:
-    """The next message. `poll` is called every POLL_SECONDS of a wait, also in the middle of a message; what it raises
-    ends the wait. Raises EOFError if the other process has closed its end.
+def from_message(parts: Sequence[bytearray]) -> Any:
+    """The value; its large arrays lie in the memory of the parts."""
+    return pickle.loads(parts[0], buffers=parts[1:])
+
+
+def send(channel: socket.socket, parts: Sequence[bytes | memoryview]) -> None:
+    """Send the number of parts, the length of each, and the parts."""
+    channel.sendall(b"".join(map(LENGTH.pack, (len(parts), *(len(part) for part in parts)))))
+    for part in parts:
+        channel.sendall(part)
+
+
+def receive(channel: socket.socket, poll: Callable[[], None] | None = None) -> list[bytearray]:
+    """The parts of the next message. `poll` is called every POLL_SECONDS of a wait, also in the middle of a message;
+    what it raises ends the wait. Raises EOFError if the other process has closed its end.
     """
-    (length,) = LENGTH.unpack(_read(channel, LENGTH.size, poll))
-    return _read(channel, length, poll)
+    (count,) = LENGTH.unpack(_read(channel, LENGTH.size, poll))
+    lengths = LENGTH.iter_unpack(_read(channel, count * LENGTH.size, poll))
+    return [_read(channel, length, poll) for (length,) in lengths]
 
 
 def _read(channel: socket.socket, size: int, poll: Callable[[], None] | None) -> bytearray:
@@ -75,11 +99,11 @@ def main(descriptor: int) -> None:
             message = receive(channel)
             try:
                 if work is None:
-                    work = pickle.loads(message)
+                    work = from_message(message)
                     continue
-                answer = pickle.dumps((work(pickle.loads(message)), None), pickle.HIGHEST_PROTOCOL)
+                answer = to_message((work(from_message(message)), None))
             except Exception as error:
-                answer = pickle.dumps((None, _portable(error)), pickle.HIGHEST_PROTOCOL)
+                answer = to_message((None, _portable(error)))
             send(channel, answer)
 
 

@@ -17,6 +17,8 @@ from qwhisper.frames import FrameArithmetic
 from qwhisper.model.audio_layout import (
     AudioLayout,
     AudioSizes,
+    EncoderLayout,
+    MelLayout,
     audio_layout,
     kept_layout,
     on_device,
@@ -24,6 +26,7 @@ from qwhisper.model.audio_layout import (
     waveform_row,
 )
 from qwhisper.model.loss import IGNORE_INDEX
+from qwhisper.model.segment_blocks import segment_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +75,9 @@ class TextPart:
 
     input_ids: int64 [rows, columns], 0 at placeholders. real: bool [rows, columns], False at the padding of a packed
     row. position_ids: int64 [1, tokens], restarting at 0 in each segment. cu_seq_lens: int32 [segments + 1], borders of
-    the segments; cu_seq_lens_host: the same on the host. Padded rows have None for these three, and attention_mask,
-    int64 [rows, columns]. max_length: tokens of the longest segment, or more.
+    the segments; cu_seq_lens_host: the same on the host; segment_blocks: their table (`model.segment_blocks`). Padded
+    rows have None for these four, and attention_mask, int64 [rows, columns]. max_length: tokens of the longest segment,
+    or more.
 
     positions: int64 [supervised], index of the hidden state that predicts each target, in the flattened rows; one past
     the last for padding. targets: int64 [supervised], -100 for padding. segments: int64 [supervised], the sample of
@@ -86,6 +90,7 @@ class TextPart:
     attention_mask: Tensor | None
     cu_seq_lens: Tensor | None
     cu_seq_lens_host: tuple[int, ...] | None
+    segment_blocks: Tensor | None
     max_length: int
     positions: Tensor
     targets: Tensor
@@ -102,6 +107,7 @@ class TextPart:
             "max_length_q": self.max_length,
             "max_length_k": self.max_length,
             "cu_seq_lens_host": self.cu_seq_lens_host,
+            "segment_blocks": self.segment_blocks,
         }
 
 
@@ -119,6 +125,12 @@ class AudioPart:
     positions: Tensor
     frames: Tensor | None = None
     scales: Tensor | None = None
+
+    @property
+    def unencoded(self) -> tuple[Tensor, MelLayout, EncoderLayout]:
+        """The row, with the indices of mel and encoder. There must be one."""
+        assert self.row is not None and self.layout.mel is not None and self.layout.encoder is not None
+        return self.row, self.layout.mel, self.layout.encoder
 
     @property
     def known_frames(self) -> Tensor | None:
@@ -148,12 +160,16 @@ class Batch:
         return None if self.teacher is None else self.teacher.text.targets != IGNORE_INDEX
 
     def to(self, device: torch.device | str, encoder_device: torch.device | str | None = None) -> "Batch":
-        """A copy on the device, without a wait. encoder_device: the encoder's device, if it is another."""
+        """A copy on the device, without a wait if this one is pinned. encoder_device: the encoder's device, if it is
+        another.
+        """
         moved = on_device(self, device)
         if self.audio is None or self.audio.row is None or encoder_device in (None, device):
             return moved
         audio = on_device(self.audio, encoder_device)
-        positions, groups = self.audio.positions.to(device), self.audio.layout.groups.to(device)
+        positions, groups = (
+            tensor.to(device, non_blocking=True) for tensor in (self.audio.positions, self.audio.layout.groups)
+        )
         return replace(moved, audio=replace(audio, positions=positions, layout=replace(audio.layout, groups=groups)))
 
 
@@ -247,6 +263,7 @@ def _packed(
         attention_mask=None,
         cu_seq_lens=torch.tensor(borders, dtype=torch.int32),
         cu_seq_lens_host=tuple(borders),
+        segment_blocks=segment_blocks(borders),
         max_length=shape.max_length,
         **_supervised(rows, ends, samples, shape, nowhere=shape.tokens),
     )
@@ -279,6 +296,7 @@ def _padded(
         attention_mask=mask.long(),
         cu_seq_lens=None,
         cu_seq_lens_host=None,
+        segment_blocks=None,
         max_length=columns,
         **_supervised(rows, np.arange(len(rows)) * columns, samples, shape, nowhere=ids.size),
     )

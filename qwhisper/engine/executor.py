@@ -7,25 +7,32 @@ rounding.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from qwhisper.data.packing import plan_packs
 from qwhisper.data.rows import Sample
-from qwhisper.engine.batch import Batch, packed_batch, padded_batch
+from qwhisper.engine.batch import Batch, pack_shape, packed_batch, padded_batch
+from qwhisper.engine.capture import MOST_GRAPHS, Graphs
+from qwhisper.engine.compiled import compile_layers, compiled_function, plain_layers, uncompiled
 from qwhisper.engine.forward import PackResult, by_sample, hidden_states_of, likeliest_tokens, run_pack
 from qwhisper.engine.plain import why_plain
+from qwhisper.engine.prefetch import HostBatches
 from qwhisper.engine.reference import compare_with_reference
-from qwhisper.errors import MemoryLimitError
+from qwhisper.engine.regions import Regions
+from qwhisper.engine.shapes import rounded_shape
+from qwhisper.errors import ExecutionError, MemoryLimitError
+from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.memory import is_out_of_memory
 from qwhisper.model.attention import IMPLEMENTATIONS, PACKED_ATTENTION, attention_for, text_attention
-from qwhisper.model.loss import IGNORE_INDEX
+from qwhisper.model.loss import IGNORE_INDEX, capped, of_chunk
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved when memory runs out
 Result = TypeVar("Result")
+Execution = Literal["plain", "compiled", "captured"]
 UNPACKABLE_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
 
 
@@ -67,15 +74,20 @@ class Halved:
 class StepLoss:
     """The loss of a step. loss: sum(token losses) / supervised tokens of the step, fp32 scalar. divergence: from the
     teacher, in nats a taught token, fp32 scalar; None if nothing was taught. halvings: of packs that did not fit.
+    why_plain: why the run is plain from this step on; None if nothing changed.
     """
 
     loss: Tensor
     divergence: Tensor | None = None
     halvings: list[Halved] = field(default_factory=list)
+    why_plain: str | None = None
 
 
 class Executor:
-    """Runs packs on one model. `max_tokens_per_pack` is halved when memory runs out, and is saved with the run."""
+    """Runs packs on one model. `max_tokens_per_pack` is halved when memory runs out, and is saved with the run.
+
+    execution: how packs are trained on; "plain" until `execute` changes it. Evaluations are always plain.
+    """
 
     def __init__(
         self,
@@ -90,11 +102,15 @@ class Executor:
         self.distill_weight = distill_weight
         self.manual_loss = manual_loss  # compare each pack's loss with a plain one
         self.before_pack: Callable[[], None] = lambda: None  # may raise: the step or evaluation is then incomplete
-        self.start_gradients: Callable[[], None] = model.zero_grad  # in a training, GradientBuffers.start
+        self.gradient_buffers: GradientBuffers | None = None  # of a training
+        self.execution: Execution = "plain"
+        self._regions: Regions | None = None
+        self._is_plain = False  # for the time being
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
         self.device = device
         self.max_tokens_per_pack = max_tokens_per_pack or AUTO_TOKENS_PER_PACK.get(self.device.type, 4096)
+        self.host_batches = HostBatches(self.device)
         self.pad_token_id = pad_token_id
         self.half_precision = model.model.language_model.dtype == torch.float16
         self.loss_scale = 1.0  # multiplies the loss before the backward pass; the gradients are divided by it
@@ -104,19 +120,74 @@ class Executor:
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """One pack on the model's device; in training with the row that its teacher reads."""
-        return self._batch(samples, teach=bool(self.distill_weight) and self.model.training)
+        if self.model.training:
+            return self._on_device(self.host_batches.take(samples, self._training_batch))
+        return self._on_device(self._host_batch(samples))
 
-    def _batch(self, samples: Sequence[Sample], *, teach: bool) -> Batch:
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Build the batches of a coming step of a training on the host, but for packs with clips that a feature cache
+        lacks; meant for another thread.
+        """
+        make = self._training_batch if self._regions is None else self._rounded_batch
+        packs = [pack for pack in self.packs(samples) if not any(sample.uncached for sample in pack)]
+        self.host_batches.prepare(packs, make)
+
+    def _training_batch(self, samples: Sequence[Sample]) -> Batch:
+        return self._host_batch(samples, teach=bool(self.distill_weight))
+
+    def _host_batch(self, samples: Sequence[Sample], *, teach: bool = False) -> Batch:
         frames, audio = self.model.config.frames, self.model.config.audio_token_id
         if self.packing:
-            batch = packed_batch(samples, frames, audio, teach=teach)
-        else:
-            batch = padded_batch(samples, frames, audio, self.pad_token_id, teach=teach)
+            return packed_batch(samples, frames, audio, teach=teach)
+        return padded_batch(samples, frames, audio, self.pad_token_id, teach=teach)
+
+    def _on_device(self, batch: Batch) -> Batch:
         return batch.to(self.device, self.model.model.audio_tower.conv1.weight.device)
 
     def why_plain(self) -> str | None:
         """Why a pack has to run plain, see `engine.plain`; None: a CUDA graph would compute the same."""
         return why_plain(self.model, manual_loss=self.manual_loss, packing=self.packing)
+
+    def execute(self, execution: Execution) -> None:
+        """Train on packs in this way from here on. Needs `gradient_buffers`, and `why_plain` to be None, if it is not
+        "plain".
+        """
+        self.execution, self._regions = execution, None
+        plain_layers(self.model)
+        if execution == "plain":
+            return
+        assert self.gradient_buffers is not None
+        compile_layers(self.model)
+        self._regions = Regions(
+            self.model,
+            Graphs(self.device, MOST_GRAPHS if execution == "captured" else 0),
+            distill_weight=self.distill_weight,
+            count=self._count,
+            scale=self._scale,
+            buffers=self.gradient_buffers,
+            chunk=compiled_function(of_chunk),
+        )
+
+    def take_preparation(self) -> tuple[int, float]:
+        """Number of passes that were compiled or recorded since the last call, and the seconds that it took."""
+        return (0, 0.0) if self._regions is None else self._regions.graphs.take_preparation()
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Packs run plain: their kernels are others, and every hook is called."""
+        before, self._is_plain = self._is_plain, True
+        try:
+            with uncompiled(self.model):
+                yield
+        finally:
+            self._is_plain = before
+
+    def _rounded_batch(self, samples: Sequence[Sample]) -> Batch:
+        """One pack on the host, of a shape that occurs again."""
+        frames, teach = self.model.config.frames, bool(self.distill_weight)
+        longest_window = self.model.config.audio_config.max_source_positions
+        shape = rounded_shape(pack_shape(samples, frames, teach=teach), self.max_tokens_per_pack, longest_window)
+        return packed_batch(samples, frames, self.model.config.audio_token_id, teach=teach, shape=shape)
 
     def run_pack(self, batch: Batch) -> PackResult:
         """Forward pass of one pack."""
@@ -132,19 +203,35 @@ class Executor:
         num_supervised: supervised tokens of the whole optimizer step. Raises MemoryLimitError if a pack of one sample
         does not fit, NumericalError if --manual_loss finds another loss.
         """
-        put_generators_back = generators_as_now(self.device)
+        put_generators_back, why_plain = generators_as_now(self.device), None
 
         def start_again() -> None:
-            self.start_gradients()
+            self._start_gradients()
             put_generators_back()
 
-        self.start_gradients()
-        step, halvings = self.within_memory(lambda: self.run_packs(samples, num_supervised), samples, start_again)
+        def run() -> tuple[StepLoss, list[Halved]]:
+            return self.within_memory(lambda: self.run_packs(samples, num_supervised), samples, start_again)
+
+        self._start_gradients()
+        try:
+            step, halvings = run()
+        except ExecutionError as error:
+            why_plain = str(error)
+        if why_plain is not None:  # outside of the handler, as in `within_memory`
+            self.execute("plain")
+            start_again()
+            step, halvings = run()
         if self.loss_scale != 1.0:
             scaled = [p.grad for p in self.model.parameters() if p.grad is not None]
             if scaled:
                 torch._foreach_mul_(scaled, 1.0 / self.loss_scale)
-        return replace(step, halvings=halvings)
+        return replace(step, halvings=halvings, why_plain=why_plain)
+
+    def _start_gradients(self) -> None:
+        if self.gradient_buffers is None:
+            self.model.zero_grad()
+        else:
+            self.gradient_buffers.start()
 
     @torch.no_grad()
     def evaluate(self, samples: Sequence[Sample]) -> float:
@@ -170,7 +257,7 @@ class Executor:
         total = torch.zeros((), device=self.device)
         for pack in self.packs(samples):
             self.before_pack()
-            batch = self._batch([replace(sample, teacher=sample) for sample in pack], teach=True)
+            batch = self._on_device(self._host_batch([replace(s, teacher=s) for s in pack], teach=True))
             total += run_pack(self.model, batch, distill_weight=1.0).tokens.losses.sum()
         return total
 
@@ -212,14 +299,15 @@ class Executor:
         was_training = self.model.training
         self.model.eval()
         try:
-            yield
+            with self.plainly():
+                yield
         finally:
             self.model.train(was_training)
 
     def within_memory(
         self, attempt: Callable[[], Result], samples: Sequence[Sample], start_again: Callable[[], None]
     ) -> tuple[Result, list[Halved]]:
-        """Call `attempt` until memory suffices; halve the packs after each failure."""
+        """Call `attempt` until memory suffices; halve the packs after each failure, unless graphs held the memory."""
         halvings: list[Halved] = []
         while True:
             try:
@@ -227,8 +315,11 @@ class Executor:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                halvings.append(self._halve(samples, error))
+                if not (self._is_plain and self._regions is not None and self._regions.graphs.passes):
+                    halvings.append(self._halve(samples, error))
             # Outside the handler: its traceback keeps the failed attempt's tensors alive.
+            if self._regions is not None:
+                self._regions.graphs.forget()
             start_again()
             torch.cuda.empty_cache()
 
@@ -256,16 +347,22 @@ class Executor:
     def _run_samples(self, pack: Sequence[Sample], num_supervised: int) -> tuple[Tensor, Tensor | None]:
         """Detached loss and summed divergence from the teacher, in nats; None without a teacher."""
         self.before_pack()
+        if self._regions is not None and not self._is_plain:
+            loss, divergence = self._regions.run(self.host_batches.take(pack, self._rounded_batch))
+            assert loss is not None
+            return loss, divergence
         batch = self.batch(pack)
         result = self.run_pack(batch)
         loss = result.tokens.losses.sum() / self._count
         divergence = None if result.tokens.divergences is None else result.tokens.divergences.sum()
-        last_logits = result.tokens.last_logits
+        logits = None
         if self.manual_loss:
-            last_logits = compare_with_reference(self.model, pack, batch, result, loss, num_supervised)
+            logits = compare_with_reference(self.model, pack, batch, result, loss, num_supervised)
+        elif self.model.keep_last_logits:
+            logits = capped(result.tokens.last_logits.float(), self.model.softcap)
         if self.model.keep_last_logits:
-            self.model.last_logits = last_logits
-        del result, last_logits  # the backward pass needs their memory
+            self.model.last_logits = logits
+        del result, logits  # the backward pass needs their memory
         if loss.requires_grad:
             (loss * self._scale).backward()
         return loss.detach(), divergence

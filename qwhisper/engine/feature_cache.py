@@ -96,7 +96,8 @@ class FeatureCache:
             chunk = [clip for index in pack for clip in of_sample[samples[index]]]
             windows = [window for clip in chunk for window in clip.windows]
             waveforms = torch.from_numpy(np.concatenate(windows))
-            frames, lengths = self.executor.model.model.encode_audio(waveforms, [len(window) for window in windows])
+            with self.executor.plainly():  # of any shape
+                frames, lengths = self.executor.model.model.encode_audio(waveforms, list(map(len, windows)))
             values, scales = rounded(frames, self.reader.found.stored_as)
             ends = np.cumsum([0, *lengths])[np.cumsum([0, *(len(clip.windows) for clip in chunk)])]
             for clip, (first, end) in zip(chunk, pairwise(ends), strict=True):

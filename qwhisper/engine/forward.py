@@ -6,37 +6,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwhisper.engine.batch import Batch
+from qwhisper.engine.batch import Batch, TextPart
 from qwhisper.model.audio_layout import with_zero_row
 from qwhisper.model.lora import adapter_off
-from qwhisper.model.loss import MAX_LOGITS_AT_ONCE, Lesson, TokenLosses, head_logits, token_losses
+from qwhisper.model.loss import (
+    IGNORE_INDEX,
+    MAX_LOGITS_AT_ONCE,
+    Lesson,
+    OfChunk,
+    TokenLosses,
+    head_logits,
+    of_chunk,
+    token_losses,
+)
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 
-def encoded(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Tensor | None:
-    """The encoder's output [encoder frames, d_model] for the pack's audio; None for text alone. Waits for no device.
+def hidden_states_of(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Tensor:
+    """The language model's last hidden states, [rows, columns, hidden]. Waits for no device."""
+    return _hidden_states(model, batch.text, heard(model, batch))
 
-    From the feature cache: float16, or float32 of int8.
+
+@dataclass(frozen=True)
+class Heard:
+    """frames: [encoder frames, d_model], the encoder's output. groups, positions: see `AudioLayout` and `AudioPart`."""
+
+    frames: Tensor
+    groups: Tensor
+    positions: Tensor
+
+
+def heard(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Heard | None:
+    """What the encoder gives for the pack's audio, or what the feature cache has; None for text alone. Waits for no
+    device.
     """
-    if batch.audio is None:
+    audio = batch.audio
+    if audio is None:
         return None
-    if batch.audio.row is None:
-        return batch.audio.known_frames
-    return model.model.encoded_row(batch.audio.row, batch.audio.layout)
+    frames = audio.known_frames
+    if frames is None:
+        frames = model.model.encoded_row(*audio.unencoded)
+    return Heard(frames, audio.layout.groups, audio.positions)
 
 
-def hidden_states_of(model: Qwen3AudioForConditionalGeneration, batch: Batch, frames: Tensor | None = None) -> Tensor:
-    """The language model's last hidden states, [rows, columns, hidden]. Waits for no device.
-
-    frames: the encoder's output, if it is known; see `encoded`.
-    """
-    body, text = model.model, batch.text
-    frames = encoded(model, batch) if frames is None else frames
-    if frames is None or batch.audio is None:
+def _hidden_states(model: Qwen3AudioForConditionalGeneration, text: TextPart, audio: Heard | None) -> Tensor:
+    body = model.model
+    if audio is None:
         embeddings = body.get_input_embeddings()(text.input_ids)
     else:
-        tokens = body.projected(frames, batch.audio.layout.groups)
-        embeddings = body.embed_with_audio(text.input_ids, tokens, batch.audio.positions)
+        tokens = body.projected(audio.frames, audio.groups)
+        embeddings = body.embed_with_audio(text.input_ids, tokens, audio.positions)
     embeddings = torch.where(text.real[..., None], embeddings, 0.0)
     return body(inputs_embeds=embeddings, use_cache=False, **text.keywords()).last_hidden_state
 
@@ -71,16 +90,30 @@ class PackResult:
 
 def run_pack(model: Qwen3AudioForConditionalGeneration, batch: Batch, distill_weight: float) -> PackResult:
     """Forward pass of a pack. distill_weight: weight of the divergence from its teacher, if it has one."""
-    hidden_states, lesson = hidden_states_of(model, batch), None
-    if batch.teacher is not None and batch.taught is not None:
-        states = teacher_states(model, batch.teacher)
-        lesson = Lesson(at(states, batch.teacher.text.positions), batch.taught.to(states.device), distill_weight)
+    return answer(model, batch.text, heard(model, batch), batch.teacher, distill_weight)
+
+
+def answer(
+    model: Qwen3AudioForConditionalGeneration,
+    text: TextPart,
+    audio: Heard | None,
+    teacher: Batch | None,
+    distill_weight: float,
+    chunk: OfChunk = of_chunk,
+) -> PackResult:
+    """What follows the encoder: projector, language model, teacher and losses. chunk: see `token_losses`."""
+    hidden_states, lesson = _hidden_states(model, text, audio), None
+    if teacher is not None:
+        states = teacher_states(model, teacher)
+        taught = (teacher.text.targets != IGNORE_INDEX).to(states.device)
+        lesson = Lesson(at(states, teacher.text.positions), taught, distill_weight)
     tokens = token_losses(
-        at(hidden_states, batch.text.positions),
-        batch.text.targets.to(hidden_states.device),
+        at(hidden_states, text.positions),
+        text.targets.to(hidden_states.device),
         model.lm_head,
         softcap=model.softcap,
         lesson=lesson,
+        chunk=chunk,
     )
     return PackResult(hidden_states, lesson, tokens)
 

@@ -1,5 +1,6 @@
 """The attention kernels of a model: tested before a run, reported and replaced if they are wrong."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from qwhisper.engine.preflight import Attention, Fault, Kernel, Layout, first_fa
 from qwhisper.errors import NumericalError
 from qwhisper.model import attention as kernels
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
+from qwhisper.model.segment_blocks import segment_blocks
 
 
 @dataclass(frozen=True)
@@ -84,24 +86,25 @@ def implementation_of(attention: Attention, model: Qwen3AudioForConditionalGener
 def kernels_in_use(attention: Attention, implementation: str) -> Iterator[tuple[str, Kernel, bool]]:
     """(name, kernel, whether it is for packed rows) of one of our implementations."""
     query = torch.empty(0, attention.head_dim, dtype=attention.dtype, device=attention.device)
-    yield (name := kernels.packed_kernel(implementation, query)), _packed(name), True
+    yield (name := kernels.packed_kernel(implementation, query, has_blocks=True)), _packed(name), True
     if attention.owner != "encoder":  # its windows are always packed
         yield (name := kernels.IMPLEMENTATIONS[implementation].padded), _padded(name), False
 
 
 def _packed(name: str) -> Kernel:
     def kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, attention: Attention) -> Tensor:
-        borders = torch.tensor([0, *layout.lengths]).cumsum(0).to(attention.device, torch.int32)
+        borders = [0, *itertools.accumulate(layout.lengths)]
         out = kernels.PACKED_KERNELS[name](
             query,
             key,
             value,
-            borders,
+            torch.tensor(borders, dtype=torch.int32, device=attention.device),
             max(layout.lengths),
             scale=attention.scale,
             causal=attention.causal,
             window=attention.window,
             dropout=0.0,
+            segment_blocks=segment_blocks(borders).to(attention.device),
         )
         return out[None]
 

@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks_of_all
 from qwhisper.engine.kernels import attentions, implementation_of, part_of
 from qwhisper.guards.clamp import ActivationClamp
 from qwhisper.guards.gradient_buffers import attach_view
-from qwhisper.model.attention import packed_kernel
+from qwhisper.model.attention import IMPLEMENTATIONS, encoder_attention, packed_kernel
 from qwhisper.model.half_precision import OverflowClamp
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
@@ -62,12 +62,14 @@ def _devices(modules: Iterable[nn.Module]) -> list[str]:
 
 
 def _kernel_reason(model: Qwen3AudioForConditionalGeneration) -> str | None:
+    if encoder_attention(model.config.audio_config) not in IMPLEMENTATIONS:
+        return "the encoder's eager attention needs the lengths of the windows on the host"
     for attention in attentions(model):
         config = part_of(attention, model).config
         query = torch.empty(0, attention.head_dim, dtype=attention.dtype, device=attention.device)
         dropout = getattr(config, "attention_dropout", 0.0) if attention.trained else 0.0
-        kernel = packed_kernel(implementation_of(attention, model), query, dropout)
-        if kernel != "varlen":  # only this one reads the borders of the samples on the device
+        kernel = packed_kernel(implementation_of(attention, model), query, dropout, has_blocks=True)
+        if kernel not in ("segments", "varlen"):  # these read the borders of the samples on the device
             return f"the {attention.owner}'s attention kernel, {kernel}, needs the lengths of the samples on the host"
     return None
 

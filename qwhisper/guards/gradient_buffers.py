@@ -9,6 +9,8 @@ use. 0 + gradient has the bits of the gradient, except that -0 becomes 0.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -61,6 +63,24 @@ class GradientBuffers:
         """Make the parameter's view its `.grad`, unless it has one or its view has been attached in this step."""
         if parameter.grad is None:
             parameter.grad = self._zero.pop(parameter, None)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[nn.Parameter]]:
+        """While a backward pass is recorded, not run: it is to add into the views. Yields a list that receives the
+        parameters that it reaches. Afterwards every `.grad` is as before.
+        """
+        before = {parameter: parameter.grad for parameter in self._views}
+        reached: list[nn.Parameter] = []
+        handles = [p.register_post_accumulate_grad_hook(reached.append) for p in self._views]
+        for parameter, view in self._views.items():
+            parameter.grad = view
+        try:
+            yield reached
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
 
 
 def attach_view(buffers: "weakref.ref[GradientBuffers]", parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Attention implementations for transformers' registry, each a choice of kernels for packed rows and padded batches.
 
 Samples lie end to end in a packed row; `cu_seq_lens_q` marks where each begins and ends, and attention never crosses.
-CUDA uses `torch.nn.attention.varlen`; if that cannot run (CPU, fp32, dropout, heads wider than 256) the same result
+On CUDA a call that brings a table of the segments uses the kernels of `model.segment_attention`, if they can run there;
+another uses `torch.nn.attention.varlen`. If that cannot run (CPU, fp32, dropout, heads wider than 256) the same result
 comes from one SDPA call a segment. A call without `cu_seq_lens_q` (generation, padded batches) is transformers' own
 SDPA, with its mask. A configuration names its implementation, so two models may use different kernels; a kernel that is
 found wrong for one model (`engine.kernels.check_kernels`) is replaced in that model's configurations alone.
@@ -26,7 +27,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qwhisper.model.segment_attention import segment_attention, segments_can_run
+
 PACKED_ATTENTION = "qwhisper_packed"
+PACKED_VARLEN = "qwhisper_packed_varlen"
 PACKED_SDPA = "qwhisper_packed_sdpa"
 PACKED_MATH = "qwhisper_packed_math"
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -124,6 +128,16 @@ def packed_row_mask(hidden_states: Tensor) -> Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=hidden_states.device)
 
 
+def _segments(
+    query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None,
+    segment_blocks=None,
+) -> Tensor:  # fmt: skip
+    """As `_varlen`. segment_blocks: the table of `model.segment_blocks`, which takes the place of the borders."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return segment_attention(query, key, value, segment_blocks, scale, causal, window or 0)[0]
+
+
 def varlen_keywords(num_key_value_groups: int) -> dict:
     """torch 2.11 repeats key heads without being asked; from 2.12 on `enable_gqa` must ask for it."""
     from torch.nn.attention.varlen import varlen_attn
@@ -137,8 +151,9 @@ def _takes_gqa(varlen: Callable) -> bool:
 
 
 def _varlen(
-    query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None
-) -> Tensor:
+    query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None,
+    segment_blocks=None,
+) -> Tensor:  # fmt: skip
     """[1, heads, tokens, head_dim] each, bf16 or fp16 on CUDA, dropout 0. Returns [tokens, heads, head_dim]."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -169,8 +184,9 @@ def _segment_mask(length: int, window: int | None, device) -> Tensor | None:
 
 
 def _sdpa_per_segment(
-    query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None
-) -> Tensor:
+    query, key, value, cu_seq_lens, max_length, *, scale, causal, window, dropout, cu_seq_lens_host=None,
+    segment_blocks=None,
+) -> Tensor:  # fmt: skip
     """The same result as `_varlen`, slower. Without `cu_seq_lens_host` it waits for the device to read the borders."""
     bounds = cu_seq_lens.tolist() if cu_seq_lens_host is None else cu_seq_lens_host
     groups = query.shape[1] // key.shape[1]
@@ -199,6 +215,7 @@ def _sdpa(*args, **kwargs) -> Tensor:
 
 # By kind, a kernel and its fallbacks: the first that runs is used. All of a kind compute the same.
 PACKED_KERNELS = {
+    "segments": _segments,
     "varlen": _varlen,
     "sdpa_per_segment": without_cudnn(_sdpa_per_segment),
     "math_per_segment": math_alone(_sdpa_per_segment),
@@ -214,9 +231,10 @@ class Kernels:
     padded: str
 
 
+PACKED_NAMES = (PACKED_ATTENTION, PACKED_VARLEN, PACKED_SDPA, PACKED_MATH)
 IMPLEMENTATIONS = {
     name + suffix: Kernels(packed, padded)
-    for name, packed in zip((PACKED_ATTENTION, PACKED_SDPA, PACKED_MATH), PACKED_KERNELS, strict=True)
+    for name, packed in zip(PACKED_NAMES, PACKED_KERNELS, strict=True)
     for suffix, padded in zip(("", "_padded_math"), PADDED_KERNELS, strict=True)
 }
 
@@ -239,9 +257,11 @@ def varlen_can_run(query: Tensor, dropout: float) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0 and query.shape[-1] <= 256
 
 
-def packed_kernel(implementation: str, query: Tensor, dropout: float = 0.0) -> str:
-    """Which of PACKED_KERNELS attends over packed rows of such queries."""
+def packed_kernel(implementation: str, query: Tensor, dropout: float = 0.0, *, has_blocks: bool) -> str:
+    """Which of PACKED_KERNELS attends over packed rows of such queries. has_blocks: the call has `segment_blocks`."""
     kernel = IMPLEMENTATIONS[implementation].packed
+    if kernel == "segments" and not (has_blocks and segments_can_run(query, dropout)):
+        kernel = "varlen"
     return "sdpa_per_segment" if kernel == "varlen" and not varlen_can_run(query, dropout) else kernel
 
 
@@ -258,6 +278,7 @@ def packed_attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     cu_seq_lens_host: Sequence[int] | None = None,
+    segment_blocks: Tensor | None = None,
     implementation: str = PACKED_ATTENTION,
     **kwargs,
 ) -> tuple[Tensor, None]:
@@ -265,6 +286,7 @@ def packed_attention_forward(
 
     cu_seq_lens_q: [segments + 1] int32 borders of the segments of a packed row (batch 1); None for an ordinary batch.
     cu_seq_lens_host: the same numbers on the CPU, which save the kernels by segment a wait for the device.
+    segment_blocks: the table of `model.segment_blocks` for these borders, on the device.
     implementation: which of IMPLEMENTATIONS.
     Returns ([batch, tokens, heads, head_dim], None).
     """
@@ -278,7 +300,7 @@ def packed_attention_forward(
         keywords = {"scaling": scaling, "is_causal": is_causal, **kwargs}
         attend = PADDED_KERNELS[IMPLEMENTATIONS[implementation].padded]
         return attend(module, query, key, value, attention_mask, dropout, **keywords), None
-    attend = PACKED_KERNELS[packed_kernel(implementation, query, dropout)]
+    attend = PACKED_KERNELS[packed_kernel(implementation, query, dropout, has_blocks=segment_blocks is not None)]
     out = attend(
         query,
         key,
@@ -290,6 +312,7 @@ def packed_attention_forward(
         window=sliding_window,
         dropout=dropout,
         cu_seq_lens_host=cu_seq_lens_host,
+        segment_blocks=segment_blocks,
     )
     return out[None], None
 

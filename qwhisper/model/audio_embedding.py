@@ -13,8 +13,8 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 
 from qwhisper.frames import encoder_frames
 from qwhisper.model.audio_layout import (
-    AudioLayout,
     EncoderLayout,
+    MelLayout,
     encoder_layout,
     on_device,
     stack_groups,
@@ -98,14 +98,12 @@ class AudioEmbedding(PreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
             return self.audio_tower(mel, layout, return_dict=True, **kwargs)
 
-    def encoded_row(self, row: Tensor, layout: AudioLayout) -> Tensor:
-        """The encoder's output [encoder frames, d_model], on its device, for a row of samples; waits for none.
+    def encoded_row(self, row: Tensor, mel: MelLayout, encoder: EncoderLayout) -> Tensor:
+        """The encoder's output [encoder frames, d_model] for a row of samples. Waits for no device.
 
-        row: see `audio_layout.waveform_row`. It and the indices of mel and encoder lie on the encoder's device.
+        row: see `audio_layout.waveform_row`; mel, encoder: see `AudioLayout`. All lie on the encoder's device.
         """
-        assert layout.mel is not None and layout.encoder is not None
-        mel = log_mel(row, layout.mel, self.config.audio_config.num_mel_bins)
-        return self._encode(mel, layout.encoder).last_hidden_state
+        return self._encode(log_mel(row, mel, self.config.audio_config.num_mel_bins), encoder).last_hidden_state
 
     def projected(self, frames: Tensor, groups: Tensor) -> Tensor:
         """Audio tokens [tokens, hidden_size], in the projector's dtype, of the encoder's output [frames, d_model].

@@ -5,7 +5,7 @@ Log-mel, encoder and projector compute from these tensors without waiting for a 
 All index tensors are int64 unless they say otherwise.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwhisper.frames import CONV_STRIDE, HOP_LENGTH, N_FFT, FrameArithmetic, encoder_frames, mel_frames
+from qwhisper.model.segment_blocks import segment_blocks
 
 MARGIN_HOPS = 2  # of a window in the row, beyond one hop a frame: its last frame reaches 240 samples further
 Layout = TypeVar("Layout")
@@ -60,15 +61,16 @@ class MelLayout:
 class EncoderLayout:
     """mel: [conv slots], the mel frame in each slot; the number of mel frames if it is empty. slots: [encoder
     frames], where each lies behind the convolutions. positions: [encoder frames], within their windows. cu_seq_lens:
-    int32 [windows + 1], borders of the windows; cu_seq_lens_host: the same on the host. max_length: frames of the
-    longest window, or more.
+    int32 [windows + 1], borders of the windows; cu_seq_lens_host: the same on the host, or None. segment_blocks: table
+    of these segments, see `model.segment_blocks`. max_length: frames of the longest window, or more.
     """
 
     mel: Tensor
     slots: Tensor
     positions: Tensor
     cu_seq_lens: Tensor
-    cu_seq_lens_host: tuple[int, ...]
+    cu_seq_lens_host: tuple[int, ...] | None
+    segment_blocks: Tensor
     max_length: int
 
 
@@ -200,6 +202,7 @@ def encoder_layout(mel_lengths: Sequence[int], sizes: AudioSizes | None = None) 
         positions=torch.from_numpy(positions),
         cu_seq_lens=torch.tensor(borders, dtype=torch.int32),
         cu_seq_lens_host=tuple(borders),
+        segment_blocks=segment_blocks(borders),
         max_length=sizes.max_window,
     )
 
@@ -248,12 +251,25 @@ def with_zero_row(rows: Tensor) -> Tensor:
 
 
 def on_device(layout: Layout, device: torch.device | str) -> Layout:
-    """A copy of a dataclass with all of its tensors, also those of dataclasses in it, on the device. Waits for none."""
+    """A copy of a dataclass with all of its tensors, also those of dataclasses in it, on the device.
+
+    Waits for the device only if a tensor on the host is not pinned.
+    """
+    return with_tensors(layout, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def pinned(layout: Layout) -> Layout:
+    """A copy of a dataclass on the host with its tensors in pinned memory, from which copies to a GPU need no wait."""
+    return with_tensors(layout, Tensor.pin_memory)
+
+
+def with_tensors(layout: Layout, change: Callable[[Tensor], Tensor]) -> Layout:
+    """A copy of a dataclass with all of its tensors, also those of dataclasses in it, changed."""
     moved: dict[str, Any] = {}
     for field in fields(layout):  # type: ignore[arg-type]
         value = getattr(layout, field.name)
         if isinstance(value, Tensor):
-            moved[field.name] = value.to(device, non_blocking=True)
+            moved[field.name] = change(value)
         elif is_dataclass(value):
-            moved[field.name] = on_device(value, device)
+            moved[field.name] = with_tensors(value, change)
     return replace(layout, **moved)  # type: ignore[type-var]

@@ -251,7 +251,7 @@ def keep_4bit_layout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 @torch.no_grad()
@@ -259,10 +259,14 @@ def _refuse_other_head(name: str, language_model: PreTrainedModel) -> None:
     """Refuse models that scale their logits: the loss applies the head directly and would be silently wrong."""
     language_model.eval()
     ids = torch.arange(4, device=device_of(language_model.get_input_embeddings()))[None]
-    hidden_states = language_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    passed: list[torch.Tensor] = []  # the head's input, of the same pass: a pass reads all weights
+    hook = language_model.base_model.register_forward_hook(lambda _, inputs, output: passed.append(output[0]))
+    try:
+        theirs = language_model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
     softcap = getattr(language_model.config, "final_logit_softcapping", None)
-    ours = head_logits(hidden_states, language_model.get_output_embeddings(), softcap)
-    theirs = language_model(input_ids=ids, use_cache=False).logits.float()
+    ours = head_logits(passed[0], language_model.get_output_embeddings(), softcap)
     if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
         raise UsageError(
             f"--text_model {name}: its logits are more than lm_head(hidden_states), which is not supported"

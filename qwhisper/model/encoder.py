@@ -58,6 +58,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
                 "max_length_q": layout.max_length,
                 "max_length_k": layout.max_length,
                 "cu_seq_lens_host": layout.cu_seq_lens_host,
+                "segment_blocks": layout.segment_blocks,
             }
             hidden_states = self._layers(hidden_states[None], None, **packed)[0]
         return BaseModelOutput(last_hidden_state=self.layer_norm(hidden_states))
@@ -71,6 +72,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 
     def _padded_layers(self, hidden_states: Tensor, layout: EncoderLayout) -> Tensor:
         """hidden_states: [encoder frames, d_model]. Returns the same of the last layer."""
+        assert layout.cu_seq_lens_host is not None
         lengths = torch.tensor(layout.cu_seq_lens_host).diff()
         lengths = lengths[lengths > 0]  # without unused borders
         padded = pad_sequence(hidden_states.split(lengths.tolist()), batch_first=True)

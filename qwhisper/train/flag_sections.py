@@ -342,6 +342,12 @@ class ExecutionFlags:
         "Tokens of a pack: samples end to end in one row, which go through the model at once (auto: as many as memory "
         "allows). It changes speed and memory, not the result; out of memory halves it automatically.",
     )
+    execution: Literal["auto", "plain", "compiled", "captured"] = flag(
+        "auto",
+        "How packs run on a GPU: kernel by kernel (plain), with compiled layers, or with these replayed as CUDA graphs "
+        "(captured; auto: this in a run of 200 steps or more, because compiling takes about a minute). The result is "
+        "the same up to rounding. Where it is not possible, one line says why, and packs run plain.",
+    )
     gradient_checkpointing: bool = flag(
         False, "Recompute the language model's activations in the backward pass: less memory, more time."
     )

@@ -35,6 +35,7 @@ from qwhisper.report.kinds import (
     WorkerDied,
 )
 from qwhisper.report.terminal import say
+from qwhisper.train.execution import choose_execution
 from qwhisper.train.monitor import log_clamped, log_step, log_window, watch
 from qwhisper.train.recovery import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
 from qwhisper.train.session import Session, StepReport, save_checkpoint
@@ -132,6 +133,7 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
     if not (session.snapshots.sound() if session.snapshots.kept else take_snapshot(session)):
         raise NumericalError("a weight or moment is not finite before the first step: start from another checkpoint")
     session.fire("on_train_begin")
+    choose_execution(session)  # callbacks may have added hooks
     if not state.step:
         begin_to_learn(session, signals)
     window: list[StepReport] = []

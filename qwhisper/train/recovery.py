@@ -15,6 +15,7 @@ from qwhisper.guards.diagnose import Finding, bad_weight, diagnose
 from qwhisper.guards.gradients import drop_gradients, step_statistics
 from qwhisper.memory import is_out_of_memory
 from qwhisper.report.kinds import DroppedSamples, NoDiagnosis, NoSnapshot, NotRepeated, OutOfMemory, Rewind
+from qwhisper.train.execution import report_preparation, run_plain
 from qwhisper.train.session import Session
 
 
@@ -36,6 +37,9 @@ def run_samples(session: Session, samples: list[Sample], count: int) -> tuple[St
         found = session.executor.forward_backward(samples, count) if samples else StepLoss(torch.zeros(()))
         for halved in found.halvings:
             session.report(OutOfMemory(tokens=halved.tokens, max_tokens_per_pack=halved.now))
+        if found.why_plain is not None:
+            run_plain(session, found.why_plain)
+        report_preparation(session)
         drop_gradients(
             {name: parameters for name, parameters in session.groups.items() if name in session.frozen_groups}
         )
@@ -53,23 +57,26 @@ def drop_bad_samples(
 ) -> tuple[list[Sample], StepStatistics]:
     """Run a step that was not finite again and leave the gradients of its finite samples.
 
-    Each pack runs again; a pack that is still not finite runs sample by sample. The samples kept are weighted by their
-    tokens, as if the bad samples had never been there. Returns the samples kept and their statistics; without any,
-    `failed`. This path may wait for the device.
+    Each pack runs again, plain; a pack that is still not finite runs sample by sample. The samples kept are weighted by
+    their tokens, as if the bad samples had never been there. Returns the samples kept and their statistics; without
+    any, `failed`. This path may wait for the device.
     """
     count, packs = num_supervised(samples), session.executor.packs(samples)
     kept, dropped, total, finding = [], [], GradientSum(session), None
     drop_gradients(session.groups)
-    for pack in packs:
-        if len(packs) > 1 and not total.add(pack, count).not_finite:
-            kept += pack
-            continue
-        finding = finding or find_cause(session, pack, count)
-        for sample in pack:
-            if bad := total.add_one(sample, count):
-                dropped.append((sample, bad))
-            else:
-                kept.append(sample)
+    with session.executor.plainly():
+        for pack in packs:
+            if len(packs) > 1 and not total.add(pack, count).not_finite:
+                kept += pack
+                continue
+            finding = finding or find_cause(session, pack, count)
+            for sample in pack:
+                if bad := total.add_one(sample, count):
+                    dropped.append((sample, bad))
+                else:
+                    kept.append(sample)
+    if not dropped and session.executor.execution != "plain":
+        run_plain(session, "a step was not finite, and finite when it ran plain")
     report_dropped(session, kept, dropped, failed, finding)
     session.executor.model.last_logits = None  # they may come from a sample that is left out
     if not kept:

@@ -4,8 +4,9 @@ All checks that need no model run before one is loaded.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+import pickle
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from transformers import TrainerCallback
 
 from qwhisper.checkpoint.folders import checkpoints
 from qwhisper.data import leakage
+from qwhisper.data.ahead import one_ahead
 from qwhisper.data.dialogue import Dialogue, in_words, read_dialogues, unused_notes
-from qwhisper.data.loader import step_samples
+from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.light_tokenizer import dumps
+from qwhisper.data.loader import StepSamples, step_samples
+from qwhisper.data.processes import Poll
 from qwhisper.engine.kernels import check_kernels
 from qwhisper.errors import MemoryLimitError, first_line
 from qwhisper.locks import run_lock
@@ -156,24 +161,40 @@ def say_stopped(folder: Path, resumed: Path | None, step: int) -> None:
 
 
 def go(session: Session, resumed: Path | None, signals: StopSignals) -> int:
-    args, state = session.args, session.state
     with suppress(Stopped):  # after a signal `train` ends before its first step
         try_kernels(session, signals)
-    steps = step_samples(
-        session.source,
-        session.encoder if session.features is None else session.encoder.with_features(session.features.reader),
-        position=state.position,
-        num_workers=args.dataloader_num_workers,
-        poll=signals.poll,
-    )
-    with closing(steps):
+    with reading(session, signals.poll) as steps:
         code = train(session, steps, signals)
     if code:
-        say_stopped(session.log.folder, resumed, state.step)
+        say_stopped(session.log.folder, resumed, session.state.step)
     else:
         refuse_to_have_learned_nothing(session)
         say(closing_line(session))
     return code
+
+
+def reading(session: Session, poll: Poll) -> AbstractContextManager[Iterator[StepSamples]]:
+    """A context that gives the samples of each step. With data workers, a thread takes them from the workers and builds
+    their batches, one step ahead.
+    """
+
+    def steps(encoder: DialogueEncoder, poll: Poll) -> Generator[StepSamples]:
+        workers = session.args.dataloader_num_workers
+        return step_samples(session.source, encoder, position=session.state.position, num_workers=workers, poll=poll)
+
+    def prepared(poll: Poll) -> Generator[StepSamples]:
+        with closing(steps(own, poll)) as unprepared:
+            for step in unprepared:
+                session.executor.prepare(step.samples)
+                yield step
+
+    encoder = session.encoder
+    if session.features is not None:
+        encoder = encoder.with_features(session.features.reader)
+    if not session.args.dataloader_num_workers:
+        return closing(steps(encoder, poll))
+    own = pickle.loads(dumps(encoder))  # two threads must not use one tokenizer
+    return one_ahead(prepared, poll)
 
 
 def set_up_torch(args: TrainArguments) -> None:

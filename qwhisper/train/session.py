@@ -170,7 +170,7 @@ def build_session(
         distill_weight=args.distill_weight,
         manual_loss=args.manual_loss,
     )
-    executor.start_gradients = gradient_buffers.start
+    executor.gradient_buffers = gradient_buffers
     hooks = Hooks(
         callbacks,
         hf_arguments(args, plan),

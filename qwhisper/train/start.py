@@ -130,12 +130,16 @@ def state_at_start(args: TrainArguments, plan: Plan, dialogues: Sequence[Dialogu
 
 
 def adopt_changes(args: TrainArguments, resumed: Path, state: TrainState, train_file_sha256: str) -> None:
-    """Print what has changed since the checkpoint. A changed --max_tokens_per_pack replaces the run's current one."""
+    """Print what has changed since the checkpoint. A changed --max_tokens_per_pack or --execution replaces the run's
+    current one.
+    """
     changed = changed_arguments(args, resumed)
     if state.train_file_sha256 != train_file_sha256 or changed.keys() & DECIDE_THE_LOSS:
         state.learning = Learning()  # earlier losses can't be compared with later ones
     if "max_tokens_per_pack" in changed:
         state.max_tokens_per_pack = None
+    if "execution" in changed:
+        state.execution = None
     if changed:
         changes = ", ".join(f"--{name} {now} (was {was})" for name, (was, now) in changed.items())
         note(f"{resumed.name} continues with {changes}")

@@ -33,7 +33,8 @@ class TrainState:
 
     step: optimizer steps done, skipped ones included. position: of the source of dialogues, in the source's own format.
     evaluated: step of the last evaluation. kinds: kinds of question in the training data. saved_with: SHA-256 of the
-    tensor files of the same save, by name; empty in checkpoints that are older than this field.
+    tensor files of the same save, by name; empty in checkpoints that are older than this field. execution: of packs,
+    see `Executor`.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class TrainState:
     bad_samples: int = 0
     supervised_tokens: int = 0
     max_tokens_per_pack: int | None = None
+    execution: str | None = field(default=None, metadata=ADDED_LATER)
     evaluated: int = 0
     best_loss: float | None = None
     best_checkpoint: str | None = None

@@ -91,7 +91,7 @@ def two_packs(device: str, *, teacher: bool = False, reverse: bool = False, drop
         packs.append([with_teacher(samples[0], seed + 5), *samples[1:]] if teacher else samples)
     executor = Executor(model, max_tokens_per_pack=4096, pad_token_id=0, distill_weight=0.6 if teacher else 0.0)
     buffers = GradientBuffers(parameter_groups(model))
-    executor.start_gradients = buffers.start
+    executor.gradient_buffers = buffers
     return TwoPacks(executor, buffers, packs[0], packs[1][::-1] if reverse else packs[1])
 
 

@@ -41,8 +41,8 @@ def plant(monkeypatch, name: str, wrong) -> list:
         calls.append(name)
         return planted(*args, **keywords)
 
-    # varlen runs on CUDA alone; its twin stands in for it.
-    planted = wrong(ladder["sdpa_per_segment" if name == "varlen" else name])
+    # segments and varlen run on CUDA alone; their twin stands in for them.
+    planted = wrong(ladder["sdpa_per_segment" if name in ("segments", "varlen") else name])
     monkeypatch.setitem(ladder, name, kernel)
     return calls
 
@@ -84,6 +84,9 @@ def test_every_kernel_of_the_ladders_is_right_on_this_machine(attention):
         ("sdpa_per_segment", packed_with_nan_gradient, "math_per_segment", "gradient of queries is not finite in"),
         ("sdpa_per_segment", packed_with_large_gradient, "math_per_segment", "gradient of queries is "),
         ("sdpa_per_segment", packed_that_leaks, "math_per_segment", "the result is "),
+        ("segments", packed_with_nan_gradient, "varlen", "gradient of queries is not finite in"),
+        ("segments", packed_with_large_gradient, "varlen", "gradient of queries is "),
+        ("segments", packed_that_leaks, "varlen", "the result is "),
         ("varlen", packed_with_nan_gradient, "sdpa_per_segment", "gradient of queries is not finite in"),
         ("varlen", packed_with_large_gradient, "sdpa_per_segment", "gradient of queries is "),
         ("sdpa", padded_with_nan_gradient, "math", "gradient of queries is not finite in"),
@@ -92,7 +95,8 @@ def test_every_kernel_of_the_ladders_is_right_on_this_machine(attention):
 def test_a_wrong_kernel_is_named_and_replaced(name, wrong, replaced_by, words, monkeypatch):
     model = small_model()
     calls = plant(monkeypatch, name, wrong)
-    monkeypatch.setattr(ladders, "varlen_can_run", lambda query, dropout: name == "varlen")
+    for kernel in ("segments", "varlen"):
+        monkeypatch.setattr(ladders, f"{kernel}_can_run", lambda query, dropout, kernel=kernel: name == kernel)
     (found,) = check_kernels(model, LONGEST)
     assert (found.kernel, found.replaced_by) == (name, replaced_by) and words in found.what
     if wrong in (packed_with_nan_gradient, padded_with_nan_gradient):

@@ -210,10 +210,15 @@ def test_every_implementation_gives_the_same_loss_and_gradients(family):
 
 def test_an_implementation_names_a_kernel_for_each_kind_of_row():
     query = torch.empty(0, 64)
-    chosen = {name: (attention.packed_kernel(name, query), k.padded) for name, k in attention.IMPLEMENTATIONS.items()}
-    assert chosen == {  # varlen does not run here
+    chosen = {
+        name: (attention.packed_kernel(name, query, has_blocks=True), kernels.padded)
+        for name, kernels in attention.IMPLEMENTATIONS.items()
+    }
+    assert chosen == {  # neither segments nor varlen runs here
         "qwhisper_packed": ("sdpa_per_segment", "sdpa"),
         "qwhisper_packed_padded_math": ("sdpa_per_segment", "math"),
+        "qwhisper_packed_varlen": ("sdpa_per_segment", "sdpa"),
+        "qwhisper_packed_varlen_padded_math": ("sdpa_per_segment", "math"),
         "qwhisper_packed_sdpa": ("sdpa_per_segment", "sdpa"),
         "qwhisper_packed_sdpa_padded_math": ("sdpa_per_segment", "math"),
         "qwhisper_packed_math": ("math_per_segment", "sdpa"),
@@ -222,9 +227,10 @@ def test_an_implementation_names_a_kernel_for_each_kind_of_row():
 
 
 def test_a_wrong_kernel_is_followed_by_the_next_of_its_table():
-    kernels = ("varlen", "sdpa_per_segment", "math_per_segment", "sdpa", "math")
+    kernels = ("segments", "varlen", "sdpa_per_segment", "math_per_segment", "sdpa", "math")
     following = [attention.next_kernel(name) for name in kernels]
-    assert following == ["sdpa_per_segment", "math_per_segment", None, "math", None]
+    assert following == ["varlen", "sdpa_per_segment", "math_per_segment", None, "math", None]
+    assert attention.with_kernel("qwhisper_packed_padded_math", "varlen") == "qwhisper_packed_varlen_padded_math"
     assert attention.with_kernel("qwhisper_packed", "sdpa_per_segment") == "qwhisper_packed_sdpa"
     assert attention.with_kernel("qwhisper_packed_sdpa", "math") == "qwhisper_packed_sdpa_padded_math"
     assert (
@@ -232,12 +238,23 @@ def test_a_wrong_kernel_is_followed_by_the_next_of_its_table():
     )
 
 
-def test_packed_rows_on_cuda_prefer_varlen(monkeypatch):
+@pytest.mark.parametrize("has_blocks", [False, True])
+def test_packed_rows_on_cuda_prefer_varlen(has_blocks, monkeypatch):
     monkeypatch.setattr(attention, "varlen_can_run", lambda query, dropout: dropout == 0)
     query = torch.empty(0, 64)
-    assert attention.packed_kernel("qwhisper_packed", query) == "varlen"
-    assert attention.packed_kernel("qwhisper_packed", query, 0.1) == "sdpa_per_segment"
-    assert attention.packed_kernel("qwhisper_packed_sdpa", query) == "sdpa_per_segment"
+    assert attention.packed_kernel("qwhisper_packed", query, has_blocks=has_blocks) == "varlen"
+    assert attention.packed_kernel("qwhisper_packed", query, 0.1, has_blocks=has_blocks) == "sdpa_per_segment"
+    assert attention.packed_kernel("qwhisper_packed_sdpa", query, has_blocks=has_blocks) == "sdpa_per_segment"
+
+
+def test_packed_rows_with_a_table_of_blocks_prefer_the_kernel_that_reads_it(monkeypatch):
+    monkeypatch.setattr(attention, "varlen_can_run", lambda query, dropout: True)
+    monkeypatch.setattr(attention, "segments_can_run", lambda query, dropout: dropout == 0)
+    query = torch.empty(0, 64)
+    assert attention.packed_kernel("qwhisper_packed", query, has_blocks=True) == "segments"
+    assert attention.packed_kernel("qwhisper_packed", query, has_blocks=False) == "varlen"
+    assert attention.packed_kernel("qwhisper_packed", query, 0.1, has_blocks=True) == "varlen"
+    assert attention.packed_kernel("qwhisper_packed_varlen", query, has_blocks=True) == "varlen"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -67,7 +67,9 @@ def test_ready_indices_give_the_tokens_that_waveforms_and_lengths_give(silence, 
     assert len(expected) == sizes.tokens == sum(frames.window_tokens(n) for n in lengths)
     sizes = larger(sizes) if room else sizes
     layout = audio_layout(lengths, frames, sizes)
-    found = model.model.projected(model.model.encoded_row(row_of(windows, sizes), layout), layout.groups)
+    found = model.model.projected(
+        model.model.encoded_row(row_of(windows, sizes), layout.mel, layout.encoder), layout.groups
+    )
     torch.testing.assert_close(found[: len(expected)], expected, atol=1e-5, rtol=1e-5)
     assert len(found) == sizes.tokens
 

@@ -121,14 +121,45 @@ def test_what_stands_at_padding_reaches_no_loss_and_no_gradient(monkeypatch, row
             torch.testing.assert_close(value, wanted)
 
 
-def test_full_logits_exist_for_supervised_positions_alone(monkeypatch):
+@pytest.mark.parametrize("trained", [False, True])
+def test_full_logits_exist_for_supervised_positions_alone(trained):
     hidden_states, labels, head = case(tokens=50)
+    head.requires_grad_(trained)
     labels[:, 2:] = -100
     labels[:, 1] = 3
     shapes = []
-    monkeypatch.setattr(losses, "head_logits", lambda h, *rest: shapes.append(h.shape) or head(h))
+    head.register_forward_hook(lambda module, given, output: shapes.append(output.shape))
     supervised_loss(hidden_states, labels, head)
-    assert shapes == [(3, HIDDEN)]
+    assert shapes == [(3, VOCABULARY)]
+
+
+@pytest.mark.parametrize("rows_at_once", [1000, 4, 1])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("weight", [None, 0.3, 1.0])
+def test_a_frozen_head_gives_the_losses_and_gradients_that_a_trained_one_does(
+    monkeypatch, rows_at_once, softcap, weight
+):
+    """Its gradient is made in the forward pass, without autograd."""
+    monkeypatch.setattr(losses, "MAX_LOGITS_AT_ONCE", 2 * rows_at_once * VOCABULARY)
+    hidden_states, labels, head = case(bias=True)
+    labels[:, 3:5] = 2  # of the targets, some at padding
+    shifted, upstream = labels[:, 1:].flatten(), torch.rand(labels[:, 1:].numel())
+    states = hidden_states[:, :-1].flatten(0, 1).detach().requires_grad_()
+    taught = torch.rand(len(shifted)) < 0.7
+    lesson = None if weight is None else Lesson(torch.randn_like(states), taught, weight)
+
+    def found(trained: bool):
+        head.requires_grad_(trained)
+        tokens = token_losses(states, shifted, head, softcap=softcap, lesson=lesson)
+        (gradient,) = torch.autograd.grad((tokens.losses * upstream).sum(), states)
+        divergences = torch.zeros(()) if tokens.divergences is None else tokens.divergences
+        return tokens.losses.detach(), divergences, gradient
+
+    real = shifted != -100
+    for mine, other in zip(found(False), found(True), strict=True):
+        if mine.dim() and weight is not None:  # a teacher at padding counts nowhere
+            mine, other = mine[real], other[real]
+        torch.testing.assert_close(mine, other, atol=2e-6, rtol=2e-5)
 
 
 def lesson_for(labels, weight):

@@ -96,6 +96,14 @@ EXAMPLES: list[tuple[Event, str | None]] = [
         kinds.CachedFeaturesDamaged(clips=["a.wav"]),
         "step 7: clips encoded again because --feature_cache is damaged: 1",
     ),
+    (kinds.Executes(execution="plain", why=None), None),
+    (kinds.Executes(execution="plain", why="no compiler"), "packs run plain: no compiler"),
+    (
+        kinds.Executes(execution="captured", why=None),
+        "encoder and language model are compiled in the first steps, which takes about a minute",
+    ),
+    (kinds.Prepared(passes=2, seconds=31.25), "step 8: prepared 2 passes in 31.2 s"),
+    (kinds.Prepared(passes=1, seconds=0.5), None),
     (kinds.SampleChanged(samples=["a"], what=["left out 1 message"]), None),
     (kinds.AlarmRaised(alarm="loss_zero", about="", message="the loss is 0"), "warning: the loss is 0"),
 ]

@@ -51,7 +51,7 @@ def test_a_resume_names_its_checkpoint_first():
 
 
 def test_only_the_course_of_a_run_is_no_act_of_a_guard():
-    assert {"begin", "resumed", "end", "output_lost"} == COURSE
+    assert {"begin", "resumed", "end", "output_lost", "executes", "prepared"} == COURSE
 
 
 def test_a_record_that_is_not_declared_is_found(tmp_path):

@@ -64,7 +64,7 @@ def test_buffers_train_as_fresh_gradients_do_to_the_last_bit(arguments, tmp_path
             arguments(**SAME_BITS | values, max_tokens_per_pack="120", output_dir=str(tmp_path / name))
         )
         if name == "fresh":
-            run.executor.start_gradients = run.executor.model.zero_grad
+            run.executor.gradient_buffers = None
         assert len(run.executor.packs(samples[:4])) > 1
         losses = []
         for index in range(6):
@@ -86,7 +86,7 @@ def test_without_its_bad_sample_a_step_has_the_sum_of_the_others_fresh_gradients
     run, samples = make_run(arguments(**SAME_BITS, dtype="fp32"))
     samples, bad = samples[:6], samples[3]
     run.executor.max_tokens_per_pack = 2 * max(len(sample.input_ids) for sample in samples)
-    run.executor.start_gradients, count = run.executor.model.zero_grad, num_supervised(samples)
+    run.executor.gradient_buffers, count = None, num_supervised(samples)
     parts = [pack for pack in run.executor.packs(samples) if bad not in pack]
     parts += [[sample] for pack in run.executor.packs(samples) if bad in pack for sample in pack if sample is not bad]
     expected: dict[str, torch.Tensor] = {}
@@ -95,7 +95,7 @@ def test_without_its_bad_sample_a_step_has_the_sum_of_the_others_fresh_gradients
         for name, gradient in gradients(run).items():
             expected[name] = expected[name] + gradient if name in expected else gradient
     weight = count / (count - bad.num_supervised)
-    run.executor.start_gradients = run.gradient_buffers.start
+    run.executor.gradient_buffers = run.gradient_buffers
     plant(monkeypatch, loss_times(math.nan), samples={bad.id})
     drop_bad_samples(run, samples, run_samples(run, samples, count)[0])
     assert same_bits({name: gradient * weight for name, gradient in expected.items()}, gradients(run)) == []

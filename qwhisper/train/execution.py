@@ -1,0 +1,39 @@
+"""How the packs of a training run: chosen once its callbacks have begun, and changed if it turns out not to work."""
+
+from typing import get_args
+
+from qwhisper.engine.compiled import why_not_compiled
+from qwhisper.engine.executor import Execution
+from qwhisper.report.kinds import Executes, Prepared
+from qwhisper.train.session import Session
+
+SHORT_RUN = 200  # steps; compiling takes a minute, and saves at least a third of a step's time
+
+
+def choose_execution(session: Session) -> None:
+    """Follow --execution, or what a resumed run did before, if it is possible here."""
+    asked = session.state.execution or session.args.execution
+    wanted: Execution = "captured"
+    if asked in get_args(Execution):
+        wanted = asked  # type: ignore[assignment]
+    elif session.total_steps < SHORT_RUN:
+        wanted = "plain"
+    why = None if wanted == "plain" else session.executor.why_plain() or why_not_compiled()
+    session.executor.execute(wanted if why is None else "plain")
+    session.state.execution = session.executor.execution
+    if asked != "auto" or session.executor.device.type != "cpu":
+        session.report(Executes(execution=session.executor.execution, why=why))
+
+
+def run_plain(session: Session, why: str) -> None:
+    """From here on, in this run and after a resume."""
+    session.executor.execute("plain")
+    session.state.execution = "plain"
+    session.report(Executes(execution="plain", why=why))
+
+
+def report_preparation(session: Session) -> None:
+    """Report passes that were compiled or recorded since the last call."""
+    passes, seconds = session.executor.take_preparation()
+    if passes:
+        session.report(Prepared(passes=passes, seconds=round(seconds, 3)))
