@@ -29,9 +29,8 @@ def encoded_windows(windows: Sequence[np.ndarray | EncodedWindow]) -> list[Encod
 def frames_of(windows: Sequence[EncodedWindow], num_frames: int) -> tuple[Tensor, Tensor | None]:
     """The windows end to end, read from the cache straight into memory that a GPU can copy from without a wait."""
     width, stored_as = windows[0].width, windows[0].stored_as
-    pinned = torch.cuda.is_available()
-    values = torch.empty(num_frames, width, dtype=getattr(torch, STORED_AS[stored_as].name), pin_memory=pinned)
-    scales = None if stored_as == "fp16" else torch.empty(num_frames, dtype=torch.float16, pin_memory=pinned)
+    values = _empty(num_frames, width, dtype=getattr(torch, STORED_AS[stored_as].name))
+    scales = None if stored_as == "fp16" else _empty(num_frames, dtype=torch.float16)
     first = 0
     for window in windows:
         here = slice(first, first + window.num_frames)
@@ -41,3 +40,10 @@ def frames_of(windows: Sequence[EncodedWindow], num_frames: int) -> tuple[Tensor
     if scales is not None:
         scales[first:] = 0
     return values, scales
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+    except RuntimeError:  # the memory that may be pinned is limited
+        return torch.empty(shape, dtype=dtype)

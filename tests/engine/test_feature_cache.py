@@ -39,12 +39,12 @@ def cache_of(model, folder: Path, stored_as: str = "fp16", **values) -> FeatureC
 
 
 def samples_of(model, clips: list[list[int]] = CLIPS, bad=None) -> list[Sample]:
-    """A clip's key is the seed of its noise."""
+    """A clip's key is its length and the seed of its noise."""
     samples = []
     for seed, lengths in enumerate(clips):
         sample = make_sample(model, [3] * len(lengths) + [4], lengths, seed=10 * seed)
         for n, length in enumerate(lengths):  # each of one window
-            key = (10 * seed + n).to_bytes(32, "big")
+            key = repr((length, 10 * seed + n)).encode().ljust(32)
             sample.uncached.append(Uncached(MissingClip(key, bad), f"clip {seed} {n}", n, 1, length, []))
         samples.append(sample)
     return samples
