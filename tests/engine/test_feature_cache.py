@@ -184,3 +184,22 @@ def test_waveforms_and_features_do_not_share_a_pack(model, tmp_path):
     cache_of(model, tmp_path).complete(samples[:1])
     with pytest.raises(ValueError, match="2 of 4 windows are encoded"):
         packed(model, samples)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@formats
+def test_a_step_on_cached_features_waits_for_no_gpu(model, tmp_path, stored_as):
+    model.model.multi_modal_projector.requires_grad_(True)
+    samples = samples_of(model)
+    expected = float(losses(model, samples).sum())
+    cache = cache_of(model.cuda(), tmp_path, stored_as)
+    cache.complete(samples)
+    model.train()
+    cache.executor.forward_backward(samples, 6)  # makes kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step = cache.executor.forward_backward(samples, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(step.loss) == pytest.approx(expected, rel=1e-2)
