@@ -83,8 +83,10 @@ class Graphs:
     @contextmanager
     def _preparing(self) -> Iterator[None]:
         begun = time.perf_counter()
-        yield
-        self._prepared, self._seconds = self._prepared + 1, self._seconds + time.perf_counter() - begun
+        try:
+            yield
+        finally:
+            self._prepared, self._seconds = self._prepared + 1, self._seconds + time.perf_counter() - begun
 
     @property
     def _recorded(self) -> int:

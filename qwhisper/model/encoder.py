@@ -10,12 +10,39 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence, unpad_sequence
 from transformers import WhisperConfig
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperEncoder
 from transformers.utils.output_capturing import capture_outputs
 
-from qwhisper.model.attention import choose_attention, encoder_attention
+from qwhisper.model.attention import IMPLEMENTATIONS, choose_attention, encoder_attention, packed_kernel
 from qwhisper.model.audio_layout import EncoderLayout, with_zero_row
 from qwhisper.model.half_precision import OverflowClamp
+
+
+class UncopiedAttention(WhisperAttention):
+    """Whisper's self-attention; without copies of queries, keys and values if its kernel is "segments".
+
+    transformers scales the queries and copies all three into [heads, frames, head_dim]: with 19,000 frames of the turbo
+    encoder each of these reads and writes 97 MB. That kernel reads them where they lie and scales in fp32. For heads of
+    64 the scale is a power of two, so nothing is rounded differently.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout = self.dropout if self.training else 0.0
+        implementation, has_blocks = self.config._attn_implementation, kwargs.get("segment_blocks") is not None
+        like_queries = hidden_states[..., : self.head_dim]
+        if (
+            implementation not in IMPLEMENTATIONS
+            or packed_kernel(implementation, like_queries, dropout, has_blocks=has_blocks) != "segments"
+        ):
+            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        heads = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        out, _ = attend(self, *heads, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.out_proj(out.reshape(hidden_states.shape)), None
 
 
 class TrueLengthWhisperEncoder(WhisperEncoder):
@@ -30,6 +57,8 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 
     def __init__(self, config: WhisperConfig):
         super().__init__(config)
+        for layer in self.layers:
+            layer.self_attn.__class__ = UncopiedAttention  # the same parameters, drawn once
         self.overflow = OverflowClamp(self)
         choose_attention(self, encoder_attention)
 

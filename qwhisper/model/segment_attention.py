@@ -68,7 +68,7 @@ def tiles(head_dim: int, capability: tuple[int, int]) -> Tiles | None:
 def why_not(head_dim: int, device: int) -> str | None:
     """Why these kernels can't run with heads of this size on a CUDA device; None if they can.
 
-    The first call starts a kernel of one element: this needs Triton, a C compiler and Python's headers. It doesn't wait.
+    The first call starts a kernel of one element, without a wait: this needs Triton, a C compiler and Python's headers.
     """
     return _why_not(head_dim, device)  # a cached function itself is no constant to torch.compile
 

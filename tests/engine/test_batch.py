@@ -15,6 +15,7 @@ from qwhisper.frames import HOP_LENGTH
 from qwhisper.model import loss as losses
 from qwhisper.model.audio_layout import MARGIN_HOPS
 from qwhisper.model.lora import add_lora
+from qwhisper.model.segment_blocks import num_blocks, segment_blocks
 from tests.model.parts import gradients, make_sample, with_teacher
 from tests.small import VOCABULARY, large_weights, small_model
 
@@ -216,6 +217,8 @@ def test_padding_tokens_stand_in_segments_of_at_most_the_longest_and_unused_bord
     lengths = text.cu_seq_lens.diff().tolist()
     assert sum(lengths) == shape.tokens and max(lengths) == exact.max_length == text.max_length
     assert lengths[2:] == [7, 7, 6, 0, 0] and text.cu_seq_lens_host == tuple(text.cu_seq_lens.tolist())
+    table = segment_blocks(text.cu_seq_lens_host)
+    assert torch.equal(text.keywords()["segment_blocks"], table) and len(table) == num_blocks(shape.tokens, 7)
     assert text.targets.tolist()[-2:] == [-100, -100] and text.positions.tolist()[-2:] == [shape.tokens] * 2
     assert text.segments.tolist()[-2:] == [shape.segments] * 2
 

@@ -19,6 +19,7 @@ from qwhisper.model.audio_layout import (
     padding_segments,
     waveform_row,
 )
+from qwhisper.model.segment_blocks import segment_blocks
 from tests.model.parts import noise
 from tests.small import small_model
 
@@ -78,6 +79,9 @@ def test_padding_stands_in_segments_of_its_own_and_unused_borders_repeat_the_end
     layout = encoder_layout([5, 8], AudioSizes(windows=6, mel_frames=20, encoder_frames=14, max_window=4))
     assert layout.cu_seq_lens_host == (0, 3, 7, 11, 14, 14, 14)
     assert layout.cu_seq_lens.tolist() == list(layout.cu_seq_lens_host) and layout.max_length == 4
+    assert (
+        torch.equal(layout.segment_blocks, segment_blocks(layout.cu_seq_lens_host)) and len(layout.segment_blocks) == 6
+    )
     assert layout.slots.unique().numel() == 14 and layout.positions.tolist()[7:] == [0, 1, 2, 3, 0, 1, 2]
     assert len(layout.mel) == 40 and (layout.mel == 20).sum() == 40 - 13  # no padded mel frame is read
 

@@ -7,6 +7,7 @@ from transformers import WhisperForConditionalGeneration
 
 from qwhisper.errors import UsageError
 from qwhisper.frames import encoder_frames
+from qwhisper.model import attention
 from qwhisper.model.attention import PACKED_ATTENTION
 from qwhisper.model.audio_layout import encoder_layout
 from qwhisper.model.bases import load_encoder
@@ -51,6 +52,25 @@ def test_one_nan_window_leaves_its_neighbours_finite():
     assert bad.isnan().all()
     torch.testing.assert_close(before, healthy[:6])
     torch.testing.assert_close(after, healthy[10:])
+
+
+@torch.no_grad()
+def test_a_kernel_that_reads_heads_where_they_lie_gives_the_same_without_copies(monkeypatch):
+    def segments(query, key, value, *args, **keywords):
+        assert keywords["segment_blocks"].tolist() == [[0, 0, 6], [6, 6, 10], [10, 10, 17]]
+        seen.append([x[0].transpose(0, 1).is_contiguous() for x in (query, key, value)])
+        return attention.PACKED_KERNELS["sdpa_per_segment"](query, key, value, *args, **keywords)
+
+    encoder, seen, mel = small_encoder(), [], torch.randn(32, 80)
+    layout = encoder_layout([11, 8, 13])
+    expected = encoder(mel, layout).last_hidden_state
+    monkeypatch.setattr(attention, "segments_can_run", lambda query, dropout: query.shape[-1] == 8)
+    monkeypatch.setitem(attention.PACKED_KERNELS, "segments", segments)
+    torch.testing.assert_close(encoder(mel, layout).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    assert seen == [[True, True, True]] * len(encoder.layers)
+    encoder.set_attn_implementation("eager")
+    encoder(mel, layout)
+    assert len(seen) == len(encoder.layers)
 
 
 def test_a_window_longer_than_the_encoder_is_refused():
