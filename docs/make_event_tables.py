@@ -1,6 +1,6 @@
 """Writes the tables of docs/events.md, between their marks: python docs/make_event_tables.py
 
-They show what qwhisper/report/kinds.py declares.
+They show what qwhisper/report/kinds.py and metrics.py declare.
 """
 
 import re
@@ -11,7 +11,8 @@ from typing import get_args
 
 from marked import table, write_between_marks
 
-from qwhisper.report.kinds import KINDS, METRICS, Begin, Event, Resumed, is_written
+from qwhisper.report.kinds import KINDS, Begin, Event, Resumed, is_written
+from qwhisper.report.metrics import METRICS
 
 PAGE = Path(__file__).parent / "events.md"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from qwhisper.report.kinds import KINDS, METRICS, is_written
+from qwhisper.report.kinds import KINDS, is_written
+from qwhisper.report.metrics import METRICS
 
 BY_NAME = {kind.kind: kind for kind in KINDS}
 NOT_IN_OLD_RUNS = {"begin": {"why_plain"}}  # fields that were added after tests/old_run was written

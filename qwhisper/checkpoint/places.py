@@ -10,7 +10,7 @@ from qwhisper.checkpoint.names import MANIFEST
 from qwhisper.locks import LOCK_FILE
 
 CONFIG_FILE = "config.yaml"
-PATHS = ("train_file", "eval_file", "data_root", "init_from")
+PATHS = ("train_file", "eval_file", "data_root", "init_from", "feature_cache")
 BASES = ("audio_model", "text_model")  # a hub id, or a folder
 # The first line of a config.yaml that a run wrote. A file without it is a user's own, and is never overwritten.
 HEADING = "# Written by qwhisper train. If this folder moves, its new place is the run's output_dir."

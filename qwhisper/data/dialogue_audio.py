@@ -12,6 +12,8 @@ import numpy as np
 
 from qwhisper.data.audio import MAX_SECONDS, TooLongError, claimed_seconds
 from qwhisper.data.clips import AudioClip, load_clip
+from qwhisper.data.feature_store import EncodedWindow
+from qwhisper.data.features import CachedClip, FeatureReader, MissingClip
 from qwhisper.data.windows import clip_windows
 from qwhisper.frames import SAMPLE_RATE, FrameArithmetic
 
@@ -22,12 +24,14 @@ LARGE_FILE = 2**20  # bytes; smaller files are decoded without asking their head
 @dataclass(frozen=True, eq=False)
 class Heard:
     """A clip: its length in samples at 16 kHz, its windows, float32 [samples] each, and notes for the user on how it
-    was read. Without windows it was not decoded, and its length is its header's claim.
+    was read. Without windows it was not decoded, and its length is its header's claim. missing: set if a feature cache
+    does not have it; a clip that it has is not decoded, and its windows are encoded.
     """
 
     num_samples: int
-    windows: list[np.ndarray]
+    windows: Sequence[np.ndarray | EncodedWindow]
     notes: list[str]
+    missing: MissingClip | None = None
 
 
 def claimed_by_headers(clips: Sequence[AudioClip]) -> dict[AudioClip, float]:
@@ -51,21 +55,29 @@ class DialogueAudio:
     """Decodes the clips of a dialogue, once each, for all rows that are made from it.
 
     max_length: tokens of a row; a clip that is longer by itself is not decoded. heard: clips that were decoded before,
-    with the same frames and max_length; not changed.
+    with the same frames and max_length; not changed. features: a cache of encoded clips, with the same frames.
     """
 
     def __init__(
-        self, frames: FrameArithmetic, max_length: int | None = None, heard: Mapping[AudioClip, Heard] | None = None
+        self,
+        frames: FrameArithmetic,
+        max_length: int | None = None,
+        heard: Mapping[AudioClip, Heard] | None = None,
+        features: FeatureReader | None = None,
     ):
         self._frames = frames
         self._max_length = max_length
         self._heard = dict(heard or {})
+        self._features = features
+        self._missing: dict[AudioClip, MissingClip] = {}
 
     def lengths(self, clips: Sequence[AudioClip]) -> list[int]:
         """Samples at 16 kHz of each clip of a row, in their order; decodes clips that were not decoded before.
 
         Raises BadClipError, and TooLongError if the claimed or the true lengths, repetitions counted, exceed the limit.
         """
+        if self._features is not None:
+            self._look_up(self._features, [clip for clip in clips if clip not in self._heard])
         claimed = claimed_by_headers([clip for clip in clips if clip not in self._heard])
         seconds: list[float] = []
         for clip in clips:
@@ -80,6 +92,15 @@ class DialogueAudio:
         """A clip that was given to `lengths` before."""
         return self._heard[clip]
 
+    def _look_up(self, features: FeatureReader, clips: Sequence[AudioClip]) -> None:
+        for clip in clips:
+            if clip not in self._heard and clip not in self._missing:
+                match features.find(clip):
+                    case CachedClip(num_samples, windows, notes):
+                        self._heard[clip] = Heard(num_samples, windows, notes)
+                    case MissingClip() as missing:
+                        self._missing[clip] = missing
+
     def _not_decoded(self, clip: AudioClip, claimed: dict[AudioClip, float]) -> Heard | None:
         if self._max_length is None or clip not in claimed:
             return None
@@ -90,7 +111,10 @@ class DialogueAudio:
         notes: list[str] = []
         waveform = load_clip(clip, at_most_s=at_most_s, notes=notes)
         windows = clip_windows(waveform, self._frames)
-        return Heard(len(waveform), windows, [f"{clip.name}: {note}" for note in notes])
+        missing = self._missing.get(clip)
+        if missing is not None and self._features is not None and self._features.key(clip) != missing.key:
+            missing = MissingClip(None)  # the file has changed since it was hashed
+        return Heard(len(waveform), windows, [f"{clip.name}: {note}" for note in notes], missing)
 
 
 def _is_large(clip: AudioClip) -> bool:

@@ -3,6 +3,7 @@
 `layout` makes a row from the lengths of its clips, `add_audio` adds the audio, and `encode` does both.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,8 @@ import numpy as np
 
 from qwhisper.data.clips import AudioClip
 from qwhisper.data.dialogue import Dialogue, as_messages, in_words, parse_own
-from qwhisper.data.dialogue_audio import DialogueAudio
+from qwhisper.data.dialogue_audio import DialogueAudio, Heard
+from qwhisper.data.features import FeatureReader
 from qwhisper.data.messages import Message
 from qwhisper.data.rows import (
     IGNORE,
@@ -21,6 +23,7 @@ from qwhisper.data.rows import (
     Row,
     RowSource,
     Sample,
+    Uncached,
     cut_row,
     fit_last_exchange,
     join_parts,
@@ -49,7 +52,10 @@ class DialogueEncoder:
     audio_token_id: the placeholder, one per projected audio frame. train_on: "assistant" supervises every answer,
     "last" only the last one, "all" also what users typed; a message whose `learned` is False is never supervised.
     max_length: maximum number of tokens in a row. teach: samples carry the same dialogue in words, for the teacher.
+    features: a cache of encoded clips, for `encode`, `encode_rows` and `add_audio`; None until `with_features`.
     """
+
+    features: FeatureReader | None = None
 
     def __init__(
         self,
@@ -83,7 +89,13 @@ class DialogueEncoder:
 
     def dialogue_audio(self) -> DialogueAudio:
         """A decoder of one dialogue's clips that decodes each once for all rows. Nothing is decoded yet."""
-        return DialogueAudio(self.frames, self.max_length)
+        return DialogueAudio(self.frames, self.max_length, features=self.features)
+
+    def with_features(self, features: FeatureReader) -> "DialogueEncoder":
+        """A copy whose samples have the cached features of their clips. The others are named in `Sample.uncached`."""
+        copied = copy.copy(self)
+        copied.features = features
+        return copied
 
     def encode(self, dialogue: Dialogue | dict, audio: DialogueAudio | None = None) -> Sample:
         """`layout` with its audio. audio: the decoder of this dialogue's clips, if another row has made one."""
@@ -116,6 +128,7 @@ class DialogueEncoder:
             layout.events,
             list(dict.fromkeys(note for clip in heard for note in clip.notes)),
             None if layout.teacher is None else self.add_audio(layout.teacher, audio),
+            _uncached([slot.clip.name for slot in layout.slots], heard),
         )
 
     def layout(self, dialogue: Dialogue | dict, lengths: Lengths) -> Layout:
@@ -283,6 +296,16 @@ def _changed(slots: Sequence[ClipSlot], lengths: Sequence[int]) -> list[str]:
         if length != slot.num_samples
     ]
     return list(dict.fromkeys(sentences))
+
+
+def _uncached(names: Sequence[str], heard: Sequence[Heard]) -> list[Uncached]:
+    """names: of the clips, in the order of `heard`."""
+    found, first = [], 0
+    for name, clip in zip(names, heard, strict=True):
+        if clip.missing is not None:
+            found.append(Uncached(clip.missing, name, first, len(clip.windows), clip.num_samples, clip.notes))
+        first += len(clip.windows)
+    return found
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:

@@ -73,10 +73,10 @@ def pad_samples(samples: Sequence[Sample], pad_token_id: int, padding_side: str 
 
 def _common(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """valid_label_count int64 []; with audio also audio_waveforms float32 [samples], all windows end to end, and
-    audio_lengths int64 [windows].
+    audio_lengths int64 [windows]. Windows that are encoded already are left out.
     """
     common = {"valid_label_count": torch.tensor(sum(sample.num_supervised for sample in samples))}
-    windows = [window for sample in samples for window in sample.windows]
+    windows = [window for sample in samples for window in sample.windows if isinstance(window, np.ndarray)]
     if windows:
         common["audio_waveforms"] = torch.from_numpy(np.concatenate(windows))
         common["audio_lengths"] = torch.tensor([len(window) for window in windows])

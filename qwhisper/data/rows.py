@@ -11,6 +11,8 @@ import numpy as np
 
 from qwhisper.data.clips import AudioClip
 from qwhisper.data.dialogue import Dialogue
+from qwhisper.data.feature_store import EncodedWindow
+from qwhisper.data.features import MissingClip
 from qwhisper.data.messages import Message
 from qwhisper.data.template import Piece
 from qwhisper.errors import BadClipError
@@ -64,26 +66,39 @@ class Layout:
         return sum(slot.num_samples for slot in self.slots)
 
 
+@dataclass(frozen=True, eq=False)
+class Uncached:
+    """A clip of a sample that was not found in the feature cache. first, count: its windows; the rest as in `Heard`."""
+
+    missing: MissingClip
+    name: str
+    first: int
+    count: int
+    num_samples: int
+    notes: list[str]
+
+
 @dataclass(eq=False)
 class Sample:
     """One training row.
 
     input_ids, labels: int64 [tokens], labels unshifted with -100 where nothing is learned. windows: float32 [samples]
-    each, in the order of their placeholders. answer_spans: (start, end) of every supervised answer with the token that
-    ends its turn; the tokens before start are the generation prompt at that turn. events: what was cut or left out.
-    notes: for the user, on how its audio was read. teacher: the same dialogue in words, with the same tokens supervised
-    in the same order, or None.
+    each, or their cached features, in the order of their placeholders. answer_spans: (start, end) of every supervised
+    answer with the token that ends its turn; the tokens before start are the generation prompt at that turn. events:
+    what was cut or left out. notes: for the user, on how its audio was read. teacher: the same dialogue in words, with
+    the same tokens supervised in the same order, or None. uncached: with a feature cache, the clips to encode.
     """
 
     id: str
     source: str
     input_ids: np.ndarray
     labels: np.ndarray
-    windows: list[np.ndarray] = field(default_factory=list)
+    windows: list[np.ndarray | EncodedWindow] = field(default_factory=list)
     answer_spans: list[tuple[int, int]] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     teacher: "Sample | None" = None
+    uncached: list[Uncached] = field(default_factory=list)
 
     @property
     def targets(self) -> np.ndarray:

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from qwhisper.data.rows import Sample
+from qwhisper.engine.encoded_audio import encoded_windows, frames_of, sizes_of
 from qwhisper.frames import FrameArithmetic
 from qwhisper.model.audio_layout import (
     AudioLayout,
     AudioSizes,
+    EncoderLayout,
+    MelLayout,
     audio_layout,
-    audio_sizes,
+    kept_layout,
     on_device,
     padding_segments,
     waveform_row,
@@ -29,7 +32,8 @@ from qwhisper.model.segment_blocks import segment_blocks
 @dataclass(frozen=True, kw_only=True)
 class PackShape:
     """tokens: of all segments; max_length: of the longest. supervised: positions with a loss. windows: 0 for a pack of
-    text alone. max_window: encoder frames of the longest window. teacher: shape of the row that a teacher reads.
+    text alone. max_window: encoder frames of the longest window. With features from the cache mel_frames and max_window
+    are 0, and encoder_frames counts the frames that are kept. teacher: shape of the row that a teacher reads.
     """
 
     tokens: int
@@ -62,7 +66,7 @@ class PackShape:
     @property
     def waveform_samples(self) -> int:
         """Length of the row that holds the windows with their margins."""
-        return self.audio.samples if self.windows else 0
+        return self.audio.samples if self.mel_frames else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +115,29 @@ class TextPart:
 class AudioPart:
     """row: float32 [samples], the windows with their margins, see `audio_layout.waveform_row`. positions: int64 [audio
     tokens], indices of the placeholders in the flattened text rows; one past the last for padding.
+
+    frames: instead of a row, the encoder's output from the feature cache [encoder frames, d_model], zeros for padding;
+    float16, or int8 with scales, float16 [encoder frames].
     """
 
-    row: Tensor
+    row: Tensor | None
     layout: AudioLayout
     positions: Tensor
+    frames: Tensor | None = None
+    scales: Tensor | None = None
+
+    @property
+    def unencoded(self) -> tuple[Tensor, MelLayout, EncoderLayout]:
+        """The row, with the indices of mel and encoder. There must be one."""
+        assert self.row is not None and self.layout.mel is not None and self.layout.encoder is not None
+        return self.row, self.layout.mel, self.layout.encoder
+
+    @property
+    def known_frames(self) -> Tensor | None:
+        """`frames` as the projector reads them; int8 times its scale is exact in float32, on any device."""
+        if self.frames is None or self.scales is None:
+            return self.frames
+        return self.frames.float() * self.scales.float()[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +164,7 @@ class Batch:
         another.
         """
         moved = on_device(self, device)
-        if self.audio is None or encoder_device in (None, device):
+        if self.audio is None or self.audio.row is None or encoder_device in (None, device):
             return moved
         audio = on_device(self.audio, encoder_device)
         positions, groups = (
@@ -160,7 +182,7 @@ def pack_shape(samples: Sequence[Sample], frames: FrameArithmetic, *, teach: boo
     """The exact sizes of a pack of these samples. teach: include the rows of their teachers, if any."""
     supervised = sum(sample.num_supervised for sample in samples)
     teachers = taught_by(samples) if teach else []
-    audio = audio_sizes([len(window) for sample in samples for window in sample.windows], frames)
+    audio = sizes_of([window for sample in samples for window in sample.windows], frames)
     return PackShape(
         tokens=sum(len(sample.input_ids) for sample in samples),
         segments=len(samples),
@@ -321,21 +343,34 @@ def _audio(
     """Raises ValueError if the number of placeholders is not that of the audio tokens."""
     windows = [window for row in rows if row is not None for window in row.windows]
     lengths, sizes = [len(window) for window in windows], shape.audio
-    needed = audio_sizes(lengths, frames)
+    needed = sizes_of(windows, frames)
     if len(placeholders) != needed.tokens:
         raise ValueError(
             f"{len(placeholders)} audio placeholders in {', '.join(row.id for row in rows if row is not None)}, but "
             f"the audio gives {needed.tokens} tokens: encode both for this model, whose configuration has silence, "
             "stack and audio_token_id"
         )
-    if needed.mel_frames > sizes.mel_frames or needed.tokens > sizes.tokens:
+    if (
+        needed.mel_frames > sizes.mel_frames
+        or needed.encoder_frames > sizes.encoder_frames
+        or needed.tokens > sizes.tokens
+    ):
         raise ValueError(f"{needed} does not fit into {sizes}")
     if not sizes.windows:
         return None
     positions = np.full(sizes.tokens, nowhere)
     positions[: len(placeholders)] = placeholders
+    if encoded := encoded_windows(windows):
+        values, scales = frames_of(encoded, sizes.encoder_frames)
+        return AudioPart(
+            row=None,
+            layout=kept_layout(lengths, frames, sizes),
+            positions=torch.from_numpy(positions),
+            frames=values,
+            scales=scales,
+        )
     return AudioPart(
-        row=waveform_row(windows, sizes),
+        row=waveform_row([window for window in windows if isinstance(window, np.ndarray)], sizes),
         layout=audio_layout(lengths, frames, sizes),
         positions=torch.from_numpy(positions),
     )

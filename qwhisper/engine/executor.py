@@ -126,9 +126,12 @@ class Executor:
         return self._on_device(self._host_batch(samples))
 
     def prepare(self, samples: Sequence[Sample]) -> None:
-        """Build the batches of a coming step of a training on the host; meant for another thread."""
+        """Build the batches of a coming step of a training on the host, but for packs with clips that a feature cache
+        lacks; meant for another thread.
+        """
         make = self._training_batch if self._regions is None else self._rounded_batch
-        self.host_batches.prepare(self.packs(samples), make)
+        packs = [pack for pack in self.packs(samples) if not any(sample.uncached for sample in pack)]
+        self.host_batches.prepare(packs, make)
 
     def _training_batch(self, samples: Sequence[Sample]) -> Batch:
         return self._host_batch(samples, teach=bool(self.distill_weight))

@@ -37,11 +37,15 @@ class Heard:
 
 
 def heard(model: Qwen3AudioForConditionalGeneration, batch: Batch) -> Heard | None:
-    """What the encoder gives for the pack's audio; None for text alone. Waits for no device."""
+    """What the encoder gives for the pack's audio, or what the feature cache has; None for text alone. Waits for no
+    device.
+    """
     audio = batch.audio
     if audio is None:
         return None
-    frames = model.model.encoded_row(audio.row, audio.layout.mel, audio.layout.encoder)
+    frames = audio.known_frames
+    if frames is None:
+        frames = model.model.encoded_row(*audio.unencoded)
     return Heard(frames, audio.layout.groups, audio.positions)
 
 

@@ -16,7 +16,7 @@ from qwhisper.engine.forward import Heard, answer
 from qwhisper.errors import ExecutionError, first_line
 from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.memory import is_out_of_memory
-from qwhisper.model.audio_layout import EncoderLayout, MelLayout
+from qwhisper.model.audio_layout import EncoderLayout, MelLayout, on_device
 from qwhisper.model.loss import OfChunk
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
@@ -70,8 +70,11 @@ class Regions:
             with compiling():
                 if batch.audio is None or self.model.model.encoder_is_trained:
                     return self._learn(_whole(batch), batch.shape)
-                self._make_room(batch.shape)
-                self._encode(batch, batch.audio)
+                if batch.audio.row is None:
+                    self._take_features(batch.shape, batch.audio)
+                else:
+                    self._make_room(batch.shape, self.model.model.audio_tower.conv1.weight.dtype)
+                    self._encode(batch, batch.audio)
                 return self._learn(*self._after_encoder(batch, batch.audio))
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -80,15 +83,21 @@ class Regions:
                 raise
             raise ExecutionError(first_line(error)) from error
 
-    def _make_room(self, shape: PackShape) -> None:
+    def _make_room(self, shape: PackShape, dtype: torch.dtype) -> None:
         stack, config = self.model.config.projector_stack, self.model.config.audio_config
         needed = max(shape.encoder_frames, stack * shape.tokens)  # the silences around clips have no tokens
-        if needed > len(self._room):
-            weight = self.model.model.audio_tower.conv1.weight
+        if needed > len(self._room) or dtype != self._room.dtype:
+            device = self.model.model.audio_tower.conv1.weight.device
             self.graphs.forget()  # they read and write the old one
-            self._room = torch.zeros(
-                1 << math.ceil(math.log2(needed)), config.d_model, dtype=weight.dtype, device=weight.device
-            )
+            self._room = torch.zeros(1 << math.ceil(math.log2(needed)), config.d_model, dtype=dtype, device=device)
+
+    def _take_features(self, shape: PackShape, audio: AudioPart) -> None:
+        """Fill the room from the feature cache, as exactly as the cache has it."""
+        device = self.model.model.audio_tower.conv1.weight.device
+        frames = on_device(audio, device).known_frames
+        assert frames is not None
+        self._make_room(shape, frames.dtype)
+        self._fill_room(frames)
 
     def _encode(self, batch: Batch, audio: AudioPart) -> None:
         key = ("encoder", replace(batch.shape.audio, tokens=0))
@@ -97,9 +106,12 @@ class Regions:
 
     def _encode_into_room(self, inputs: EncoderInputs) -> Outputs:
         frames = self.model.model.encoded_row(inputs.row, inputs.mel, inputs.encoder)
+        self._fill_room(frames)
+        return ()
+
+    def _fill_room(self, frames: Tensor) -> None:
         self._room[: len(frames)].copy_(frames)
         self._room[len(frames) :].zero_()
-        return ()
 
     def _after_encoder(self, batch: Batch, audio: AudioPart) -> tuple[LearnerInputs, PackShape]:
         """What does not depend on the number of encoder frames: a missing frame of a group is the row after the room's
@@ -127,7 +139,7 @@ class Regions:
 
 
 def _encoder_inputs(audio: AudioPart) -> EncoderInputs:
-    return EncoderInputs(audio.row, audio.layout.mel, audio.layout.encoder)
+    return EncoderInputs(*audio.unencoded)
 
 
 def _whole(batch: Batch) -> LearnerInputs:
@@ -140,7 +152,7 @@ def _whole(batch: Batch) -> LearnerInputs:
 def _without_host_borders(batch: Batch) -> Batch:
     """No kernel of a graph reads them, and compiled code would be made anew for each."""
     audio = batch.audio
-    if audio is not None:
+    if audio is not None and audio.layout.encoder is not None:
         encoder = replace(audio.layout.encoder, cu_seq_lens_host=None)
         audio = replace(audio, layout=replace(audio.layout, encoder=encoder))
     teacher = batch.teacher and _without_host_borders(batch.teacher)

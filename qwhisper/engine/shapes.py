@@ -46,11 +46,14 @@ def rounded_shape(exact: PackShape, max_tokens: int, longest_window: int) -> Pac
 
 
 def _with_audio(text: PackShape, exact: PackShape, longest_window: int, parts: int) -> PackShape:
+    audio_tokens = _share(AUDIO, exact.audio_tokens, text.tokens)
+    if not exact.mel_frames:  # cached features, whose number no pass depends on
+        return replace(text, audio_tokens=audio_tokens)
     frames = rounded(exact.encoder_frames, parts)
     spare = -(-(frames - exact.encoder_frames) // longest_window)
     return replace(
         text,
-        audio_tokens=_share(AUDIO, exact.audio_tokens, text.tokens),
+        audio_tokens=audio_tokens,
         encoder_frames=frames,
         mel_frames=2 * frames,
         windows=_count(exact.windows + spare, frames, FRAMES_A_WINDOW),

@@ -7,6 +7,7 @@ All index tensors are int64 unless they say otherwise.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,11 +77,12 @@ class EncoderLayout:
 @dataclass(frozen=True)
 class AudioLayout:
     """All indices from a row of samples to audio tokens. groups: [tokens, stack], the encoder frames that the projector
-    joins; a missing frame has the number of encoder frames as its index.
+    joins; a missing frame has the number of encoder frames as its index. mel, encoder: None if the encoder's output is
+    given, see `kept_layout`.
     """
 
-    mel: MelLayout
-    encoder: EncoderLayout
+    mel: MelLayout | None
+    encoder: EncoderLayout | None
     groups: Tensor
 
 
@@ -113,6 +115,25 @@ def audio_layout(lengths: Sequence[int], arithmetic: FrameArithmetic, sizes: Aud
         encoder=encoder_layout(mel, sizes),
         groups=stack_groups(spans, arithmetic.stack, nothing=sizes.encoder_frames, tokens=sizes.tokens),
     )
+
+
+def kept_sizes(lengths: Sequence[int], arithmetic: FrameArithmetic) -> AudioSizes:
+    """Exact sizes of windows whose encoder frames are known: encoder_frames counts those that are kept."""
+    kept = [arithmetic.kept_frames(encoder_frames(mel_frames(n))) for n in lengths]
+    return AudioSizes(
+        windows=len(kept),
+        encoder_frames=sum(part.stop - part.start for part in kept),
+        tokens=sum(arithmetic.window_tokens(n) for n in lengths),
+    )
+
+
+def kept_layout(lengths: Sequence[int], arithmetic: FrameArithmetic, sizes: AudioSizes) -> AudioLayout:
+    """The layout of kept encoder frames, windows end to end. sizes: of `kept_sizes`, or larger."""
+    counts = [kept_sizes([n], arithmetic).encoder_frames for n in lengths]
+    ends = np.cumsum([0, *counts]).tolist()
+    spans = list(pairwise(ends))
+    groups = stack_groups(spans, arithmetic.stack, nothing=sizes.encoder_frames, tokens=sizes.tokens)
+    return AudioLayout(mel=None, encoder=None, groups=groups)
 
 
 @on_the_host

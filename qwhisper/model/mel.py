@@ -14,6 +14,7 @@ from transformers.audio_utils import mel_filter_bank
 from qwhisper.frames import HOP_LENGTH, N_FFT, SAMPLE_RATE, mel_frames
 from qwhisper.model.audio_layout import AudioSizes, MelLayout, mel_layout, on_device, waveform_row
 
+MEL_VERSION = 1  # of the numbers computed here: raise it if they change, cached features depend on them
 FRAMES_AT_ONCE = 30_000  # 5 minutes: the frames and their spectrum then take about 100 MB
 
 

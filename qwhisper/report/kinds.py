@@ -1,4 +1,4 @@
-"""Every kind of event of a run, with its fields and the line that it prints, and the fields of metrics.jsonl.
+"""Every kind of event of a run, with its fields and the line that it prints.
 
 A record of events.jsonl has `time` (seconds since 1970), `kind`, `step` (optimizer steps taken so far), then the fields
 of its kind, in the order of declaration. docs/make_event_tables.py writes docs/events.md from this file.
@@ -307,6 +307,28 @@ class KernelReplaced(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeaturesNotCached(Event):
+    """`--feature_cache` can't be written. The run reads what is there, and encodes other clips in each pass."""
+
+    kind = "features_not_cached"
+    error: Annotated[str, "why they could not be written"]
+
+    def line(self, step: int) -> str:
+        return f"step {step}: no more features are kept in --feature_cache ({self.error}); the run goes on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedFeaturesDamaged(Event):
+    """Records of `--feature_cache` don't have their checksums. The clips were encoded again."""
+
+    kind = "cached_features_damaged"
+    clips: Annotated[list[str], "the clips, by path or by the place where sound was given"]
+
+    def line(self, step: int) -> str:
+        return f"step {step}: clips encoded again because --feature_cache is damaged: {len(self.clips)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Executes(Event):
     """How packs run from here on."""
 
@@ -364,29 +386,6 @@ KINDS: tuple[type[Event], ...] = (
     DroppedSamples, NotRepeated, NoDiagnosis, Skipped, Rewind, NoSnapshot,
     GradientSpike, LearningRateChanged, ActivationClampTurned, ActivationsClamped, EncoderOverflow,
     OutOfMemory, NotEvaluated, SaveFailed, WeightsNotFinite, WorkerDied, KernelReplaced,
+    FeaturesNotCached, CachedFeaturesDamaged,
     Executes, Prepared, SampleChanged, AlarmRaised,
 )  # fmt: skip
-
-# The fields of metrics.jsonl. A record has those that were measured; a number that is not finite is a string
-# ("nan", "inf" or "-inf"). * is a group of weights: lora, projector, encoder.
-METRICS = {
-    "step": "optimizer steps taken",
-    "loss": "loss of the step's samples, nats a supervised token",
-    "divergence": "Kullback-Leibler divergence from the teacher (`--distill_weight`), nats a taught token",
-    "grad_norm": "norm of all gradients together, before clipping",
-    "grad_norm_*": "norm of one group's gradients, before clipping",
-    "grad_norm_mean": "running mean of `grad_norm`",
-    "grad_norm_variance": "running variance of `grad_norm`",
-    "peak_*": "norm / running average, only if the group's norm is above its adaptive bound",
-    "valid_label_count": "supervised tokens of the step",
-    "learning_rate_*": "learning rate of one group",
-    "peak_memory_gib": "largest allocation on the GPU since the start, GiB",
-    "seconds": "wall-clock time of the step, waiting for data included",
-    "eval_loss": "held-out loss, nats a supervised token",
-    "listening_gain": "loss with swapped audio minus loss with the true audio, nats a supervised token",
-    "listening_noise": "standard error of `listening_gain`",
-    "text_shift": "Kullback-Leibler divergence of the answers to text from the base model's, nats a token",
-    "retention": "share of questions of kinds never trained on that are answered right on speech",
-    "retention_questions": "number of those questions",
-    "hearing": "share of questions of trained kinds that are answered right on speech",
-}

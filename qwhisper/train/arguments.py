@@ -128,6 +128,11 @@ class TrainArguments(
                 f"--gradient_checkpointing with --recompute_layers {self.recompute_layers}: the former means all "
                 "layers; drop one"
             )
+        if self.feature_cache and not self.freeze_whisper:
+            raise UsageError(
+                f"--feature_cache {self.feature_cache} with --no_freeze_whisper: the features of a trained encoder "
+                "change with every step; drop one"
+            )
         if self.freeze_projector_steps and not self.use_lora and self.freeze_whisper:
             raise UsageError(
                 f"--freeze_projector_steps {self.freeze_projector_steps} with --no_use_lora: nothing would learn in "
@@ -188,6 +193,8 @@ class TrainArguments(
             found += [(name, "there is no --eval_file") for name in self._changed("per_device_eval_batch_size")]
             if self.eval_steps not in (None, self.save_steps):
                 found.append(("eval_steps", "there is no --eval_file"))
+        if not self.feature_cache:
+            found += [(name, "there is no --feature_cache") for name in self._changed("feature_cache_dtype")]
         if self.max_steps > 0:
             found += [(name, f"--max_steps {self.max_steps} replaces it") for name in self._changed("num_train_epochs")]
         if self.early_lr_steps == 0 and self.early_lr_factor != 1:

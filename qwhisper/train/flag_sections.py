@@ -56,6 +56,16 @@ class DataFlags:
         "never saw speech end at the last frame: without it short clips are recognised less well.",
         at_least=0,
     )
+    feature_cache: str | None = flag(
+        None,
+        "Folder that keeps what the frozen encoder makes of each clip. The first pass over the data fills it; later "
+        "passes and runs decode no audio and run no encoder. One folder serves any number of data sets and encoders.",
+    )
+    feature_cache_dtype: Literal["fp16", "int8"] = flag(
+        "fp16",
+        "Number format in --feature_cache. int8, with a scale for each frame, takes half of the space, and rounds "
+        "more coarsely than bf16 does.",
+    )
     max_bad_fraction: float = flag(
         0.01,
         "Share of clips that may be unreadable, silent or not finite. Such clips are quarantined and named; above this "

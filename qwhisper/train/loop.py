@@ -52,6 +52,9 @@ def train_step(session: Session, fetched: StepSamples) -> StepReport:
     """
     args, guards, samples, frozen = session.args, session.state.guards, fetched.samples, session.frozen_groups
 
+    if session.features is not None:
+        for event in session.features.complete(samples):
+            session.report(event)
     statistics, divergence = run_samples(session, samples, num_supervised(samples))
     if statistics.not_finite and not statistics.broken_weights:
         samples, statistics = drop_bad_samples(session, samples, statistics)

@@ -141,7 +141,7 @@ def diagnose_pack(executor: Executor, pack: list[Sample], count: int) -> Finding
     batch = executor.batch(pack)
     return diagnose(
         executor.model,
-        {} if batch.audio is None else {"audio_waveforms": batch.audio.row},
+        {} if batch.audio is None else {"waveforms": batch.audio.row, "features": batch.audio.known_frames},
         loss_of_batch=lambda: executor.run_pack(batch).tokens.losses.sum() / count,
         loss_scale=executor.loss_scale,
     )

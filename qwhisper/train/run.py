@@ -31,6 +31,7 @@ from qwhisper.report.streams import unfailing_output
 from qwhisper.report.terminal import note, quieten_transformers, say
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.ending import closing_line, in_events, refuse_to_have_learned_nothing
+from qwhisper.train.features import open_features
 from qwhisper.train.fit import fit_to_memory
 from qwhisper.train.hf import ConfiguringCallback, tracker_callbacks
 from qwhisper.train.loop import train
@@ -124,6 +125,7 @@ def prepare_and_go(
                 args, plan, model, processor, dialogues, held_out, state, all_callbacks,
                 resumed=resumed, poll=signals.poll,
             )  # fmt: skip
+            session.features = open_features(args, session.executor, dialogues, signals.poll)
         if resumed:
             put_later_aside(folder, resumed)
         write_config(args, folder, resumed)
@@ -132,7 +134,11 @@ def prepare_and_go(
             return signals.exit_code
         announce(session)
         on_begin(session)
-        return in_events(session, resumed, partial(go, session, resumed, signals))
+        try:
+            return in_events(session, resumed, partial(go, session, resumed, signals))
+        finally:
+            if session.features is not None:
+                session.features.close()
 
 
 def read_data(args: TrainArguments) -> tuple[list[Dialogue], list[Dialogue]]:
@@ -185,9 +191,12 @@ def reading(session: Session, poll: Poll) -> AbstractContextManager[Iterator[Ste
                 session.executor.prepare(step.samples)
                 yield step
 
+    encoder = session.encoder
+    if session.features is not None:
+        encoder = encoder.with_features(session.features.reader)
     if not session.args.dataloader_num_workers:
-        return closing(steps(session.encoder, poll))
-    own = pickle.loads(dumps(session.encoder))  # two threads must not use one tokenizer
+        return closing(steps(encoder, poll))
+    own = pickle.loads(dumps(encoder))  # two threads must not use one tokenizer
     return one_ahead(prepared, poll)
 
 

@@ -19,6 +19,7 @@ from qwhisper.data.processes import Poll, nothing
 from qwhisper.data.source import ShuffledDialogues, Source
 from qwhisper.disk import file_sha256
 from qwhisper.engine.executor import Executor
+from qwhisper.engine.feature_cache import FeatureCache
 from qwhisper.errors import DataError
 from qwhisper.evaluate.forgetting import choose_questions
 from qwhisper.guards.clamp import ActivationClamp, first_q_proj
@@ -71,6 +72,7 @@ class Session:
     held_out: HeldOut
     probe: ListeningProbe | None  # None: the run is too short, or has too few dialogues with audio
     base_checksums: dict[str, int]  # of the weights that must not change
+    features: FeatureCache | None = None  # --feature_cache
 
     @property
     def total_steps(self) -> int:

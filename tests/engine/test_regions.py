@@ -12,6 +12,8 @@ from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.guards.gradients import drop_gradients
 from qwhisper.model.lora import add_lora
 from qwhisper.train.optimizer import parameter_groups
+from tests.engine.test_feature_cache import cache_of
+from tests.engine.test_feature_cache import samples_of as uncached_samples
 from tests.imitated_graphs import ImitatedGraphs
 from tests.model.parts import make_sample, with_teacher
 from tests.small import large_weights, small_model
@@ -64,6 +66,28 @@ def assert_close(found, expected) -> None:
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-6 * float(1 + other.abs().max()), rtol=1e-5)
         assert other.any()
+
+
+@pytest.mark.parametrize("execution", ["compiled", "captured"])
+@pytest.mark.parametrize("stored_as", ["fp16", "int8"])
+def test_cached_features_take_the_place_of_the_pass_of_the_encoder(ready, tmp_path, stored_as, execution):
+    run, buffers = ready(execution=execution)
+    cache = cache_of(run.model, tmp_path, stored_as)
+    cache.executor = run
+    run.model.model.audio_tower.forward, encode = None, run.model.model.audio_tower.forward
+    for clips in ([[800, 5000], [7000], []], [[7000], [800]], [[16_001], [800, 5000], [7000]]):
+        samples = uncached_samples(run.model, clips)
+        run.prepare(samples)
+        run.model.model.audio_tower.forward = encode
+        cache.complete(samples)
+        run.model.model.audio_tower.forward = None
+        found = step(run, buffers, samples)
+        with run.plainly():
+            expected = step(run, buffers, samples)
+        assert_close(found, expected)
+        run.prepare(samples)
+        assert_close(step(run, buffers, samples), expected)
+    assert execution == "compiled" or run._regions.graphs.replays > 0
 
 
 @pytest.mark.parametrize("execution", ["compiled", "captured"])

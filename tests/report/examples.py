@@ -88,6 +88,14 @@ EXAMPLES: list[tuple[Event, str | None]] = [
         ),
         "kernel varlen: the result is 3 roundings off; packed row. Replaced by sdpa",
     ),
+    (
+        kinds.FeaturesNotCached(error="disk full"),
+        "step 7: no more features are kept in --feature_cache (disk full); the run goes on",
+    ),
+    (
+        kinds.CachedFeaturesDamaged(clips=["a.wav"]),
+        "step 7: clips encoded again because --feature_cache is damaged: 1",
+    ),
     (kinds.Executes(execution="plain", why=None), None),
     (kinds.Executes(execution="plain", why="no compiler"), "packs run plain: no compiler"),
     (

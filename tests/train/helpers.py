@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwhisper.data import dialogue_audio
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.loader import StepSamples, encode_all
+from qwhisper.model.encoder import TrueLengthWhisperEncoder
 from qwhisper.train.loop import train_step
 from qwhisper.train.models import build_model
 from qwhisper.train.plan import resolve
@@ -95,3 +97,19 @@ def assert_same(first, second):
     scale = max(float(g.abs().max()) for g in grads.values())
     for name in grads:
         assert float((grads[name] - other_grads[name]).abs().max()) <= TOLERANCE * scale, name
+
+
+def count_calls(monkeypatch) -> dict[str, int]:
+    """How often the encoder runs and a clip is decoded in this process, from now on."""
+    counts = {"encoder": 0, "decoder": 0}
+
+    def counting(name: str, honest):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return honest(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(TrueLengthWhisperEncoder, "forward", counting("encoder", TrueLengthWhisperEncoder.forward))
+    monkeypatch.setattr(dialogue_audio, "load_clip", counting("decoder", dialogue_audio.load_clip))
+    return counts
