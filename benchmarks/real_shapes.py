@@ -11,7 +11,10 @@ stops half-way and resumes from there.
 import argparse
 import json
 import random
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,8 @@ SIZES = {  # hidden, layers, intermediate, heads, key heads, tied embeddings
     "1.7b": (2048, 28, 6144, 16, 8, True),
     "4b": (2560, 36, 9728, 32, 8, True),
     "8b": (4096, 36, 12288, 32, 8, False),
+    "14b": (5120, 40, 17408, 40, 8, False),
+    "32b": (5120, 64, 25600, 64, 8, False),
     "tiny": (64, 2, 128, 4, 2, True),
 }
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
@@ -48,7 +53,10 @@ def save_random(model_class, config, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def make_bases(folder: Path, size: str, tokenizer: Path) -> tuple[Path, Path]:
+def make_bases(folder: Path, size: str, tokenizer: Path, *, quantised: bool = False) -> tuple[Path, Path]:
+    """Folders of an encoder and a language model, made once. quantised: the latter in NF4, which is then smaller than
+    the disk; see write_nf4_base.py.
+    """
     audio, text = folder / ("whisper-tiny" if size == "tiny" else "whisper-turbo"), folder / f"qwen3-{size}"
     if not audio.exists():
         width, layers, heads = (32, 2, 2) if size == "tiny" else (1280, 32, 20)
@@ -58,7 +66,13 @@ def make_bases(folder: Path, size: str, tokenizer: Path) -> tuple[Path, Path]:
         )  # fmt: skip
         save_random(WhisperEncoder, whisper, audio)
         WhisperFeatureExtractor(feature_size=128).save_pretrained(audio)
-    if not text.exists():
+    if quantised:
+        text = text.with_name(f"{text.name}-nf4")
+        if not text.exists():
+            own = ["--size", size, "--tokenizer", tokenizer, "--output_dir", text]
+            script = Path(__file__).with_name("write_nf4_base.py")
+            subprocess.run([sys.executable, script, *map(str, own)], check=True)
+    elif not text.exists():
         hidden, layers, intermediate, heads, key_heads, tied = SIZES[size]
         qwen3 = Qwen3Config(
             vocab_size=151_936, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
@@ -70,24 +84,50 @@ def make_bases(folder: Path, size: str, tokenizer: Path) -> tuple[Path, Path]:
     return audio, text
 
 
-def make_data(folder: Path, count: int) -> Path:
-    """`count` dialogues about noise, with transcripts; durations of a gamma distribution, 9 s on average, 1 to 30 s."""
-    generator, words, words_said = np.random.default_rng(0), random.Random(0), random.Random(1)
-    records = []
-    (folder / "clips").mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        seconds = float(np.clip(generator.gamma(2.2, 4.0), 1.0, 30.0))
-        clip = folder / "clips" / f"{index}.flac"
-        if not clip.exists():
-            noise = 0.1 * generator.standard_normal(int(seconds * 16_000))
-            soundfile.write(clip, np.clip(noise, -1, 1).astype(np.float32), 16_000)
-        question, answer = (" ".join(words.choices(WORDS, k=words.randrange(*span))) for span in ((12, 40), (10, 110)))
-        transcript = " ".join(words_said.choices(WORDS, k=1 + round(WORDS_A_SECOND * seconds)))
-        audio = {"type": "audio", "audio": f"clips/{clip.name}", "transcript": transcript}
-        content = [audio, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        records.append({"id": str(index), "messages": messages})
-    return write_jsonl(folder / f"train-{count}.jsonl", records)
+def make_data(folder: Path, count: int, *, longest_s: float = 30.0, most_turns: int = 1) -> Path:
+    """`count` dialogues about noise, with transcripts: a clip, a question in words and an answer in each turn.
+
+    Durations are of a gamma distribution, 9 s on average, 1 to 30 s; with a larger `longest_s` as many of each
+    duration on a logarithmic scale, from 1 s on. A dialogue has 1 to `most_turns` turns.
+    """
+    usual = longest_s == 30.0 and most_turns == 1
+    clips = folder / ("clips" if usual else f"clips-{longest_s:g}-{most_turns}")
+    durations, words, words_said, turns = np.random.default_rng(0), random.Random(0), random.Random(1), random.Random(2)
+    records: list[dict] = []
+    clips.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        written = []
+        for index in range(count):
+            messages: list[dict] = []
+            for turn in range(turns.randint(1, most_turns)):
+                seconds = _seconds(durations, longest_s)
+                clip = clips / (f"{index}.flac" if turn == 0 else f"{index}-{turn}.flac")
+                if not clip.exists():
+                    written.append(pool.submit(write_noise, clip, seconds, (index, turn)))
+                question, answer = (_sentence(words, *span) for span in ((12, 40), (10, 110)))
+                transcript = " ".join(words_said.choices(WORDS, k=1 + round(WORDS_A_SECOND * seconds)))
+                audio = {"type": "audio", "audio": f"{clips.name}/{clip.name}", "transcript": transcript}
+                content = [audio, {"type": "text", "text": question}]
+                messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+            records.append({"id": str(index), "messages": messages})
+        for done in written:
+            done.result()
+    return write_jsonl(folder / f"train-{clips.name}-{count}.jsonl", records)
+
+
+def write_noise(clip: Path, seconds: float, seed: tuple[int, int]) -> None:
+    noise = 0.1 * np.random.default_rng(seed).standard_normal(int(seconds * 16_000), dtype=np.float32)
+    soundfile.write(clip, np.clip(noise, -1, 1), 16_000)
+
+
+def _seconds(generator: np.random.Generator, longest_s: float) -> float:
+    if longest_s <= 30.0:
+        return float(np.clip(generator.gamma(2.2, 4.0), 1.0, longest_s))
+    return float(np.exp(generator.uniform(0.0, np.log(longest_s))))
+
+
+def _sentence(words: random.Random, fewest: int, most: int) -> str:
+    return " ".join(words.choices(WORDS, k=words.randrange(fewest, most)))
 
 
 def parse() -> argparse.Namespace:
