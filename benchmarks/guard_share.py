@@ -138,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     case = CASES[args.case]
     folder = args.output_dir.resolve()
-    bases = make_bases(folder / "bases", case.size, args.tokenizer, quantised=case.quantised)
+    bases = make_bases(folder / "bases", case.size, args.tokenizer, nf4=case.nf4_base)
     steps = args.warm + 2 * args.block * args.pairs + 1  # the last one ends the last block
     data = make_data(folder / "data", min(MOST_CLIPS, steps * case.samples), longest_s=case.longest_s)
     run = folder / f"run-share-{args.case}-{time.strftime('%H%M%S')}"
@@ -149,7 +149,7 @@ def main() -> None:
         code = train(settings, [blocks])
     assert code == 0, f"the training ended with exit code {code}"
     facts = {"name": "share of a run", "case": args.case, "block": args.block, "pairs": args.pairs}
-    append_result("guard_cost", facts | {"execution": execution_of(run)} | shares(blocks, settings.save_steps))
+    append_result("guard_cost", facts | execution_of(run) | shares(blocks, settings.save_steps))
 
 
 if __name__ == "__main__":

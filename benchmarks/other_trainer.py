@@ -6,8 +6,8 @@
 The model is Qwen2-Audio's architecture in transformers, which ms-swift knows: Whisper's encoder with the sizes of
 large-v3 turbo, one linear layer, and Qwen3 0.6B as the language model, with random weights. Its encoder halves its
 output, so a second of audio is 25 tokens, in qwhisper 12.5. Clips and dialogues are those of throughput.py. LoRA of
-rank 16 on all linears of the language model, bf16, frozen encoder and projector, no recompute, 128 samples a step. The speed
-is read from the trainer's own log: whole steps, the first third left out.
+rank 16 on all linears of the language model, bf16, frozen encoder and projector, no recompute, 128 samples a step. The
+speed is read from the trainer's own log: whole steps, the first third left out.
 """
 
 import argparse

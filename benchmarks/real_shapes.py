@@ -11,8 +11,6 @@ stops half-way and resumes from there.
 import argparse
 import json
 import random
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,11 +51,19 @@ def save_random(model_class, config, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def make_bases(folder: Path, size: str, tokenizer: Path, *, quantised: bool = False) -> tuple[Path, Path]:
-    """Folders of an encoder and a language model, made once. quantised: the latter in NF4, which is then smaller than
-    the disk; see write_nf4_base.py.
-    """
-    audio, text = folder / ("whisper-tiny" if size == "tiny" else "whisper-turbo"), folder / f"qwen3-{size}"
+def qwen3_config(size: str) -> Qwen3Config:
+    hidden, layers, intermediate, heads, key_heads, tied = SIZES[size]
+    return Qwen3Config(
+        vocab_size=151_936, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
+        num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=128, tie_word_embeddings=tied,
+        max_position_embeddings=40_960, eos_token_id=151_645, pad_token_id=151_643,
+    )  # fmt: skip
+
+
+def make_bases(folder: Path, size: str, tokenizer: Path, *, nf4: bool = False) -> tuple[Path, Path]:
+    """(audio, text) folders, written if they are missing. nf4: the language model is saved in 4 bits."""
+    audio = folder / ("whisper-tiny" if size == "tiny" else "whisper-turbo")
+    text = folder / (f"qwen3-{size}-nf4" if nf4 else f"qwen3-{size}")
     if not audio.exists():
         width, layers, heads = (32, 2, 2) if size == "tiny" else (1280, 32, 20)
         whisper = WhisperConfig(
@@ -66,20 +72,13 @@ def make_bases(folder: Path, size: str, tokenizer: Path, *, quantised: bool = Fa
         )  # fmt: skip
         save_random(WhisperEncoder, whisper, audio)
         WhisperFeatureExtractor(feature_size=128).save_pretrained(audio)
-    if quantised:
-        text = text.with_name(f"{text.name}-nf4")
-        if not text.exists():
-            own = ["--size", size, "--tokenizer", tokenizer, "--output_dir", text]
-            script = Path(__file__).with_name("write_nf4_base.py")
-            subprocess.run([sys.executable, script, *map(str, own)], check=True)
-    elif not text.exists():
-        hidden, layers, intermediate, heads, key_heads, tied = SIZES[size]
-        qwen3 = Qwen3Config(
-            vocab_size=151_936, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
-            num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=128, tie_word_embeddings=tied,
-            max_position_embeddings=40_960, eos_token_id=151_645, pad_token_id=151_643,
-        )  # fmt: skip
-        save_random(Qwen3ForCausalLM, qwen3, text)
+    if not text.exists():
+        if nf4:
+            from nf4_base import write_nf4_base  # imports an optional package
+
+            write_nf4_base(qwen3_config(size), text)
+        else:
+            save_random(Qwen3ForCausalLM, qwen3_config(size), text)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(text)
     return audio, text
 

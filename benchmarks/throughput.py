@@ -11,10 +11,10 @@ out. `bases`, `data`, `features` and `compiled` in the output folder are used ag
 - gpu_busy: the kernels' time of a profiled step, overlaps counted once, divided by the time of a step that is not
   profiled; profile-CASE.txt in the output folder has the kernels. launches_per_pack: of kernels, graphs and copies.
 - useful_tflops: see `useful_flops`; no padding, no recompute. matmul_peak_tflops: bf16, measured in the same call.
-- fill_tokens, fill_frames: real tokens and encoder frames ÷ computed ones, mean of the counted steps.
+- fill_tokens, fill_frames: real tokens and encoder frames ÷ computed ones, over the packs from the first timed step on.
 - first_step_s: from the start of the process to the end of the first optimizer step. With --starts 2 a short run comes
-  first, so that the compilers' caches on the disk are warm; cold_first_step_s is that run's. compile_s: what the steps
-  before the timed ones took longer than they do later: compiling, capture, choice of kernels.
+  first, so that the compilers' caches on the disk are warm; cold_first_step_s is that run's. compile_s: compiling and
+  recording of passes, by the run's own events.
 - resumed cases: samples_s of the resumed run, samples_s_before of the run before.
 """
 
@@ -28,14 +28,14 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from common import RESULTS, append_result, circumstances
 from real_shapes import SIZES, make_bases, make_data
 from throughput_cases import CASES, Case
-from throughput_meter import COUNTED_STEPS, Meter, figures, speed
+from throughput_meter import PROFILED_STEPS, Meter, figures, speed
 
 from qwhisper.commands import VERBS
 from qwhisper.parsing import parse
+from qwhisper.report.events import read_jsonl
 from qwhisper.train.arguments import TrainArguments
 from qwhisper.train.run import main as train
 
@@ -50,7 +50,7 @@ def flags_of(case: Case, folder: Path, bases: tuple[Path, Path], data: Path, mor
         "--config", case.recipe, "--train_file", data, "--audio_model", bases[0], "--text_model", bases[1],
         "--per_device_train_batch_size", case.batch, "--gradient_accumulation_steps", case.accumulate,
         "--num_train_epochs", 1000, "--dataloader_num_workers", 8 if torch.cuda.is_available() else 0,
-        *features, *more,
+        "--execution", "captured", *features, *more,  # `auto` would run these few steps plain
     ]  # fmt: skip
     return [str(flag) for flag in flags]
 
@@ -102,7 +102,7 @@ def in_new_process(args: argparse.Namespace, flags: list[str], task: str, run: P
 def product(args: argparse.Namespace, case: Case, flags: list[str], num_clips: int) -> dict:
     """All runs of the product that the case needs, and what they found."""
     stem = args.output_dir / f"run-{args.case}-{time.strftime('%H%M%S')}"
-    last, more = case.steps + COUNTED_STEPS, {}
+    last, more = case.steps + PROFILED_STEPS, {}
     if case.caches_features:
         in_new_process(args, flags, "fill", Path(f"{stem}-fill"), max(START_STEPS, -(-num_clips // case.samples)))
     for number in range(1, args.starts):
@@ -113,12 +113,15 @@ def product(args: argparse.Namespace, case: Case, flags: list[str], num_clips: i
         more["samples_s_before"] = before["samples_s"]
         flags, last = [*flags, "--resume_from_checkpoint"], last + case.steps
     found = in_new_process(args, flags, "measure", stem, last)
-    return found | more | {"starts": args.starts, "steps": case.steps, "execution": execution_of(stem)}
+    return found | more | {"starts": args.starts, "steps": case.steps} | execution_of(stem)
 
 
-def execution_of(run: Path) -> str:
-    """How the run's steps were executed, as its config.yaml says it."""
-    return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("execution", "plain")
+def execution_of(run: Path) -> dict[str, object]:
+    """How the run's packs were executed, and the seconds that preparing it took, by the run's events."""
+    events = read_jsonl(run / "events.jsonl")
+    executed = [event["execution"] for event in events if event["kind"] == "executes"]
+    spent = sum(event["seconds"] for event in events if event["kind"] == "prepared")
+    return {"execution": executed[-1] if executed else "plain", "compile_s": round(spent, 1)}
 
 
 def plain(case: Case, bases: tuple[Path, Path], data: Path) -> dict:
@@ -171,8 +174,8 @@ def main() -> None:
         return
     began = time.perf_counter()
     args.output_dir = args.output_dir.resolve()
-    bases = make_bases(args.output_dir / "bases", case.size, args.tokenizer, quantised=case.quantised)
-    clips = min(MOST_CLIPS, (case.steps + COUNTED_STEPS) * case.samples)
+    bases = make_bases(args.output_dir / "bases", case.size, args.tokenizer, nf4=case.nf4_base)
+    clips = min(MOST_CLIPS, (case.steps + PROFILED_STEPS) * case.samples)
     data = make_data(args.output_dir / "data", clips, longest_s=case.longest_s, most_turns=case.most_turns)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the making of the bases took belongs to the runs

@@ -12,8 +12,8 @@ class Case:
     size: of real_shapes.SIZES. batch, accumulate: their product is the number of samples of a step. plain: (samples of
     a batch, accumulation, recompute) of the plain loop. steps: those that are timed, and the first third, which is not.
     flags: of `train`; {features} stands for a folder in the output folder. most_gib: the memory that may be reserved.
-    quantised: the base on the disk is NF4 already. resumed: the figures are of a resumed run, beside those before it.
-    longest_s, most_turns: of the dialogues.
+    nf4_base: the base on the disk is in 4 bits already. resumed: the figures are of a resumed run, beside those before
+    it. longest_s, most_turns: of the dialogues.
     """
 
     size: str
@@ -24,7 +24,7 @@ class Case:
     steps: int = 15
     flags: tuple[str, ...] = ()
     most_gib: float = MOST_GIB
-    quantised: bool = False
+    nf4_base: bool = False
     resumed: bool = False
     longest_s: float = 30.0
     most_turns: int = 1
@@ -61,6 +61,6 @@ CASES = {
     "8b-distill": Case(size="8b", recipe="keep-thinking", steps=6),
     "8b-no-distill": Case(size="8b", recipe="keep-thinking", steps=6, flags=("--distill_weight", "0")),
     "8b-nf4": Case(size="8b", recipe=NF4, steps=6, most_gib=12.0),
-    "14b-nf4": Case(size="14b", recipe=NF4, steps=4, most_gib=20.0, quantised=True),
-    "32b-nf4": Case(size="32b", recipe=NF4, steps=3, quantised=True),
+    "14b-nf4": Case(size="14b", recipe=NF4, steps=4, most_gib=20.0, nf4_base=True),
+    "32b-nf4": Case(size="32b", recipe=NF4, steps=3, nf4_base=True),
 }

@@ -18,7 +18,7 @@ from qwhisper.data.rows import Sample
 from qwhisper.engine import batch as batches
 from qwhisper.frames import SAMPLE_RATE
 
-COUNTED_STEPS = 2  # after the timed ones: profiled, and their packs counted
+PROFILED_STEPS = 2  # after the timed ones
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch", "cudaMemcpyAsync")  # prefixes
 
 
@@ -59,6 +59,7 @@ def pack_of(samples: Sequence[Sample], batch: batches.Batch, *, teach: bool) -> 
 def counting(found: list[Pack], wanted: Callable[[], bool]) -> Iterator[None]:
     """Append each pack that is made while `wanted()`, on the host: a graph's replay passes through no other place.
 
+    Packs are made ahead of their step, in another thread, so they are not those of certain steps: figures are a sample.
     Replaces the functions that make batches in every module of the package that has them.
     """
     replaced: list[tuple[object, str, Callable]] = []
@@ -85,8 +86,8 @@ def counting(found: list[Pack], wanted: Callable[[], bool]) -> Iterator[None]:
 
 
 class Meter(TrainerCallback):
-    """Times steps `skip` + 1 to `last`; then profiles and counts COUNTED_STEPS. Steps are counted from the start or the
-    resume of the run.
+    """Times steps `skip` + 1 to `last`, then profiles PROFILED_STEPS; counts packs from step `skip` on. Steps are
+    counted from the start or the resume of the run.
 
     began: the start of the process on the clock of `time.monotonic`, which all processes share.
     """
@@ -109,26 +110,23 @@ class Meter(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         step = state.global_step - self.start
-        if torch.cuda.is_available() and step in (1, self.skip, self.last, self.last + COUNTED_STEPS):
+        if torch.cuda.is_available() and step in (1, self.skip, self.last, self.last + PROFILED_STEPS):
             torch.cuda.synchronize()
         if step == 1:
             self.first_step_s = time.monotonic() - self.began
         if step <= self.last:
             self.ends.append(time.perf_counter())
+        if step == self.skip:
+            self._counting.__enter__()
         if step == self.last:
             self.seconds = self.ends[self.last] - self.ends[self.skip]
-            self._counting.__enter__()
             if torch.cuda.is_available():
                 self._profiler.start()
-        if step == self.last + COUNTED_STEPS:
+        if step == self.last + PROFILED_STEPS:
             self._counting.__exit__(None, None, None)
             if torch.cuda.is_available():
                 self._profiler.stop()
                 self._read_profile()
-
-    def step_seconds(self) -> list[float]:
-        """Of each step up to the last timed one; the first includes the work between loading and it."""
-        return [end - start for start, end in itertools.pairwise(self.ends)]
 
     def _read_profile(self) -> None:
         spans = []
@@ -146,8 +144,8 @@ class Meter(TrainerCallback):
         total = max(1, sum(spent for _, spent in self.kernels.values()))
         lines = []
         for name, (calls, spent) in sorted(self.kernels.items(), key=lambda item: -item[1][1])[:count]:
-            milliseconds = spent / 1e6 / COUNTED_STEPS
-            lines.append(f"{milliseconds:9.2f} ms {calls / COUNTED_STEPS:8.0f} x {spent / total:6.1%}  {name[:120]}")
+            milliseconds = spent / 1e6 / PROFILED_STEPS
+            lines.append(f"{milliseconds:9.2f} ms {calls / PROFILED_STEPS:8.0f} x {spent / total:6.1%}  {name[:120]}")
         return "\n".join(lines)
 
 
@@ -219,13 +217,11 @@ def matmul_peak(size: int = 8192, repeats: int = 20) -> float:
 
 def speed(meter: Meter, samples: int) -> dict[str, float]:
     """samples: of a step."""
-    steps = meter.step_seconds()
-    timed, usual = steps[meter.skip :], statistics.median(steps[meter.skip :])
+    steps = [end - start for start, end in itertools.pairwise(meter.ends[meter.skip :])]
     return {
-        "samples_s": round(samples * len(timed) / meter.seconds, 2),
-        "slowest_step": round(max(timed) / usual, 2),
+        "samples_s": round(samples * len(steps) / meter.seconds, 2),
+        "slowest_step": round(max(steps) / statistics.median(steps), 2),
         "first_step_s": round(meter.first_step_s, 1),
-        "compile_s": round(sum(max(0.0, step - usual) for step in steps[: meter.skip]), 1),
     }
 
 
@@ -234,17 +230,18 @@ def figures(meter: Meter, samples: int, *, encoded: bool = True) -> dict[str, fl
     reserved = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0  # before the matrix products below
     packs, model, step_s = meter.packs, meter.model, meter.seconds / (meter.last - meter.skip)
     assert packs and model is not None, "no pack was counted: are batches made elsewhere than in engine/batch.py?"
-    useful = useful_flops(model, packs, encoded=encoded) / COUNTED_STEPS / step_s / 1e12
+    steps = sum(len(pack.segments) for pack in packs) / samples  # that the packs are worth
+    useful = useful_flops(model, packs, encoded=encoded) / steps / step_s / 1e12
     frames, windows = sum(sum(pack.windows) for pack in packs), sum(len(pack.windows) for pack in packs)
-    seconds = (frames * 320 - model.config.frames.silence_samples * windows) / SAMPLE_RATE / COUNTED_STEPS
+    seconds = (frames * 320 - model.config.frames.silence_samples * windows) / SAMPLE_RATE / steps
     return speed(meter, samples) | {
         "max_reserved_gib": round(reserved / 2**30, 2),
         "audio_hours_per_gpu_hour": round(seconds / step_s, 1),
         "useful_tflops": round(useful, 2),
         "matmul_peak_tflops": round(matmul_peak(), 1),
-        "gpu_busy": round(meter.kernel_s / COUNTED_STEPS / step_s, 3),
-        "launches_per_pack": round(meter.launches / len(packs)),
-        "packs_per_step": len(packs) / COUNTED_STEPS,
+        "gpu_busy": round(meter.kernel_s / PROFILED_STEPS / step_s, 3),
+        "launches_per_pack": round(meter.launches / PROFILED_STEPS / (len(packs) / steps)),
+        "packs_per_step": round(len(packs) / steps, 2),
         "fill_tokens": round(sum(sum(pack.segments) for pack in packs) / sum(pack.tokens for pack in packs), 3),
         "fill_frames": round(frames / max(1, sum(pack.frames for pack in packs)), 3),
         "recompiles": sum(torch._dynamo.utils.counters["recompiles"].values()),
