@@ -30,6 +30,8 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+# Its own `all-linear` looks for the modules' names of transformers before 5.
+LINEARS = r"^model\.language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 AUDIO_TOKENS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
 ENTRY = "swift.cli.sft"
 
@@ -85,7 +87,7 @@ def command(args: argparse.Namespace, model: Path, data: Path, run: Path) -> lis
     flags = [
         "--model", model, "--model_type", "qwen2_audio", "--dataset", data, "--output_dir", run,
         "--add_version", "false", "--tuner_type", "lora", "--lora_rank", 16, "--lora_alpha", 32, "--lora_dropout", 0,
-        "--target_modules", "all-linear", "--torch_dtype", "bfloat16" if on_gpu else "float32",
+        "--target_regex", LINEARS, "--torch_dtype", "bfloat16" if on_gpu else "float32",
         "--bf16", str(on_gpu).lower(), "--attn_impl", "sdpa", "--gradient_checkpointing", "false",
         "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", args.accumulate,
         "--max_steps", args.steps, "--learning_rate", 3e-5, "--logging_steps", 1, "--save_strategy", "no",
@@ -127,7 +129,7 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     run = folder / f"swift-{args.size}-{time.strftime('%H%M%S')}"
-    offline = {"swift_audio_load_backend": "soundfile_pyav", "HF_HUB_OFFLINE": "1", "MODELSCOPE_OFFLINE": "1"}
+    offline = {"SWIFT_AUDIO_LOAD_BACKEND": "soundfile_pyav", "HF_HUB_OFFLINE": "1", "MODELSCOPE_OFFLINE": "1"}
     subprocess.run(command(args, model, data, run), env=os.environ | offline, check=True)
     found = figures(run / "logging.jsonl", samples, max(1, args.steps // 3))
     facts = {"case": f"ms-swift-{args.size}", "version": version("ms-swift"), "batch": args.batch}

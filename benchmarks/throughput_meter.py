@@ -1,6 +1,5 @@
 """What throughput.py measures in the process that trains: times, memory, launches, packs, and the work they need."""
 
-import inspect
 import itertools
 import statistics
 import sys
@@ -16,7 +15,7 @@ from transformers import TrainerCallback
 
 from qwhisper.data.rows import Sample
 from qwhisper.engine import batch as batches
-from qwhisper.frames import SAMPLE_RATE
+from qwhisper.frames import SAMPLE_RATE, FrameArithmetic, encoder_frames, mel_frames
 
 PROFILED_STEPS = 2  # after the timed ones
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch", "cudaMemcpyAsync")  # prefixes
@@ -26,7 +25,8 @@ LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLau
 class Pack:
     """Lengths of a pack's samples in tokens, of its windows in encoder frames, and what was computed for them.
 
-    taught: lengths of the rows that the samples' teachers read; num_taught: positions with a teacher.
+    frames: what the encoder computes, or what the cache gives, without the silence; real_frames: of these, all but
+    padding. taught: lengths of the rows that the samples' teachers read; num_taught: positions with a teacher.
     """
 
     segments: list[int]
@@ -34,15 +34,16 @@ class Pack:
     supervised: int
     tokens: int
     frames: int
+    real_frames: int
     taught: list[int] = field(default_factory=list)
     num_taught: int = 0
 
 
-def pack_of(samples: Sequence[Sample], batch: batches.Batch, *, teach: bool) -> Pack:
+def pack_of(samples: Sequence[Sample], arithmetic: FrameArithmetic, batch: batches.Batch, *, teach: bool) -> Pack:
     """What is real comes from the samples, what is computed from the batch's shape."""
-    count = sum(len(sample.windows) for sample in samples)
-    borders = () if batch.audio is None else batch.audio.layout.encoder.cu_seq_lens_host
-    windows = [end - start for start, end in itertools.islice(itertools.pairwise(borders), count)]
+    windows = [encoder_frames(mel_frames(len(window))) for sample in samples for window in sample.windows]
+    cached = batch.audio is not None and batch.audio.layout.encoder is None
+    kept = [len(range(frames)[arithmetic.kept_frames(frames)]) for frames in windows] if cached else windows
     teachers = batches.taught_by(samples) if teach else []
     return Pack(
         segments=[len(sample.input_ids) for sample in samples],
@@ -50,6 +51,7 @@ def pack_of(samples: Sequence[Sample], batch: batches.Batch, *, teach: bool) -> 
         supervised=sum(sample.num_supervised for sample in samples),
         tokens=batch.shape.tokens,
         frames=batch.shape.encoder_frames,
+        real_frames=sum(kept),
         taught=[len(teacher.input_ids) for teacher in teachers],
         num_taught=sum(teacher.num_supervised for teacher in teachers),
     )
@@ -66,11 +68,10 @@ def counting(found: list[Pack], wanted: Callable[[], bool]) -> Iterator[None]:
     for make in (batches.packed_batch, batches.padded_batch):
 
         @wraps(make)
-        def counted(samples, *args, _make=make, **kwargs):
-            batch = _make(samples, *args, **kwargs)
+        def counted(samples, arithmetic, *args, _make=make, **kwargs):
+            batch = _make(samples, arithmetic, *args, **kwargs)
             if wanted():
-                teach = inspect.signature(_make).bind(samples, *args, **kwargs).arguments.get("teach", False)
-                found.append(pack_of(samples, batch, teach=teach))
+                found.append(pack_of(samples, arithmetic, batch, teach=kwargs.get("teach", False)))
             return batch
 
         name = make.__name__
@@ -243,6 +244,6 @@ def figures(meter: Meter, samples: int, *, encoded: bool = True) -> dict[str, fl
         "launches_per_pack": round(meter.launches / PROFILED_STEPS / (len(packs) / steps)),
         "packs_per_step": round(len(packs) / steps, 2),
         "fill_tokens": round(sum(sum(pack.segments) for pack in packs) / sum(pack.tokens for pack in packs), 3),
-        "fill_frames": round(frames / max(1, sum(pack.frames for pack in packs)), 3),
+        "fill_frames": round(sum(pack.real_frames for pack in packs) / max(1, sum(pack.frames for pack in packs)), 3),
         "recompiles": sum(torch._dynamo.utils.counters["recompiles"].values()),
     }

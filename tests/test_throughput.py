@@ -102,7 +102,8 @@ def test_the_figures_follow_from_the_data(scripts, call):
     logged = [record["valid_label_count"] for record in read_jsonl(measured.run / "metrics.jsonl") if "loss" in record]
     assert sum(pack.supervised for pack in packs) == sum(logged[meter.skip :])
     for pack in packs:
-        assert pack.supervised < sum(pack.segments) <= pack.tokens and 0 < sum(pack.windows) <= pack.frames
+        assert pack.supervised < sum(pack.segments) <= pack.tokens
+        assert 0 < sum(pack.windows) == pack.real_frames <= pack.frames
     heard_s = sum(soundfile.info(clip).duration for clip in (measured.data / "clips").iterdir())
     frame_s = 320 / 16_000
     assert line["audio_hours_per_gpu_hour"] * step_s == pytest.approx(heard_s, abs=BATCH * frame_s)
@@ -154,7 +155,7 @@ def test_packs_of_an_evaluation_are_not_counted(scripts):
         for _ in range(2):
             executor.packed_batch([sample], FrameArithmetic(), 9)
     assert executor.packed_batch is batch.packed_batch is made
-    assert packs == [scripts.throughput_meter.Pack([3], [], supervised=2, tokens=3, frames=0)]
+    assert packs == [scripts.throughput_meter.Pack([3], [], supervised=2, tokens=3, frames=0, real_frames=0)]
 
 
 @pytest.mark.parametrize("distribution", [{}, {"longest_s": 60.0, "most_turns": 4}])
