@@ -54,7 +54,10 @@ def make_model(folder: Path, size: str, tokenizer: Path) -> Path:
         "encoder_ffn_dim": 4 * width, "num_mel_bins": 128,
     }  # fmt: skip
     config = Qwen2AudioConfig(
-        audio_config=audio, text_config=text, audio_token_index=words.convert_tokens_to_ids(AUDIO_TOKENS[0])
+        audio_config=audio,
+        text_config=text,
+        audio_token_index=words.convert_tokens_to_ids(AUDIO_TOKENS[0]),
+        ignore_index=-100,  # the class reads it from here, and has no default for it in transformers 5
     )
     save_random(Qwen2AudioForConditionalGeneration, config, folder)
     Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=128), words).save_pretrained(folder)
