@@ -12,10 +12,11 @@ ordinary model folder first. The data of a speaker and seed is made once, and us
 
 import argparse
 import json
+import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def plain_folder(text_model: Path, output_dir: Path) -> Path:
     return folder
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text_model", type=Path, required=True)
     parser.add_argument("--audio_model", type=Path, required=True)
@@ -191,7 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--each", type=int, default=100, help="questions of each kind in the evaluation")
     parser.add_argument("--recipe", choices=sorted(RECIPES), nargs="+", default=["lora"])
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @dataclass(frozen=True)
@@ -238,11 +239,15 @@ def training_file(data: Data, name: str, count: int) -> Path:
     )
     spoken, as_text = round(count * recipe.spoken), round(count * recipe.typed)
     added = [*answered[:spoken], *map(typed, answered[len(answered) - as_text :])]
-    return write_jsonl(data.answered.with_name(f"train-{name}.jsonl"), taught[: count - len(added)] + added)
+    file = data.answered.with_name(f"train-{name}.jsonl")
+    own = write_jsonl(file.with_suffix(f".{os.getpid()}"), taught[: count - len(added)] + added)
+    return own.replace(file)  # at once: another process may read it
 
 
-def train(args: argparse.Namespace, name: str, text_model: Path, data: Data, run: Path) -> tuple[Path, float]:
-    """All stages of the recipe; the last one's folder and the seconds."""
+def train(
+    args: argparse.Namespace, name: str, text_model: Path, data: Data, run: Path, more: Sequence[object] = ()
+) -> tuple[Path, float]:
+    """All stages of the recipe; the last one's folder and the seconds. more: flags of `train`."""
     stages, seconds, folder = RECIPES[name].stages, 0.0, run
     train_file = training_file(data, name, args.steps * args.batch)
     for number, flags in enumerate(stages, 1):
@@ -255,9 +260,17 @@ def train(args: argparse.Namespace, name: str, text_model: Path, data: Data, run
             "--eval_file", data.curve, "--eval_steps", 25, "--save_total_limit", 1,
             "--output_dir", folder, "--max_steps", steps, "--save_steps", steps, "--seed", args.seed,
             "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1,
-            "--dataloader_num_workers", 2 if torch.cuda.is_available() else 0, *as_arguments(flags),
+            "--dataloader_num_workers", 2 if torch.cuda.is_available() else 0, *as_arguments(flags), *more,
         )  # fmt: skip
     return folder, seconds
+
+
+def evaluate(args: argparse.Namespace, data: Data, run: Path) -> dict:
+    """The report of `qwhisper eval` on the held-out questions."""
+    report = run.with_suffix(".eval.json")
+    qwhisper("eval", run, "--eval_file", data.held_out, "--data_root", args.data, "--max_new_tokens", 16,
+             "--batch_size", 100, "--dtype", "bf16", "--output_json", report)  # fmt: skip
+    return json.loads(report.read_text(encoding="utf-8"))
 
 
 def steps_until(run: Path, bound: float) -> int | None:
@@ -271,10 +284,8 @@ def measure(args: argparse.Namespace, name: str, speaker: str, text_model: Path,
     """Trains by one recipe, evaluates and appends the result."""
     recipe, run = RECIPES[name], args.output_dir / f"run-{name}-{speaker}-{args.seed}"
     run, seconds = train(args, name, text_model, data, run)
-    report, began = run.with_suffix(".eval.json"), time.perf_counter()
-    qwhisper("eval", run, "--eval_file", data.held_out, "--data_root", args.data, "--max_new_tokens", 16,
-             "--batch_size", 100, "--dtype", "bf16", "--output_json", report)  # fmt: skip
-    result = json.loads(report.read_text(encoding="utf-8"))
+    began = time.perf_counter()
+    result = evaluate(args, data, run)
     scores = {kind: round(result["kinds"][kind]["turns"], 4) for kind in QUESTIONS}
     words = {kind: round(result["kinds"][kind]["text_model"], 4) for kind in QUESTIONS}
     swapped = round(max(result["kinds"][kind]["swapped"] for kind in TAUGHT), 4)

@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,24 +83,50 @@ def make_bases(folder: Path, size: str, tokenizer: Path, *, nf4: bool = False) -
     return audio, text
 
 
-def make_data(folder: Path, count: int) -> Path:
-    """`count` dialogues about noise, with transcripts; durations of a gamma distribution, 9 s on average, 1 to 30 s."""
-    generator, words, words_said = np.random.default_rng(0), random.Random(0), random.Random(1)
-    records = []
-    (folder / "clips").mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        seconds = float(np.clip(generator.gamma(2.2, 4.0), 1.0, 30.0))
-        clip = folder / "clips" / f"{index}.flac"
-        if not clip.exists():
-            noise = 0.1 * generator.standard_normal(int(seconds * 16_000))
-            soundfile.write(clip, np.clip(noise, -1, 1).astype(np.float32), 16_000)
-        question, answer = (" ".join(words.choices(WORDS, k=words.randrange(*span))) for span in ((12, 40), (10, 110)))
-        transcript = " ".join(words_said.choices(WORDS, k=1 + round(WORDS_A_SECOND * seconds)))
-        audio = {"type": "audio", "audio": f"clips/{clip.name}", "transcript": transcript}
-        content = [audio, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        records.append({"id": str(index), "messages": messages})
-    return write_jsonl(folder / f"train-{count}.jsonl", records)
+def make_data(folder: Path, count: int, *, longest_s: float = 30.0, most_turns: int = 1) -> Path:
+    """`count` dialogues about noise, with transcripts: a clip, a question in words and an answer in each turn.
+
+    Durations are of a gamma distribution, 9 s on average, 1 to 30 s; with a larger `longest_s` as many of each
+    duration on a logarithmic scale, from 1 s on. A dialogue has 1 to `most_turns` turns.
+    """
+    usual = longest_s == 30.0 and most_turns == 1
+    clips = folder / ("clips" if usual else f"clips-{longest_s:g}-{most_turns}")
+    durations, words, words_said, turns = np.random.default_rng(0), random.Random(0), random.Random(1), random.Random(2)
+    records: list[dict] = []
+    clips.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        written = []
+        for index in range(count):
+            messages: list[dict] = []
+            for turn in range(turns.randint(1, most_turns)):
+                seconds = _seconds(durations, longest_s)
+                clip = clips / (f"{index}.flac" if turn == 0 else f"{index}-{turn}.flac")
+                if not clip.exists():
+                    written.append(pool.submit(write_noise, clip, seconds, (index, turn)))
+                question, answer = (_sentence(words, *span) for span in ((12, 40), (10, 110)))
+                transcript = " ".join(words_said.choices(WORDS, k=1 + round(WORDS_A_SECOND * seconds)))
+                audio = {"type": "audio", "audio": f"{clips.name}/{clip.name}", "transcript": transcript}
+                content = [audio, {"type": "text", "text": question}]
+                messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+            records.append({"id": str(index), "messages": messages})
+        for done in written:
+            done.result()
+    return write_jsonl(folder / f"train-{clips.name}-{count}.jsonl", records)
+
+
+def write_noise(clip: Path, seconds: float, seed: tuple[int, int]) -> None:
+    noise = 0.1 * np.random.default_rng(seed).standard_normal(int(seconds * 16_000), dtype=np.float32)
+    soundfile.write(clip, np.clip(noise, -1, 1), 16_000)
+
+
+def _seconds(generator: np.random.Generator, longest_s: float) -> float:
+    if longest_s <= 30.0:
+        return float(np.clip(generator.gamma(2.2, 4.0), 1.0, longest_s))
+    return float(np.exp(generator.uniform(0.0, np.log(longest_s))))
+
+
+def _sentence(words: random.Random, fewest: int, most: int) -> str:
+    return " ".join(words.choices(WORDS, k=words.randrange(fewest, most)))
 
 
 def parse() -> argparse.Namespace:

@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from augment import write_altered, write_synthesised
@@ -36,7 +37,7 @@ RATES = {
 }
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--audio_model", type=Path, required=True, help="folder of a Whisper encoder")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of Qwen3's tokenizer")
@@ -60,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval_clips", type=int, default=300, help="recordings asked about one by one")
     parser.add_argument("--dtype", default="bf16", help="of the encoder and the LM")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def text_base(args: argparse.Namespace) -> Path:
@@ -113,35 +114,43 @@ def single_clips(clips: list[Clip]) -> list[dict]:
     ]
 
 
-def main() -> None:
-    args = parse()
-    began = time.perf_counter()
-    text_model = text_base(args)
-    run = args.output_dir / f"{args.eval_speakers}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run.mkdir(parents=True)
-    train_clips = with_altered(clips_of(args.data, args.train_speakers), run / "clips", args.copies, args.seed)
-    made = write_synthesised(run / "synthesised", args.synthesised, args.seed)
+def write_data(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """The dialogues to train on and the held-out ones, with the clips that are made for them."""
+    train_clips = with_altered(clips_of(args.data, args.train_speakers), folder / "clips", args.copies, args.seed)
+    made = write_synthesised(folder / "synthesised", args.synthesised, args.seed)
     train_clips += [Clip(str(path), word) for word, path in made]
     eval_clips = clips_of(args.data, args.eval_speakers)
     train, _ = spoken_dialogues(train_clips, args.steps * args.batch, "train", args.seed)
     held_out, _ = spoken_dialogues(eval_clips, args.eval_dialogues, "eval", args.seed + 1)
     order = random.Random(args.seed).sample(range(len(eval_clips)), min(args.eval_clips, len(eval_clips)))
     held_out += single_clips([eval_clips[i] for i in order])
-    train_file, eval_file = write_jsonl(run / "train.jsonl", train), write_jsonl(run / "eval.jsonl", held_out)
+    return write_jsonl(folder / "train.jsonl", train), write_jsonl(folder / "eval.jsonl", held_out)
+
+
+def learn(
+    args: argparse.Namespace, text_model: Path, files: tuple[Path, Path], run: Path, more: Sequence[object] = ()
+) -> tuple[dict, float]:
+    """Train into `run` and evaluate; the report of `qwhisper eval`, and the seconds of the training. more: flags of
+    `train`.
+    """
+    train_file, eval_file = files
     train_seconds = qwhisper(
         "train", "--train_file", train_file, "--data_root", args.data,
         "--audio_model", args.audio_model, "--text_model", text_model,
-        "--output_dir", run / "run", "--max_steps", args.steps, "--save_steps", args.steps,
+        "--output_dir", run, "--max_steps", args.steps, "--save_steps", args.steps,
         "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1,
         "--dtype", args.dtype, "--early_lr_steps", 20, "--seed", args.seed,
-        *as_arguments(SILENCE | RATES),
+        *as_arguments(SILENCE | RATES), *more,
     )  # fmt: skip
-    report = run / "eval.json"
+    report = run.with_suffix(".eval.json")
     qwhisper(
-        "eval", run / "run", "--eval_file", eval_file, "--data_root", args.data, "--dtype", args.dtype,
+        "eval", run, "--eval_file", eval_file, "--data_root", args.data, "--dtype", args.dtype,
         "--max_new_tokens", 8, "--batch_size", 32, "--output_json", report,
     )  # fmt: skip
-    result = json.loads(report.read_text())
+    return json.loads(report.read_text(encoding="utf-8")), train_seconds
+
+
+def scores_of(result: dict) -> dict[str, float]:
     spoken = [answer for answer in result["answers"] if answer["kind"] != "clip"]
     scores = {
         "clip": result["kinds"]["clip"]["turns"],
@@ -149,7 +158,17 @@ def main() -> None:
         "dialogue": whole_dialogue_share([answer["id"] for answer in spoken], [answer["right"] for answer in spoken]),
         "swapped": result["turns_swapped"],
     }
-    scores = {name: round(value, 4) for name, value in scores.items()}
+    return {name: round(value, 4) for name, value in scores.items()}
+
+
+def main() -> None:
+    args = parse()
+    began = time.perf_counter()
+    text_model = text_base(args)
+    folder = args.output_dir / f"{args.eval_speakers}-seed{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True)
+    result, train_seconds = learn(args, text_model, write_data(args, folder), folder / "run")
+    scores = scores_of(result)
     args.output_json.parent.mkdir(parents=True, exist_ok=True)
     args.output_json.write_text(json.dumps(scores), encoding="utf-8")
     names = ("train_speakers", "eval_speakers", "steps", "batch", "seed", "copies", "synthesised")

@@ -144,6 +144,13 @@ def test_the_table_of_silences_is_the_one_of_the_results():
     assert between_marks(read("docs/silence.md"), "silence") == made, "run: python docs/make_silence_table.py"
 
 
+def test_the_performance_tables_are_those_of_the_results():
+    module = importlib.import_module("make_performance_tables")
+    for name, make in module.TABLES.items():
+        shown = between_marks(read("docs/performance.md"), name)
+        assert shown == module.or_none_yet(make()), "run: python docs/make_performance_tables.py"
+
+
 def test_the_tables_of_events_and_metrics_are_those_of_the_code():
     made, page = importlib.import_module("make_event_tables"), read("docs/events.md")
     for name, make in made.TABLES.items():
