@@ -13,7 +13,7 @@ from qwhisper.errors import UsageError
 from qwhisper.flags import LARGEST, Arguments
 from qwhisper.frames import DEFAULT_LEAD_SILENCE_S, DEFAULT_TAIL_SILENCE_S, FrameArithmetic
 from qwhisper.train import flag_sections as flags
-from qwhisper.train import hf_names
+from qwhisper.train import hf_names, run_flags
 
 LEAST_CLAMP, MOST_CLAMP = 0.1, 1e4  # a norm precedes the layer: most of its input is around 1
 LEAST_LORA_SCALE, MOST_LORA_SCALE = 1e-3, 1e3
@@ -23,8 +23,8 @@ MOST_DECAY = 0.1  # of a weight in one step
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments(
-    flags.RunFlags,
-    flags.ExecutionFlags,
+    run_flags.RunFlags,
+    run_flags.ExecutionFlags,
     flags.OptimizationFlags,
     flags.LoraFlags,
     flags.ProjectorFlags,
