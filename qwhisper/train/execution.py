@@ -18,7 +18,7 @@ def choose_execution(session: Session) -> None:
     why = None if wanted == "plain" else session.executor.why_plain() or why_not_compiled()
     session.executor.execute(wanted if why is None else "plain")
     session.state.execution = session.executor.execution
-    if asked != "auto" or session.executor.device.type != "cpu":
+    if session.args.execution != "auto" or session.executor.device.type != "cpu":
         session.report(Executes(execution=session.executor.execution, why=why))
 
 

@@ -85,4 +85,5 @@ def test_help_loads_nothing_but_flags(loaded_by_help, name):
         "qwhisper.train.arguments",
         "qwhisper.train.flag_sections",
         "qwhisper.train.hf_names",
+        "qwhisper.train.run_flags",
     }

@@ -175,6 +175,7 @@ def test_a_wrong_gradient_of_the_query_is_named_in_a_padded_batch_too(attention_
 )
 def test_of_modules_that_share_an_input_the_one_with_the_wrong_gradient_is_named(where, monkeypatch):
     model = tuned()
+    model.lm_head.requires_grad_(True)  # the gradient of a frozen one is made without its backward pass
     before(model.get_submodule(where), WrongBackward.apply, monkeypatch)
     finding = diagnose(model, batch_for(model))
     assert (finding.where, finding.when) == (where, "backward")

@@ -195,7 +195,7 @@ def test_state_of_an_older_version_is_read(tmp_path):
     clamp = OLD_STATE["guards"]["clamp"]
     guards = OLD_STATE["guards"] | {"clamp": clamp | {"told": clamp["clamped"]}}
     added = {"saved_with": {}, "learning": dataclasses.asdict(Learning()), "guards": guards}
-    added |= {"position": {"epoch": 0, "offset": 8}, "recompute_layers": None}
+    added |= {"position": {"epoch": 0, "offset": 8}, "recompute_layers": None, "execution": None}
     assert json.loads(json.dumps(dataclasses.asdict(state))) == old | added
 
 
