@@ -7,7 +7,7 @@ are lost with the next pass: outputs are copied out, and what a later pass reads
 
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class Graphs:
     def __init__(self, device: torch.device, most: int, first: Callable[[], AbstractContextManager[None]]):
         self.device, self.most, self._first = device, most, first
         self.passes: dict[Hashable, Pass] = {}
+        self._seen: set[Hashable] = set()
         self._prepared, self._seconds = 0, 0.0
         self._on_cuda = device.type == "cuda"
         self._pool = torch.cuda.MemPool() if self._on_cuda else None
@@ -52,12 +53,11 @@ class Graphs:
         """
         known = self.passes.get(key)
         if known is None:
-            known = self.passes[key] = Pass(on_device(inputs, self.device))
-            with self._preparing(), self._first():
-                return self._run(known, function)
+            known = Pass(on_device(inputs, self.device))
+            if len(self.passes) < self.most:
+                self.passes[key] = known
+            return self._run_unrecorded(key, known, function)
         copy_into(known.inputs, inputs)
-        if known.replay is None and self._recorded >= self.most:
-            return self._run(known, function)
         if known.replay is None:
             self._record(known, function, buffers)
         assert known.replay is not None
@@ -88,13 +88,14 @@ class Graphs:
         finally:
             self._prepared, self._seconds = self._prepared + 1, self._seconds + time.perf_counter() - begun
 
-    @property
-    def _recorded(self) -> int:
-        return sum(known.replay is not None for known in self.passes.values())
-
-    def _run(self, known: Pass, function: Function) -> Outputs:
-        with self._in_pool():
-            outputs = function(known.inputs)
+    def _run_unrecorded(self, key: Hashable, known: Pass, function: Function) -> Outputs:
+        with ExitStack() as contexts:
+            if key not in self._seen:
+                contexts.enter_context(self._preparing())
+                contexts.enter_context(self._first())
+            with self._in_pool():
+                outputs = function(known.inputs)
+        self._seen.add(key)
         return _copies(outputs)
 
     def _record(self, known: Pass, function: Function, buffers: GradientBuffers) -> None:
@@ -112,9 +113,29 @@ class Graphs:
             stream=self._stream,
             capture_error_mode="thread_local",
         )
-        with recording, torch.autograd.set_multithreading_enabled(False):
-            outputs = run()
+        cause: Exception | None = None
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
+                try:
+                    with torch.autograd.set_multithreading_enabled(False):
+                        outputs = run()
+                except Exception as error:
+                    cause = error  # torch's error at the end of a failed recording names none
+                    raise
+        except Exception as error:
+            self._end_failed_recording()
+            raise cause or error from None
         return outputs, graph.replay
+
+    def _end_failed_recording(self) -> None:
+        """Leave the state that torch's allocator and generator keep while a graph is recorded: a failed recording does
+        not, and memory would never be freed again nor a random number drawn. The end of another recording does.
+        """
+        assert self._pool is not None
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool.id)
+        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+            torch.zeros((), device=self.device)
 
     @contextmanager
     def _in_pool(self) -> Iterator[None]:
@@ -123,13 +144,15 @@ class Graphs:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream())
-        with (
-            torch.cuda.stream(self._stream),
-            torch.cuda.use_mem_pool(self._pool),
-            torch.autograd.set_multithreading_enabled(False),
-        ):
-            yield
-        torch.cuda.current_stream().wait_stream(self._stream)
+        try:
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.use_mem_pool(self._pool),
+                torch.autograd.set_multithreading_enabled(False),
+            ):
+                yield
+        finally:  # kernels of a failed pass may still write gradients
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 def copy_into(mine: Any, other: Any) -> None:

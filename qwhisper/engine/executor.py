@@ -7,6 +7,7 @@ rounding.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from qwhisper.engine.batch import Batch, pack_shape, packed_batch, padded_batch
 from qwhisper.engine.capture import MOST_GRAPHS, Graphs
 from qwhisper.engine.compiled import compile_layers, compiled_function, plain_layers, uncompiled
 from qwhisper.engine.forward import PackResult, by_sample, hidden_states_of, likeliest_tokens, run_pack
-from qwhisper.engine.plain import why_plain
+from qwhisper.engine.plain import fingerprint, why_plain
 from qwhisper.engine.prefetch import HostBatches
 from qwhisper.engine.reference import compare_with_reference
 from qwhisper.engine.regions import Regions
@@ -107,6 +108,7 @@ class Executor:
         self.execution: Execution = "plain"
         self._regions: Regions | None = None
         self._is_plain = False  # for the time being
+        self._fingerprint = 0
         device = model.get_input_embeddings().weight.device
         assert isinstance(device, torch.device)
         self.device = device
@@ -158,6 +160,7 @@ class Executor:
         if execution == "plain":
             return
         assert self.gradient_buffers is not None
+        self._fingerprint = fingerprint(self.model)
         compile_layers(self.model)
         self._regions = Regions(
             self.model,
@@ -168,6 +171,11 @@ class Executor:
             buffers=self.gradient_buffers,
             chunk=compiled_function(of_chunk),
         )
+
+    def has_changed(self) -> bool:
+        """Whether the model has changed since the last call, or since `execute`, so that graphs would be wrong."""
+        before, self._fingerprint = self._fingerprint, fingerprint(self.model)
+        return before != self._fingerprint
 
     def take_preparation(self) -> tuple[int, float]:
         """Number of passes that were compiled or recorded since the last call, and the seconds that it took."""
@@ -182,6 +190,8 @@ class Executor:
                 yield
         finally:
             self._is_plain = before
+            if self._regions is not None and not before:
+                torch.cuda.empty_cache()  # while a pass takes memory from the pool, torch frees no cached blocks
 
     def _rounded_batch(self, samples: Sequence[Sample]) -> Batch:
         """One pack on the host, of a shape that occurs again."""
@@ -205,23 +215,25 @@ class Executor:
         does not fit, NumericalError if --manual_loss finds another loss.
         """
         put_generators_back, why_plain = generators_as_now(self.device), None
+        halvings: list[Halved] = []
 
         def start_again() -> None:
             self._start_gradients()
             put_generators_back()
 
-        def run() -> tuple[StepLoss, list[Halved]]:
-            return self.within_memory(lambda: self.run_packs(samples, num_supervised), samples, start_again)
+        def run() -> StepLoss:
+            packs = partial(self.run_packs, samples, num_supervised)
+            return self.within_memory(packs, samples, start_again, halvings)[0]
 
         self._start_gradients()
         try:
-            step, halvings = run()
+            step = run()
         except ExecutionError as error:
             why_plain = str(error)
         if why_plain is not None:  # outside of the handler, as in `within_memory`
             self.execute("plain")
             start_again()
-            step, halvings = run()
+            step = run()
         if self.loss_scale != 1.0:
             scaled = [p.grad for p in self.model.parameters() if p.grad is not None]
             if scaled:
@@ -306,23 +318,37 @@ class Executor:
             self.model.train(was_training)
 
     def within_memory(
-        self, attempt: Callable[[], Result], samples: Sequence[Sample], start_again: Callable[[], None]
+        self,
+        attempt: Callable[[], Result],
+        samples: Sequence[Sample],
+        start_again: Callable[[], None],
+        halvings: list[Halved] | None = None,
     ) -> tuple[Result, list[Halved]]:
-        """Call `attempt` until memory suffices; halve the packs after each failure, unless graphs held the memory."""
-        halvings: list[Halved] = []
+        """Call `attempt` until memory suffices. Halve the packs after each failure but the first, if graphs held memory.
+
+        halvings: those of earlier calls, to which this one's are added.
+        """
+        halvings, freed = [] if halvings is None else halvings, False
         while True:
             try:
                 return attempt(), halvings
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if not (self._is_plain and self._regions is not None and self._regions.graphs.passes):
-                    halvings.append(self._halve(samples, error))
-            # Outside the handler: its traceback keeps the failed attempt's tensors alive.
-            if self._regions is not None:
-                self._regions.graphs.forget()
+                failure = error.with_traceback(None)  # which would keep the failed attempt's tensors alive
+            held = self.free_graphs()
+            if freed or not held:
+                halvings.append(self._halve(samples, failure))
+            freed = True
             start_again()
             torch.cuda.empty_cache()
+
+    def free_graphs(self) -> bool:
+        """Free the memory of all graphs, which are recorded again when they are needed. Returns whether there were any."""
+        held = self._regions is not None and bool(self._regions.graphs.passes)
+        if self._regions is not None:
+            self._regions.graphs.forget()
+        return held
 
     def _halve(self, samples: Sequence[Sample], error: Exception) -> Halved:
         largest = max(self.packs(samples), key=lambda pack: sum(len(s.input_ids) for s in pack))

@@ -57,7 +57,7 @@ class Regions:
     ):
         self.model, self.graphs, self.buffers, self.chunk = model, graphs, buffers, chunk
         self.distill_weight, self.count, self.scale = distill_weight, count, scale
-        self._room = torch.empty(0)  # [frames, d_model], the encoder's output for the pack, then zeros
+        self._frames = torch.empty(0)  # [frames, d_model], the encoder's output for the pack, then zeros
 
     def run(self, batch: Batch) -> Outputs:
         """Detached loss / count, and the summed divergence from the teacher, in nats, or None without a teacher; leaves
@@ -73,7 +73,7 @@ class Regions:
                 if batch.audio.row is None:
                     self._take_features(batch.shape, batch.audio)
                 else:
-                    self._make_room(batch.shape, self.model.model.audio_tower.conv1.weight.dtype)
+                    self._reserve_frames(batch.shape, self.model.model.audio_tower.conv1.weight.dtype)
                     self._encode(batch, batch.audio)
                 return self._learn(*self._after_encoder(batch, batch.audio))
         except (KeyboardInterrupt, SystemExit):
@@ -83,42 +83,42 @@ class Regions:
                 raise
             raise ExecutionError(first_line(error)) from error
 
-    def _make_room(self, shape: PackShape, dtype: torch.dtype) -> None:
+    def _reserve_frames(self, shape: PackShape, dtype: torch.dtype) -> None:
         stack, config = self.model.config.projector_stack, self.model.config.audio_config
         needed = max(shape.encoder_frames, stack * shape.tokens)  # the silences around clips have no tokens
-        if needed > len(self._room) or dtype != self._room.dtype:
+        if needed > len(self._frames) or dtype != self._frames.dtype:
             device = self.model.model.audio_tower.conv1.weight.device
             self.graphs.forget()  # they read and write the old one
-            self._room = torch.zeros(1 << math.ceil(math.log2(needed)), config.d_model, dtype=dtype, device=device)
+            self._frames = torch.zeros(1 << math.ceil(math.log2(needed)), config.d_model, dtype=dtype, device=device)
 
     def _take_features(self, shape: PackShape, audio: AudioPart) -> None:
-        """Fill the room from the feature cache, as exactly as the cache has it."""
+        """Take the encoder's output from the feature cache, as exactly as the cache has it."""
         device = self.model.model.audio_tower.conv1.weight.device
         frames = on_device(audio, device).known_frames
         assert frames is not None
-        self._make_room(shape, frames.dtype)
-        self._fill_room(frames)
+        self._reserve_frames(shape, frames.dtype)
+        self._fill_frames(frames)
 
     def _encode(self, batch: Batch, audio: AudioPart) -> None:
         key = ("encoder", replace(batch.shape.audio, tokens=0))
         with torch.no_grad():
-            self.graphs.run(key, _encoder_inputs(audio), self._encode_into_room, self.buffers)
+            self.graphs.run(key, _encoder_inputs(audio), self._encode_into_frames, self.buffers)
 
-    def _encode_into_room(self, inputs: EncoderInputs) -> Outputs:
+    def _encode_into_frames(self, inputs: EncoderInputs) -> Outputs:
         frames = self.model.model.encoded_row(inputs.row, inputs.mel, inputs.encoder)
-        self._fill_room(frames)
+        self._fill_frames(frames)
         return ()
 
-    def _fill_room(self, frames: Tensor) -> None:
-        self._room[: len(frames)].copy_(frames)
-        self._room[len(frames) :].zero_()
+    def _fill_frames(self, frames: Tensor) -> None:
+        self._frames[: len(frames)].copy_(frames)
+        self._frames[len(frames) :].zero_()
 
     def _after_encoder(self, batch: Batch, audio: AudioPart) -> tuple[LearnerInputs, PackShape]:
-        """What does not depend on the number of encoder frames: a missing frame of a group is the row after the room's
-        last.
+        """What does not depend on the number of encoder frames: a missing frame of a group is the row after the last
+        of the tensor.
         """
         groups = audio.layout.groups
-        groups = groups.masked_fill(groups == batch.shape.encoder_frames, len(self._room))
+        groups = groups.masked_fill(groups == batch.shape.encoder_frames, len(self._frames))
         shape = replace(batch.shape, encoder_frames=0, mel_frames=0, windows=0, max_window=0)
         return LearnerInputs(batch.text, None, groups, audio.positions, batch.teacher), shape
 
@@ -128,8 +128,9 @@ class Regions:
     def _forward_backward(self, inputs: LearnerInputs) -> Outputs:
         audio = None
         if inputs.groups is not None and inputs.positions is not None:
-            given = inputs.encoder
-            frames = self._room if given is None else self.model.model.encoded_row(given.row, given.mel, given.encoder)
+            frames, given = self._frames, inputs.encoder
+            if given is not None:
+                frames = self.model.model.encoded_row(given.row, given.mel, given.encoder)
             audio = Heard(frames, inputs.groups, inputs.positions)
         tokens = answer(self.model, inputs.text, audio, inputs.teacher, self.distill_weight, self.chunk).tokens
         loss = tokens.losses.sum() / self.count

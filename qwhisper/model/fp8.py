@@ -63,6 +63,21 @@ def _tensorwise(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Ten
     return product * a_scales * b_scales.t()
 
 
+@torch.library.custom_op("qwhisper::product_dequantised", mutates_args=())
+def product_dequantised(x: Tensor, weight: Tensor, scales: Tensor, transposed: bool) -> Tensor:
+    """x W^T, or x W if `transposed`, for the weight [out, in] in fp8 with scales [out, 1], in the dtype of x.
+
+    One operation, because a compiler would keep the dequantised weight from the forward pass for the backward pass.
+    """
+    wide = dequantise(weight, scales, x.dtype)
+    return x @ wide if transposed else x @ wide.t()
+
+
+@product_dequantised.register_fake
+def _(x, weight, scales, transposed):
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
+
+
 @dataclass(frozen=True)
 class Product:
     """Both products of a layer, by one kernel. next: the kernel that replaces it if it is wrong.
@@ -77,13 +92,13 @@ class Product:
     def forward(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         """x [tokens, in] times the weight [out, in] with scales [out, 1]: [tokens, out], in the dtype of x."""
         if self.multiply is None:
-            return x @ dequantise(weight, scales, x.dtype).t()
+            return product_dequantised(x, weight, scales, False)
         return self.multiply(*quantise_rows(x), weight, scales).to(x.dtype)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         """grad [tokens, out] to [tokens, in], in its dtype."""
         if self.multiply is None:
-            return grad @ dequantise(weight, scales, grad.dtype)
+            return product_dequantised(grad, weight, scales, True)
         ones = torch.ones(weight.shape[1], 1, device=weight.device)
         folded = quantise_rows(grad * scales.t())  # in fp32: an fp16 gradient times a scale would be 0
         return self.multiply(*folded, _transposed(weight), ones).to(grad.dtype)

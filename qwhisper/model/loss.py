@@ -105,12 +105,15 @@ class _LossesOfFrozenHead(torch.autograd.Function):
             found.append((losses, divergences, gradient @ lm_head.weight))
         losses, divergences, gradients = (torch.cat(parts) for parts in zip(*found, strict=True))
         ctx.save_for_backward(gradients)
+        ctx.set_materialize_grads(False)  # one for the logits would have their size
         ctx.mark_non_differentiable(divergences, logits)
         return losses, divergences, logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_losses, *_):
+        if of_losses is None:
+            return (None,) * 7
         (gradients,) = ctx.saved_tensors
         return (of_losses[:, None] * gradients).to(gradients.dtype), *(None,) * 6
 
@@ -144,7 +147,8 @@ def token_losses(
     divergence of the model's distribution from the teacher's (Hinton et al., 2015, arXiv 1503.02531, temperature 1).
     """
     rows = max(1, MAX_LOGITS_AT_ONCE // lm_head.weight.shape[0] // (1 if lesson is None else 2))
-    if len(targets) and _is_frozen_linear(lm_head, hidden_states.dtype):
+    learns = torch.is_grad_enabled() and hidden_states.requires_grad
+    if len(targets) and learns and _is_frozen_linear(lm_head, hidden_states.dtype):
         given = (hidden_states, targets, lm_head, softcap, lesson, rows, chunk)
         losses, divergences, logits = _LossesOfFrozenHead.apply(*given)
         return TokenLosses(losses, None if lesson is None else divergences, logits)

@@ -1,4 +1,4 @@
-"""How the packs of a training run: chosen once its callbacks have begun, and changed if it turns out not to work."""
+"""Chooses how the packs of a training run, once its callbacks have begun; changes it if that turns out not to work."""
 
 from typing import get_args
 
@@ -20,6 +20,16 @@ def choose_execution(session: Session) -> None:
     session.state.execution = session.executor.execution
     if session.args.execution != "auto" or session.executor.device.type != "cpu":
         session.report(Executes(execution=session.executor.execution, why=why))
+
+
+def heed_changes(session: Session) -> None:
+    """Call before a step. A callback may have changed the model: graphs of it are dropped, or packs run plain."""
+    if session.executor.execution == "plain" or not session.hooks.callbacks or not session.executor.has_changed():
+        return
+    if (why := session.executor.why_plain()) is not None:
+        run_plain(session, why)
+    else:
+        session.executor.free_graphs()
 
 
 def run_plain(session: Session, why: str) -> None:

@@ -35,7 +35,7 @@ from qwhisper.report.kinds import (
     WorkerDied,
 )
 from qwhisper.report.terminal import say
-from qwhisper.train.execution import choose_execution
+from qwhisper.train.execution import choose_execution, heed_changes
 from qwhisper.train.monitor import log_clamped, log_step, log_window, watch
 from qwhisper.train.recovery import after_step, drop_bad_samples, keep_sound, num_supervised, run_samples, take_snapshot
 from qwhisper.train.session import Session, StepReport, save_checkpoint
@@ -152,6 +152,7 @@ def take_steps(session: Session, steps: Iterator[StepSamples], signals: StopSign
             put_back = as_before_step(session)
             session.fire("on_step_begin")
             rates = {group["name"]: group["lr"] for group in session.optimizer.param_groups}
+            heed_changes(session)
             try:
                 report = train_step(session, fetched)
             except Stopped:

@@ -63,19 +63,21 @@ def drop_bad_samples(
     """
     count, packs = num_supervised(samples), session.executor.packs(samples)
     kept, dropped, total, finding = [], [], GradientSum(session), None
+    was_plain, finite_when_plain = session.executor.execution == "plain", True
     drop_gradients(session.groups)
     with session.executor.plainly():
         for pack in packs:
-            if len(packs) > 1 and not total.add(pack, count).not_finite:
+            if (len(packs) > 1 or not was_plain) and not total.add(pack, count).not_finite:
                 kept += pack
                 continue
+            finite_when_plain = False
             finding = finding or find_cause(session, pack, count)
             for sample in pack:
                 if bad := total.add_one(sample, count):
                     dropped.append((sample, bad))
                 else:
                     kept.append(sample)
-    if not dropped and session.executor.execution != "plain":
+    if finite_when_plain and not was_plain:
         run_plain(session, "a step was not finite, and finite when it ran plain")
     report_dropped(session, kept, dropped, failed, finding)
     session.executor.model.last_logits = None  # they may come from a sample that is left out
@@ -129,6 +131,7 @@ def find_cause(session: Session, pack: list[Sample], count: int) -> Finding | No
     Returns None if everything is finite or the search fails, for example without memory: the step matters more.
     """
     session.executor.before_pack()
+    session.executor.free_graphs()
     try:
         return diagnose_pack(session.executor, pack, count)
     except (RuntimeError, MemoryError) as error:

@@ -167,8 +167,8 @@ def test_it_compiles_whole_with_the_same_numbers_and_keeps_nothing_else(product)
         found = run(compiled, x, grad)
     for got, eager in zip(found, expected, strict=True):
         assert torch.equal(got, eager)
-    # A transposed weight that the forward pass made for the backward pass would be a second copy of the model.
-    assert {t.data_ptr() for t in kept} == {layer.weight.data_ptr(), layer.weight_scale.data_ptr()}
+    # A weight that the forward pass made for the backward pass would be a second copy of the model.
+    assert {t.data_ptr() for t in kept if t.dim()} == {layer.weight.data_ptr(), layer.weight_scale.data_ptr()}
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
