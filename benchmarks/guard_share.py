@@ -75,6 +75,8 @@ class Blocks(TrainerCallback):
 def bare_step(session: Session, fetched: StepSamples) -> StepReport:
     """A step as a plain loop takes it."""
     samples = fetched.samples
+    if session.features is not None:
+        session.features.complete(samples)
     tokens = num_supervised(samples)
     loss = session.executor.forward_backward(samples, tokens).loss
     parameters = [p for group in session.groups.values() for p in group]
@@ -140,7 +142,8 @@ def main() -> None:
     folder = args.output_dir.resolve()
     bases = make_bases(folder / "bases", case.size, args.tokenizer, nf4=case.nf4_base)
     steps = args.warm + 2 * args.block * args.pairs + 1  # the last one ends the last block
-    data = make_data(folder / "data", min(MOST_CLIPS, steps * case.samples), longest_s=case.longest_s)
+    count = min(MOST_CLIPS, steps * case.samples)
+    data = make_data(folder / "data", count, longest_s=case.longest_s, most_turns=case.most_turns)
     run = folder / f"run-share-{args.case}-{time.strftime('%H%M%S')}"
     more = ["--output_dir", str(run), "--max_steps", str(steps), "--freeze_projector_steps", "0"]
     settings = parse("train", VERBS["train"], TrainArguments, flags_of(case, folder, bases, data, more))

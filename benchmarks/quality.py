@@ -7,8 +7,7 @@ digits is spoken_digits.py, real_lm is real_lm.py with the recipe `recommended`,
 of a seed starts from the same models and weights and sees the same dialogues in the same order; another speaker is
 never heard with each seed. One JSON line for each task, variant and seed in results/quality.jsonl, with the answers
 that were right, one character each; quality_report.py compares them. A call goes on where the last one stopped, starts
-nothing that would not end within --minutes, and runs --at_once trainings beside each other on the card. All of it takes
-about 16 minutes on an H200.
+nothing that would not end within --minutes, and runs --at_once trainings beside each other on the card.
 """
 
 import argparse

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qwhisper.train import loop
 
@@ -53,3 +54,48 @@ def test_only_a_bare_step_leaves_the_guards_out(guard_share, monkeypatch):
             loop.log_window(None, [], 0.0)
     assert called == ["as_before_step", "train_step", "log_step", "watch", "log_window", "bare_step"]
     assert loop.train_step is own
+
+
+def test_a_bare_step_encodes_what_the_feature_cache_lacks_before_its_pass(guard_share, monkeypatch):
+    """Two weights, gradient (3, 4): bounded to a norm of 1, a step at a learning rate of 0.5."""
+    weight, called = torch.nn.Parameter(torch.zeros(2)), []
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+
+    def forward_backward(samples, tokens):
+        called.append(("pass", samples, tokens))
+        weight.grad = torch.tensor([3.0, 4.0])
+        return SimpleNamespace(loss=torch.tensor(2.5))
+
+    session = SimpleNamespace(
+        features=SimpleNamespace(complete=lambda samples: called.append(("complete", samples)) or []),
+        executor=SimpleNamespace(forward_backward=forward_backward),
+        groups={"lora": [weight]},
+        args=SimpleNamespace(max_grad_norm=1.0),
+        optimizer=optimizer,
+        scheduler=SimpleNamespace(step=lambda: None),
+        state=SimpleNamespace(step=0, position=None, supervised_tokens=0),
+    )
+    samples = [SimpleNamespace(num_supervised=3), SimpleNamespace(num_supervised=4)]
+    report = guard_share.bare_step(session, SimpleNamespace(samples=samples, position=8))
+    assert called == [("complete", samples), ("pass", samples, 7)]
+    assert (report.loss, report.tokens, session.state.supervised_tokens) == (2.5, 7, 7)
+    assert torch.allclose(weight, torch.tensor([-0.3, -0.4]), atol=1e-5)
+
+
+def test_the_clips_are_those_of_the_case(guard_share, monkeypatch, tmp_path):
+    """Length and number of turns as in throughput.py, for all steps or at most MOST_CLIPS."""
+    made, argv = {}, ["guard_share.py", "--tokenizer", "none", "--output_dir", str(tmp_path), "--case", "0.6b-turns"]
+
+    class Made(Exception):
+        pass
+
+    def make_data(folder, count, **lengths):
+        made.update(lengths, count=count)
+        raise Made
+
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(guard_share, "make_bases", lambda *args, **kwargs: None)
+    monkeypatch.setattr(guard_share, "make_data", make_data)
+    with pytest.raises(Made):
+        guard_share.main()
+    assert made == {"count": guard_share.MOST_CLIPS, "longest_s": 60.0, "most_turns": 4}

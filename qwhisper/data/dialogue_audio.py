@@ -24,8 +24,9 @@ LARGE_FILE = 2**20  # bytes; smaller files are decoded without asking their head
 @dataclass(frozen=True, eq=False)
 class Heard:
     """A clip: its length in samples at 16 kHz, its windows, float32 [samples] each, and notes for the user on how it
-    was read. Without windows it was not decoded, and its length is its header's claim. missing: set if a feature cache
-    does not have it; a clip that it has is not decoded, and its windows are encoded.
+    was read, without its name: a feature cache keeps them for equal clips of any name. Without windows it was not
+    decoded, and its length is its header's claim. missing: set if a feature cache does not have it; a clip that it has
+    is not decoded, and its windows are encoded.
     """
 
     num_samples: int
@@ -114,7 +115,7 @@ class DialogueAudio:
         missing = self._missing.get(clip)
         if missing is not None and self._features is not None and self._features.key(clip) != missing.key:
             missing = MissingClip(None)  # the file has changed since it was hashed
-        return Heard(len(waveform), windows, [f"{clip.name}: {note}" for note in notes], missing)
+        return Heard(len(waveform), windows, notes, missing)
 
 
 def _is_large(clip: AudioClip) -> bool:

@@ -117,7 +117,7 @@ class DialogueEncoder:
         if changed := _changed(layout.slots, lengths):
             again = replace(layout.made_of, events=(*layout.made_of.events, *changed))
             layout = self._lay_out(again, audio.lengths)
-        heard = [audio.heard(slot.clip) for slot in layout.slots]
+        heard, names = [audio.heard(slot.clip) for slot in layout.slots], [slot.clip.name for slot in layout.slots]
         return Sample(
             dialogue.id,
             dialogue.source,
@@ -126,9 +126,9 @@ class DialogueEncoder:
             [window for clip in heard for window in clip.windows],
             layout.answer_spans,
             layout.events,
-            list(dict.fromkeys(note for clip in heard for note in clip.notes)),
+            _named_notes(names, heard),
             None if layout.teacher is None else self.add_audio(layout.teacher, audio),
-            _uncached([slot.clip.name for slot in layout.slots], heard),
+            _uncached(names, heard),
         )
 
     def layout(self, dialogue: Dialogue | dict, lengths: Lengths) -> Layout:
@@ -296,6 +296,12 @@ def _changed(slots: Sequence[ClipSlot], lengths: Sequence[int]) -> list[str]:
         if length != slot.num_samples
     ]
     return list(dict.fromkeys(sentences))
+
+
+def _named_notes(names: Sequence[str], heard: Sequence[Heard]) -> list[str]:
+    """Each note once, with the name of its clip. names: of the clips, in the order of `heard`."""
+    notes = [f"{name}: {note}" for name, clip in zip(names, heard, strict=True) for note in clip.notes]
+    return list(dict.fromkeys(notes))
 
 
 def _uncached(names: Sequence[str], heard: Sequence[Heard]) -> list[Uncached]:

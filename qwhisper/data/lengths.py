@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Hashable, Sequence
 
+from qwhisper.data.audio import claimed_seconds
 from qwhisper.data.clips import AudioClip, load_clip
 from qwhisper.data.containers import chunks, find_layout
 from qwhisper.data.dialogue_audio import MAX_DIALOGUE_SECONDS, check_dialogue_seconds
@@ -74,6 +75,14 @@ def exact_length(clip: AudioClip) -> int | None:
     first = max(0, round((clip.start or 0.0) * rate))
     last = num_frames if clip.end is None else min(num_frames, round(clip.end * rate))
     return resampled_length(last - first, rate) if last > first else None
+
+
+def length_by_header(clip: AudioClip) -> int:
+    """Samples at 16 kHz; an estimate for some kinds of files, and 0 if the header says nothing."""
+    exact = exact_length(clip)
+    if exact is None:
+        return round(SAMPLE_RATE * claimed_seconds(clip.source, clip.start, clip.end, follow_links=False))
+    return exact
 
 
 def _exact_claim(data: FileBytes, end: float | None) -> tuple[int, int] | None:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
 
-from qwhisper.data.audio import claimed_seconds
-from qwhisper.data.clips import AudioClip
 from qwhisper.data.dialogue import Dialogue
-from qwhisper.data.lengths import exact_length
+from qwhisper.data.lengths import length_by_header
 from qwhisper.frames import FRAME_SAMPLES, SAMPLE_RATE, FrameArithmetic
 
 BYTES_A_TOKEN = 4.0  # of UTF-8: about four letters of English, or one and a third of Chinese
@@ -71,7 +69,7 @@ def rows_of(dialogues: Sequence[Dialogue], frames: FrameArithmetic, max_length: 
 
 def _row(dialogue: Dialogue, frames: FrameArithmetic) -> Rows:
     """One dialogue; its spread is 0."""
-    samples = [_num_samples(clip) for clip in dialogue.clips]
+    samples = [length_by_header(clip) for clip in dialogue.clips]
     windows = [window for number in samples for window in frames.window_lengths(number)]
     audio_tokens = sum(map(frames.num_tokens, samples))
     texts = [(m.is_answer and m.learned, _tokens(m.text + (m.reasoning or ""))) for m in dialogue.messages]
@@ -89,10 +87,3 @@ def _row(dialogue: Dialogue, frames: FrameArithmetic) -> Rows:
 
 def _tokens(text: str) -> float:
     return TEMPLATE_TOKENS + len(text.encode("utf-8", "replace")) / BYTES_A_TOKEN
-
-
-def _num_samples(clip: AudioClip) -> int:
-    exact = exact_length(clip)
-    if exact is not None:
-        return exact
-    return round(SAMPLE_RATE * claimed_seconds(clip.source, clip.start, clip.end, follow_links=False))

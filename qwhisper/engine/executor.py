@@ -324,7 +324,8 @@ class Executor:
         start_again: Callable[[], None],
         halvings: list[Halved] | None = None,
     ) -> tuple[Result, list[Halved]]:
-        """Call `attempt` until memory suffices. Halve the packs after each failure but the first, if graphs held memory.
+        """Call `attempt` until memory suffices. Halve the packs after each failure; not after the first if graphs
+        held memory.
 
         halvings: those of earlier calls, to which this one's are added.
         """
@@ -344,7 +345,7 @@ class Executor:
             torch.cuda.empty_cache()
 
     def free_graphs(self) -> bool:
-        """Free the memory of all graphs, which are recorded again when they are needed. Returns whether there were any."""
+        """Free the memory of all graphs, which are recorded again when needed. Returns whether there were any."""
         held = self._regions is not None and bool(self._regions.graphs.passes)
         if self._regions is not None:
             self._regions.graphs.forget()

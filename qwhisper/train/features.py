@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwhisper.checksums import checksums
-from qwhisper.data.audio import claimed_seconds
 from qwhisper.data.clips import AudioClip
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.feature_store import INDEX_FILE, FeatureFolder, FeatureWriter, frame_bytes
 from qwhisper.data.features import FeatureReader, kept
-from qwhisper.data.lengths import exact_length
+from qwhisper.data.lengths import length_by_header
 from qwhisper.data.processes import Poll
 from qwhisper.disk import write_whole
 from qwhisper.engine.executor import Executor
 from qwhisper.engine.feature_cache import FeatureCache
 from qwhisper.errors import UsageError
-from qwhisper.frames import KEPT_SILENCE_FRAMES, SAMPLE_RATE
+from qwhisper.frames import KEPT_SILENCE_FRAMES
 from qwhisper.model.mel import MEL_VERSION
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import note, say
@@ -133,14 +132,6 @@ def survey_clips(reader: FeatureReader, clips: Sequence[AudioClip], poll: Poll) 
     scale = len(clips) / len(chosen)
     total = round(scale * sum(sizes.values()))
     return Survey(len(clips), len(chosen), present, total, round(scale * sizes[False]))
-
-
-def length_by_header(clip: AudioClip) -> int:
-    """Samples at 16 kHz; an estimate for some kinds of files, and 0 if the header says nothing."""
-    exact = exact_length(clip)
-    if exact is None:
-        return round(SAMPLE_RATE * claimed_seconds(clip.source, clip.start, clip.end, follow_links=False))
-    return exact
 
 
 def refuse_full_disk(folder: Path, survey: Survey) -> None:

@@ -13,14 +13,15 @@ class ExecutionFlags:
     max_tokens_per_pack: str = flag(
         "auto",
         "Tokens of a pack: samples end to end in one row, which go through the model at once (auto: as many as fit "
-        "into the free memory of the card, at most 8192; 4096 on a CPU). It changes speed and memory, not the result; "
-        "out of memory halves it automatically.",
+        "into the free memory of the card, at most 8192; 8192 if the language model is on several devices, 4096 on a "
+        "CPU). It changes speed and memory, not the result; out of memory halves it automatically.",
     )
     recompute_layers: str = flag(
         "auto",
         "Number of the language model's first layers whose activations are computed again in the backward pass "
         "instead of being kept: less memory, more time, the same result (auto: the number with which the free "
-        "memory of the card is used best, by the planner's estimate; 0 on a CPU). `qwhisper plan` shows it.",
+        "memory of the card is used best, by the planner's estimate; 0 if the language model is on several devices, "
+        "and on a CPU). `qwhisper plan` shows it.",
     )
     execution: Literal["auto", "plain", "compiled", "captured"] = flag(
         "auto",

@@ -1,3 +1,4 @@
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -10,6 +11,8 @@ from qwhisper.data.clips import AudioClip
 from qwhisper.data.dialogue import Dialogue, Message
 from qwhisper.data.dialogue_audio import check_dialogue_seconds
 from qwhisper.data.encode import DialogueEncoder
+from qwhisper.data.feature_store import FeatureFolder, FeatureWriter, InMemory
+from qwhisper.data.features import FeatureReader, kept
 from qwhisper.errors import BadClipError
 from qwhisper.frames import FrameArithmetic
 from tests.data.test_audio import tone
@@ -129,6 +132,23 @@ def test_how_a_clip_was_read_is_said_by_sample_and_check(tmp_path):
     report = check_dataset(tmp_path / "t.jsonl")
     assert report["notes"] == [f"{tmp_path / 't.jsonl'}:1: {said}"]
     assert report["ok"]
+
+
+def test_cached_notes_name_the_clip_of_the_dialogue_and_not_the_first_one_with_its_bytes(tmp_path):
+    first, second = (tmp_path.resolve() / name for name in ("a.wav", "b.wav"))
+    soundfile.write(first, np.stack([tone(0.5, 16_000), -tone(0.5, 16_000)], axis=1), 16_000)
+    shutil.copy(first, second)
+    found = FeatureFolder(tmp_path / "cache", 2, "fp16")
+    caching, said = encoder().with_features(FeatureReader(found, FRAMES, b"")), "its channels cancel each other in"
+    sample = caching.encode(dialogue_of(AudioClip(str(first))))
+    assert [note.split(" their ")[0] for note in sample.notes] == [f"{first}: {said}"]
+    (clip,) = sample.uncached
+    count = sum(frames for _, frames in kept(clip.num_samples, FRAMES))
+    writer = FeatureWriter(found)
+    writer.append(clip.missing.key, clip.num_samples, InMemory(np.zeros((count, 2), dtype=np.float16)), clip.notes)
+    writer.close()
+    again = caching.encode(dialogue_of(AudioClip(str(second))))
+    assert not again.uncached and [note.split(" their ")[0] for note in again.notes] == [f"{second}: {said}"]
 
 
 def test_bound_is_the_sum():

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwhisper.data import lengths
-from qwhisper.data.audio import TooLongError
+from qwhisper.data.audio import TooLongError, claimed_seconds
 from qwhisper.data.clips import AudioClip, load_clip
-from qwhisper.data.lengths import ClipLengths, exact_length
+from qwhisper.data.lengths import ClipLengths, exact_length, length_by_header
 from qwhisper.data.waveform import sound_of_bytes
 from qwhisper.data.windows import clip_windows
 from qwhisper.errors import BadClipError
@@ -125,6 +125,17 @@ def test_index_refuses_what_a_dialogue_may_not_have(monkeypatch):
     monkeypatch.setattr("qwhisper.data.dialogue_audio.MAX_DIALOGUE_SECONDS", 2.5)
     with pytest.raises(TooLongError, match=r"3 s of audio in 3 clips, and a dialogue may have 2\.5: divide it"):
         ClipLengths()([in_memory(WAV)] * 3)
+
+
+@pytest.mark.parametrize("kind", UNSURE)
+def test_a_length_without_decoding_is_exact_or_what_the_header_claims(kind, monkeypatch):
+    monkeypatch.setattr(lengths, "load_clip", None)
+    assert length_by_header(in_memory(WAV)) == 16_000
+    assert length_by_header(in_memory(WAV, start=0.25, end=0.75)) == 8_000
+    unsure = in_memory(UNSURE[kind])
+    claimed = claimed_seconds(unsure.source, None, None, follow_links=False)
+    assert exact_length(unsure) is None and length_by_header(unsure) == round(16_000 * claimed)
+    assert length_by_header(AudioClip("/no/such.wav")) == 0
 
 
 def test_missing_file_is_named():

@@ -232,6 +232,25 @@ def test_a_change_of_the_model_is_noticed_once(ready):
         assert run.has_changed() and not run.has_changed()
 
 
+def test_graphs_are_dropped_before_packs_are_halved_if_clips_do_not_fit_beside_them(ready, tmp_path, monkeypatch):
+    run, buffers = ready()
+    for _ in range(2):
+        step(run, buffers, samples_of(run, 0))
+    cache = cache_of(run.model, tmp_path)
+    cache.executor = run
+    honest, graphs, sizes = run.model.model.encode_audio, run._regions.graphs, []
+
+    def encode(waveforms, lengths):
+        sizes.append(len(lengths))
+        if graphs.passes:
+            raise torch.OutOfMemoryError("out of memory")
+        return honest(waveforms, lengths)
+
+    monkeypatch.setattr(run.model.model, "encode_audio", encode)
+    assert cache.complete(uncached_samples(run.model, [[800, 5000], [7000]])) == []
+    assert sizes == [3, 3] and run.max_tokens_per_pack == 4096
+
+
 def test_more_shapes_than_graphs_run_without_one(ready):
     run, buffers = ready()
     run._regions.graphs.most = 1
