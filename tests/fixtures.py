@@ -1,5 +1,6 @@
 """What tests of every package may ask for, and what holds for each of them."""
 
+import dataclasses
 import gc
 import logging
 import os
@@ -13,7 +14,7 @@ import torch
 from hypothesis import settings
 
 from qwhisper.engine import preflight
-from qwhisper.model import loading
+from qwhisper.model import fp8, loading
 from qwhisper.train import models
 from tests.declared import faults_in_runs
 from tests.small import made_once
@@ -137,3 +138,14 @@ def shared() -> Path:
 def without_librosa(monkeypatch):
     """Older pipelines ask for librosa as soon as a model takes audio; our processor reads audio without it."""
     monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *_: None)
+
+
+@pytest.fixture
+def rowwise_product(monkeypatch) -> None:
+    """fp8 with row-wise scales on a CPU, where torch before 2.12 has none: the tensor-wise product gives the same."""
+    rowwise, tensorwise = fp8.PRODUCTS[fp8.ROWWISE], fp8.PRODUCTS[fp8.TENSORWISE]
+    quantised = fp8.quantise_rows(torch.ones(16, 16))
+    try:
+        rowwise.multiply(*quantised, *quantised)
+    except RuntimeError:
+        monkeypatch.setitem(fp8.PRODUCTS, fp8.ROWWISE, dataclasses.replace(rowwise, multiply=tensorwise.multiply))

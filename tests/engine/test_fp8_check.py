@@ -11,6 +11,8 @@ from qwhisper.errors import NumericalError
 from qwhisper.model import fp8
 from qwhisper.model.fp8 import DEQUANTISED, PRODUCTS, ROWWISE, TENSORWISE, Float8Linear, quantise_rows
 
+pytestmark = pytest.mark.usefixtures("rowwise_product")
+
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):

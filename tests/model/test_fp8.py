@@ -21,6 +21,8 @@ from qwhisper.model.fp8 import (
     quantise_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("rowwise_product")
+
 IN, OUT, TOKENS = 96, 48, 33
 IN_FP8 = (ROWWISE, TENSORWISE)
 SLOWER = (TENSORWISE, DEQUANTISED)

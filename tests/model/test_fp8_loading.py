@@ -23,6 +23,8 @@ from qwhisper.model.qwen3_audio import build_from_bases, load_trained
 from tests.model.parts import gradients, make_sample
 from tests.small import write_small_bases
 
+pytestmark = pytest.mark.usefixtures("rowwise_product")
+
 FP8 = LoadOptions(load_in_fp8=True, dtype="fp32", device_map="cpu")
 FULL = LoadOptions(dtype="fp32", device_map="cpu")
 

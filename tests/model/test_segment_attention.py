@@ -80,6 +80,7 @@ def card(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(segment_attention, "start_a_kernel", lambda device: None)
+    monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
     segment_attention._why_not.cache_clear()
     yield capability, *rest
     segment_attention._why_not.cache_clear()
