@@ -62,7 +62,8 @@ class FeatureCache:
             events.append(CachedFeaturesDamaged(clips=damaged))
         unknown = [clip for clip in clips if not self._found_since(clip)]
         if unknown:
-            encoded, halvings = self.executor.within_memory(lambda: self._encode(unknown), samples, lambda: None)
+            with self.executor.plainly():  # of any shape
+                encoded, halvings = self.executor.within_memory(lambda: self._encode(unknown), samples, lambda: None)
             events += [OutOfMemory(tokens=halved.tokens, max_tokens_per_pack=halved.now) for halved in halvings]
             for clip in unknown:
                 events += self._keep(clip.uncached, encoded[clip])
@@ -96,8 +97,7 @@ class FeatureCache:
             chunk = [clip for index in pack for clip in of_sample[samples[index]]]
             windows = [window for clip in chunk for window in clip.windows]
             waveforms = torch.from_numpy(np.concatenate(windows))
-            with self.executor.plainly():  # of any shape
-                frames, lengths = self.executor.model.model.encode_audio(waveforms, list(map(len, windows)))
+            frames, lengths = self.executor.model.model.encode_audio(waveforms, list(map(len, windows)))
             values, scales = rounded(frames, self.reader.found.stored_as)
             ends = np.cumsum([0, *lengths])[np.cumsum([0, *(len(clip.windows) for clip in chunk)])]
             for clip, (first, end) in zip(chunk, pairwise(ends), strict=True):
