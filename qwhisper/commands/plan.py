@@ -58,11 +58,11 @@ def main(arguments: PlanArguments) -> None:
         note(sentence)
     if arguments.whisper_cpu:
         note("the encoder on the CPU (--whisper_cpu) limits the speed: the estimate leaves it out")
-    text, audio = _sizes(arguments)
+    text, audio, in_4bit = _sizes(arguments)
     rows, count = _rows(arguments)
     total_gib, budget = _memory(arguments.gpu_memory)
     steps = all_steps(arguments, count) or LONG_RUN
-    job = job_of(arguments, text, audio, execution=expected_execution(arguments, steps))
+    job = job_of(arguments, text, audio, in_4bit=in_4bit, execution=expected_execution(arguments, steps))
     again = text.layers if arguments.gradient_checkpointing else arguments.recomputed
     card = card_like(total_gib)
     choice = choose(
@@ -76,19 +76,25 @@ def main(arguments: PlanArguments) -> None:
     ]))  # fmt: skip
 
 
-def _sizes(arguments: TrainArguments) -> "tuple[TextSize, AudioSize]":
-    """From a folder's config.json, the tables, or the hub's config.json."""
+def _sizes(arguments: TrainArguments) -> "tuple[TextSize, AudioSize, bool]":
+    """From a folder's config.json, the tables, or the hub's config.json; and whether the LM is saved in 4 bits."""
     from qwhisper.engine.plan_sizes import AUDIO_SIZES, TEXT_SIZES, audio_size, built_in, text_size
+    from qwhisper.model.base_kinds import is_prequantised
     from qwhisper.train.plan import defaults_from_flags
 
     defaults = defaults_from_flags(arguments)
     text_name, audio_name = (getattr(arguments, role) or defaults[role] for role in ("text_model", "audio_model"))
     text = built_in(text_name, TEXT_SIZES) if text_name and not _is_folder(text_name) else None
     audio = built_in(audio_name, AUDIO_SIZES) if audio_name and not _is_folder(audio_name) else None
-    return (
-        text or _of_config("text_model", text_name, arguments.init_from, text_size),
-        audio or _of_config("audio_model", audio_name, arguments.init_from, audio_size),
-    )
+    audio = audio or _of_config("audio_model", audio_name, arguments.init_from, audio_size)
+    if text is not None:
+        return text, audio, False
+
+    def with_format(config) -> "tuple[TextSize, bool]":
+        return text_size(config), is_prequantised(config)
+
+    text, in_4bit = _of_config("text_model", text_name, arguments.init_from, with_format)
+    return text, audio, in_4bit
 
 
 def _is_folder(name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from qwhisper.engine.capture import MOST_GRAPHS, Graphs
 from qwhisper.engine.compiled import compile_layers, compiled_function, plain_layers, uncompiled
 from qwhisper.engine.forward import PackResult, by_sample, hidden_states_of, likeliest_tokens, run_pack
 from qwhisper.engine.plain import fingerprint, why_plain
+from qwhisper.engine.plan_memory import Execution
 from qwhisper.engine.prefetch import HostBatches
 from qwhisper.engine.reference import compare_with_reference
 from qwhisper.engine.regions import Regions
@@ -33,7 +34,6 @@ from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 
 AUTO_TOKENS_PER_PACK = {"cpu": 4096, "cuda": 8192}  # halved when memory runs out
 Result = TypeVar("Result")
-Execution = Literal["plain", "compiled", "captured"]
 UNPACKABLE_LAYERS = ("linear_attention", "mamba", "conv", "recurrent")
 
 

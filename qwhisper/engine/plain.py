@@ -93,7 +93,10 @@ def _random_reason(model: Qwen3AudioForConditionalGeneration) -> str | None:
         if getattr(module, "gradient_checkpointing", False):
             recompute = module._gradient_checkpointing_func
             if getattr(recompute, "keywords", {}).get("preserve_rng_state", True):
-                return "--gradient_checkpointing with dropout reads the random generator, which a capture forbids"
+                return (
+                    "layers computed again (--recompute_layers, --gradient_checkpointing) with dropout read the random "
+                    "generator, which a capture forbids"
+                )
     return None
 
 

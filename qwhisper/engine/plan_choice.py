@@ -57,7 +57,7 @@ def choose(
         if tokens == most:
             break  # more layers computed again gain nothing
     if best is None:
-        raise MemoryLimitError(_nothing_fits(job, rows, layers[-1], budget))
+        raise MemoryLimitError(_nothing_fits(job, rows, layers[-1], budget, card))
     _, tokens, again = best
     # Beyond the expected largest step as far as memory goes: a larger one then makes two packs.
     limit = max_tokens_per_pack or max(tokens, largest_pack(job, rows, again, budget, largest))
@@ -84,10 +84,11 @@ def largest_pack(job: Job, rows: Rows, recompute_layers: int, budget: int, most:
     return low * STEP
 
 
-def _nothing_fits(job: Job, rows: Rows, recompute_layers: int, budget: int) -> str:
+def _nothing_fits(job: Job, rows: Rows, recompute_layers: int, budget: int, card: Card) -> str:
     memory = memory_of(job, pack_of(rows, rows.longest), recompute_layers)
     largest = max(memory.parts, key=lambda name: memory.parts[name])
-    cures = [] if job.weights in ("nf4", "fp8") else ["--load_in_4bit"]
+    cures = ["--load_in_fp8"] if card.has_fp8 and job.weights not in ("nf4", "fp8") else []
+    cures += [] if job.weights == "nf4" else ["--load_in_4bit"]
     cures += [] if job.whisper_cpu or not job.freeze_whisper else ["--whisper_cpu"]
     cures += ["--freeze_whisper"] if not job.freeze_whisper else []
     cures += ["--gradient_checkpointing"] if recompute_layers < job.text.layers else []

@@ -6,7 +6,7 @@ constants below them are fitted to the measured peaks in benchmarks/results (doc
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qwhisper.data.row_sizes import Rows
@@ -31,7 +31,8 @@ class Job:
     """What is trained and how, as far as memory depends on it.
 
     weights: number format of the LM's linears; the rest of the frozen models is in `dtype`. lora_r: 0 without LoRA.
-    lora_targets: names of the linears with an adapter; None: all. distils: a teacher reads the words.
+    lora_targets: names of the linears with an adapter; None: all. distils: a teacher reads the words. dropout: in the
+    LM. execution: of packs, but see `computing_again`.
     """
 
     text: TextSize
@@ -46,6 +47,7 @@ class Job:
     freeze_whisper: bool = True
     whisper_cpu: bool = False
     distils: bool = False
+    dropout: bool = False
     execution: Execution = "plain"
 
     @property
@@ -64,6 +66,10 @@ class Job:
         """Its norm, two linears with biases."""
         stacked, hidden = self.audio.width * self.projector_stack, self.text.hidden
         return 2 * stacked + (stacked + 1) * hidden + (hidden + 1) * hidden
+
+    def computing_again(self, recompute_layers: int) -> "Job":
+        """As it runs with so many layers computed again: plain if these have dropout, see `engine.plain`."""
+        return replace(self, execution="plain") if self.dropout and recompute_layers else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,7 @@ def memory_of(job: Job, pack: PackSize, recompute_layers: int) -> Memory:
     """The peak of a step over packs of this size. recompute_layers: first layers of the LM whose activations the
     backward pass computes again.
     """
+    job = job.computing_again(recompute_layers)
     kept = activations(job, pack, recompute_layers)
     temporary = largest_temporary(job, pack, recompute_layers)
     parts = {
@@ -222,11 +229,15 @@ def _beside_graphs(job: Job, pack: PackSize) -> float:
 
 
 def _layer_temporary(job: Job, pack: PackSize, recompute_layers: int) -> float:
-    """Gradients inside a layer; the layer itself if the last one is computed again; a weight that is dequantised."""
+    """Gradients inside a layer; the layer itself if the last one is computed again; a weight that is dequantised, or
+    all of an NF4 layer that is computed again, which keeps them for its gradients.
+    """
     text, size = job.text, BYTES[job.dtype]
     gradients = pack.tokens * (3 * text.intermediate + 2 * text.hidden) * size
     again = pack.tokens * saved_per_token(job) if recompute_layers == text.layers else 0.0
     dequantised = 2 * text.hidden * text.intermediate * size if job.weights in ("nf4", "fp8") else 0.0
+    if job.weights == "nf4" and recompute_layers:
+        dequantised = text.linear_parameters / text.layers * size
     return gradients + again + dequantised
 
 

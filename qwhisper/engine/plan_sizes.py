@@ -120,11 +120,17 @@ AUDIO_SIZES = {
 }
 
 
+# Parts of the names of repositories with quantised weights, whose config.json says in which format.
+QUANTISED = ("4bit", "fp8", "awq", "gptq", "int4", "int8", "gguf")
+
+
 def built_in(name: str, sizes: Mapping[str, Size]) -> Size | None:
     """The size of a hub id such as Qwen/Qwen3-8B-Base: of the longest name in the table that its last part begins with;
-    None for others.
+    None for others, and for quantised ones.
     """
     last = name.rstrip("/").rpartition("/")[2].lower()
+    if any(word in last for word in QUANTISED):
+        return None
     fitting = [key for key in sizes if last == key or last.startswith((f"{key}-", f"{key}."))]
     return sizes[max(fitting, key=len)] if fitting else None
 

@@ -72,6 +72,7 @@ def samples_a_second(
     """tokens: of the largest pack. samples_per_step: of one card. Several cards share the data, each with the whole
     model.
     """
+    job = job.computing_again(recompute_layers)
     rows_a_pack = samples_per_step / min(samples_per_step, rows.packs(samples_per_step, tokens))
     share = _share(job, rows_a_pack * rows.tokens)
     arithmetic = flops_a_row(job, rows, recompute_layers) / (card.tflops * 1e12 * share)

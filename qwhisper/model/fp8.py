@@ -63,21 +63,6 @@ def _tensorwise(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Ten
     return product * a_scales * b_scales.t()
 
 
-@torch.library.custom_op("qwhisper::product_dequantised", mutates_args=())
-def product_dequantised(x: Tensor, weight: Tensor, scales: Tensor, transposed: bool) -> Tensor:
-    """x W^T, or x W if `transposed`, for the weight [out, in] in fp8 with scales [out, 1], in the dtype of x.
-
-    One operation, because a compiler would keep the dequantised weight from the forward pass for the backward pass.
-    """
-    wide = dequantise(weight, scales, x.dtype)
-    return x @ wide if transposed else x @ wide.t()
-
-
-@product_dequantised.register_fake
-def _(x, weight, scales, transposed):
-    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
-
-
 @dataclass(frozen=True)
 class Product:
     """Both products of a layer, by one kernel. next: the kernel that replaces it if it is wrong.
@@ -92,13 +77,13 @@ class Product:
     def forward(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         """x [tokens, in] times the weight [out, in] with scales [out, 1]: [tokens, out], in the dtype of x."""
         if self.multiply is None:
-            return product_dequantised(x, weight, scales, False)
+            return x @ dequantise(weight, scales, x.dtype).t()
         return self.multiply(*quantise_rows(x), weight, scales).to(x.dtype)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         """grad [tokens, out] to [tokens, in], in its dtype."""
         if self.multiply is None:
-            return product_dequantised(grad, weight, scales, True)
+            return grad @ dequantise(weight, scales, grad.dtype)
         ones = torch.ones(weight.shape[1], 1, device=weight.device)
         folded = quantise_rows(grad * scales.t())  # in fp32: an fp16 gradient times a scale would be 0
         return self.multiply(*folded, _transposed(weight), ones).to(grad.dtype)
@@ -132,17 +117,33 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.hip is None else None
 
 
+@torch.library.custom_op("qwhisper::product_fp8", mutates_args=())
+def product_fp8(x: Tensor, weight: Tensor, scales: Tensor, product: str, transposed: bool) -> Tensor:
+    """`Product.forward`, or `Product.input_gradient` if `transposed`, of the product with this name.
+
+    One operation: traced by torch 2.11, the gradient of a product in fp8 is 0. And a compiler would keep a dequantised
+    weight from the forward pass for the backward pass.
+    """
+    kernel = PRODUCTS[product]
+    return kernel.input_gradient(x, weight, scales) if transposed else kernel.forward(x, weight, scales)
+
+
+@product_fp8.register_fake
+def _(x, weight, scales, product, transposed):
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
+
+
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor, product: str) -> Tensor:
         ctx.save_for_backward(weight, scales)
         ctx.product = product
-        return PRODUCTS[product].forward(x, weight, scales)
+        return product_fp8(x, weight, scales, product, False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scales = ctx.saved_tensors
-        return PRODUCTS[ctx.product].input_gradient(grad, weight, scales), None, None, None
+        return product_fp8(grad, weight, scales, ctx.product, True), None, None, None
 
 
 class Float8Linear(nn.Linear):

@@ -1,20 +1,14 @@
 """Chooses how the packs of a training run, once its callbacks have begun; changes it if that turns out not to work."""
 
-from typing import get_args
-
 from qwhisper.engine.compiled import why_not_compiled
-from qwhisper.engine.executor import Execution
 from qwhisper.report.kinds import Executes, Prepared
-from qwhisper.train.fit import expected_execution
+from qwhisper.train.fit import wanted_execution
 from qwhisper.train.session import Session
 
 
 def choose_execution(session: Session) -> None:
     """Follow --execution, or what a resumed run did before, if it is possible here."""
-    asked = session.state.execution or session.args.execution
-    wanted = expected_execution(session.args, session.total_steps)
-    if asked in get_args(Execution):
-        wanted = asked  # type: ignore[assignment]
+    wanted = wanted_execution(session.args, session.total_steps, session.state.execution)
     why = None if wanted == "plain" else session.executor.why_plain() or why_not_compiled()
     session.executor.execute(wanted if why is None else "plain")
     session.state.execution = session.executor.execution

@@ -4,11 +4,15 @@ The arithmetic is in `engine/plan_memory.py` and `engine/plan_choice.py`; `qwhis
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
 from qwhisper.data.dialogue import Dialogue
 from qwhisper.data.row_sizes import rows_of
+from qwhisper.engine.compiled import why_not_compiled
+from qwhisper.engine.executor import supports_packing
+from qwhisper.engine.plain import why_plain
 from qwhisper.engine.plan_choice import Choice, choose
 from qwhisper.engine.plan_memory import GIB, Execution, Job, Weights
 from qwhisper.engine.plan_sizes import AudioSize, TextSize, audio_size, text_size
@@ -17,7 +21,7 @@ from qwhisper.errors import MemoryLimitError
 from qwhisper.model.qwen3_audio import Qwen3AudioForConditionalGeneration
 from qwhisper.report.terminal import note, say
 from qwhisper.train.arguments import TrainArguments
-from qwhisper.train.models import num_layers, recompute_first_layers, recomputed_layers
+from qwhisper.train.models import has_dropout, num_layers, recompute_first_layers, recomputed_layers
 from qwhisper.train.state import TrainState
 
 SHORT_RUN = 200  # steps; compiling takes a minute, and saves at least a third of a step's time
@@ -40,11 +44,13 @@ def fit_to_memory(
         state.recompute_layers = recomputed_layers(model)
     limit = state.max_tokens_per_pack or args.pack_limit
     if (limit is None or state.recompute_layers is None) and (room := room_on_card(model)) is not None:
-        choice = planned(model, args, dialogues, room, limit, state.recompute_layers, total_steps)
+        execution = possible_execution(model, args, total_steps, state.execution)
+        choice = planned(model, args, dialogues, room, limit, state.recompute_layers, total_steps, execution)
         if choice is not None:
             state.max_tokens_per_pack, state.recompute_layers = choice.max_tokens_per_pack, choice.recompute_layers
     state.recompute_layers = state.recompute_layers or 0
-    recompute_first_layers(model, state.recompute_layers, args)
+    if recomputed_layers(model) != state.recompute_layers:  # transformers' hooks may be added only once
+        recompute_first_layers(model, state.recompute_layers, args)
 
 
 def planned(
@@ -55,6 +61,7 @@ def planned(
     max_tokens_per_pack: int | None,
     recompute_layers: int | None,
     total_steps: int,
+    execution: Execution,
 ) -> Choice | None:
     """The plan for this model, said in a line; None for an architecture that can't be planned. room: as
     `room_on_card` gives it. max_tokens_per_pack, recompute_layers: as in `choose`.
@@ -66,7 +73,9 @@ def planned(
             text_size(config.get_text_config()),
             audio_size(config.audio_config),
             lora_r=lora_rank(model),
-            execution=expected_execution(args, total_steps),
+            in_4bit=getattr(model, "is_loaded_in_4bit", False),
+            dropout=has_dropout(model),
+            execution=execution,
         )
     except ValueError as error:
         note(f"the memory of this language model can't be planned: {error}")
@@ -90,21 +99,46 @@ def planned(
     return choice
 
 
+def wanted_execution(args: TrainArguments, total_steps: int, before: str | None = None) -> Execution:
+    """What --execution asks for if nothing stands in the way. before: what a resumed run did."""
+    asked = before or args.execution
+    if asked in get_args(Execution):
+        return asked  # type: ignore[return-value]
+    # A compiler may choose another order of sums in a resumed run, whose first pack has another shape.
+    return "plain" if total_steps < SHORT_RUN or args.deterministic else "captured"
+
+
 def expected_execution(args: TrainArguments, total_steps: int) -> Execution:
-    """What --execution becomes on a GPU if nothing stands in the way."""
-    if args.execution != "auto":
-        return args.execution
-    return "plain" if total_steps < SHORT_RUN else "captured"
+    """What a run on a GPU will do, as far as its flags say."""
+    return "plain" if args.whisper_cpu or args.manual_loss else wanted_execution(args, total_steps)
+
+
+def possible_execution(
+    model: Qwen3AudioForConditionalGeneration, args: TrainArguments, total_steps: int, before: str | None
+) -> Execution:
+    """What `train.execution` will choose, unless a callback adds a hook. before: as in `wanted_execution`."""
+    wanted = wanted_execution(args, total_steps, before)
+    packing = supports_packing(model.config.get_text_config())
+    if wanted != "plain" and (why_plain(model, manual_loss=args.manual_loss, packing=packing) or why_not_compiled()):
+        return "plain"
+    return wanted
 
 
 def job_of(
-    args: TrainArguments, text: TextSize, audio: AudioSize, *, lora_r: int | None = None, execution: Execution = "plain"
+    args: TrainArguments,
+    text: TextSize,
+    audio: AudioSize,
+    *,
+    lora_r: int | None = None,
+    in_4bit: bool = False,
+    dropout: bool = False,
+    execution: Execution = "plain",
 ) -> Job:
-    """lora_r: of the model, if it is not that of the flags. --dtype auto is bf16, as on a GPU."""
+    """lora_r: of the model, if it is not that of the flags. in_4bit: the LM is saved so. dropout: in the LM itself.
+    --dtype auto is bf16, as on a GPU.
+    """
     dtype = "bf16" if args.dtype == "auto" else args.dtype
-    weights: Weights = "nf4" if args.load_in_4bit else dtype
-    if getattr(args, "load_in_fp8", False):
-        weights = "fp8"
+    weights: Weights = "fp8" if args.load_in_fp8 else "nf4" if args.load_in_4bit or in_4bit else dtype
     return Job(
         text=text,
         audio=audio,
@@ -117,6 +151,7 @@ def job_of(
         freeze_whisper=args.freeze_whisper,
         whisper_cpu=args.whisper_cpu,
         distils=args.distill_weight > 0,
+        dropout=dropout or args.lora_dropout > 0,
         execution=execution,
     )
 

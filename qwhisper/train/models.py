@@ -4,6 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -126,6 +127,7 @@ def recompute_first_layers(model: Qwen3AudioForConditionalGeneration, count: int
     layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers[count:]:
         layer.gradient_checkpointing = False
+    mark_recomputed(body)
 
 
 def recomputed_layers(model: Qwen3AudioForConditionalGeneration) -> int:
@@ -141,6 +143,11 @@ def checkpoint_activations(model: PreTrainedModel, **kwargs: bool) -> None:
     """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(kwargs)
+    mark_recomputed(model)
+
+
+def mark_recomputed(model: nn.Module) -> None:
+    """Let the 4-bit linears know whether their layer is computed again."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             for module in layer.modules():

@@ -26,8 +26,9 @@ class ExecutionFlags:
     execution: Literal["auto", "plain", "compiled", "captured"] = flag(
         "auto",
         "How packs run on a GPU: kernel by kernel (plain), with compiled layers, or with these replayed as CUDA graphs "
-        "(captured; auto: this in a run of 200 steps or more, because compiling takes about a minute). The result is "
-        "the same up to rounding. Where it is not possible, one line says why, and packs run plain.",
+        "(captured; auto: this in a run of 200 steps or more without --deterministic, because compiling takes a minute "
+        "or two). The result is the same up to rounding. Where it is not possible, one line says why, and packs run "
+        "plain.",
     )
     gradient_checkpointing: bool = flag(
         False,

@@ -56,6 +56,16 @@ def test_local_folders_and_data_are_planned(capsys, tmp_path):
     assert amounts(text)["language model"] < 0.01
 
 
+def test_a_base_saved_in_4_bits_is_planned_in_4_bits(capsys, tmp_path):
+    audio, text_folder = write_small_bases(tmp_path)
+    flags = "--audio_model", str(audio), "--text_model", str(text_folder), "--gpu_memory", "1"
+    assert plan(capsys, *flags).startswith("language model in bf16,")
+    file = text_folder / "config.json"
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantised}))
+    assert plan(capsys, *flags).startswith("language model in nf4,")
+
+
 def test_a_second_stage_has_the_sizes_of_the_checkpoint_that_it_begins_with(capsys):
     text = plan(capsys, "--init_from", str(OLD_CHECKPOINT), "--gpu_memory", "2")
     hidden = json.loads((OLD_CHECKPOINT / "config.json").read_text())["text_config"]["hidden_size"]

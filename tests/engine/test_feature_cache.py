@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,22 @@ def test_a_pack_that_does_not_fit_is_encoded_in_smaller_ones(model, tmp_path, mo
     events = cache.complete(samples)
     assert events and {event.kind for event in events} == {"out_of_memory"}
     assert sizes[0] == 4 and sizes[-4:] == [1, 1, 1, 1] and torch.isfinite(losses(model, samples)).all()
+
+
+def test_memory_that_graphs_held_is_freed_before_packs_are_halved(model, tmp_path, monkeypatch):
+    cache, honest, passes = cache_of(model, tmp_path), model.model.encode_audio, {"recorded": None}
+    cache.executor._regions = SimpleNamespace(graphs=SimpleNamespace(passes=passes, forget=passes.clear))
+    sizes = []
+
+    def encode(waveforms, lengths):
+        sizes.append(len(lengths))
+        if passes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(waveforms, lengths)
+
+    monkeypatch.setattr(model.model, "encode_audio", encode)
+    assert cache.complete(samples_of(model)) == []
+    assert sizes == [4, 4] and cache.executor.max_tokens_per_pack == 1000
 
 
 def test_a_stop_between_two_packs_leaves_the_samples_as_they_were(model, tmp_path):

@@ -121,7 +121,7 @@ def an_accumulated_gradients_hook(executor):
         (encoder_in_fp32, "the encoder's attention kernel, sdpa_per_segment, needs the lengths of the samples"),
         (attention_dropout, "the language model's attention kernel, sdpa_per_segment, needs "),
         (layers_skipped, "the host draws which of the encoder's layers are skipped (encoder_layerdrop)"),
-        (recomputed_with_dropout, "--gradient_checkpointing with dropout reads the random generator, which a capture "),
+        (recomputed_with_dropout, "layers computed again (--recompute_layers, --gradient_checkpointing) with dropout "),
         (a_parameters_hook, "a hook on model.multi_modal_projector.linear_1.weight (a_parameters_hook.<locals>."),
         (an_accumulated_gradients_hook, "a hook on model.multi_modal_projector.linear_1.weight (an_accumulated_"),
     ],

@@ -84,6 +84,25 @@ def test_nothing_fits_is_a_sentence_with_what_helps():
     assert "--gradient_checkpointing" in str(refused.value) and "--load_in_4bit" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("weights", "card", "offered"),
+    [("bf16", "H200", "--load_in_fp8, --load_in_4bit, "), ("bf16", "A100 80GB", "--load_in_4bit, "),
+     ("fp8", "H200", "--load_in_4bit, "), ("nf4", "H200", "")],
+)  # fmt: skip
+def test_number_formats_that_need_less_and_that_the_card_has_are_offered(weights, card, offered):
+    with pytest.raises(MemoryLimitError, match=f"are there; use {offered}--whisper_cpu, --max_length or"):
+        choose(job(weights=weights), ROWS, 4, 5 * GIB, next(found for found in CARDS if found.name == card))
+
+
+def test_with_dropout_layers_computed_again_are_planned_as_they_run():
+    captured, plain = ({"execution": execution, "weights": "nf4"} for execution in ("captured", "plain"))
+    without, dropout, of_plain = (
+        choose(job("32b", **values), ROWS, 4, 26 * GIB, H200)
+        for values in (captured, captured | {"dropout": True}, plain)
+    )
+    assert 0 < without.recompute_layers != dropout.recompute_layers and dropout == of_plain
+
+
 # samples/s measured on an H200, lowest and highest; tokens: of the largest pack
 @pytest.mark.parametrize(
     ("of", "tokens", "again", "samples", "lowest", "highest"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwhisper.data.row_sizes import Rows
-from qwhisper.engine.plan_memory import GIB, Job, memory_of, pack_of, saved_per_token, usable
+from qwhisper.engine.plan_memory import GIB, Job, largest_temporary, memory_of, pack_of, saved_per_token, usable
 from qwhisper.engine.plan_sizes import AUDIO_SIZES, TEXT_SIZES, audio_size, text_size
 from qwhisper.model.lora import add_lora
 from tests.small import small_model
@@ -126,6 +126,24 @@ def test_graphs_leave_evaluations_memory_beside_them_and_compiled_layers_keep_le
     for name in ("activations", "logits and other temporaries"):
         assert compiled[name] < plain[name]
     assert compiled["language model"] == plain["language model"]
+
+
+def test_an_nf4_layer_that_is_computed_again_keeps_all_its_dequantised_weights():
+    of = job("32b", weights="nf4")
+    none, one = (largest_temporary(of, pack_of(ROWS, 1159), again) for again in (0, 1))
+    projections = 2 * 5120 * 64 * 128 + 2 * 5120 * 8 * 128
+    gradients = 1159 * (3 * 25600 + 2 * 5120)
+    assert one == 2 * (gradients + projections + 3 * 5120 * 25600) > none  # bf16
+    fp8 = job("32b", weights="fp8")
+    assert largest_temporary(fp8, pack_of(ROWS, 1159), 1) == largest_temporary(fp8, pack_of(ROWS, 1159), 0) == none
+
+
+def test_layers_computed_again_with_dropout_run_plain():
+    plain, captured, dropout = (
+        [memory_of(job("8b", **values), pack_of(ROWS, 2048), again).reserved for again in (0, 1, 36)]
+        for values in ({}, {"execution": "captured"}, {"execution": "captured", "dropout": True})
+    )
+    assert dropout == [captured[0], *plain[1:]] and not set(plain) & set(captured)
 
 
 def test_a_card_of_32_gib_has_room_for_30():

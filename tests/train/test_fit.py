@@ -9,12 +9,13 @@ import pytest
 
 from qwhisper.data.dialogue import read_dialogues
 from qwhisper.data.row_sizes import Rows
+from qwhisper.engine.plain import _hook_reason, why_plain
 from qwhisper.engine.plan_memory import GIB, Job
 from qwhisper.engine.plan_sizes import AUDIO_SIZES, TEXT_SIZES
 from qwhisper.engine.plan_speed import CARDS
 from qwhisper.errors import UsageError
 from qwhisper.train import fit
-from qwhisper.train.fit import fit_to_memory, job_of
+from qwhisper.train.fit import expected_execution, fit_to_memory, job_of
 from qwhisper.train.models import build_model, recomputed_layers
 from qwhisper.train.plan import resolve
 from qwhisper.train.run import main
@@ -34,8 +35,18 @@ def on_a_card(monkeypatch):
         monkeypatch.setattr(fit, "text_size", lambda config: size)
         monkeypatch.setattr(fit, "audio_size", lambda config: AUDIO_SIZES["whisper-large-v3-turbo"])
         monkeypatch.setattr(fit, "rows_of", lambda dialogues, frames, max_length: Rows())
+        monkeypatch.setattr(fit, "why_plain", lambda model, manual_loss, packing: None)
+        monkeypatch.setattr(fit, "why_not_compiled", lambda: None)
 
     return believe
+
+
+@pytest.fixture
+def jobs(monkeypatch) -> list[Job]:
+    """Those that are planned."""
+    found, choose = [], fit.choose
+    monkeypatch.setattr(fit, "choose", lambda job, *args, **values: found.append(job) or choose(job, *args, **values))
+    return found
 
 
 def fitted(args, state=None, total_steps=1000):
@@ -64,6 +75,53 @@ def test_a_card_with_less_free_memory_gets_less_and_the_run_says_so(arguments, o
         assert less[0] < more[0] or less[1] > more[1]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0].startswith("planned: packs of at most 8192 tokens, 0 of 2 layers computed")
+
+
+def test_a_run_that_will_be_plain_is_planned_so(arguments, on_a_card, jobs, monkeypatch):
+    args = arguments(per_device_train_batch_size=128)
+    reasons = {
+        "nothing": lambda: None,
+        "few steps": lambda: None,
+        "a resumed run was plain": lambda: None,
+        "the model": lambda: monkeypatch.setattr(fit, "why_plain", why_plain),  # it is on the CPU
+        "no compiler": lambda: monkeypatch.setattr(fit, "why_not_compiled", lambda: "there is no C compiler"),
+    }
+    packs = []
+    for name, apply in reasons.items():
+        on_a_card(8.2)
+        apply()
+        before = TrainState(execution="plain" if "resumed" in name else None)
+        _, state = fitted(args, before, 100 if name == "few steps" else 1000)
+        packs.append((state.max_tokens_per_pack, state.recompute_layers))
+    assert [job.execution for job in jobs] == ["captured", *["plain"] * 4]
+    assert len(set(packs[1:])) == 1 and packs[1] != packs[0]
+    monkeypatch.setattr(fit, "why_not_compiled", lambda: None)
+    monkeypatch.setattr(fit, "why_plain", lambda model, manual_loss, packing: "manual" if manual_loss else None)
+    fitted(arguments(manual_loss=True))
+    fitted(arguments(), TrainState(execution="compiled"))
+    assert [job.execution for job in jobs[5:]] == ["plain", "compiled"]
+    flags = {"whisper_cpu": "plain", "manual_loss": "plain", "use_lora": "captured"}
+    assert {flag: expected_execution(arguments(**{flag: True}), 1000) for flag in flags} == flags
+
+
+def test_a_base_saved_in_4_bits_and_dropout_of_its_layers_are_planned(arguments, on_a_card, jobs):
+    on_a_card(8.2)
+    args = arguments()
+    model, _ = build_model(args, resolve(args, num_dialogues=1), None)
+    for change in ({}, {"is_loaded_in_4bit": True}):
+        vars(model).update(change)
+        fit_to_memory(model, args, [], TrainState(recompute_layers=0), 1000)
+    model.config.get_text_config().attention_dropout = 0.1
+    fit_to_memory(model, args, [], TrainState(recompute_layers=0), 1000)
+    assert [(job.weights, job.dropout) for job in jobs] == [("bf16", False), ("nf4", False), ("nf4", True)]
+
+
+def test_layers_computed_again_are_switched_on_once(arguments):
+    """A second time, transformers' hooks would look like those of somebody else, which a capture would not call."""
+    for values in ({"recompute_layers": "1"}, {"gradient_checkpointing": True}):
+        model, state = fitted(arguments(**values))
+        assert state.recompute_layers == recomputed_layers(model) > 0
+        assert len(model.get_input_embeddings()._forward_hooks) == 1 and _hook_reason(model) is None
 
 
 def test_what_is_given_or_was_decided_before_is_kept(arguments, on_a_card):
@@ -147,4 +205,7 @@ def test_a_job_has_the_flags_that_memory_depends_on(arguments):
         text=text, audio=audio, weights="nf4", lora_r=8, lora_targets=("q_proj",), lora_fp32=False, whisper_cpu=True,
         projector_fp32=False, distils=True,
     )  # fmt: skip
+    saved = job_of(arguments(dtype="auto", lora_dropout=0.1), text, audio, in_4bit=True)
+    assert saved == Job(text=text, audio=audio, weights="nf4", dropout=True)
+    assert job_of(arguments(dtype="auto", load_in_fp8=True), text, audio) == Job(text=text, audio=audio, weights="fp8")
     assert job_of(arguments(use_lora=False, freeze_projector_steps=0), text, audio).lora_parameters == 0

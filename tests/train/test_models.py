@@ -10,7 +10,7 @@ from qwhisper.data.loader import encode_all
 from qwhisper.model import qwen3_audio
 from qwhisper.model.bases import LoadOptions
 from qwhisper.train import models
-from qwhisper.train.models import build_model, checkpoint_activations
+from qwhisper.train.models import build_model, checkpoint_activations, recompute_first_layers
 from qwhisper.train.plan import resolve
 from qwhisper.train.run import main
 from qwhisper.train.session import encoder_for
@@ -65,6 +65,16 @@ def test_gradient_checkpointing_is_switched_on_without_a_warning(arguments):
         warnings.simplefilter("error", FutureWarning)
         model, _ = build_model(args, resolve(args, num_dialogues=1), None)
     assert all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
+
+
+def test_4_bit_linears_of_layers_that_are_not_computed_again_keep_no_weights(arguments):
+    args = arguments()
+    model, _ = build_model(args, resolve(args, num_dialogues=1), None)
+    projections = [layer.self_attn.q_proj for layer in model.model.language_model.layers]
+    for projection in projections:
+        projection.recomputed = False
+    recompute_first_layers(model, 1, args)
+    assert [projection.recomputed for projection in projections] == [True, False]
 
 
 def test_recompute_is_marked_in_the_4_bit_linears_of_the_layers_that_do_it():
