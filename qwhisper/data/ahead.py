@@ -1,4 +1,4 @@
-"""A generator that runs in a thread, one item ahead of whoever takes the items."""
+"""A generator that runs in a thread, one item ahead of the thread that takes the items."""
 
 import queue
 import threading

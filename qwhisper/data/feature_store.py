@@ -5,7 +5,7 @@ A folder holds one encoder's features with one setting:
     00000.features, 00001.features, …   records end to end: values, scales of int8, notes in JSON; at most 1 GiB a file
     index                               one entry of fixed size for each record, with its checksum and its own
 
-Both only grow. A record is written before its entry, and a run that writes begins a file of its own, so a kill at any
+Both only grow. A record is written before its entry, and a run that writes begins a new file, so a kill at any
 moment leaves bytes that no entry names, or a part of an entry, which the next writer cuts off. Nothing read is trusted:
 an entry counts if its checksum is right, a record if it has its length and checksum. One process writes, any number
 reads; for a key with several entries the last counts.
