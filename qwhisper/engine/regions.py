@@ -3,7 +3,6 @@
 They are joined by a tensor that keeps its place, so that the shapes of one do not multiply with those of the other.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +12,7 @@ from qwhisper.engine.batch import AudioPart, Batch, PackShape, TextPart
 from qwhisper.engine.capture import Graphs, Outputs
 from qwhisper.engine.compiled import compiling
 from qwhisper.engine.forward import Heard, answer
+from qwhisper.engine.shapes import power_of_two
 from qwhisper.errors import ExecutionError, first_line
 from qwhisper.guards.gradient_buffers import GradientBuffers
 from qwhisper.memory import is_out_of_memory
@@ -89,7 +89,7 @@ class Regions:
         if needed > len(self._frames) or dtype != self._frames.dtype:
             device = self.model.model.audio_tower.conv1.weight.device
             self.graphs.forget()  # they read and write the old one
-            self._frames = torch.zeros(1 << math.ceil(math.log2(needed)), config.d_model, dtype=dtype, device=device)
+            self._frames = torch.zeros(power_of_two(needed), config.d_model, dtype=dtype, device=device)
 
     def _take_features(self, shape: PackShape, audio: AudioPart) -> None:
         """Take the encoder's output from the feature cache, as exactly as the cache has it."""

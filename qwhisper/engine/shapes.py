@@ -28,7 +28,7 @@ def rounded_shape(exact: PackShape, max_tokens: int, longest_window: int) -> Pac
     if exact.tokens <= max_tokens < tokens:
         tokens = max_tokens
     # Padding is a segment too, of at most the longest length, which may be short in a pack of short samples.
-    max_length = next((length for length in LONGEST if length >= exact.max_length), _power_of_two(exact.max_length))
+    max_length = next((length for length in LONGEST if length >= exact.max_length), power_of_two(exact.max_length))
     spare = -(-(tokens - exact.tokens) // max_length)
     supervised, teacher = _share(SUPERVISED, exact.supervised, tokens), None
     if exact.teacher is not None:  # its row may be shorter than the supervised positions of the pack
@@ -63,12 +63,13 @@ def _with_audio(text: PackShape, exact: PackShape, longest_window: int, parts: i
 
 def rounded(count: int, parts: int) -> int:
     """The next of the powers of two from LEAST and `parts - 1` sizes between each two."""
-    power = max(LEAST, _power_of_two(count + 1) // 2)  # at or below the count
+    power = max(LEAST, power_of_two(count + 1) // 2)  # at or below the count
     step = power // parts
     return max(LEAST, -(-count // step) * step)
 
 
-def _power_of_two(least: int) -> int:
+def power_of_two(least: int) -> int:
+    """The first power of two that is not below `least`."""
     return 1 << (least - 1).bit_length()
 
 
